@@ -1,0 +1,222 @@
+"""The command line: DeiT's arguments, the pruning ones, and YAML files of defaults."""
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+from datasets import DATA_SETS
+from sparsity_factory import PRUNERS, PruningError, read_yaml
+from utils import UserError
+
+SAMPLE_PRESET = Path(__file__).resolve().parent / "configs" / "run" / "sample.yaml"
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The arguments of `argv`, over the defaults of `--config`, over the sample's where no data set is given.
+
+    Raises UserError for anything that can be seen to be wrong before a file of the data set or a model is touched.
+    """
+    args = get_args_parser().parse_args(argv)
+    config = read_preset(args.config) if args.config else {}
+    args = get_args_parser(config).parse_args(argv)
+    if not args.data_path:
+        sample = read_preset(SAMPLE_PRESET)
+        args = get_args_parser({**sample, **config}).parse_args(argv)
+        if args.model != sample["model"]:  # another model brings DeiT's own input size
+            del sample["input_size"]
+            args = get_args_parser({**sample, **config}).parse_args(argv)
+    check_args(args)
+    return args
+
+
+def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
+    """DeiT's arguments and those of pruning; `defaults` (by destination) replace the ones written here."""
+    parser = _Parser("main.py", description="Prunes a vision transformer and finetunes it, with DeiT's recipe.",
+                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def switch(group, name, default, text):
+        destination = name.replace("-", "_")
+        group.add_argument(f"--{name}", action="store_true", dest=destination, default=default, help=text)
+        group.add_argument(f"--no-{name}", action="store_false", dest=destination, default=default, help="the opposite")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--config", metavar="FILE", help="YAML file of defaults for any of these arguments; flags win")
+    add("--batch-size", type=int, default=64, help="images a step, for each process")
+    add("--epochs", type=int, default=300, help="passes over the training images")
+    add("--output_dir", default="", metavar="DIR", help="where checkpoints and log.txt go; empty writes nothing")
+    add("--device", default="auto", help="auto (cuda where there is one, else cpu), cuda or cpu")
+    add("--amp", choices=["auto", "bfloat16", "float16", "off"], default="auto",
+        help="precision of the forward pass; auto takes the fastest one that the device has in hardware")
+    add("--seed", type=int, default=0, help="decides every random choice")
+    add("--resume", default="", metavar="FILE", help="checkpoint (file or https URL) of a run to continue or evaluate")
+    add("--start_epoch", type=int, default=0, help="first epoch; --resume sets it")
+    add("--eval", action="store_true", help="only evaluate, after pruning where a pruner is given")
+    add("--dist-eval", action="store_true", help="share the evaluation among the processes")
+    add("--dist_url", default="env://", help="how the processes find each other")
+
+    add = parser.add_argument_group("pruning").add_argument
+    add("--pruner", choices=list(PRUNERS), help="how the sparsity is shared among layers; without it nothing is pruned")
+    add("--sparsity", type=float, help="fraction of the prunable weights to remove, in [0, 1)")
+    add("--custom-config", metavar="FILE", help="YAML file with the sparsity of each layer, for --pruner custom")
+
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--model", default="deit_base_patch16_224", help="any vision transformer of timm")
+    add("--input-size", type=int, default=224, help="side of the images, in pixels")
+    add("--drop", type=float, default=0.0, help="dropout rate")
+    add("--drop-path", type=float, default=0.1, help="drop path rate")
+    add("--finetune", default="", metavar="FILE", help="checkpoint (file or https URL) to take the weights from")
+    switch(group, "pretrained", True, "start from timm's weights, unless --finetune or --resume gives some")
+    add("--attn-only", action="store_true", help="train only attention, position embedding and head")
+    switch(group, "train-mode", True, "train with drop path and dropout on")
+    switch(group, "model-ema", True, "keep a moving average of the weights")
+    add("--model-ema-decay", type=float, default=0.99996, help="decay of the moving average")
+    add("--model-ema-force-cpu", action="store_true", help="keep the moving average in the CPU's memory")
+
+    group = parser.add_argument_group("optimizer and schedule")
+    add = group.add_argument
+    add("--opt", default="adamw", help="any optimizer of timm")
+    add("--opt-eps", type=float, default=1e-8, help="epsilon of the optimizer")
+    add("--opt-betas", type=float, nargs="+", help="betas of the optimizer; its own by default")
+    add("--clip-grad", type=float, help="clip the norm of the gradients to this; by default it is not clipped")
+    add("--momentum", type=float, default=0.9, help="momentum of SGD")
+    add("--weight-decay", type=float, default=0.05, help="weight decay")
+    add("--sched", default="cosine", help="any learning-rate schedule of timm")
+    add("--lr", type=float, default=5e-4, help="learning rate for 512 images a step")
+    add("--unscale-lr", action="store_true", help="take --lr as it is, whatever the images a step")
+    add("--lr-noise", type=float, nargs="+", help="epochs, as fractions, between which the rate is disturbed")
+    add("--lr-noise-pct", type=float, default=0.67, help="limit of the disturbance")
+    add("--lr-noise-std", type=float, default=1.0, help="standard deviation of the disturbance")
+    add("--warmup-lr", type=float, default=1e-6, help="rate at the start of the warm-up")
+    add("--min-lr", type=float, default=1e-5, help="rate at the end of the schedule")
+    add("--decay-epochs", type=float, default=30, help="interval of the step schedule")
+    add("--warmup-epochs", type=int, default=5, help="epochs of linear warm-up")
+    add("--cooldown-epochs", type=int, default=10, help="epochs at the lowest rate after the schedule")
+    add("--patience-epochs", type=int, default=10, help="patience of the plateau schedule")
+    add("--decay-rate", "--dr", type=float, default=0.1, help="factor of the step and plateau schedules")
+    add("--smoothing", type=float, default=0.1, help="label smoothing")
+    add("--bce-loss", action="store_true", help="binary cross-entropy for each class")
+
+    group = parser.add_argument_group("data and augmentation")
+    add = group.add_argument
+    add("--data-path", default="", metavar="DIR", help="the data set; without it the built-in sample is used")
+    add("--data-set", choices=list(DATA_SETS), default="IMNET", help="what is in --data-path")
+    add("--num_workers", type=int, default=10, help="processes that load images, for each training process")
+    switch(group, "pin-mem", True, "copy batches to the GPU from pinned memory")
+    switch(group, "repeated-aug", True, "show each drawn image three times an epoch, augmented differently")
+    add("--color-jitter", type=float, default=0.3, help="strength of colour jitter, where --aa none leaves room for it")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation, or none")
+    add("--train-interpolation", default="bicubic", help="random, bilinear or bicubic")
+    add("--reprob", type=float, default=0.25, help="probability of random erasing")
+    add("--remode", default="pixel", help="what random erasing fills in: const, rand or pixel")
+    add("--recount", type=int, default=1, help="areas that random erasing clears")
+    add("--resplit", action="store_true", help="accepted for DeiT's sake, where it does nothing either")
+    add("--mixup", type=float, default=0.8, help="mixup alpha; 0 turns it off")
+    add("--cutmix", type=float, default=1.0, help="cutmix alpha; 0 turns it off")
+    add("--cutmix-minmax", type=float, nargs="+", help="smallest and largest side of the cutmix box, as fractions")
+    add("--mixup-prob", type=float, default=1.0, help="probability of mixing a batch at all")
+    add("--mixup-switch-prob", type=float, default=0.5, help="probability of cutmix where both are on")
+    add("--mixup-mode", default="batch", choices=["batch", "pair", "elem"], help="what shares one mixing ratio")
+    add("--eval-crop-ratio", type=float, default=0.875, help="fraction of the resized image that evaluation sees")
+
+    parser.set_defaults(**(defaults or {}))
+    return parser
+
+
+def read_preset(path) -> dict:
+    """A YAML file of defaults, by destination: `batch_size: 64` or `batch-size: 64`. Raises UserError."""
+    try:
+        content = read_yaml(path)
+    except PruningError as error:
+        raise UserError(str(error)) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping of arguments to values")
+    actions = {action.dest: action for action in get_args_parser()._actions if action.dest not in ("help", "config")}
+    preset = {}
+    for key, value in content.items():
+        destination = str(key).replace("-", "_")
+        if destination not in actions:
+            raise UserError(f"{path}: {key}: no such argument")
+        preset[destination] = _preset_value(actions[destination], value, f"{path}: {key}")
+    return preset
+
+
+def _preset_value(action, value, where):
+    """`value` as the command line would have read it, so that a preset and a flag can never differ in type."""
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UserError(f"{where}: expected true or false, got {value!r}")
+        return value
+    if value is None and action.default is None:
+        return None
+    values = value if action.nargs == "+" and isinstance(value, list) else [value]
+    read = []
+    for item in values:
+        if isinstance(item, (dict, list, bool)) or item is None:
+            raise UserError(f"{where}: expected a value of type {(action.type or str).__name__}, got {item!r}")
+        try:
+            item = (action.type or str)(str(item))
+        except ValueError:
+            raise UserError(f"{where}: expected a value of type {action.type.__name__}, got {item!r}") from None
+        if action.choices and item not in action.choices:
+            raise UserError(f"{where}: expected one of {', '.join(action.choices)}, got {item!r}")
+        read.append(item)
+    return read if action.nargs == "+" else read[0]
+
+
+def check_args(args) -> None:
+    """Raises UserError for values and combinations that no run can have."""
+    def expect(good, flag, wanted):
+        if not good:
+            value = getattr(args, flag.lstrip("-").replace("-", "_"))
+            raise UserError(f"{flag} {value}: expected {wanted}")
+
+    for flag in ("--batch-size", "--epochs", "--input-size", "--recount"):
+        expect(getattr(args, flag[2:].replace("-", "_")) >= 1, flag, "at least 1")
+    for flag in ("--num_workers", "--seed", "--start_epoch", "--warmup-epochs", "--cooldown-epochs", "--lr",
+                 "--weight-decay", "--mixup", "--cutmix", "--color-jitter", "--clip-grad", "--min-lr", "--warmup-lr"):
+        value = getattr(args, flag[2:].replace("-", "_"))
+        expect(value is None or 0 <= value < math.inf, flag, "a number of at least 0")
+    for flag in ("--drop", "--drop-path", "--smoothing", "--model-ema-decay"):
+        expect(0 <= getattr(args, flag[2:].replace("-", "_")) < 1, flag, "a number in [0, 1)")
+    for flag in ("--reprob", "--mixup-prob", "--mixup-switch-prob"):
+        expect(0 <= getattr(args, flag[2:].replace("-", "_")) <= 1, flag, "a number in [0, 1]")
+    expect(0 < args.eval_crop_ratio <= 1, "--eval-crop-ratio", "a number in (0, 1]")
+    expect(args.train_interpolation in ("random", "bilinear", "bicubic"), "--train-interpolation",
+           "random, bilinear or bicubic")
+    expect(args.remode in ("const", "rand", "pixel"), "--remode", "const, rand or pixel")
+    expect(args.cutmix_minmax is None or len(args.cutmix_minmax) == 2, "--cutmix-minmax", "two numbers")
+    if mixes(args) and args.batch_size % 2:
+        raise UserError(f"--batch-size {args.batch_size}: expected an even number, as mixup and cutmix pair images; "
+                        "--mixup 0 --cutmix 0 turns them off")
+    if args.data_set != "IMNET" and not args.data_path:
+        raise UserError(f"--data-set {args.data_set}: expected --data-path beside it")
+    check_pruning(args)
+
+
+def check_pruning(args) -> None:
+    if args.pruner is None and args.sparsity is not None:
+        raise UserError(f"--sparsity {args.sparsity}: expected --pruner beside it, one of {', '.join(PRUNERS)}")
+    if args.custom_config and args.pruner != "custom":
+        raise UserError(f"--custom-config {args.custom_config}: expected --pruner custom beside it")
+    if args.pruner == "custom":
+        if not args.custom_config:
+            raise UserError("--pruner custom: expected --custom-config FILE beside it")
+        if args.sparsity is not None:
+            raise UserError(f"--sparsity {args.sparsity}: not with --pruner custom, whose YAML sets the sparsity")
+    elif args.pruner:
+        if args.sparsity is None:
+            raise UserError(f"--pruner {args.pruner}: expected --sparsity beside it, a number in [0, 1)")
+        if not 0 <= args.sparsity < 1:
+            raise UserError(f"--sparsity {args.sparsity}: expected a number in [0, 1)")
+
+
+def mixes(args) -> bool:
+    """Whether training images are mixed, by mixup or cutmix."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)

@@ -1,0 +1,132 @@
+"""The data sets of `--data-set`, the built-in sample, and their image transforms.
+
+Named as in DeiT. It hides the package `datasets` of the Hugging Face hub from everything that runs beside it.
+"""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
+from torch.utils.data import Dataset
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+
+from utils import UserError
+
+SAMPLE_PATH = Path(__file__).resolve().parent / "sample"
+
+
+def build_dataset(is_train: bool, args) -> tuple[Dataset, int]:
+    """The training or validation images that the arguments ask for, and the number of classes.
+
+    Without `--data-path` it is the built-in sample. Raises UserError when files are missing or damaged.
+    """
+    name, path = (args.data_set, Path(args.data_path)) if args.data_path else ("FASHION", SAMPLE_PATH)
+    if not path.is_dir():
+        raise UserError(f"--data-path {path}: no such folder")
+    return DATA_SETS[name](path, is_train, build_transform(is_train, args))
+
+
+def build_transform(is_train: bool, args):
+    """DeiT's transforms; images of 32 x 32 and less are cropped out of a padded image instead of being zoomed into."""
+    small = args.input_size <= 32
+    if is_train:
+        transform = create_transform(
+            input_size=args.input_size, is_training=True, color_jitter=args.color_jitter or None,
+            auto_augment=args.aa if args.aa != "none" else None, interpolation=args.train_interpolation,
+            re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
+        if small:
+            transform.transforms[0] = transforms.Compose([
+                transforms.Resize(args.input_size, interpolation=transforms.InterpolationMode.BICUBIC),
+                transforms.RandomCrop(args.input_size, padding=4)])
+        return transform
+    resized = args.input_size if small else int(args.input_size / args.eval_crop_ratio)
+    return transforms.Compose([
+        transforms.Resize(resized, interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(args.input_size),
+        transforms.ToTensor(),
+        transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+
+
+class FashionMNIST(Dataset):
+    """Images and labels in MNIST's idx files, gzipped or not; the grey images are given as RGB.
+
+    Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747) has 60,000 training and 10,000 test images of 28 x 28, in ten
+    classes; any idx pair of that layout will do.
+    """
+
+    num_classes = 10
+
+    def __init__(self, root: Path, is_train: bool, transform=None):
+        prefix = "train" if is_train else "t10k"
+        self.images = read_idx(root, f"{prefix}-images-idx3-ubyte", ndim=3)
+        self.labels = read_idx(root, f"{prefix}-labels-idx1-ubyte", ndim=1)
+        if len(self.images) != len(self.labels):
+            raise UserError(f"{root}: {len(self.images)} {prefix} images but {len(self.labels)} labels")
+        if self.labels.max(initial=0) >= self.num_classes:
+            raise UserError(f"{root}: {prefix} label {self.labels.max()} where 0 to {self.num_classes - 1} are expected")
+        self.transform = transform or (lambda image: image)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int):
+        return self.transform(Image.fromarray(self.images[index]).convert("RGB")), int(self.labels[index])
+
+
+def read_idx(root: Path, name: str, ndim: int) -> np.ndarray:
+    """The uint8 array of `root/name` or `root/name.gz`, in MNIST's idx format with `ndim` dimensions."""
+    plain, packed = root / name, root / f"{name}.gz"
+    try:
+        content = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{plain}: no such file, with or without .gz") from None
+    except (OSError, EOFError, gzip.zlib.error) as error:
+        raise UserError(f"{packed}: damaged ({error})") from None
+    # The header: two zero bytes, 8 for uint8, the number of dimensions, then each size as a big-endian uint32.
+    header = 4 + 4 * ndim
+    shape = np.frombuffer(content[4:header], ">u4").tolist() if len(content) >= header else []
+    if content[:4] != bytes([0, 0, 8, ndim]) or len(content) - header != np.prod(shape, dtype=object) or 0 in shape:
+        raise UserError(f"{plain}: not an idx file of {ndim} dimensions in uint8, or not all of it")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def _image_folder(path, is_train, transform):
+    root = path / ("train" if is_train else "val")
+    if not root.is_dir():
+        raise UserError(f"--data-path {path}: has no folder {root.name}/ with one folder of images per class")
+    try:
+        data = ImageFolder(root, transform=transform)
+    except FileNotFoundError as error:
+        raise UserError(f"--data-path {path}: {' '.join(str(error).split())}") from None
+    # A part of ImageNet keeps ImageNet's own labels, so that the head of a pretrained model fits it.
+    synsets = {name: label for label, name in enumerate(ImageNetInfo().label_names())}
+    if set(data.classes) <= set(synsets):
+        data.class_to_idx = {name: synsets[name] for name in data.classes}
+        data.samples = data.imgs = [(file, synsets[data.classes[label]]) for file, label in data.samples]
+        data.targets = [label for _, label in data.samples]
+        return data, len(synsets)
+    return data, len(data.classes)
+
+
+def _cifar(kind, num_classes):
+    def build(path, is_train, transform):
+        try:
+            return kind(path, train=is_train, transform=transform), num_classes
+        except RuntimeError:
+            raise UserError(f"--data-path {path}: has no intact {kind.base_folder}/ in it") from None
+    return build
+
+
+def _fashion(path, is_train, transform):
+    return FashionMNIST(path, is_train, transform), FashionMNIST.num_classes
+
+
+DATA_SETS = {
+    "IMNET": _image_folder,
+    "CIFAR": _cifar(CIFAR100, 100),
+    "CIFAR10": _cifar(CIFAR10, 10),
+    "FASHION": _fashion,
+}

@@ -1,0 +1,96 @@
+"""The two loops: `train_one_epoch` and `evaluate`."""
+
+import math
+
+import torch
+
+import utils
+from utils import MetricLogger, SmoothedValue
+
+PRINT_FREQ = 10
+
+
+class DivergedError(RuntimeError):
+    """The training loss is no longer a finite number."""
+
+
+def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=0, amp_dtype=None, scaler=None,
+                    clip_grad=None, ema=None, mixup_fn=None, masks=None, train_mode=True):
+    """Trains for one pass over `loader` and returns the mean of each metric over all processes.
+
+    model: maps images (batch, 3, height, width) to logits (batch, classes); may be wrapped in DDP.
+    amp_dtype: torch.bfloat16 or torch.float16 to run the forward pass under autocast, None for float32.
+    masks: has `apply_to_grads()` and `apply()` and keeps pruned weights at zero; None trains dense.
+    ema: has `update(model)` and is given the model without its DDP wrapper.
+    Raises DivergedError when the loss is not finite; looked at only where a line is logged, since looking waits
+    for the device.
+    """
+    model.train(train_mode)
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+    plain_model = getattr(model, "module", model)
+    logger = MetricLogger()
+    logger.add_meter("lr", SmoothedValue(window=1, fmt="{value:.6f}"))
+    for step, (images, targets) in enumerate(logger.log_every(loader, PRINT_FREQ, f"Epoch: [{epoch}]")):
+        if step % PRINT_FREQ == 1:  # just after a log line, which has waited for the device anyway
+            _check_finite(logger, epoch, step)
+        utils.seed_everything(seed, epoch, step, utils.rank())
+        images = images.to(device, non_blocking=True)
+        targets = targets.to(device, non_blocking=True)
+        if mixup_fn is not None:
+            images, targets = mixup_fn(images, targets)
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            logits = model(images)
+        loss = criterion(logits.float(), targets)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        if masks is not None:
+            masks.apply_to_grads()
+        if clip_grad is not None:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        if masks is not None:
+            masks.apply()
+        if ema is not None:
+            ema.update(plain_model)
+        logger.update(loss=loss.detach().float(), lr=optimizer.param_groups[0]["lr"])
+    _check_finite(logger, epoch, len(loader))
+    logger.synchronize(device)
+    utils.log(f"Averaged stats: {logger}")
+    return logger.averages()
+
+
+@torch.no_grad()
+def evaluate(loader, model, device, *, amp_dtype=None, shared=False):
+    """Evaluates `model` on the images of `loader`, each counted once.
+
+    shared: each process has a part of the images, and the counts of all are added up.
+    Returns `acc1` and `acc5` in percent (`acc5` over as many classes as there are, where there are fewer than five)
+    and the mean cross-entropy `loss`.
+    """
+    model.eval()
+    logger = MetricLogger()
+    totals = torch.zeros(4, dtype=torch.float64, device=device)  # right at first, right among five, loss, images
+    for images, targets in logger.log_every(loader, PRINT_FREQ, "Test:"):
+        images = images.to(device, non_blocking=True)
+        targets = targets.to(device, non_blocking=True)
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            logits = model(images).float()
+        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        loss = torch.nn.functional.cross_entropy(logits, targets)
+        batch = torch.stack([hits[:, 0].sum(), hits.sum(), loss * len(images), loss.new_tensor(len(images))]).double()
+        totals += batch
+        logger.update(loss=loss, acc1=100 * batch[0] / len(images), acc5=100 * batch[1] / len(images), n=len(images))
+    if shared:
+        totals = utils.sum_over_processes(totals, device)
+    top1, top5, loss, count = map(float, totals)
+    stats = {"acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "loss": loss / count}
+    utils.log(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}")
+    return stats
+
+
+def _check_finite(logger, epoch, step):
+    if not math.isfinite(logger.meters["loss"].total):
+        raise DivergedError(f"the loss is not finite in epoch {epoch}, at or before step {step}; "
+                            "try --amp bfloat16 or off, a lower --lr, or --clip-grad 1")

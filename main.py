@@ -1,0 +1,215 @@
+"""Prunes a vision transformer and finetunes it, with DeiT's recipe and DeiT's arguments.
+
+    python main.py --pruner lamp --sparsity 0.65
+    python main.py --model deit_small_patch16_224 --data-path IMAGENET --output_dir OUT --pruner lamp --sparsity 0.65
+    torchrun --nproc_per_node=8 main.py --model deit_small_patch16_224 --data-path IMAGENET --output_dir OUT \
+        --pruner lamp --sparsity 0.65
+
+The first line needs no data set: it uses the sample in this repository.
+"""
+
+import datetime
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import timm.layers
+import torch
+import torch.distributed as dist
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import utils
+from arguments import mixes, parse_args
+from datasets import build_dataset
+from engine import DivergedError, evaluate, train_one_epoch
+from models import adapt_weights, build_model, load_weights, train_attention_only
+from samplers import EvalBatchSampler, SeededDataset, TrainSampler
+from sparsity_factory import Masks, PruningError, compute_masks, read_yaml, sparsity_table, unpack
+from state import TrainingState
+from utils import UserError, log
+
+
+def main(args):
+    device = utils.init_process_group(args.device, args.dist_url)
+    amp_dtype = utils.choose_amp(args.amp, device)
+    log(describe(args, device, amp_dtype))
+    utils.seed_everything(args.seed, utils.rank())
+
+    train_loader, val_loader, num_classes = build_loaders(args, device)
+    checkpoint = utils.load_checkpoint(args.resume or args.finetune) if args.resume or args.finetune else {}
+    model = prepare_model(args, num_classes, checkpoint, device)
+    pruner, masks, newly_pruned = prepare_masks(args, model, checkpoint)
+
+    def test():
+        return evaluate(val_loader, model, device, amp_dtype=amp_dtype, shared=args.dist_eval)
+
+    accuracy = {}
+    if newly_pruned:
+        log("Before pruning:")
+        accuracy["before pruning"] = test()["acc1"]
+    if masks:
+        masks = Masks(model, masks)
+        log(sparsity_table(model, masks))
+    if newly_pruned or args.eval:
+        log("Pruned, before finetuning:" if masks else "Evaluation:")
+        accuracy["pruned" if masks else "dense"] = test()["acc1"]
+    if not args.eval:
+        state = TrainingState(model, masks, pruner, args, device)
+        if args.resume and "optimizer" in checkpoint:
+            state.load(checkpoint, args.resume)
+        output_dir = make_output_dir(args.output_dir)
+        criterion, mixup_fn = build_criterion(args, num_classes)
+        accuracy["finetuned" if masks else "trained"] = train(
+            state, train_loader, criterion, mixup_fn, test, device, amp_dtype, output_dir)
+    log("Top-1 accuracy: " + ", ".join(f"{name} {value:.2f} %" for name, value in accuracy.items()))
+
+
+def describe(args, device, amp_dtype) -> str:
+    """The first lines of a run: its arguments, and what it runs on."""
+    source = f"Arguments: {vars(args)}" if args.data_path else (
+        "No --data-path: using the built-in sample, 6,000 training and 2,000 test images of Fashion-MNIST.\n"
+        "For a data set of your own: --data-path DIR --model NAME, DIR having train/ and val/ with a folder per class.")
+    precision = str(amp_dtype or torch.float32).removeprefix("torch.")
+    return f"{source}\n{args.model} on {device} in {precision}, {utils.world_size()} process(es)"
+
+
+def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
+    """The loaders of the training and the validation images, and the number of classes."""
+    train_set, num_classes = build_dataset(True, args)
+    val_set, val_classes = build_dataset(False, args)
+    if num_classes != val_classes:
+        raise UserError(f"--data-path {args.data_path}: {num_classes} classes to train on but {val_classes} to evaluate")
+    rank, world_size = utils.rank(), utils.world_size()
+    sampler = TrainSampler(len(train_set), args.seed, 3 if args.repeated_aug else 1, rank, world_size)
+    if len(sampler) < args.batch_size and not args.eval:
+        raise UserError(f"--batch-size {args.batch_size}: there are only {len(sampler)} images for each process")
+    options = dict(num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == "cuda",
+                   persistent_workers=args.num_workers > 0)
+    train_loader = DataLoader(SeededDataset(train_set), args.batch_size, sampler=sampler, drop_last=True, **options)
+    share = (rank, world_size) if args.dist_eval else (0, 1)
+    batches = EvalBatchSampler(len(val_set), int(1.5 * args.batch_size), *share)
+    return train_loader, DataLoader(val_set, batch_sampler=batches, **options), num_classes
+
+
+def prepare_model(args, num_classes, checkpoint, device) -> torch.nn.Module:
+    """The model on its device, with timm's weights or the checkpoint's."""
+    # On CPUs plain attention is quicker than the fused one: a training step of the sample in bfloat16 takes half as long.
+    timm.layers.set_fused_attn(device.type == "cuda")
+    model = build_model(args.model, num_classes, args.input_size, drop=args.drop, drop_path=args.drop_path,
+                        pretrained=args.pretrained and not checkpoint)
+    if args.resume:
+        load_weights(model, checkpoint["model"], args.resume)
+    elif args.finetune:
+        load_weights(model, adapt_weights(model, checkpoint["model"]), args.finetune)
+    if args.attn_only:
+        train_attention_only(model)
+    return model.to(device)
+
+
+def prepare_masks(args, model, checkpoint) -> tuple[dict | None, dict | None, bool]:
+    """A description of what prunes the model, the masks, and whether they are new; the model is not pruned yet.
+
+    A resumed run has the masks of its checkpoint. With `--finetune`, a pruner that is asked for replaces them.
+    """
+    asked = args.pruner and {"name": args.pruner, "sparsity": args.sparsity,
+                             "custom_config": read_yaml(args.custom_config) if args.custom_config else None}
+    stored = checkpoint.get("pruner")
+    continues = "masks" in checkpoint or ("optimizer" in checkpoint and not args.eval)
+    if args.resume and asked and continues and asked != stored:
+        raise UserError(f"--pruner {args.pruner}: {args.resume} is of a run with {stored or 'no pruner'}; leave the "
+                        "pruning flags out, or prune its weights anew with --finetune")
+    if "masks" in checkpoint and not (asked and args.finetune):
+        return stored, unpack(checkpoint["masks"]), False
+    if not asked:
+        return None, None, False
+    masks = utils.on_first_process(lambda: compute_masks(model, args.pruner, args.sparsity, asked["custom_config"]))
+    return asked, masks, True
+
+
+def build_criterion(args, num_classes):
+    """The training loss, and what mixes the images of a batch (or None)."""
+    mixup_fn = None
+    if mixes(args):
+        mixup_fn = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
+                         args.mixup_mode, label_smoothing=args.smoothing, num_classes=num_classes)
+    if args.bce_loss:  # asks of each class whether the image shows it, so every class mixed in counts fully
+        return BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0), mixup_fn
+    if mixup_fn:
+        return SoftTargetCrossEntropy(), mixup_fn
+    return LabelSmoothingCrossEntropy(args.smoothing), mixup_fn
+
+
+def train(state, loader, criterion, mixup_fn, test, device, amp_dtype, output_dir) -> float:
+    """Trains to the last epoch, evaluating and writing checkpoints after each; returns the last top-1 accuracy."""
+    args, network = state.args, state.model
+    if utils.world_size() > 1:
+        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
+    parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    log(f"Training epochs {state.epoch} to {args.epochs - 1}, {len(loader)} steps each")
+    start, test_stats = time.time(), None
+    while state.epoch < args.epochs:
+        loader.sampler.set_epoch(state.epoch)
+        train_stats = train_one_epoch(
+            network, criterion, loader, state.optimizer, device, state.epoch, seed=args.seed, amp_dtype=amp_dtype,
+            scaler=state.scaler, clip_grad=args.clip_grad, ema=state.ema, mixup_fn=mixup_fn, masks=state.masks,
+            train_mode=args.train_mode)
+        test_stats = test()
+        if state.lr_scheduler:
+            state.lr_scheduler.step(state.epoch + 1, test_stats["acc1"])
+        state.epoch, state.step = state.epoch + 1, state.step + len(loader)
+        best = test_stats["acc1"] > state.max_accuracy
+        state.max_accuracy = max(state.max_accuracy, test_stats["acc1"])
+        log(f"Max accuracy: {state.max_accuracy:.2f}%")
+        if output_dir:
+            content = state.state_dict()
+            utils.save_checkpoint(content, output_dir / "checkpoint.pth")
+            if best:
+                utils.save_checkpoint(content, output_dir / "best_checkpoint.pth")
+            line = {**{f"train_{k}": v for k, v in train_stats.items()}, **{f"test_{k}": v for k, v in test_stats.items()},
+                    "epoch": state.epoch - 1, "n_parameters": parameters}
+            utils.append_line(output_dir / "log.txt", json.dumps(line))
+    log(f"Training time {datetime.timedelta(seconds=int(time.time() - start))}")
+    if output_dir:
+        log(f"Written to {output_dir}: checkpoint.pth (last epoch), best_checkpoint.pth, log.txt")
+    return (test_stats or test())["acc1"]
+
+
+def make_output_dir(name: str) -> Path | None:
+    """The folder of `--output_dir`, made where it is missing; None when nothing is to be written."""
+    if not name:
+        return None
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {name}: {error.strerror}") from None
+    if not os.access(name, os.W_OK):
+        raise UserError(f"--output_dir {name}: not writable")
+    return Path(name)
+
+
+def run(argv) -> int:
+    """Runs `main` and returns the exit status: 2 with one line on standard error for a mistake of the user."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        main(parse_args(argv))
+        return 0
+    except (UserError, PruningError) as error:
+        status, message = 2, error
+    except DivergedError as error:
+        status, message = 1, error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

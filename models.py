@@ -1,0 +1,115 @@
+"""Builds the model: timm's architectures, the small sample model, and weights from checkpoints."""
+
+import difflib
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+
+from utils import UserError, first_line
+
+default_cfgs = generate_default_cfgs({
+    "deit_sample_patch4_28.fashion_mnist": {
+        "file": str(Path(__file__).resolve().parent / "sample" / "deit_sample_patch4_28.safetensors"),
+        "num_classes": 10, "input_size": (3, 28, 28), "fixed_input_size": True,
+        "first_conv": "patch_embed.proj", "classifier": "head", "license": "mit",
+    },
+})
+
+
+@register_model
+def deit_sample_patch4_28(pretrained=False, **kwargs) -> VisionTransformer:
+    """A DeiT of 0.7 M parameters for images of 28 x 28, with weights for Fashion-MNIST in this repository."""
+    model_args = dict(img_size=28, patch_size=4, embed_dim=96, depth=6, num_heads=3)
+    return build_model_with_cfg(VisionTransformer, "deit_sample_patch4_28", pretrained, **dict(model_args, **kwargs))
+
+
+def build_model(name: str, num_classes: int, input_size: int, *, drop: float = 0.0, drop_path: float = 0.0,
+                pretrained: bool = False) -> torch.nn.Module:
+    """timm's model of that name for square images of `input_size` pixels, on the CPU.
+
+    pretrained: load the weights that timm knows for the name; a head for another number of classes starts anew.
+    Raises UserError for an unknown name, a size the model cannot take, or weights that cannot be had.
+    """
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
+        raise UserError(f"--model {name}: timm has no such model; {hint}")
+
+    def create(pretrained):
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, drop_rate=drop,
+                                 drop_path_rate=drop_path, img_size=input_size)
+
+    try:
+        model = create(pretrained=False)
+    except Exception as error:  # each architecture has its own way to refuse
+        raise UserError(f"--model {name} cannot be built for --input-size {input_size} ({first_line(error)})") from None
+    if pretrained:
+        try:
+            model = create(pretrained=True)
+        except Exception as error:  # hub clients raise errors of many libraries
+            raise UserError(f"no pretrained weights for --model {name} ({first_line(error)}); give weights with "
+                            "--finetune FILE, or start from random ones with --no-pretrained") from None
+    return model
+
+
+def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Loads a state dict that fits `model` exactly. Raises UserError naming what does not fit."""
+    expected = model.state_dict()
+    problems = [f"{name} is missing" for name in expected if name not in weights]
+    problems += [f"{name} is not in the model" for name in weights if name not in expected]
+    problems += [f"{name} is {tuple(weights[name].shape)}, the model's {tuple(expected[name].shape)}"
+                 for name in expected if name in weights and weights[name].shape != expected[name].shape]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{source}: does not fit the model: {problems[0]}{more}")
+    model.load_state_dict(weights)
+
+
+def adapt_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy of `weights` for finetuning `model`, as DeiT's `--finetune` adapts them.
+
+    The position embedding is resized to the model's grid of patches (bicubic; class and distillation tokens kept),
+    and a head for another number of classes is replaced by the model's fresh one.
+    """
+    own = model.state_dict()
+    weights = dict(weights)
+    if "pos_embed" in weights and "pos_embed" in own and weights["pos_embed"].ndim == own["pos_embed"].ndim == 3:
+        grid = own["pos_embed"].shape[1] - _position_tokens(model)
+        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], grid, _position_tokens(model))
+    for name in _head_parameters(model):
+        if name in weights and weights[name].shape != own[name].shape:
+            weights[name] = own[name]
+    return weights
+
+
+def resize_pos_embed(pos_embed: torch.Tensor, num_patches: int, num_tokens: int) -> torch.Tensor:
+    """Resizes a position embedding (1, num_tokens + side ** 2, dim) to a square grid of `num_patches` patches."""
+    tokens, grid = pos_embed[:, :num_tokens], pos_embed[:, num_tokens:]
+    old, new = round(grid.shape[1] ** 0.5), round(num_patches ** 0.5)
+    if old == new or old ** 2 != grid.shape[1] or new ** 2 != num_patches:
+        return pos_embed
+    grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid.float(), size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([tokens, grid.to(tokens.dtype).flatten(2).transpose(1, 2)], dim=1)
+
+
+def train_attention_only(model: torch.nn.Module) -> None:
+    """Freezes all but attention, position embedding and head: DeiT's `--attn-only` (Touvron et al. 2022, arXiv:2203.09795)."""
+    head = _head_parameters(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = ".attn." in name or name == "pos_embed" or name in head
+
+
+def _position_tokens(model) -> int:
+    """How many slots of the position embedding belong to class and distillation tokens."""
+    return 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
+
+
+def _head_parameters(model) -> list[str]:
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, (tuple, list)) else [heads]
+    ids = {id(parameter) for head in heads for parameter in head.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in ids]

@@ -1,0 +1,36 @@
+"""Makes the built-in sample from the official Fashion-MNIST files: the first images of each class, in file order.
+
+    python sample/make_sample.py FOLDER_WITH_THE_FOUR_IDX_FILES
+
+Writes four gzipped idx files beside this script; they are the same to the byte whenever they are made.
+"""
+
+import gzip
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from datasets import FashionMNIST, read_idx  # noqa: E402
+
+PER_CLASS = {"train": 600, "t10k": 200}
+
+
+def main(source: Path) -> None:
+    for prefix, count in PER_CLASS.items():
+        images_name, labels_name = f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
+        images, labels = read_idx(source, images_name, ndim=3), read_idx(source, labels_name, ndim=1)
+        chosen = np.sort(np.concatenate([np.flatnonzero(labels == c)[:count] for c in range(FashionMNIST.num_classes)]))
+        for name, array in ((images_name, images[chosen]), (labels_name, labels[chosen])):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            packed = gzip.compress(header + array.tobytes(), 9, mtime=0)
+            (HERE / f"{name}.gz").write_bytes(packed)
+            print(f"{name}.gz: {array.shape}, {len(packed):,} bytes")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]))

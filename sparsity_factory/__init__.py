@@ -1,0 +1,29 @@
+"""Pruning for any `torch.nn.Module` with linear layers: which weights go, and how they stay gone.
+
+    from sparsity_factory import Masks, compute_masks
+
+    masks = Masks(model, compute_masks(model, "lamp", sparsity=0.65))  # prunes in place
+    loss.backward(); masks.apply_to_grads(); optimizer.step(); masks.apply()
+
+This folder needs torch, numpy and yaml, and nothing else of the project around it.
+"""
+
+from .config import read_yaml
+from .errors import PruningError
+from .masks import Masks, prunable_weights, unpack
+from .pruners import PRUNERS, SCORES, compute_masks
+from .report import LayerSparsity, sparsity_rows, sparsity_table
+
+__all__ = [
+    "PRUNERS",
+    "SCORES",
+    "LayerSparsity",
+    "Masks",
+    "PruningError",
+    "compute_masks",
+    "prunable_weights",
+    "read_yaml",
+    "sparsity_rows",
+    "sparsity_table",
+    "unpack",
+]

@@ -1,0 +1,239 @@
+"""Reads and checks the YAML of the `custom` pruner.
+
+    sparsity:
+      mode: nxm                  # or: unstructured
+      level:                     # a list with one entry per prunable weight, or by name:
+        default: [2, 4]
+        blocks.0.*: dense
+        "*.mlp.fc2": [1, 4]      # later lines win
+
+The two modes differ in nothing but the reader's expectation: an entry of either form is understood in both.
+"""
+
+import logging
+import numbers
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from os import PathLike, fspath
+
+import yaml
+
+from .errors import PruningError
+
+MODES = ("nxm", "unstructured")
+EXPECTED_LEVEL = 'expected [n, m] with 1 <= n <= m, "n:m", a sparsity in [0, 1), or dense'
+MAX_BYTES = 2**18  # parsing takes some seconds per megabyte; a list of a thousand entries has ten kilobytes
+MAX_DEPTH = 8  # a correct file has four levels
+
+log = logging.getLogger(__name__)
+
+
+def resolve_levels(
+    source: str | PathLike | Mapping, shapes: Mapping[str, Sequence[int]]
+) -> dict[str, int | tuple[int, int]]:
+    """What a custom configuration says of every prunable weight.
+
+    Args:
+        source: path of a YAML file, or what such a file parses to.
+        shapes: the shape (outputs, inputs) of every prunable weight by parameter name, in model order.
+
+    Returns:
+        In the order of `shapes`: the number of weights kept, or (n, m) to keep n of every m along the inputs.
+
+    Raises:
+        PruningError: one line with the file (or `custom_config`), the entry and what was expected.
+    """
+    where = "custom_config" if isinstance(source, Mapping) else _path(source)
+    config = source if isinstance(source, Mapping) else read_yaml(where)
+    level = _level_section(config, where)
+    if isinstance(level, list | tuple):
+        entries = _from_list(level, list(shapes), where)
+    elif isinstance(level, Mapping):
+        entries = _from_patterns(level, list(shapes), where)
+    else:
+        raise PruningError(f"{where}: level is {_short(level)}: expected a list, or a mapping from patterns to levels")
+    return {name: _amount(*entries[name], name, shape, where) for name, shape in shapes.items()}
+
+
+# ---- helpers, not exported ----
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, except that a key that is written twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"key {_short(key.value)} twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _path(source) -> str:
+    if not isinstance(source, str | PathLike):
+        raise PruningError(f"custom_config is {_short(source)}: expected the path of a YAML file, or a mapping")
+    return str(fspath(source))
+
+
+def read_yaml(path: str):
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise PruningError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if len(content) > MAX_BYTES:
+        raise PruningError(f"{path}: expected at most {MAX_BYTES // 1024} KiB of YAML")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PruningError(f"{path}: expected UTF-8 text, byte {error.start} is not") from None
+    try:
+        _refuse_exotic(text, path)
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be parsed"
+        raise PruningError(f"{path}: {place}not valid YAML here: {problem}") from None
+    except ValueError as error:  # scalars that look like a date or a number, but are none
+        raise PruningError(f"{path}: not valid YAML here: {error}") from None
+
+
+def _refuse_exotic(text: str, path: str) -> None:
+    """No configuration needs tags, anchors or deep nesting; hostile ones use them to run code or to fill the memory."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        for kind in ("tag", "anchor"):
+            if found := getattr(event, kind, None):
+                line = event.start_mark.line + 1
+                raise PruningError(f"{path}: line {line}: {kind} {_short(found)}: expected plain YAML without {kind}s")
+        if depth > MAX_DEPTH:
+            raise PruningError(f"{path}: line {event.start_mark.line + 1}: expected at most {MAX_DEPTH} nested levels")
+
+
+def _level_section(config, where: str):
+    if config is None:
+        raise PruningError(f"{where}: is empty: expected a mapping with the key sparsity")
+    section = _section(config, ("sparsity",), where, "the file" if where != "custom_config" else "it")["sparsity"]
+    section = _section(section, ("mode", "level"), where, "sparsity")
+    if section["mode"] not in MODES:
+        raise PruningError(f"{where}: mode is {_short(section['mode'])}: expected {' or '.join(MODES)}")
+    return section["level"]
+
+
+def _section(found, keys: tuple[str, ...], where: str, what: str) -> Mapping:
+    """Checks that a part of the configuration is a mapping with exactly these keys."""
+    expected = f"expected a mapping with the key{'s' * (len(keys) > 1)} {' and '.join(keys)}"
+    if not isinstance(found, Mapping):
+        raise PruningError(f"{where}: {what} is {_short(found)}: {expected}")
+    for key in found:
+        if key not in keys:
+            raise PruningError(f"{where}: unknown key {_short(key)} in {what}: {expected}")
+    for key in keys:
+        if key not in found:
+            raise PruningError(f"{where}: {what} lacks {key}: {expected}")
+    return found
+
+
+def _from_list(level: Sequence, names: list[str], where: str) -> dict[str, tuple]:
+    """Name to (entry in words, parsed level)."""
+    if len(level) != len(names):
+        raise PruningError(
+            f"{where}: level has {len(level)} entries: expected {len(names)}, one for each of {', '.join(names)}"
+        )
+    labels = [f"level[{index}]" for index in range(len(level))]
+    return dict(zip(names, _parse_all(zip(labels, level, strict=True), where), strict=True))
+
+
+def _from_patterns(level: Mapping, names: list[str], where: str) -> dict[str, tuple]:
+    """Name to (entry in words, parsed level). `default` is looked at first, wherever it stands; later lines win."""
+    for pattern in level:
+        if not isinstance(pattern, str):
+            raise PruningError(f"{where}: level has the key {_short(pattern)}: expected a pattern of weight names")
+    ordered = sorted(level, key=lambda pattern: pattern != "default")
+    parsed = _parse_all(((f"level {_short(pattern)}", level[pattern]) for pattern in ordered), where)
+    entries = {}
+    for pattern, entry in zip(ordered, parsed, strict=True):
+        matched = names if pattern == "default" else [name for name in names if _matches(name, pattern)]
+        if not matched:
+            raise PruningError(
+                f"{where}: level {_short(pattern)} matches no prunable weight: expected a pattern such as {names[0]}"
+            )
+        entries |= dict.fromkeys(matched, entry)
+    for name in names:
+        if name not in entries:
+            raise PruningError(f"{where}: level says nothing of {name}: expected a default or a pattern that matches it")
+    return entries
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(".weight"), pattern)
+
+
+def _parse_all(entries, where: str) -> list[tuple]:
+    """(entry in words, sparsity or (n, m)) for each entry; says once that entries are in the oldest form."""
+    parsed, oldest = [], []
+    for label, entry in entries:
+        level = _parse(entry, f"{where}: {label}")
+        if isinstance(entry, list | tuple) and tuple(entry) != level:
+            oldest.append((label, entry, level))
+        parsed.append((label, level))
+    if oldest:
+        label, (m, p), (n, _) = oldest[0]
+        more = f" (and {len(oldest) - 1} more)" if len(oldest) > 1 else ""
+        log.warning("%s: %s: [%d, %d] is read as group size and number pruned, so %d:%d%s", where, label, m, p, n, m, more)
+    return parsed
+
+
+def _parse(entry, label: str) -> float | tuple[int, int]:
+    n, m = 0, 0
+    if isinstance(entry, str):
+        if entry == "dense":
+            return 0.0
+        if written := re.fullmatch(r"\s*([0-9]{1,9})\s*:\s*([0-9]{1,9})\s*", entry):
+            n, m = int(written[1]), int(written[2])
+    elif _is_number(entry, numbers.Integral) and entry >= 60:
+        n, m = divmod(int(entry), 60)  # an unquoted 2:4 is a base-60 integer in YAML 1.1
+    elif _is_number(entry, numbers.Real) and 0 <= entry < 1:
+        return float(entry)
+    elif isinstance(entry, list | tuple) and len(entry) == 2 and all(_is_number(e, numbers.Integral) for e in entry):
+        n, m = map(int, entry)
+        if n > m >= 0:  # the oldest form: group size first, then how many of it are pruned
+            n, m = n - m, n
+    if not 1 <= n <= m:
+        raise PruningError(f"{label} is {_short(entry)}: {EXPECTED_LEVEL}")
+    return n, m
+
+
+def _is_number(entry, kind: type) -> bool:
+    return isinstance(entry, kind) and not isinstance(entry, bool)
+
+
+def _amount(label: str, level, name: str, shape: Sequence[int], where: str) -> int | tuple[int, int]:
+    """The level of one weight, checked against its shape."""
+    if isinstance(level, float):
+        total = shape[0] * shape[1]
+        return total - round(level * total)
+    n, m = level
+    if shape[1] % m:
+        raise PruningError(
+            f"{where}: {label} is {_short(n)}:{_short(m)} for {name}: expected a group size that divides its {shape[1]} inputs"
+        )
+    return n, m
+
+
+def _short(value) -> str:
+    """A value for a message: as Python writes it, but never long."""
+    try:
+        return _repr.repr(value)
+    except ValueError:  # integers of thousands of digits have no repr
+        return "a huge number"
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 100

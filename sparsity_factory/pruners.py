@@ -1,0 +1,306 @@
+"""Every supported pruning algorithm, and `compute_masks`, which runs one on a model.
+
+A pruner is an *allocation*: it decides how many weights each layer keeps. It is a function
+
+    def pruner(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]
+
+from the scores of every prunable weight (parameter name to tensor of the weight's shape, finite, non-negative, on the
+CPU, in model order) and the share of weights to remove, to the number of weights each layer keeps. Within a layer the
+largest scores are kept, which `patterns.py` does. To add a pruner, write such a function and name it in `PRUNERS`.
+
+Sizes: N prunable weights in all, n of them in a layer. The global budget is round(N (1 - sparsity)), half to even.
+"""
+
+import math
+import numbers
+import struct
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+
+from . import patterns
+from .config import resolve_levels
+from .errors import PruningError
+from .masks import prunable_weights
+
+
+def compute_masks(
+    model: nn.Module,
+    pruner: str,
+    sparsity: float | None = None,
+    custom_config: str | PathLike | Mapping | None = None,
+    score: str = "magnitude",
+) -> dict[str, Tensor]:
+    """Decides which prunable weights of a model to keep. The model is not changed.
+
+    Args:
+        model: any module with linear layers; see `prunable_weights` for which of its weights are prunable.
+        pruner: a name in `PRUNERS`.
+        sparsity: the fraction of the prunable weights to remove, in [0, 1); for every pruner but `custom`.
+        custom_config: path of a YAML file, or what such a file parses to; for `custom` only.
+        score: a name in `SCORES`: how much a weight matters.
+
+    Returns:
+        Parameter name to bool tensor of the weight's shape, on its device, True where the weight is kept; in model order.
+
+    Raises:
+        PruningError: an unknown name, a sparsity or configuration that is wrong, missing or superfluous, a model without
+            prunable weights, a weight that is not finite.
+    """
+    if pruner not in PRUNERS:
+        raise PruningError(f"unknown pruner {pruner!r}: expected one of {', '.join(PRUNERS)}")
+    if score not in SCORES:
+        raise PruningError(f"unknown score {score!r}: expected one of {', '.join(SCORES)}")
+    _check_request(pruner, sparsity, custom_config)
+    weights = prunable_weights(model)
+    if not weights:
+        raise PruningError(f"{type(model).__name__} has no prunable weights: no nn.Linear besides the classifier")
+    scores = _Scores(weights, SCORES[score])
+    allocation = PRUNERS[pruner](scores, custom_config if pruner == "custom" else float(sparsity))
+    return {name: _mask(scores[name], kept).to(weights[name].device) for name, kept in allocation.items()}
+
+
+def unif(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
+    """Uniform: every layer has the same sparsity and keeps n - round(sparsity n)."""
+    return {name: _remaining(score.numel(), sparsity) for name, score in scores.items()}
+
+
+def unifplus(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
+    """Uniform+: the first and the last prunable layer stay dense, the others share the sparsity that meets the target.
+
+    Gale et al. 2019, arXiv:1902.09574.
+
+    Raises:
+        PruningError: the target is out of reach with those two layers dense.
+    """
+    sizes = _sizes(scores)
+    total, middle = sum(sizes.values()), sum(list(sizes.values())[1:-1])
+    if sparsity * total >= middle and sparsity > 0:
+        limit = f"less than {middle / total:.4f}" if middle else "0"
+        raise PruningError(
+            f"unifplus keeps the first and last prunable layer dense: expected a sparsity of {limit}, got {sparsity:g}"
+        )
+    dense = {next(iter(sizes)), next(reversed(sizes))}
+    shared = sparsity * total / middle if middle else 0.0
+    return {name: n if name in dense else _remaining(n, shared) for name, n in sizes.items()}
+
+
+def glob(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
+    """Global: the largest scores over all layers together are kept; on a tie the earlier layer's. Meets the budget."""
+    budget = _budget(scores, sparsity)
+    at_least = torch.stack([patterns.suffix_sums(patterns.histogram(score)) for score in scores.values()])
+    border = patterns.border_bin(at_least.sum(0), budget)
+    undecided = [_distinct(score, border, border + 1) for score in scores.values()]
+    return _fill(scores, at_least[:, border + 1], undecided, budget)
+
+
+def erk(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
+    """Erdos-Renyi kernel: a layer keeps a number of weights proportional to fan_in + fan_out.
+
+    A layer that would keep more than it has stays dense, and the rest of the budget is shared again. Each layer's share is
+    rounded by itself, so that the total may differ from the budget by half a weight per layer.
+
+    Evci et al. 2020, arXiv:1911.11134.
+    """
+    sizes = _sizes(scores)
+    fans = {name: sum(score.shape) for name, score in scores.items()}
+    kept = {}
+    left = sum(sizes.values()) * (1 - sparsity)
+    while len(kept) < len(sizes):
+        shared = {name: fan for name, fan in fans.items() if name not in kept}
+        scale = left / sum(shared.values())
+        full = {name: sizes[name] for name, fan in shared.items() if scale * fan > sizes[name]}
+        kept |= full or {name: round(scale * fan) for name, fan in shared.items()}
+        left -= sum(full.values())
+    return {name: kept[name] for name in sizes}
+
+
+def lamp(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
+    """Layer-adaptive magnitude pruning: the largest LAMP scores over all layers together are kept.
+
+    The LAMP score of a weight w is w^2 over the sum of v^2, in float64, over the weights v of its layer with |v| >= |w|,
+    w itself included (with another score than the magnitude, that score stands for |w|). Equal weights of a layer have
+    equal scores, except that the first of its largest weights counts as score 1, as it does without ties; so every layer
+    keeps a weight. A layer of zeros has score 0 elsewhere. On a tie the earlier layer goes first.
+
+    The budget is met exactly. When it is smaller than the number of layers, the earlier layers keep one weight each, and
+    the later ones none.
+
+    Lee et al. 2021, arXiv:2010.07611.
+    """
+    budget = _budget(scores, sparsity)
+    layers = [_LampBins(score) for score in scores.values()]
+    at_least = torch.stack([layer.at_least for layer in layers])
+    floor = torch.stack([layer.floor for layer in layers])
+
+    def first_sure(threshold: float) -> Tensor:
+        """For each layer the lowest bin of which every weight surely scores at least the threshold."""
+        return torch.searchsorted(floor, torch.full((len(floor), 1), threshold, dtype=floor.dtype))
+
+    def last_possible(threshold: float) -> Tensor:
+        """For each layer the lowest bin that may hold a weight that scores at least the threshold.
+
+        It is the next one: weights further below have smaller squares and larger sums than the floor of that bin.
+        """
+        return (first_sure(threshold) - 1).clamp(min=0)
+
+    def reaches_budget(lowest_bin: Callable[[float], Tensor]) -> Callable[[float], bool]:
+        return lambda threshold: int(at_least.gather(1, lowest_bin(threshold)).clamp(min=1).sum()) >= budget
+
+    # The score of the last weight kept lies between these two, so only the bins between their borders need a closer look.
+    low = last_possible(_largest_threshold(reaches_budget(first_sure)))
+    high = first_sure(math.nextafter(_largest_threshold(reaches_budget(last_possible)), 2))
+    kept = at_least.gather(1, high).squeeze(1)
+    undecided = [
+        layer.candidates(score, int(start), int(stop))
+        for layer, score, start, stop in zip(layers, scores.values(), low, high, strict=True)
+    ]
+    return _fill(scores, kept, undecided, budget)
+
+
+def custom(scores: Mapping[str, Tensor], config: str | PathLike | Mapping) -> dict[str, int | tuple[int, int]]:
+    """What the configuration says, per layer: the number of weights kept, or (n, m) for n of every m.
+
+    Raises:
+        PruningError: see `config.resolve_levels`.
+    """
+    return resolve_levels(config, {name: score.shape for name, score in scores.items()})
+
+
+PRUNERS: dict[str, Callable] = {pruner.__name__: pruner for pruner in (lamp, glob, unif, unifplus, erk, custom)}
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """The absolute value of each weight."""
+    return weight.abs()
+
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {score.__name__: score for score in (magnitude,)}
+
+
+# ---- helpers, not exported ----
+
+
+class _Scores(Mapping[str, Tensor]):
+    """Scores by parameter name, computed when asked for.
+
+    Two passes over the weights cost less time than touching the memory for a copy of them all, and no such memory. All
+    scores have one dtype, so that they compare: float64 when some weight has it, else float32 (half precision is exact
+    in it). They come on the CPU, where sums have one order: results do not depend on the device.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], score: Callable[[Tensor], Tensor]):
+        self._weights, self._score = weights, score
+        wide = any(weight.dtype == torch.float64 for weight in weights.values())
+        self._dtype = torch.float64 if wide else torch.float32
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> Tensor:
+        score = self._score(self._weights[name].to("cpu", self._dtype)).contiguous()
+        if not score.amax().isfinite():
+            raise PruningError(f"{name} has a weight that is NaN or infinite")
+        return score
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+class _LampBins:
+    """What the LAMP scores of a layer can be, as far as the bins of its weights tell."""
+
+    def __init__(self, score: Tensor):
+        # A power of two, so exact, that keeps the squares of extreme float64 weights in range.
+        self.scale = math.ldexp(1.0, -max(math.frexp(float(score.max()))[1], -1000))
+        self.at_least = patterns.suffix_sums(patterns.histogram(score))
+        self.squares = patterns.suffix_sums(patterns.histogram(score, self._square))
+        # No weight of a bin scores less than its floor. Floors never fall from a bin to the next.
+        self.floor = self._square(patterns.bin_edges(score.dtype)[:-1]) / self.squares[:-1]
+        self.floor[0] = 0.0  # also in a layer of zeros, where it would be 0 / 0
+
+    def candidates(self, score: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The LAMP scores in bins start to stop - 1, largest first, and how many weights have each."""
+        values, counts = _distinct(score, start, stop)
+        squares = self._square(values)
+        sums = self.squares[stop] + (squares * counts).cumsum(0)
+        lamp_scores = torch.where(sums > 0, squares / sums, 0.0)
+        if self.at_least[stop] == 0:  # the largest weight of the layer is among them
+            lamp_scores = torch.cat([torch.ones(1, dtype=lamp_scores.dtype), lamp_scores])
+            counts = torch.cat([counts.new_ones(1), counts[:1] - 1, counts[1:]])
+        return lamp_scores, counts
+
+    def _square(self, values: Tensor) -> Tensor:
+        return values.double().mul_(self.scale).square_()
+
+
+def _mask(score: Tensor, kept: int | tuple[int, int]) -> Tensor:
+    return patterns.n_of_m(score, *kept) if isinstance(kept, tuple) else patterns.k_largest(score, kept)
+
+
+def _check_request(pruner: str, sparsity, custom_config) -> None:
+    if pruner == "custom":
+        if sparsity is not None:
+            raise PruningError("pruner custom takes its sparsity from the configuration: expected no sparsity")
+        if custom_config is None:
+            raise PruningError("pruner custom needs a configuration: expected a YAML file")
+        return
+    if custom_config is not None:
+        raise PruningError(f"pruner {pruner} takes no custom configuration: expected a sparsity only")
+    if sparsity is None:
+        raise PruningError(f"pruner {pruner} needs a sparsity: expected a number in [0, 1)")
+    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real) or not 0 <= sparsity < 1:
+        raise PruningError(f"sparsity {sparsity!r}: expected a number in [0, 1)")
+
+
+def _sizes(scores: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: score.numel() for name, score in scores.items()}
+
+
+def _budget(scores: Mapping[str, Tensor], sparsity: float) -> int:
+    return round(sum(_sizes(scores).values()) * (1 - sparsity))
+
+
+def _remaining(n: int, sparsity: float) -> int:
+    return n - round(sparsity * n)
+
+
+def _distinct(score: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """The distinct scores in bins start to stop - 1, largest first, and how many weights have each."""
+    edges = patterns.bin_edges(score.dtype)
+    inside = score[(score >= edges[start]) & (score < edges[stop])]
+    values, counts = torch.unique(inside, return_counts=True)
+    return values.flip(0), counts.flip(0)
+
+
+def _fill(
+    scores: Mapping[str, Tensor], kept: Tensor, undecided: list[tuple[Tensor, Tensor]], budget: int
+) -> dict[str, int]:
+    """Adds to what each layer keeps the best of the undecided weights, until the budget is met.
+
+    `undecided` holds, for each layer, what weights are compared by and how many weights have each value.
+    """
+    layer = torch.repeat_interleave(torch.tensor([len(values) for values, _ in undecided]))
+    values, counts = (torch.cat(column) for column in zip(*undecided, strict=True))
+    best_first = values.argsort(descending=True, stable=True)  # stable: on a tie the earlier layer
+    layer, counts = layer[best_first], counts[best_first]
+    left = budget - kept.sum() - (counts.cumsum(0) - counts)
+    kept = kept.index_add(0, layer, left.clamp(min=0).minimum(counts))
+    return dict(zip(scores, kept.tolist(), strict=True))
+
+
+def _largest_threshold(holds: Callable[[float], bool]) -> float:
+    """The largest float64 in [0, 1] for which `holds`, which is true at 0 and false from some threshold on.
+
+    Non-negative floats are ordered as their bit patterns are, so bisecting the patterns takes 62 steps whatever the scale.
+    """
+
+    def threshold(bits: int) -> float:
+        return struct.unpack("<d", struct.pack("<q", bits))[0]
+
+    bits_of_one = struct.unpack("<q", struct.pack("<d", 1.0))[0]
+    return threshold(bisect_left(range(1, bits_of_one + 1), True, key=lambda bits: not holds(threshold(bits))))

@@ -1,0 +1,71 @@
+"""`TrainingState`: everything that a checkpoint holds and a resumed run needs."""
+
+import torch
+from timm.optim import create_optimizer
+from timm.scheduler import create_scheduler
+from timm.utils import ModelEmaV3
+
+import utils
+from utils import UserError, first_line
+
+
+class TrainingState:
+    """Model, masks, moving average, optimizer, schedule and loss scaler, and how far the training has come.
+
+    masks: a `sparsity_factory.Masks`, or None for a dense run; `pruner` says what made them.
+    epoch: the next epoch to train. step: optimizer steps taken. max_accuracy: the best top-1 so far, in percent.
+    """
+
+    def __init__(self, model, masks, pruner, args, device):
+        self.model, self.masks, self.pruner, self.args = model, masks, pruner, args
+        self.epoch, self.step, self.max_accuracy = args.start_epoch, 0, 0.0
+        self.ema = None
+        if args.model_ema:
+            self.ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+        settings = dict(vars(args))
+        if not args.unscale_lr:
+            settings["lr"] = args.lr * args.batch_size * utils.world_size() / 512
+        settings = type(args)(**settings)
+        try:
+            self.optimizer = create_optimizer(settings, model)
+            self.lr_scheduler, _ = create_scheduler(settings, self.optimizer)
+        except Exception as error:  # every optimizer has its own way to refuse
+            raise UserError(f"--opt {args.opt} --sched {args.sched}: {first_line(error)}") from None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=utils.choose_amp(args.amp, device) == torch.float16)
+
+    def state_dict(self) -> dict:
+        """DeiT's keys and this project's, in tensors, numbers, strings and plain containers only."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch - 1,
+            "step": self.step,
+            "max_accuracy": self.max_accuracy,
+            "args": vars(self.args),
+        }
+        if self.ema:
+            state["model_ema"] = self.ema.module.state_dict()
+        if self.masks:
+            state |= {"masks": self.masks.state_dict(), "pruner": self.pruner}
+        return state
+
+    def load(self, checkpoint: dict, source: str) -> None:
+        """Continues after the epoch at whose end the checkpoint was written. Model and masks are loaded already.
+
+        Raises UserError naming `source` when its training state is not of this run's kind.
+        """
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            if self.lr_scheduler:
+                self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
+            if self.ema:
+                self.ema.module.load_state_dict(checkpoint.get("model_ema", checkpoint["model"]))
+            if checkpoint.get("scaler"):
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            self.epoch = int(checkpoint["epoch"]) + 1
+            self.step = int(checkpoint.get("step", 0))
+            self.max_accuracy = float(checkpoint.get("max_accuracy", 0.0))
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{source}: its training state does not fit this run ({first_line(error)})") from None

@@ -1,0 +1,286 @@
+"""Process group, logging, seeding and checkpoints: what every part of the trainer leans on."""
+
+import argparse
+import datetime
+import os
+import pickle
+import random
+import re
+import tempfile
+import time
+from collections import defaultdict, deque
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+
+class UserError(Exception):
+    """A mistake of the user, told in one line; `main.py` prints it as `error: ...` and exits with status 2."""
+
+
+# Processes
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    return rank() == 0
+
+
+def log(*message) -> None:
+    """Prints on the first process only, at once (so that a log file can be followed)."""
+    if is_main_process():
+        print(*message, flush=True)
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that `--device` names; `auto` is this process's GPU where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: expected auto, cuda or cpu") from None
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(f"--device {name}: expected auto, cuda or cpu")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: no CUDA GPU is available here; use --device cpu or auto")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: process {local_rank} has no GPU of its own "
+                            f"({torch.cuda.device_count()} here); start fewer processes")
+        torch.cuda.set_device(device)
+    return device
+
+
+def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype that `--amp` means on this device, None for float32 throughout.
+
+    `auto` is bfloat16 where the device computes it in hardware; else float16 on a GPU and float32 on a CPU.
+    """
+    if name == "off":
+        return None
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if native else torch.float16
+    capabilities = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = any(getattr(torch.cpu, name, lambda: False)() for name in capabilities)
+    return torch.bfloat16 if native else None
+
+
+def init_process_group(device_name: str, dist_url: str = "env://") -> torch.device:
+    """Joins the processes that torchrun or SLURM started, and returns this process's device.
+
+    Reads RANK, WORLD_SIZE and LOCAL_RANK (torchrun), else SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID where
+    MASTER_ADDR says that the job was meant to be distributed. Without them the run has a single process.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        process, processes, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    elif "SLURM_PROCID" in env and "MASTER_ADDR" in env:
+        process, processes = int(env["SLURM_PROCID"]), int(env.get("SLURM_NTASKS", 1))
+        local = int(env.get("SLURM_LOCALID", 0))
+    else:
+        return choose_device(device_name)
+    device = choose_device(device_name, local)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=dist_url,
+                            rank=process, world_size=processes)
+    return device
+
+
+def on_first_process(compute):
+    """What `compute()` returns on process 0, on every process; an error it raises there is raised everywhere."""
+    if world_size() == 1:
+        return compute()
+    outcome = [None, None]
+    if is_main_process():
+        try:
+            outcome[0] = compute()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def sum_over_processes(values, device) -> list[float]:
+    """Element-wise float64 sum of a short list of numbers over all processes."""
+    total = torch.as_tensor(values, dtype=torch.float64, device=device)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def seed_everything(*key: int) -> None:
+    """Seeds every generator from a tuple such as (seed, epoch, position), so that no random choice has a past."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# Metrics, in DeiT's log format
+
+
+class SmoothedValue:
+    """A series of numbers, shown as the median of the last ones and the mean of all.
+
+    Tensors are kept on their device and read only when a figure is asked for: reading one waits for the device.
+    """
+
+    def __init__(self, window: int = 20, fmt: str = "{median:.4f} ({global_avg:.4f})"):
+        self.recent = deque(maxlen=window)
+        self.fmt = fmt
+        self.total = 0.0
+        self.count = 0
+
+    def update(self, value, n: int = 1) -> None:
+        self.recent.append(value)
+        self.total = self.total + value * n
+        self.count += n
+
+    @property
+    def global_avg(self) -> float:
+        return float(self.total) / max(self.count, 1)
+
+    def __str__(self) -> str:
+        recent = [float(value) for value in self.recent]
+        return self.fmt.format(median=float(np.median(recent)) if recent else 0.0, global_avg=self.global_avg,
+                               value=recent[-1] if recent else 0.0)
+
+
+class MetricLogger:
+    """Gathers named series and prints DeiT's progress lines while iterating over a loader."""
+
+    def __init__(self):
+        self.meters = defaultdict(SmoothedValue)
+
+    def add_meter(self, name: str, meter: SmoothedValue) -> None:
+        self.meters[name] = meter
+
+    def update(self, n: int = 1, **values) -> None:
+        for name, value in values.items():
+            self.meters[name].update(value, n)
+
+    def averages(self) -> dict[str, float]:
+        return {name: meter.global_avg for name, meter in self.meters.items()}
+
+    def synchronize(self, device) -> None:
+        """Makes every mean the mean over all processes."""
+        for meter in self.meters.values():
+            meter.total, meter.count = sum_over_processes([float(meter.total), meter.count], device)
+
+    def __str__(self) -> str:
+        return "  ".join(f"{name}: {meter}" for name, meter in self.meters.items())
+
+    def log_every(self, loader, print_freq: int, header: str):
+        """Yields the batches of `loader`; logs every `print_freq` of them, and the total time at the end."""
+        steps = len(loader)
+        width = len(str(steps))
+        iter_time, data_time = SmoothedValue(fmt="{global_avg:.4f}"), SmoothedValue(fmt="{global_avg:.4f}")
+        start = end = time.time()
+        for step, batch in enumerate(loader):
+            data_time.update(time.time() - end)
+            yield batch
+            iter_time.update(time.time() - end)
+            if step % print_freq == 0 or step == steps - 1:
+                eta = datetime.timedelta(seconds=int(iter_time.global_avg * (steps - 1 - step)))
+                memory = f"  max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}" if torch.cuda.is_available() else ""
+                log(f"{header}  [{step:{width}d}/{steps}]  eta: {eta}  {self}  "
+                    f"time: {iter_time}  data: {data_time}{memory}")
+            end = time.time()
+        total = time.time() - start
+        log(f"{header} Total time: {datetime.timedelta(seconds=int(total))} ({total / max(steps, 1):.4f} s / it)")
+
+
+# Checkpoints
+
+
+def save_checkpoint(content: dict, path) -> None:
+    """Writes `content` to `path` on process 0, whole or not at all: a temporary file is synced, then renamed."""
+    if not is_main_process():
+        return
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def append_line(path, line: str) -> None:
+    """Appends a line to a text file, on process 0."""
+    if is_main_process():
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def load_checkpoint(source: str) -> dict:
+    """Reads a checkpoint (`.pth`, `.safetensors`, or an https URL of a `.pth`) without running any code in it.
+
+    Returns a dict with at least `model`, a state dict of tensors; bare state dicts and those under `state_dict` are
+    wrapped. Raises UserError when the file is missing, damaged, or holds anything but tensors and plain containers.
+    """
+    try:
+        # DeiT's own training checkpoints carry their arguments as a Namespace, which is as harmless as a dict.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            if source.startswith("https://"):
+                content = torch.hub.load_state_dict_from_url(source, map_location="cpu", check_hash=True,
+                                                             weights_only=True, progress=is_main_process())
+            elif source.endswith(".safetensors"):
+                content = load_file(source)
+            else:
+                content = torch.load(source, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{source}: no such checkpoint") from None
+    except IsADirectoryError:
+        raise UserError(f"{source}: is a folder; give a checkpoint file in it") from None
+    except pickle.UnpicklingError as error:
+        kind = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
+        raise UserError(f"{source}: refused, it holds {kind[1] if kind else 'more'} where only tensors and plain "
+                        "containers are read") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, SafetensorError) as error:
+        raise UserError(f"{source}: cannot be read as a checkpoint ({first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: holds a {type(content).__name__}, expected a dict of weights")
+    for key in ("model", "state_dict"):
+        if isinstance(content.get(key), dict):
+            content = {**content, "model": content[key]}
+            break
+    else:
+        content = {"model": content}
+    weights = content["model"]
+    if not weights or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
+        raise UserError(f"{source}: has no state dict of tensors, neither at its top nor under `model`")
+    return content
+
+
+def first_line(error) -> str:
+    """The first line of an exception's message, for messages that must be one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).strip()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
