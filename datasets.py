@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
+from augment import repair_posterize
 from utils import UserError
 
 SAMPLE_PATH = Path(__file__).resolve().parent / "sample"
@@ -33,6 +34,7 @@ def build_transform(is_train: bool, args):
     """DeiT's transforms; images of 32 x 32 and less are cropped out of a padded image instead of being zoomed into."""
     small = args.input_size <= 32
     if is_train:
+        repair_posterize()
         transform = create_transform(
             input_size=args.input_size, is_training=True, color_jitter=args.color_jitter or None,
             auto_augment=args.aa if args.aa != "none" else None, interpolation=args.train_interpolation,

@@ -51,13 +51,13 @@ def main(args):
 
     accuracy = {}
     if newly_pruned:
-        log("Before pruning:")
-        accuracy["before pruning"] = test()["acc1"]
+        log("Accuracy before pruning")
+        accuracy["dense" if "masks" not in checkpoint else "before pruning"] = test()["acc1"]
     if masks:
         masks = Masks(model, masks)
-        log(sparsity_table(model, masks))
+        log(sparsity_table(model, masks.masks))
     if newly_pruned or args.eval:
-        log("Pruned, before finetuning:" if masks else "Evaluation:")
+        log("Accuracy after pruning" if masks else "Accuracy of the dense model")
         accuracy["pruned" if masks else "dense"] = test()["acc1"]
     if not args.eval:
         state = TrainingState(model, masks, pruner, args, device)
@@ -128,8 +128,12 @@ def prepare_masks(args, model, checkpoint) -> tuple[dict | None, dict | None, bo
         return stored, unpack(checkpoint["masks"]), False
     if not asked:
         return None, None, False
-    masks = utils.on_first_process(lambda: compute_masks(model, args.pruner, args.sparsity, asked["custom_config"]))
-    return asked, masks, True
+
+    def compute():
+        masks = compute_masks(model, args.pruner, args.sparsity, asked["custom_config"])
+        return {name: mask.cpu() for name, mask in masks.items()}
+
+    return asked, utils.on_first_process(compute), True
 
 
 def build_criterion(args, num_classes):

@@ -44,6 +44,8 @@ def build_model(name: str, num_classes: int, input_size: int, *, drop: float = 0
 
     try:
         model = create(pretrained=False)
+        with torch.no_grad():  # some architectures find out about a wrong size only when they are used
+            model.eval()(torch.zeros(1, 3, input_size, input_size))
     except Exception as error:  # each architecture has its own way to refuse
         raise UserError(f"--model {name} cannot be built for --input-size {input_size} ({first_line(error)})") from None
     if pretrained:

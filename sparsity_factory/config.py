@@ -167,7 +167,7 @@ def _from_patterns(level: Mapping, names: list[str], where: str) -> dict[str, tu
         entries |= dict.fromkeys(matched, entry)
     for name in names:
         if name not in entries:
-            raise PruningError(f"{where}: level says nothing of {name}: expected a default or a pattern that matches it")
+            raise PruningError(f"{where}: level says nothing of {name}: expected a default or a pattern that fits")
     return entries
 
 
@@ -185,8 +185,8 @@ def _parse_all(entries, where: str) -> list[tuple]:
         parsed.append((label, level))
     if oldest:
         label, (m, p), (n, _) = oldest[0]
-        more = f" (and {len(oldest) - 1} more)" if len(oldest) > 1 else ""
-        log.warning("%s: %s: [%d, %d] is read as group size and number pruned, so %d:%d%s", where, label, m, p, n, m, more)
+        reading = f"[{m}, {p}] is read as group size and number pruned, so {n}:{m}"
+        log.warning("%s: %s: %s%s", where, label, reading, f" (as {len(oldest) - 1} more)" if len(oldest) > 1 else "")
     return parsed
 
 
@@ -221,9 +221,8 @@ def _amount(label: str, level, name: str, shape: Sequence[int], where: str) -> i
         return total - round(level * total)
     n, m = level
     if shape[1] % m:
-        raise PruningError(
-            f"{where}: {label} is {_short(n)}:{_short(m)} for {name}: expected a group size that divides its {shape[1]} inputs"
-        )
+        found = f"{where}: {label} is {_short(n)}:{_short(m)}"
+        raise PruningError(f"{found}: expected a group size that divides the {shape[1]} inputs of {name}")
     return n, m
 
 

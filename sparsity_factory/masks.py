@@ -13,26 +13,28 @@ from .errors import PruningError
 def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weight of every `nn.Linear` except the classifier's, by parameter name, in model order.
 
-    The classifier is what `model.get_classifier()` returns, where the model has that method: a module, or a list or tuple
-    of them. A weight that several modules share appears once, under its first name; one shared with the classifier does
-    not appear. Linear layers whose weight is not a plain parameter (`torch.nn.utils.prune`, parametrizations) are left out.
+    The classifier is what `model.get_classifier()` returns, where the model has that method: a module, or a list or
+    tuple of them. A weight that several modules share appears once, under its first name; one shared with the
+    classifier does not appear. Linear layers whose weight is not a plain parameter (`torch.nn.utils.prune`,
+    parametrizations) are left out.
     """
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     seen = {id(module.weight) for module in _modules(classifier) if isinstance(module, nn.Linear)}
     weights = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and isinstance(module.weight, nn.Parameter) and module.weight.numel():
-            if id(module.weight) not in seen:
-                seen.add(id(module.weight))
-                weights[f"{name}.weight" if name else "weight"] = module.weight
+        if not isinstance(module, nn.Linear) or not isinstance(module.weight, nn.Parameter):
+            continue
+        if module.weight.numel() and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            weights[f"{name}.weight" if name else "weight"] = module.weight
     return weights
 
 
 class Masks:
     """Keeps the pruned weights of a model at zero.
 
-    The surviving weights follow exactly the path they would take if every layer computed with `weight * mask`, while the
-    model keeps its plain parameters: nothing is hooked, renamed or copied, and `copy.deepcopy(model)` works.
+    The surviving weights follow exactly the path they would take if every layer computed with `weight * mask`, while
+    the model keeps its plain parameters: nothing is hooked, renamed or copied, and `copy.deepcopy(model)` works.
 
         masks = Masks(model, compute_masks(model, "lamp", sparsity=0.65))
         loss.backward(); masks.apply_to_grads(); optimizer.step(); masks.apply()
@@ -48,7 +50,7 @@ class Masks:
         masks: the masks by parameter name, each on its weight's device.
 
     Raises:
-        PruningError: a name that is no prunable weight of the model, a wrong shape or dtype; the model is unchanged then.
+        PruningError: a name that is no prunable weight of the model, a wrong shape or dtype. Nothing is changed then.
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]):
@@ -81,10 +83,10 @@ class Masks:
         return 1 - sum(int(mask.count_nonzero()) for mask in self.masks.values()) / total if total else 0.0
 
     def state_dict(self) -> dict[str, dict]:
-        """The masks packed to one bit per weight; `torch.load(..., weights_only=True)` reads it, `unpack` unpacks it.
+        """The masks packed to one bit per weight, for `torch.load(..., weights_only=True)` and `unpack` to read.
 
-        Per name `{"bits": uint8 tensor, "shape": [rows, columns]}`: row-major, most significant bit first, the last byte
-        padded with zeros.
+        Per name `{"bits": uint8 tensor, "shape": [rows, columns]}`: row-major, most significant bit first, the last
+        byte padded with zeros.
         """
         return {
             name: {"bits": torch.from_numpy(np.packbits(mask.cpu().numpy())), "shape": list(mask.shape)}

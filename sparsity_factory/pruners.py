@@ -44,11 +44,12 @@ def compute_masks(
         score: a name in `SCORES`: how much a weight matters.
 
     Returns:
-        Parameter name to bool tensor of the weight's shape, on its device, True where the weight is kept; in model order.
+        Parameter name to bool tensor of the weight's shape, on its device, True where the weight is kept; in model
+        order.
 
     Raises:
-        PruningError: an unknown name, a sparsity or configuration that is wrong, missing or superfluous, a model without
-            prunable weights, a weight that is not finite.
+        PruningError: an unknown name, a sparsity or configuration that is wrong, missing or superfluous, a model
+            without prunable weights, a weight that is not finite.
     """
     if pruner not in PRUNERS:
         raise PruningError(f"unknown pruner {pruner!r}: expected one of {', '.join(PRUNERS)}")
@@ -100,8 +101,8 @@ def glob(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
 def erk(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
     """Erdos-Renyi kernel: a layer keeps a number of weights proportional to fan_in + fan_out.
 
-    A layer that would keep more than it has stays dense, and the rest of the budget is shared again. Each layer's share is
-    rounded by itself, so that the total may differ from the budget by half a weight per layer.
+    A layer that would keep more than it has stays dense, and the rest of the budget is shared again. Each layer's share
+    is rounded by itself, so that the total may differ from the budget by half a weight per layer.
 
     Evci et al. 2020, arXiv:1911.11134.
     """
@@ -121,13 +122,13 @@ def erk(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
 def lamp(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
     """Layer-adaptive magnitude pruning: the largest LAMP scores over all layers together are kept.
 
-    The LAMP score of a weight w is w^2 over the sum of v^2, in float64, over the weights v of its layer with |v| >= |w|,
-    w itself included (with another score than the magnitude, that score stands for |w|). Equal weights of a layer have
-    equal scores, except that the first of its largest weights counts as score 1, as it does without ties; so every layer
-    keeps a weight. A layer of zeros has score 0 elsewhere. On a tie the earlier layer goes first.
+    The LAMP score of a weight w is w^2 over the sum of v^2, in float64, over the weights v of its layer with
+    |v| >= |w|, w itself included (with another score than the magnitude, that score stands for |w|). Equal weights of a
+    layer have equal scores, except that the first of its largest weights counts as score 1, as it does without ties; so
+    every layer keeps a weight. A layer of zeros has score 0 elsewhere. On a tie the earlier layer goes first.
 
-    The budget is met exactly. When it is smaller than the number of layers, the earlier layers keep one weight each, and
-    the later ones none.
+    The budget is met exactly. When it is smaller than the number of layers, the earlier layers keep one weight each,
+    and the later ones none.
 
     Lee et al. 2021, arXiv:2010.07611.
     """
@@ -150,7 +151,7 @@ def lamp(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
     def reaches_budget(lowest_bin: Callable[[float], Tensor]) -> Callable[[float], bool]:
         return lambda threshold: int(at_least.gather(1, lowest_bin(threshold)).clamp(min=1).sum()) >= budget
 
-    # The score of the last weight kept lies between these two, so only the bins between their borders need a closer look.
+    # The score of the last weight kept lies between these two thresholds: only the bins between need a closer look.
     low = last_possible(_largest_threshold(reaches_budget(first_sure)))
     high = first_sure(math.nextafter(_largest_threshold(reaches_budget(last_possible)), 2))
     kept = at_least.gather(1, high).squeeze(1)
@@ -294,9 +295,9 @@ def _fill(
 
 
 def _largest_threshold(holds: Callable[[float], bool]) -> float:
-    """The largest float64 in [0, 1] for which `holds`, which is true at 0 and false from some threshold on.
+    """The largest float64 in [0, 1] for which `holds`, which is true at 0 and, if false anywhere, false from there on.
 
-    Non-negative floats are ordered as their bit patterns are, so bisecting the patterns takes 62 steps whatever the scale.
+    Non-negative floats are ordered as their bit patterns are, so bisecting those takes 62 steps whatever the scale.
     """
 
     def threshold(bits: int) -> float:

@@ -1,0 +1,65 @@
+import gzip
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import main
+from datasets import SAMPLE_PATH, read_idx
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    path.write_bytes(header + array.tobytes())
+
+
+@pytest.fixture(scope="session")
+def tiny_fashion(tmp_path_factory) -> Path:
+    """48 training and 61 test images of Fashion-MNIST as idx files, one of them gzipped."""
+    folder = tmp_path_factory.mktemp("tiny_fashion")
+    for prefix, count in (("train", 48), ("t10k", 61)):
+        for kind, ndim in (("images-idx3", 3), ("labels-idx1", 1)):
+            name = f"{prefix}-{kind}-ubyte"
+            write_idx(folder / name, read_idx(SAMPLE_PATH, name, ndim)[:count])
+    packed = folder / "t10k-labels-idx1-ubyte"
+    (folder / f"{packed.name}.gz").write_bytes(gzip.compress(packed.read_bytes()))
+    packed.unlink()
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_fashion) -> list[str]:
+    """Arguments for a run of three steps on the tiny data set, in float32."""
+    return ["--data-set", "FASHION", "--data-path", str(tiny_fashion), "--model", "deit_sample_patch4_28",
+            "--input-size", "28", "--batch-size", "16", "--epochs", "1", "--warmup-epochs", "0", "--num_workers", "0",
+            "--no-repeated-aug", "--amp", "off"]
+
+
+@pytest.fixture
+def run_main(tmp_path, monkeypatch, capfd):
+    """Runs the command line in this process, in an empty folder; returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv, status=0) -> str:
+        capfd.readouterr()
+        assert main.run([str(argument) for argument in argv]) == status
+        captured = capfd.readouterr()
+        return captured.err if status else captured.out
+
+    return run
+
+
+def start_main(*argv, cwd, processes=0, script=ROOT / "main.py", timeout=300) -> subprocess.CompletedProcess:
+    """Runs the command line in a process of its own, or under torchrun in as many as given."""
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    # Waiting threads that spin would take the cores from the other processes.
+    env = {**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*launcher, str(script), *map(str, argv)], cwd=cwd, env=env, capture_output=True, text=True,
+                          timeout=timeout)

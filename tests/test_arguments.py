@@ -1,0 +1,65 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from arguments import get_args_parser, parse_args
+from utils import UserError
+
+
+def test_without_a_data_path_the_presets_of_the_sample_apply_and_flags_win():
+    args = parse_args(["--lr", "0.25"])
+    assert args.model == "deit_sample_patch4_28"
+    assert args.input_size == 28
+    assert args.lr == 0.25
+
+
+def test_another_model_on_the_sample_has_deits_input_size():
+    args = parse_args(["--model", "deit_tiny_patch16_224"])
+    assert args.input_size == 224
+    assert parse_args(["--model", "deit_tiny_patch16_224", "--input-size", "32"]).input_size == 32
+
+
+def test_with_a_data_path_the_defaults_are_deits():
+    args = vars(parse_args(["--data-path", "somewhere"]))
+    reference = json.loads((Path(__file__).parent / "reference" / "deit_flags.json").read_text())
+    differs = {"data_path", "device"}
+    for flag in reference:
+        if flag["dest"] in args and flag["dest"] not in differs:
+            assert args[flag["dest"]] == flag["default"], flag
+
+
+def test_flags_are_spelt_as_in_deit():
+    ours = {option for action in get_args_parser()._actions for option in action.option_strings}
+    reference = json.loads((Path(__file__).parent / "reference" / "deit_flags.json").read_text())
+    known = {action.dest for action in get_args_parser()._actions}
+    for flag in reference:
+        if flag["dest"] in known:
+            assert set(flag["flags"]) <= ours
+
+
+def test_a_config_replaces_defaults_and_flags_win(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("batch-size: 8\nlr: 1e-3\nmodel_ema: false\nopt_betas: [0.8, 0.9]\nmixup: 0\n")
+    args = parse_args(["--config", str(path), "--lr", "0.5", "--data-path", "x"])
+    assert (args.batch_size, args.lr, args.model_ema, args.opt_betas, args.mixup) == (8, 0.5, False, [0.8, 0.9], 0.0)
+    assert parse_args(["--config", str(path)]).batch_size == 8  # over the presets of the sample too
+
+
+@pytest.mark.parametrize("content, message", [
+    ("batch_size: many", "batch_size: expected a value of type int"),
+    ("batch_sizes: 3", "batch_sizes: no such argument"),
+    ("model_ema: 3", "model_ema: expected true or false"),
+    ("amp: fp8", "amp: expected one of"),
+    ("- a", "expected a mapping"),
+    ("lr: [1, 2]", "lr: expected a value of type float"),
+    ("config: other.yaml", "config: no such argument"),
+    ("lr: !!python/name:os.system ''", "tag"),
+])
+def test_a_wrong_config_is_told_in_one_line(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        parse_args(["--config", str(path)])
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)

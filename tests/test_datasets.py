@@ -1,0 +1,93 @@
+import gzip
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_idx
+from PIL import Image
+
+from datasets import SAMPLE_PATH, FashionMNIST, build_dataset, build_transform
+from utils import UserError
+
+
+def options(**changes):
+    defaults = dict(data_set="IMNET", data_path="", input_size=28, color_jitter=0.3, aa="rand-m9-mstd0.5-inc1",
+                    train_interpolation="bicubic", reprob=0.25, remode="pixel", recount=1, eval_crop_ratio=0.875)
+    return Namespace(**{**defaults, **changes})
+
+
+def save_images(root, classes, size=(40, 30)):
+    for split in ("train", "val"):
+        for number, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", size, (number, 0, 0)).save(folder / "a.png")
+
+
+def test_the_built_in_sample_is_balanced_and_of_the_promised_size():
+    for is_train, count in ((True, 600), (False, 200)):
+        data, num_classes = build_dataset(is_train, options())
+        assert num_classes == 10
+        assert np.bincount(data.labels).tolist() == [count] * 10
+
+
+def test_idx_files_are_read_plain_and_gzipped(tmp_path):
+    images, labels = np.arange(2 * 4 * 3, dtype=np.uint8).reshape(2, 4, 3), np.array([3, 1], np.uint8)
+    write_idx(tmp_path / "train-images-idx3-ubyte", images)
+    write_idx(tmp_path / "plain", labels)
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress((tmp_path / "plain").read_bytes()))
+    data = FashionMNIST(tmp_path, is_train=True)
+    image, label = data[1]
+    assert label == 1
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image)[:, :, 0], images[1])
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: content[:-1], lambda content: content + b"x", lambda content: b"", lambda content: b"\1" + content[1:],
+    lambda content: content[:4] + b"\xff" * 4 + content[8:]])
+def test_damaged_idx_files_are_refused(tmp_path, damage):
+    for name, array in (("images-idx3", np.zeros((2, 4, 3), np.uint8)), ("labels-idx1", np.zeros(2, np.uint8))):
+        write_idx(tmp_path / f"train-{name}-ubyte", array)
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match="train-images"):
+        FashionMNIST(tmp_path, is_train=True)
+
+
+def test_a_truncated_gzip_file_is_refused(tmp_path):
+    packed = (SAMPLE_PATH / "train-labels-idx1-ubyte.gz").read_bytes()
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(packed[:1000])
+    write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((2, 4, 3), np.uint8))
+    with pytest.raises(UserError, match="damaged"):
+        FashionMNIST(tmp_path, is_train=True)
+
+
+def test_the_number_of_classes_comes_from_the_folder(tmp_path):
+    save_images(tmp_path, ["cat", "dog", "eel"])
+    data, num_classes = build_dataset(False, options(data_path=str(tmp_path)))
+    assert num_classes == 3
+    assert [data[i][1] for i in range(3)] == [0, 1, 2]
+
+
+def test_part_of_imagenet_keeps_the_labels_of_imagenet(tmp_path):
+    save_images(tmp_path, ["n01440764", "n02102040", "n03888257"])  # tench, English springer, parachute
+    data, num_classes = build_dataset(False, options(data_path=str(tmp_path)))
+    assert num_classes == 1000
+    assert [data[i][1] for i in range(3)] == [0, 217, 701]
+
+
+@pytest.mark.parametrize("size", [28, 32, 64])
+def test_transforms_give_images_of_the_input_size(size):
+    image = Image.new("RGB", (50, 40))
+    for is_train in (True, False):
+        assert build_transform(is_train, options(input_size=size))(image).shape == (3, size, size)
+
+
+def test_evaluation_of_a_small_image_of_the_right_size_changes_nothing_but_the_scale():
+    pixels = np.random.RandomState(0).randint(0, 256, (28, 28, 3), dtype=np.uint8)
+    tensor = build_transform(False, options())(Image.fromarray(pixels))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    restored = (tensor.permute(1, 2, 0) * std + mean) * 255
+    assert np.allclose(restored.numpy(), pixels, atol=1e-3)

@@ -1,0 +1,50 @@
+"""Two real processes under torchrun."""
+
+import re
+
+import torch
+from conftest import ROOT, start_main
+
+LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]
+# The tiny data set has 48 training images: three steps of 16, or of 8 in each of two processes.
+PLAIN = ["--drop-path", "0", "--mixup", "0", "--cutmix", "0"]
+
+
+def test_all_processes_have_the_masks_of_the_first(tmp_path):
+    result = start_main(tmp_path, cwd=tmp_path, processes=2, script=ROOT / "tests" / "share_masks.py")
+    assert result.returncode == 0, result.stderr
+    first, second = (torch.load(tmp_path / f"masks{rank}.pth", weights_only=True) for rank in range(2))
+    assert len(first) == 24
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, tiny):
+    for name, processes, batch in (("one", 0, 16), ("two", 2, 8)):
+        result = start_main(*tiny, *LAMP, *PLAIN, "--batch-size", batch, "--output_dir", name, "--dist-eval",
+                            cwd=tmp_path, processes=processes)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("Max accuracy") == 1
+    one, two = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("one", "two"))
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(two["model"][name], weight, atol=1e-5, rtol=1e-3)
+    assert str(one["masks"]) == str(two["masks"])
+
+
+def test_shared_evaluation_counts_each_image_once(tmp_path):
+    """2,000 test images in batches of 96 give 21 batches: one process has a batch more, and the last is smaller."""
+    counts = []
+    for processes in (0, 2):
+        result = start_main("--eval", "--dist-eval", *LAMP, "--amp", "off", cwd=tmp_path, processes=processes)
+        assert result.returncode == 0, result.stderr
+        counts.append(re.findall(r"\* Acc@1 .*", result.stdout))
+    assert len(counts[0]) == 2
+    assert counts[0] == counts[1]
+
+
+def test_a_mistake_under_torchrun_ends_every_process_and_is_told_once(tmp_path):
+    for flags in (["--pruner", "lamp"], ["--finetune", "missing.pth"], ["--pruner", "unifplus", "--sparsity", "0.95"]):
+        result = start_main(*flags, cwd=tmp_path, processes=2)
+        assert result.returncode != 0
+        assert result.stderr.count("error: ") == 1, result.stderr
+        assert "Traceback (most recent call last):\n  File \"" + str(ROOT / "main.py") not in result.stderr
+    assert not list(tmp_path.iterdir())

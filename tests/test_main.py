@@ -1,0 +1,183 @@
+"""Whole runs of the command line, on a tiny data set and on the built-in sample."""
+
+import json
+import re
+
+import pytest
+import timm
+import torch
+from conftest import ROOT, start_main
+
+import utils
+from arguments import read_preset
+from sparsity_factory import unpack
+
+LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_first_command_prunes_the_sample_finetunes_it_and_says_how_good_it_is(tmp_path):
+    result = start_main(*LAMP, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "built-in sample" in result.stdout
+    assert "--data-path" in result.stdout
+    assert re.search(r"blocks\.0\.attn\.qkv\.weight +288 x 96 +[\d,]+ +27,648 +\d+\.\d+%", result.stdout)
+    assert re.search(r"prunable weights +232,243 +663,552 +65\.00%", result.stdout)
+    assert re.search(r"Epoch: \[0\]  \[10/93\]  eta: \d:\d\d:\d\d  lr: [\d.]+  loss: ", result.stdout)
+    accuracy = re.search(r"dense ([\d.]+) %, pruned ([\d.]+) %, finetuned ([\d.]+) %", result.stdout)
+    dense, pruned, finetuned = map(float, accuracy.groups())
+    assert dense > 89
+    assert pruned < finetuned
+    assert finetuned > dense - 1
+    folder = tmp_path / "output" / "sample"
+    assert {path.name for path in folder.iterdir()} == {"checkpoint.pth", "best_checkpoint.pth", "log.txt"}
+    assert "output/sample" in result.stdout
+
+
+def test_a_checkpoint_is_plain_and_its_pruned_weights_are_zero(run_main, tiny, tmp_path):
+    run_main(*tiny, *LAMP, "--output_dir", "out", "--clip-grad", "1")
+    checkpoint = read(tmp_path / "out/checkpoint.pth")
+    assert {"model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args", "masks", "pruner",
+            "step"} <= checkpoint.keys()
+    assert checkpoint["pruner"] == {"name": "lamp", "sparsity": 0.65, "custom_config": None}
+    assert checkpoint["epoch"] == 0
+    assert checkpoint["step"] == 3
+    timm.create_model("deit_sample_patch4_28").load_state_dict(checkpoint["model"])
+    for name, mask in unpack(checkpoint["masks"]).items():
+        for weights in (checkpoint["model"], checkpoint["model_ema"]):
+            assert not weights[name][~mask].any()
+            assert weights[name][mask].all()
+
+
+def test_log_txt_has_a_json_object_per_epoch(run_main, tiny, tmp_path):
+    run_main(*tiny, *LAMP, "--output_dir", "out", "--epochs", "2")
+    lines = [json.loads(line) for line in (tmp_path / "out/log.txt").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert {"train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "n_parameters"} <= lines[0].keys()
+
+
+def test_resume_continues_to_the_bit_and_knows_its_masks(run_main, tiny, tmp_path, monkeypatch):
+    recipe = [*tiny, "--epochs", "3", "--drop-path", "0.2", "--clip-grad", "1"]
+    run_main(*recipe, *LAMP, "--output_dir", "whole")
+    save = utils.save_checkpoint
+
+    def stop_after_the_first_epoch(content, path):
+        save(content, path)
+        if path.name == "checkpoint.pth":
+            raise utils.UserError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "save_checkpoint", stop_after_the_first_epoch)
+        run_main(*recipe, *LAMP, "--output_dir", "parts", status=2)
+    run_main(*recipe, "--output_dir", "parts", "--resume", "parts/checkpoint.pth")
+    whole, parts = (read(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+    assert same(whole["model"], parts["model"])
+    assert same(whole["model_ema"], parts["model_ema"])
+    assert whole["step"] == parts["step"] == 9
+    assert parts["pruner"]["name"] == "lamp"
+    assert str(whole["optimizer"]) == str(parts["optimizer"])
+
+
+@pytest.fixture
+def pruned(run_main, tiny):
+    run_main(*tiny, *LAMP, "--output_dir", "pruned")
+    return "pruned/checkpoint.pth"
+
+
+def test_resume_with_other_pruning_flags_is_refused(run_main, tiny, pruned):
+    for flags in (["--pruner", "glob", "--sparsity", "0.65"], ["--pruner", "lamp", "--sparsity", "0.5"]):
+        error = run_main(*tiny, *flags, "--resume", pruned, status=2)
+        assert "lamp" in error
+        assert "--finetune" in error
+    run_main(*tiny, *LAMP, "--resume", pruned, "--epochs", "2")
+
+
+def test_a_pruned_checkpoint_is_evaluated_as_it_was_left(run_main, tiny, pruned):
+    outputs = [run_main(*tiny, "--eval", flag, pruned) for flag in ("--resume", "--finetune")]
+    accuracies = {re.search(r"\* Acc@1 ([\d.]+)", output)[1] for output in outputs}
+    assert len(accuracies) == 1
+    assert all("65.00%" in output for output in outputs)
+
+
+def test_finetune_keeps_the_masks_unless_a_pruner_asks_for_new_ones(run_main, tiny, pruned, tmp_path):
+    run_main(*tiny, "--finetune", pruned, "--output_dir", "kept")
+    run_main(*tiny, "--finetune", pruned, "--output_dir", "anew", "--pruner", "glob", "--sparsity", "0.8")
+    old, kept, anew = (read(tmp_path / name / "checkpoint.pth") for name in ("pruned", "kept", "anew"))
+    assert str(old["masks"]) == str(kept["masks"])
+    assert old["pruner"] == kept["pruner"]
+    assert anew["pruner"]["name"] == "glob"
+    masks = unpack(anew["masks"])
+    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.2 * sum(m.numel() for m in masks.values()))
+
+
+def test_a_dense_checkpoint_is_pruned_after_it_is_loaded(run_main, tiny):
+    run_main(*tiny, "--output_dir", "dense")
+    output = run_main(*tiny, *LAMP, "--eval", "--resume", "dense/checkpoint.pth")
+    assert "65.00%" in output
+    assert re.search(r"dense [\d.]+ %, pruned [\d.]+ %$", output.strip())
+
+
+def test_a_dense_run_is_not_continued_as_a_pruned_one(run_main, tiny):
+    run_main(*tiny, "--output_dir", "dense")
+    assert "--finetune" in run_main(*tiny, *LAMP, "--resume", "dense/checkpoint.pth", status=2)
+
+
+def test_bare_weights_from_elsewhere_are_pruned_and_trained(run_main, tiny, tmp_path):
+    torch.save({"model": timm.create_model("deit_sample_patch4_28").state_dict()}, tmp_path / "released.pth")
+    run_main(*tiny, *LAMP, "--resume", "released.pth", "--output_dir", "out")
+    assert read(tmp_path / "out/checkpoint.pth")["pruner"]["name"] == "lamp"
+
+
+def test_without_a_pruner_it_trains_dense(run_main, tiny, tmp_path):
+    run_main(*tiny, "--no-pretrained", "--output_dir", "out")
+    checkpoint = read(tmp_path / "out/checkpoint.pth")
+    assert "masks" not in checkpoint
+    assert all(value.all() for name, value in checkpoint["model"].items() if name.endswith("qkv.weight"))
+
+
+def test_a_custom_yaml_prunes_and_is_remembered(run_main, tiny, tmp_path):
+    (tmp_path / "c.yaml").write_text('sparsity:\n  mode: nxm\n  level: {default: 2:4, "blocks.0.*": dense}\n')
+    output = run_main(*tiny, "--pruner", "custom", "--custom-config", "c.yaml", "--output_dir", "out")
+    assert re.search(r"blocks\.0\.attn\.qkv\.weight .* 0\.00%", output)
+    assert re.search(r"blocks\.1\.attn\.qkv\.weight .* 50\.00%", output)
+    mask = unpack(read(tmp_path / "out/checkpoint.pth")["masks"])["blocks.1.mlp.fc1.weight"]
+    assert (mask.reshape(-1, 4).sum(1) == 2).all()
+    run_main(*tiny, "--pruner", "custom", "--custom-config", "c.yaml", "--resume", "out/checkpoint.pth", "--epochs", "2")
+
+
+@pytest.mark.parametrize("flags", [
+    ["--bce-loss"], ["--bce-loss", "--mixup", "0", "--cutmix", "0"], ["--mixup", "0", "--cutmix", "0"],
+    ["--repeated-aug"], ["--mixup-mode", "elem"], ["--cutmix-minmax", "0.2", "0.8"], ["--no-model-ema"],
+    ["--model-ema-force-cpu"], ["--attn-only"], ["--opt", "sgd", "--sched", "step"], ["--amp", "bfloat16"],
+    ["--amp", "float16"], ["--smoothing", "0", "--mixup", "0", "--cutmix", "0"]], ids=" ".join)
+def test_recipes_that_a_flag_changes_run_and_stay_sparse(run_main, tiny, tmp_path, flags):
+    run_main(*tiny, *LAMP, "--output_dir", "out", *flags)
+    checkpoint = read(tmp_path / "out/checkpoint.pth")
+    for name, mask in unpack(checkpoint["masks"]).items():
+        assert torch.equal(checkpoint["model"][name] != 0, mask)
+
+
+def test_workers_change_nothing(run_main, tiny, tmp_path):
+    for workers in (0, 2):
+        run_main(*tiny, "--num_workers", workers, "--output_dir", f"out{workers}")
+    assert same(*(read(tmp_path / f"out{workers}/checkpoint.pth")["model"] for workers in (0, 2)))
+
+
+def test_an_interrupted_write_leaves_the_old_checkpoint_whole(tmp_path):
+    utils.save_checkpoint({"a": 1}, tmp_path / "c.pth")
+    with pytest.raises(Exception, match="pickle"):
+        utils.save_checkpoint({"a": lambda: 1}, tmp_path / "c.pth")
+    assert read(tmp_path / "c.pth") == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["c.pth"]
+
+
+def test_every_run_preset_is_valid():
+    for path in (ROOT / "configs" / "run").glob("*.yaml"):
+        assert read_preset(path)

@@ -1,0 +1,256 @@
+"""Which weights are prunable, and how `Masks` keeps them pruned."""
+
+import copy
+import io
+
+import pytest
+import timm
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import clip_grad_norm_, prune
+
+from sparsity_factory import Masks, PruningError, compute_masks, prunable_weights, unpack
+
+
+def two_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(10, 7), nn.ReLU(), nn.Linear(7, 3))
+
+
+def tiny_vit() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(
+        "deit_tiny_patch16_224", img_size=32, embed_dim=24, depth=3, num_heads=3, num_classes=5, drop_path_rate=0.3
+    )
+
+
+# ---- which weights are prunable ----
+
+
+def test_deit_small_has_48_prunable_weights_in_model_order():
+    with torch.device("meta"):
+        model = timm.create_model("deit_small_patch16_224")
+    layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert list(prunable_weights(model)) == [f"blocks.{b}.{layer}.weight" for b in range(12) for layer in layers]
+
+
+class WithClassifier(nn.Module):
+    def __init__(self, classifier):
+        super().__init__()
+        self.body, self.head, self.head_dist = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+        self.classifier = lambda: classifier(self)
+
+    def get_classifier(self):
+        return self.classifier()
+
+
+@pytest.mark.parametrize(
+    ("classifier", "expected"),
+    [
+        (lambda model: model.head, ["body.weight", "head_dist.weight"]),
+        (lambda model: (model.head, model.head_dist), ["body.weight"]),
+        (lambda model: [[model.head], (model.head_dist,)], ["body.weight"]),
+        (lambda model: nn.Sequential(nn.ReLU(), model.head), ["body.weight", "head_dist.weight"]),
+        (lambda model: nn.Identity(), ["body.weight", "head.weight", "head_dist.weight"]),
+        (lambda model: None, ["body.weight", "head.weight", "head_dist.weight"]),
+    ],
+)
+def test_whatever_the_model_calls_its_classifier_is_not_prunable(classifier, expected):
+    assert list(prunable_weights(WithClassifier(classifier))) == expected
+
+
+def test_a_shared_linear_or_weight_counts_once_under_its_first_name():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": nn.Linear(4, 4), "c": shared, "d": nn.Linear(4, 4)})
+    model["d"].weight = model["b"].weight
+    assert list(prunable_weights(model)) == ["a.weight", "b.weight"]
+    Masks(model, compute_masks(model, "unif", 0.5))
+    assert model["c"].weight.count_nonzero() == model["d"].weight.count_nonzero() == 8
+
+
+def test_a_lone_linear_is_prunable():
+    layer = nn.Linear(4, 4)
+    assert list(prunable_weights(layer)) == ["weight"]
+    assert Masks(layer, compute_masks(layer, "lamp", 0.5)).sparsity() == 0.5
+
+
+# ---- keeping them pruned ----
+
+
+def train(model: nn.Module, weights_of, masks: Masks | None) -> nn.Module:
+    """Eight steps of AdamW with weight decay, clipping, drop path and an average of the weights, which is returned."""
+    ema = ModelEmaV3(model, decay=0.9) if masks else None
+    # Biases and weights in one fixed order, so that the clipped norm is summed alike in both runs.
+    parameters = weights_of(model)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+    data = torch.Generator().manual_seed(1)
+    torch.manual_seed(2)  # drop path
+    for _ in range(8):
+        images = torch.randn(4, 3, 32, 32, generator=data)
+        labels = torch.randint(5, (4,), generator=data)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        if masks:
+            masks.apply_to_grads()
+        assert clip_grad_norm_(parameters, 0.5) > 0.5  # clipping does clip
+        optimizer.step()
+        if masks:
+            masks.apply()
+            ema.update(model)
+    return ema
+
+
+def test_training_follows_the_path_of_the_reparametrised_network_and_pruned_weights_stay_zero():
+    ours, theirs = tiny_vit(), tiny_vit()
+    chosen = compute_masks(ours, "lamp", 0.65)
+    ema = train(ours.train(), lambda model: list(model.parameters()), Masks(ours, chosen))
+
+    names = [name for name, _ in theirs.named_parameters()]
+    for name, mask in chosen.items():
+        prune.custom_from_mask(theirs.get_submodule(name.removesuffix(".weight")), "weight", mask)
+    reparametrised = dict(theirs.named_parameters())
+    train(theirs.train(), lambda model: [reparametrised.get(name, reparametrised.get(f"{name}_orig")) for name in names],
+          None)  # fmt: skip
+
+    moved = 0.0
+    for name in names:
+        expected = reparametrised.get(name, reparametrised.get(f"{name}_orig"))
+        mask = chosen.get(name, torch.ones_like(expected, dtype=torch.bool))
+        torch.testing.assert_close(ours.get_parameter(name)[mask], expected[mask], rtol=1e-5, atol=1e-6)
+        moved = max(moved, (tiny_vit().get_parameter(name) - expected)[mask].abs().max().item())
+    assert moved > 1e-2
+    for name, mask in chosen.items():
+        for model in (ours, ema.module):
+            weight = model.get_parameter(name)
+            assert not weight[~mask].any()
+            assert weight[mask].all()
+
+
+def test_masks_are_applied_at_construction_and_leave_survivors_untouched():
+    model = two_layers()
+    before = copy.deepcopy(model)
+    masks = compute_masks(model, "unif", 0.5)
+    assert Masks(model, masks).sparsity() == pytest.approx(0.5, abs=0.01)
+    for name, mask in masks.items():
+        assert torch.equal(model.get_parameter(name), before.get_parameter(name) * mask)
+    assert torch.equal(model[0].bias, before[0].bias)
+
+
+def test_only_existing_gradients_are_masked():
+    model = two_layers()
+    masks = Masks(model, compute_masks(model, "unif", 0.5))
+    masks.apply_to_grads()
+    assert model[0].weight.grad is None
+    model[0].weight.grad = torch.ones(7, 10)
+    masks.apply_to_grads()
+    assert torch.equal(model[0].weight.grad.bool(), masks.masks["0.weight"])
+
+
+def test_a_masked_model_can_be_copied_and_has_its_plain_parameters():
+    model = two_layers()
+    names = list(model.state_dict())
+    Masks(model, compute_masks(model, "lamp", 0.5))
+    copied = copy.deepcopy(model)
+    assert list(copied.state_dict()) == names
+    assert torch.equal(copied(torch.ones(1, 10)), model(torch.ones(1, 10)))
+
+
+def test_masks_work_on_the_device_of_the_weights():
+    with FakeTensorMode():
+        layer = nn.Linear(10, 7, device="cuda")
+        layer.weight.grad = torch.empty(7, 10, device="cuda")
+        masks = Masks(layer, {"weight": torch.ones(7, 10, dtype=torch.bool)})
+        masks.apply()
+        masks.apply_to_grads()
+        for tensor in (masks.masks["weight"], layer.weight, layer.weight.grad):
+            assert tensor.device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [
+        ("1.weight", torch.ones(7, 10, dtype=torch.bool)),
+        ("0.bias", torch.ones(7, dtype=torch.bool)),
+        ("0.weight", torch.ones(10, 7, dtype=torch.bool)),
+        ("0.weight", torch.ones(7, 10)),
+        ("0.weight", [[True] * 10] * 7),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_an_error_that_names_it_and_changes_nothing(name, mask):
+    model = two_layers()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PruningError, match=f"mask '{name}'"):
+        Masks(model, {"2.weight": torch.zeros(3, 7, dtype=torch.bool), name: mask})
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+# ---- saving and loading ----
+
+
+def test_masks_survive_a_file_that_is_read_with_weights_only():
+    model = two_layers()
+    masks = Masks(model, compute_masks(model, "lamp", 0.5))
+    file = io.BytesIO()
+    torch.save(masks.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    assert state["2.weight"]["bits"].numel() == 3  # 21 weights
+    fresh = two_layers()
+    restored = Masks(fresh, unpack(state))
+    assert list(restored.masks) == list(masks.masks)
+    assert all(torch.equal(restored.masks[name], mask) for name, mask in masks.masks.items())
+    assert torch.equal(fresh[0].weight, model[0].weight)
+
+
+def test_loading_replaces_the_masks_and_applies_them():
+    model, other = two_layers(), two_layers()
+    masks = Masks(model, compute_masks(model, "unif", 0.2))
+    masks.load_state_dict(Masks(other, compute_masks(other, "unif", 0.8)).state_dict())
+    assert masks.sparsity() == pytest.approx(0.8, abs=0.01)
+    assert torch.equal(model[0].weight, other[0].weight)
+
+
+def damaged(change):
+    model = two_layers()
+    state = Masks(model, compute_masks(model, "unif", 0.5)).state_dict()
+    return change(state) or state
+
+
+HUGE = torch.zeros(1, dtype=torch.uint8).expand(2**40)  # one byte of storage
+DAMAGES = {
+    "no dictionary": (lambda state: [1], "not a dictionary"),
+    "missing name": (lambda state: {"0.weight": state["0.weight"]}, "'2.weight' is missing"),
+    "unexpected name": (lambda state: state.update({"4.weight": state["0.weight"].copy()}), "'4.weight'"),
+    "name of no text": (lambda state: {3: state["0.weight"]}, "'3'"),
+    "other shape": (lambda state: state["0.weight"].update(shape=[10, 7]), "expected shape"),
+    "negative shape": (lambda state: state["0.weight"].update(shape=[-7, -10]), "positive"),
+    "huge shape": (lambda state: state["0.weight"].update(shape=[2**30, 2**30]), "bytes"),
+    "repeated byte": (lambda state: state["0.weight"].update(bits=HUGE, shape=[2**20, 2**23]), "contiguous"),
+    "endless shape": (lambda state: state["0.weight"].update(shape=[1] * 10**6), "dimensions"),
+    "boolean shape": (lambda state: state["0.weight"].update(shape=[True, 70]), "positive"),
+    "shape of no list": (lambda state: state["0.weight"].update(shape=70), "shape"),
+    "too few bytes": (lambda state: state["0.weight"].update(bits=torch.zeros(8, dtype=torch.uint8)), "9 contiguous"),
+    "other dtype": (lambda state: state["0.weight"].update(bits=torch.zeros(9)), "uint8"),
+    "no storage": (
+        lambda state: state["0.weight"].update(bits=torch.zeros(9, dtype=torch.uint8, device="meta")),
+        "uint8",
+    ),
+    "no tensor": (lambda state: state["0.weight"].update(bits=b"123456789"), "uint8"),
+    "missing part": (lambda state: state["0.weight"].pop("shape") and None, "bits and a shape"),
+    "shared bytes": (lambda state: state["2.weight"].update(bits=state["0.weight"]["bits"][:3]), "shares"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_masks_are_a_one_line_error_and_change_nothing(damage):
+    change, message = DAMAGES[damage]
+    model = two_layers()
+    masks = Masks(model, compute_masks(model, "unif", 0.1))
+    before, weight = dict(masks.masks), model[0].weight.clone()
+    with pytest.raises(PruningError, match=message) as error:
+        masks.load_state_dict(damaged(change))
+    assert "\n" not in str(error.value)
+    assert all(masks.masks[name] is mask for name, mask in before.items())
+    assert torch.equal(model[0].weight, weight)

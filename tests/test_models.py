@@ -1,0 +1,79 @@
+import pytest
+import timm
+import torch
+
+from models import adapt_weights, build_model, load_weights, resize_pos_embed, train_attention_only
+from utils import UserError
+
+TINY = dict(embed_dim=24, depth=1, num_heads=2)
+
+
+def test_the_sample_model_comes_with_weights_through_timm():
+    weights = timm.create_model("deit_sample_patch4_28", pretrained=True).state_dict()
+    again = build_model("deit_sample_patch4_28", 10, 28, pretrained=True).state_dict()
+    fresh = build_model("deit_sample_patch4_28", 10, 28).state_dict()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert not torch.equal(weights["head.weight"], fresh["head.weight"])
+
+
+def test_another_number_of_classes_starts_with_a_fresh_head():
+    model = build_model("deit_sample_patch4_28", 3, 28, pretrained=True)
+    assert model.head.weight.shape == (3, 96)
+
+
+@pytest.mark.parametrize("name, size, message", [
+    ("deit_smal_patch16_224", 224, "did you mean deit_small_patch16_224"),
+    ("xyz", 224, "list_models"),
+    ("deit_tiny_patch16_224", 8, "--input-size 8"),
+    ("swin_tiny_patch4_window7_224", 1, "--input-size 1"),
+])
+def test_a_model_that_cannot_be_built_is_told_in_one_line(name, size, message):
+    with pytest.raises(UserError, match=message) as error:
+        build_model(name, 10, size)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, tokens", [
+    ("deit_tiny_patch16_224", 1), ("deit_tiny_distilled_patch16_224", 2), ("deit3_small_patch16_224", 0)])
+def test_weights_of_another_resolution_keep_their_tokens_and_bend_their_grid(name, tokens):
+    small = timm.create_model(name, img_size=64, num_classes=10, **TINY)
+    large = timm.create_model(name, img_size=96, num_classes=10, **TINY)
+    weights = adapt_weights(large, small.state_dict())
+    load_weights(large, weights, "small.pth")
+    assert torch.equal(large.pos_embed[:, :tokens], small.pos_embed[:, :tokens])
+    assert large.pos_embed.shape[1] == 36 + tokens
+
+
+def test_a_resized_position_embedding_keeps_rows_and_columns_where_they_were():
+    ramp = torch.arange(6.0).repeat(6, 1).reshape(1, 36, 1)  # grows along a row, the same in every row
+    resized = resize_pos_embed(ramp, 144, num_tokens=0).reshape(12, 12)
+    assert torch.allclose(resized, resized[0].expand(12, 12), atol=1e-5)
+    assert torch.allclose(resized[0, 2:10], torch.arange(2, 10) / 2 - 0.25, atol=0.1)
+
+
+def test_the_head_of_another_number_of_classes_is_dropped():
+    old = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=10, **TINY)
+    new = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=7, **TINY)
+    weights = adapt_weights(new, old.state_dict())
+    assert torch.equal(weights["head_dist.weight"], new.head_dist.weight)
+    assert torch.equal(weights["cls_token"], old.cls_token)
+
+
+def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded():
+    model = timm.create_model("deit_tiny_patch16_224", num_classes=10, **TINY)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for change, message in (({"pos_embed": torch.zeros(1)}, "pos_embed"), ({"extra": torch.zeros(1)}, "extra")):
+        weights = {name: value + 1 for name, value in before.items()} | change
+        with pytest.raises(UserError, match=message):
+            load_weights(model, weights, "x.pth")
+    with pytest.raises(UserError, match="cls_token is missing"):
+        load_weights(model, {name: value for name, value in before.items() if name != "cls_token"}, "x.pth")
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_attn_only_trains_attention_position_embedding_and_head():
+    model = timm.create_model("deit_tiny_patch16_224", num_classes=10, **TINY)
+    train_attention_only(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"pos_embed", "head.weight", "head.bias", "blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias",
+                       "blocks.0.attn.proj.weight", "blocks.0.attn.proj.bias"}

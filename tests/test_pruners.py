@@ -1,0 +1,324 @@
+"""How the pruners share the budget among layers, and what `compute_masks` accepts."""
+
+import copy
+import hashlib
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sparsity_factory import PRUNERS, PruningError, compute_masks, prunable_weights
+
+REFERENCE = json.loads((Path(__file__).parent / "reference" / "masks_deit_tiny.json").read_text())
+AUTOMATIC = [name for name in PRUNERS if name != "custom"]
+
+
+def linears(*weights) -> nn.Module:
+    """A model with the given weights, each a nested list or a tensor, in linear layers named 0, 1, ..."""
+    model = nn.Sequential()
+    for weight in weights:
+        weight = torch.as_tensor(weight)
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+        layer.weight.data = weight
+        model.append(layer)
+    return model
+
+
+def kept(model, pruner, sparsity) -> list[int]:
+    return [int(mask.sum()) for mask in compute_masks(model, pruner, sparsity).values()]
+
+
+# ---- the public reference figures ----
+
+
+@pytest.fixture(scope="module")
+def reference_model():
+    model = timm.create_model("deit_tiny_patch16_224")
+    for i, weight in enumerate(prunable_weights(model).values()):
+        values = np.random.RandomState(1000 + i).standard_normal(tuple(weight.shape)) * 0.02 * (1 + 0.15 * (i % 7))
+        weight.data = torch.from_numpy(values.astype(np.float32))
+    return model
+
+
+@pytest.mark.parametrize("case", REFERENCE, ids=lambda case: f"{case['pruner']}-{case['sparsity'] or case['note']}")
+def test_masks_equal_those_of_the_reference_implementations(reference_model, case):
+    config = {"sparsity": {"mode": case["mode"], "level": case["level"]}} if case["pruner"] == "custom" else None
+    masks = compute_masks(reference_model, case["pruner"], case["sparsity"], config)
+    assert {name.removesuffix(".weight"): int(mask.sum()) for name, mask in masks.items()} == case["kept"]
+    digest = hashlib.sha256(b"".join(np.packbits(mask.numpy()).tobytes() for mask in masks.values()))
+    assert digest.hexdigest() == case["mask_sha256"]
+
+
+# ---- properties on random shapes, scales, ties and sparsities ----
+
+shapes = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=6)
+sparsities = st.floats(0, 1, exclude_max=True, allow_nan=False)
+any_layers = settings(deadline=None, max_examples=60)
+
+
+@st.composite
+def models(draw):
+    """Layers of random shapes and very different scales; some rounded to few values, some all zero."""
+    random = np.random.RandomState(draw(st.integers(0, 2**32 - 1)))
+    weights = []
+    for shape in draw(shapes):
+        values = random.standard_normal(shape) * draw(st.sampled_from([0.0, 1e-4, 1.0, 100.0]))
+        decimals = draw(st.sampled_from([0, 1, 20]))
+        weights.append(torch.from_numpy(values.round(decimals).astype(np.float32)))
+    return linears(*weights)
+
+
+def sizes(model) -> list[int]:
+    return [weight.numel() for weight in prunable_weights(model).values()]
+
+
+@any_layers
+@given(models(), sparsities, st.sampled_from(["glob", "lamp"]))
+def test_glob_and_lamp_meet_the_global_budget_exactly(model, sparsity, pruner):
+    assert sum(kept(model, pruner, sparsity)) == round(sum(sizes(model)) * (1 - sparsity))
+
+
+@any_layers
+@given(models(), sparsities)
+def test_lamp_keeps_at_least_one_weight_per_layer(model, sparsity):
+    n = sizes(model)
+    budget = round(sum(n) * (1 - sparsity))
+    counts = kept(model, "lamp", sparsity)
+    # A budget of fewer weights than layers goes to the earlier layers.
+    assert [min(count, 1) for count in counts] == [int(i < budget) for i in range(len(n))]
+
+
+@any_layers
+@given(models(), sparsities)
+def test_unif_rounds_in_every_layer(model, sparsity):
+    assert kept(model, "unif", sparsity) == [n - round(sparsity * n) for n in sizes(model)]
+
+
+@any_layers
+@given(models(), sparsities)
+def test_unifplus_leaves_the_ends_dense_or_says_why_it_cannot(model, sparsity):
+    n = sizes(model)
+    middle = sum(n[1:-1])
+    if sparsity > 0 and sparsity * sum(n) >= middle:
+        with pytest.raises(PruningError, match="first and last"):
+            kept(model, "unifplus", sparsity)
+        return
+    counts = kept(model, "unifplus", sparsity)
+    assert (counts[0], counts[-1]) == (n[0], n[-1])
+    shared = sparsity * sum(n) / middle if middle else 0
+    assert counts[1:-1] == [size - round(shared * size) for size in n[1:-1]]
+
+
+@any_layers
+@given(models(), sparsities)
+def test_erk_shares_in_proportion_to_the_fans_up_to_dense_layers(model, sparsity):
+    n = sizes(model)
+    counts = kept(model, "erk", sparsity)
+    assert all(count <= size for count, size in zip(counts, n, strict=True))
+    assert abs(sum(counts) - sum(n) * (1 - sparsity)) <= 0.5 * len(n) + 1e-6
+    fans = [sum(weight.shape) for weight in prunable_weights(model).values()]
+    sparse = [(count, fan) for count, fan, size in zip(counts, fans, n, strict=True) if count < size]
+    if sparse:  # one scale explains all layers that are not dense, and the dense ones would have passed density 1
+        low = max((count - 0.5) / fan for count, fan in sparse)
+        high = min((count + 0.5) / fan for count, fan in sparse)
+        assert low <= high + 1e-9
+        assert all(high * fan >= size - 0.5 for count, fan, size in zip(counts, fans, n, strict=True) if count == size)
+
+
+@any_layers
+@given(models(), sparsities, st.sampled_from(AUTOMATIC))
+def test_within_a_layer_the_largest_magnitudes_are_kept_and_earlier_ones_of_equals(model, sparsity, pruner):
+    try:
+        masks = compute_masks(model, pruner, sparsity)
+    except PruningError:
+        assume(False)
+    for name, weight in prunable_weights(model).items():
+        magnitudes = weight.detach().abs().flatten()
+        best_first = magnitudes.argsort(descending=True, stable=True)
+        order = masks[name].flatten()[best_first].tolist()
+        assert order == sorted(order, reverse=True)
+
+
+integer_layers = st.lists(st.lists(st.integers(-4, 4), min_size=1, max_size=6), min_size=1, max_size=4)
+
+
+def best_over_all_layers(layers, score_of, budget) -> list[int]:
+    """Brute force: how many weights of each layer are among the best, ties toward the earlier in model order."""
+    scored = [(score_of(layer, j), i, j) for i, layer in enumerate(layers) for j in range(len(layer))]
+    chosen = sorted(scored, key=lambda item: (-item[0], item[1:]))[:budget]
+    return [sum(i == layer for _, i, _ in chosen) for layer in range(len(layers))]
+
+
+def exact_lamp_score(layer, j) -> Fraction:
+    if j == max(range(len(layer)), key=lambda i: abs(layer[i])):  # max: the first of the largest
+        return Fraction(1)
+    not_smaller = sum(v**2 for v in layer if abs(v) >= abs(layer[j]))
+    return Fraction(layer[j] ** 2, not_smaller) if not_smaller else Fraction(0)
+
+
+@settings(deadline=None, max_examples=200)
+@given(integer_layers, sparsities)
+def test_lamp_equals_brute_force_with_exact_fractions_on_tied_weights(layers, sparsity):
+    budget = round(sum(map(len, layers)) * (1 - sparsity))
+    model = linears(*(torch.tensor([layer], dtype=torch.float32) for layer in layers))
+    assert kept(model, "lamp", sparsity) == best_over_all_layers(layers, exact_lamp_score, budget)
+
+
+@settings(deadline=None, max_examples=100)
+@given(integer_layers, sparsities)
+def test_glob_equals_brute_force_on_tied_weights(layers, sparsity):
+    budget = round(sum(map(len, layers)) * (1 - sparsity))
+    model = linears(*(torch.tensor([layer], dtype=torch.float32) for layer in layers))
+    assert kept(model, "glob", sparsity) == best_over_all_layers(layers, lambda layer, j: abs(layer[j]), budget)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.65, 0.99, 0.999])
+def test_lamp_equals_sorting_every_score_on_layers_of_real_size(sparsity):
+    random = np.random.RandomState(0)
+    weights = [(random.standard_normal(shape) * scale).astype(np.float32)
+               for shape, scale in [((300, 100), 0.02), ((64, 64), 3.0), ((100, 500), 0.1), ((1, 1), 0.01)]]  # fmt: skip
+    scores, layer = [], []
+    for i, weight in enumerate(weights):
+        squares = np.sort(weight.astype(np.float64).ravel() ** 2)[::-1]
+        scores.append(squares / np.cumsum(squares))
+        layer.append(np.full(squares.size, i))
+    budget = round(sum(weight.size for weight in weights) * (1 - sparsity))
+    best = np.concatenate(layer)[np.argsort(-np.concatenate(scores), kind="stable")[:budget]]
+    assert kept(linears(*weights), "lamp", sparsity) == np.bincount(best, minlength=4).tolist()
+
+
+# ---- unusual weights ----
+
+
+@pytest.mark.parametrize("pruner", AUTOMATIC)
+def test_all_zero_and_one_weight_layers_are_shared_out_like_any_other(pruner):
+    model = linears(torch.randn(4, 4), torch.zeros(4, 4), torch.randn(1, 1), torch.randn(4, 4))
+    masks = compute_masks(model, pruner, 0.3)
+    assert sum(int(mask.sum()) for mask in masks.values()) == pytest.approx(49 * 0.7, abs=2)
+
+
+@pytest.mark.parametrize("pruner", AUTOMATIC)
+def test_a_model_of_zeros_keeps_its_budget(pruner):
+    assert sum(kept(linears(*[torch.zeros(10, 10)] * 4), pruner, 0.25)) == 300
+
+
+@pytest.mark.parametrize("pruner", AUTOMATIC)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_an_error_that_names_the_layer(pruner, value):
+    model = linears(*[torch.randn(4, 4) for _ in range(3)])
+    with torch.no_grad():
+        model[1].weight[2, 3] = value
+    with pytest.raises(PruningError, match=r"^1\.weight .*NaN or infinite"):
+        compute_masks(model, pruner, 0.2)
+
+
+@pytest.mark.parametrize("pruner", AUTOMATIC)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_are_compared_in_float32(pruner, dtype):
+    halves = linears(*[torch.randn(16, 16).to(dtype) for _ in range(3)])
+    floats = copy.deepcopy(halves).float()
+    expected = compute_masks(floats, pruner, 0.3)
+    for name, mask in compute_masks(halves, pruner, 0.3).items():
+        assert torch.equal(mask, expected[name])
+
+
+def test_float64_weights_keep_their_precision_beside_float32_ones():
+    model = linears(torch.tensor([[1.0, 1.0]]), torch.tensor([[1 + 1e-12, 1 - 1e-12]], dtype=torch.float64))
+    assert [mask.tolist() for mask in compute_masks(model, "glob", 0.5).values()] == [[[True, False]], [[True, False]]]
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
+def test_lamp_does_not_depend_on_the_scale_of_a_layer_even_an_extreme_one(scale):
+    weights = [torch.randn(8, 8, dtype=torch.float64) for _ in range(2)]
+    # A power of two, so that the scaled weights have the same digits.
+    scaled = [weights[0], weights[1] * 2.0 ** round(np.log2(scale))]
+    assert kept(linears(*weights), "lamp", 0.5) == kept(linears(*scaled), "lamp", 0.5)
+
+
+@pytest.mark.parametrize("pruner", AUTOMATIC)
+def test_non_contiguous_weights_get_the_masks_of_their_contiguous_copies(pruner):
+    model = linears(*[torch.randn(6, 10).T for _ in range(3)])
+    assert not model[0].weight.is_contiguous()
+    expected = compute_masks(linears(*[layer.weight.detach().contiguous() for layer in model]), pruner, 0.3)
+    for name, mask in compute_masks(model, pruner, 0.3).items():
+        assert torch.equal(mask, expected[name])
+
+
+@pytest.mark.parametrize("pruner", AUTOMATIC)
+def test_the_model_is_not_changed_and_sparsity_zero_keeps_everything(pruner):
+    model = linears(*[torch.randn(5, 7) for _ in range(3)])
+    before = copy.deepcopy(model.state_dict())
+    assert all(mask.all() and mask.dtype == torch.bool for mask in compute_masks(model, pruner, 0).values())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# ---- real architectures ----
+
+ARCHITECTURES = {
+    "deit_tiny_patch16_224": (8, {"embed_dim": 24, "depth": 2}),
+    "deit_tiny_distilled_patch16_224": (8, {"embed_dim": 24, "depth": 2}),
+    "deit3_small_patch16_224": (8, {"embed_dim": 24, "depth": 2, "num_heads": 3}),
+    # attention of CaiT: qkv, proj_l, proj_w, proj and 2 of the MLP; with the class token: q, k, v, proj and 2
+    "cait_xxs24_224": (2 * 6 + 2 * 6, {"embed_dim": 24, "depth": 2, "num_heads": 3}),
+    # two stages of one block each, and the reduction between them
+    "swin_tiny_patch4_window7_224": (2 * 4 + 1, {"embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2)}),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_kind_of_vision_transformer_is_pruned_except_its_classifier(name):
+    count, size = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, **size)
+    weights = prunable_weights(model)
+    assert len(weights) == count
+    assert not any("head" in name or "patch_embed" in name for name in weights)
+    total = sum(weight.numel() for weight in weights.values())
+    for pruner in AUTOMATIC:
+        masks = compute_masks(model, pruner, 0.4)
+        assert list(masks) == list(weights)
+        assert sum(int(mask.sum()) for mask in masks.values()) == pytest.approx(0.6 * total, abs=len(masks))
+
+
+# ---- requests that cannot be met ----
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"pruner": "lump", "sparsity": 0.5}, "unknown pruner 'lump': .*lamp, glob, unif, unifplus, erk, custom"),
+        ({"pruner": "lamp", "sparsity": 0.5, "score": "size"}, "unknown score 'size': .*magnitude"),
+        ({"pruner": "lamp"}, "needs a sparsity"),
+        *(
+            ({"pruner": "lamp", "sparsity": s}, r"expected a number in \[0, 1\)")
+            for s in (1, 1.0, -0.1, float("nan"), float("inf"), True, False, "0.5", [0.5], 1j)
+        ),
+        ({"pruner": "custom"}, "needs a configuration"),
+        ({"pruner": "custom", "sparsity": 0.5, "custom_config": {}}, "expected no sparsity"),
+        ({"pruner": "lamp", "sparsity": 0.5, "custom_config": {}}, "takes no custom configuration"),
+        ({"pruner": "unifplus", "sparsity": 0.5}, "expected a sparsity of less than 0.3333"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_a_one_line_error(request_, message):
+    with pytest.raises(PruningError, match=message) as error:
+        compute_masks(linears(*[torch.randn(2, 2)] * 3), **request_)
+    assert "\n" not in str(error.value)
+
+
+def test_unifplus_without_a_middle_layer_can_only_be_dense():
+    model = linears(torch.randn(2, 2), torch.randn(2, 2))
+    assert kept(model, "unifplus", 0) == [4, 4]
+    with pytest.raises(PruningError, match="expected a sparsity of 0,"):
+        kept(model, "unifplus", 0.1)
+
+
+def test_a_model_without_prunable_weights_is_an_error():
+    with pytest.raises(PruningError, match="no prunable weights"):
+        compute_masks(nn.Conv2d(3, 3, 3), "lamp", 0.5)

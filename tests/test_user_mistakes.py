@@ -1,0 +1,134 @@
+"""Each mistake of a user ends in one line that names the culprit, with status 2 and without a trace on the disk."""
+
+import pickle
+import struct
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import start_main, write_idx
+
+LAMP = ["--pruner", "lamp", "--sparsity", "0.5"]
+CUSTOM = ["--pruner", "custom", "--custom-config"]
+
+
+class Hostile:
+    def __reduce__(self):
+        return (open, ("hacked", "w"))
+
+
+def yaml_with(level, mode="nxm"):
+    return f"sparsity:\n  mode: {mode}\n  level: {level}\n"
+
+
+# arguments; what the line must name; files to make first, by name
+MISTAKES = [
+    (["--pruner", "lampp", "--sparsity", "0.5"], "lampp", {}),
+    (["--pruner", "lamp"], "--sparsity", {}),
+    (["--pruner", "lamp", "--sparsity", "1"], "1.0", {}),
+    (["--pruner", "lamp", "--sparsity", "-0.1"], "-0.1", {}),
+    (["--pruner", "lamp", "--sparsity", "nan"], "nan", {}),
+    (["--pruner", "lamp", "--sparsity", "half"], "half", {}),
+    (["--pruner", "unifplus", "--sparsity", "0.95"], "unifplus", {}),
+    (["--sparsity", "0.5"], "--pruner", {}),
+    ([*LAMP, "--custom-config", "c.yaml"], "--custom-config", {"c.yaml": yaml_with("{default: 2:4}")}),
+    (["--pruner", "custom"], "--custom-config", {}),
+    ([*CUSTOM, "c.yaml", "--sparsity", "0.5"], "--sparsity", {"c.yaml": yaml_with("{default: 2:4}")}),
+    ([*CUSTOM, "missing.yaml"], "missing.yaml", {}),
+    ([*CUSTOM, "c.yaml"], "c.yaml", {"c.yaml": ""}),
+    ([*CUSTOM, "c.yaml"], "c.yaml", {"c.yaml": "sparsity: [unclosed"}),
+    ([*CUSTOM, "c.yaml"], "tag", {"c.yaml": "sparsity: !!python/object/apply:os.system ['touch hacked']\n"}),
+    ([*CUSTOM, "c.yaml"], "entries", {"c.yaml": yaml_with("[[2, 4], [2, 4]]")}),
+    ([*CUSTOM, "c.yaml"], "blocks.9", {"c.yaml": yaml_with("{default: 2:4, blocks.9.*: dense}")}),
+    ([*CUSTOM, "c.yaml"], "96", {"c.yaml": yaml_with("{default: [2, 7]}")}),
+    ([*CUSTOM, "c.yaml"], "[0, 4]", {"c.yaml": yaml_with("{default: [0, 4]}")}),
+    ([*CUSTOM, "c.yaml"], "1.5", {"c.yaml": yaml_with("{default: 1.5}", "unstructured")}),
+    ([*CUSTOM, "c.yaml"], "structured", {"c.yaml": yaml_with("{default: 0.5}", "structured")}),
+    ([*CUSTOM, "c.yaml"], "levels", {"c.yaml": "sparsity:\n  mode: nxm\n  levels: {}\n"}),
+    (["--config", "missing.yaml"], "missing.yaml", {}),
+    (["--config", "r.yaml"], "epoch", {"r.yaml": "epoch: 3\n"}),
+    (["--config", "r.yaml"], "epochs", {"r.yaml": "epochs: three\n"}),
+    (["--unknown-flag"], "--unknown-flag", {}),
+    (["--epochs", "0"], "--epochs", {}),
+    (["--batch-size", "0"], "--batch-size", {}),
+    (["--batch-size", "9000"], "9000", {}),
+    (["--mixup", "0.8", "--batch-size", "33"], "33", {}),
+    (["--amp", "fp8"], "fp8", {}),
+    (["--device", "cuda"], "cuda", {}),
+    (["--device", "tpu"], "tpu", {}),
+    (["--opt", "adamwx"], "adamwx", {}),
+    (["--aa", "rand-zz"], "rand-zz", {}),
+    (["--sched", "cosin"], "cosin", {}),
+    (["--model", "deit_sampel_patch4_28"], "deit_sample_patch4_28", {}),
+    (["--model", "deit_tiny_patch16_224", "--input-size", "8", "--no-pretrained"], "--input-size 8", {}),
+    (["--data-path", "missing", "--model", "deit_sample_patch4_28"], "missing", {}),
+    (["--data-path", "empty", "--input-size", "28"], "train", {"empty/x": ""}),
+    (["--data-path", "empty", "--input-size", "28"], "class", {"empty/train/a/x": "", "empty/val/a/x": ""}),
+    (["--data-set", "CIFAR"], "--data-path", {}),
+    (["--data-set", "CIFAR", "--data-path", "empty"], "empty", {"empty/x": ""}),
+    (["--data-set", "FASHION", "--data-path", "empty"], "train-images", {"empty/x": ""}),
+    (["--finetune", "missing.pth"], "missing.pth", {}),
+    (["--finetune", "bad.pth"], "bad.pth", {"bad.pth": b"not a checkpoint"}),
+    (["--finetune", "bad.pth"], "bad.pth", {"bad.pth": pickle.dumps(Hostile())}),
+    (["--resume", "bad.pth"], "bad.pth", {"bad.pth": {"model": Hostile()}}),
+    (["--resume", "bad.pth"], "bad.pth", {"bad.pth": {"model": {"a": torch.zeros(1)}}}),
+    (["--resume", "bad.pth"], "bad.pth", {"bad.pth": [1, 2]}),
+    (["--finetune", "bad.safetensors"], "bad.safetensors", {"bad.safetensors": struct.pack("<Q", 2**60) + b"{}"}),
+    (["--output_dir", "file/out"], "file/out", {"file": "in the way"}),
+]
+
+
+def make(folder, files):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            path.write_text(content)
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+
+
+def listing(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Runs all mistakes, two at a time: most of the seconds are imports."""
+    def run(number):
+        argv, _, files = MISTAKES[number]
+        folder = tmp_path_factory.mktemp(f"mistake{number}")
+        make(folder, files)
+        before = listing(folder)
+        return start_main(*argv, cwd=folder), before, listing(folder)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, range(len(MISTAKES))))
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[" ".join(argv) for argv, _, _ in MISTAKES])
+def test_a_mistake_is_one_line_and_status_2(outcomes, number):
+    result, before, after = outcomes[number]
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert MISTAKES[number][1] in result.stderr
+    assert after == before
+
+
+def test_training_and_evaluation_images_of_different_classes_are_refused(run_main, tmp_path):
+    from PIL import Image
+    for folder in ("train/a", "train/b", "val/a"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        Image.new("RGB", (28, 28)).save(tmp_path / "data" / folder / "x.png")
+    assert "2 classes" in run_main("--data-path", "data", "--model", "deit_sample_patch4_28", status=2)
+
+
+def test_labels_without_images_are_refused(run_main, tmp_path):
+    import numpy as np
+    write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((3, 28, 28), np.uint8))
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(2, np.uint8))
+    error = run_main("--data-set", "FASHION", "--data-path", ".", status=2)
+    assert "3 train images but 2 labels" in error
