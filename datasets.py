@@ -14,7 +14,7 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from augment import repair_posterize
-from utils import UserError
+from utils import UserError, first_line
 
 SAMPLE_PATH = Path(__file__).resolve().parent / "sample"
 
@@ -35,10 +35,13 @@ def build_transform(is_train: bool, args):
     small = args.input_size <= 32
     if is_train:
         repair_posterize()
-        transform = create_transform(
-            input_size=args.input_size, is_training=True, color_jitter=args.color_jitter or None,
-            auto_augment=args.aa if args.aa != "none" else None, interpolation=args.train_interpolation,
-            re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
+        try:
+            transform = create_transform(
+                input_size=args.input_size, is_training=True, color_jitter=args.color_jitter or None,
+                auto_augment=args.aa if args.aa != "none" else None, interpolation=args.train_interpolation,
+                re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
+        except (AssertionError, ValueError, KeyError) as error:
+            raise UserError(f"--aa {args.aa}: not a policy that timm knows ({first_line(error)})") from None
         if small:
             transform.transforms[0] = transforms.Compose([
                 transforms.Resize(args.input_size, interpolation=transforms.InterpolationMode.BICUBIC),

@@ -35,7 +35,8 @@ from state import TrainingState
 from utils import UserError, log
 
 
-def main(args):
+def main(args) -> dict[str, float]:
+    """The whole run; returns the top-1 accuracies in percent: dense, pruned, finetuned, as far as they were measured."""
     device = utils.init_process_group(args.device, args.dist_url)
     amp_dtype = utils.choose_amp(args.amp, device)
     log(describe(args, device, amp_dtype))
@@ -49,6 +50,11 @@ def main(args):
     def test():
         return evaluate(val_loader, model, device, amp_dtype=amp_dtype, shared=args.dist_eval)
 
+    if not args.eval:  # before any long work, so that a mistake shows at once
+        state = TrainingState(model, args, device)
+        criterion, mixup_fn = build_criterion(args, num_classes)
+        output_dir = make_output_dir(args.output_dir)
+
     accuracy = {}
     if newly_pruned:
         log("Accuracy before pruning")
@@ -60,14 +66,13 @@ def main(args):
         log("Accuracy after pruning" if masks else "Accuracy of the dense model")
         accuracy["pruned" if masks else "dense"] = test()["acc1"]
     if not args.eval:
-        state = TrainingState(model, masks, pruner, args, device)
+        state.start(masks, pruner)
         if args.resume and "optimizer" in checkpoint:
-            state.load(checkpoint, args.resume)
-        output_dir = make_output_dir(args.output_dir)
-        criterion, mixup_fn = build_criterion(args, num_classes)
+            state.resume(checkpoint, args.resume)
         accuracy["finetuned" if masks else "trained"] = train(
             state, train_loader, criterion, mixup_fn, test, device, amp_dtype, output_dir)
     log("Top-1 accuracy: " + ", ".join(f"{name} {value:.2f} %" for name, value in accuracy.items()))
+    return accuracy
 
 
 def describe(args, device, amp_dtype) -> str:
@@ -130,7 +135,7 @@ def prepare_masks(args, model, checkpoint) -> tuple[dict | None, dict | None, bo
         return None, None, False
 
     def compute():
-        masks = compute_masks(model, args.pruner, args.sparsity, asked["custom_config"])
+        masks = compute_masks(model, args.pruner, args.sparsity, args.custom_config)
         return {name: mask.cpu() for name, mask in masks.items()}
 
     return asked, utils.on_first_process(compute), True

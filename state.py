@@ -12,16 +12,17 @@ from utils import UserError, first_line
 class TrainingState:
     """Model, masks, moving average, optimizer, schedule and loss scaler, and how far the training has come.
 
+    Made in two steps, since a mistake in the arguments of the optimizer should show before the model is evaluated and
+    pruned: `start` takes what pruning gave.
+
     masks: a `sparsity_factory.Masks`, or None for a dense run; `pruner` says what made them.
     epoch: the next epoch to train. step: optimizer steps taken. max_accuracy: the best top-1 so far, in percent.
     """
 
-    def __init__(self, model, masks, pruner, args, device):
-        self.model, self.masks, self.pruner, self.args = model, masks, pruner, args
+    def __init__(self, model, args, device):
+        self.model, self.args = model, args
+        self.masks = self.pruner = self.ema = None
         self.epoch, self.step, self.max_accuracy = args.start_epoch, 0, 0.0
-        self.ema = None
-        if args.model_ema:
-            self.ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
         settings = dict(vars(args))
         if not args.unscale_lr:
             settings["lr"] = args.lr * args.batch_size * utils.world_size() / 512
@@ -32,6 +33,13 @@ class TrainingState:
         except Exception as error:  # every optimizer has its own way to refuse
             raise UserError(f"--opt {args.opt} --sched {args.sched}: {first_line(error)}") from None
         self.scaler = torch.amp.GradScaler(device.type, enabled=utils.choose_amp(args.amp, device) == torch.float16)
+
+    def start(self, masks, pruner) -> None:
+        """Begins with the model as it is now: pruned by `masks`, if any."""
+        self.masks, self.pruner = masks, pruner
+        if self.args.model_ema:
+            device = "cpu" if self.args.model_ema_force_cpu else None
+            self.ema = ModelEmaV3(self.model, self.args.model_ema_decay, device=device)
 
     def state_dict(self) -> dict:
         """DeiT's keys and this project's, in tensors, numbers, strings and plain containers only."""
@@ -51,7 +59,7 @@ class TrainingState:
             state |= {"masks": self.masks.state_dict(), "pruner": self.pruner}
         return state
 
-    def load(self, checkpoint: dict, source: str) -> None:
+    def resume(self, checkpoint: dict, source: str) -> None:
         """Continues after the epoch at whose end the checkpoint was written. Model and masks are loaded already.
 
         Raises UserError naming `source` when its training state is not of this run's kind.

@@ -8,6 +8,7 @@ import random
 import re
 import tempfile
 import time
+import warnings
 from collections import defaultdict, deque
 from pathlib import Path
 
@@ -243,7 +244,8 @@ def load_checkpoint(source: str) -> dict:
     """
     try:
         # DeiT's own training checkpoints carry their arguments as a Namespace, which is as harmless as a dict.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an error says it all
             if source.startswith("https://"):
                 content = torch.hub.load_state_dict_from_url(source, map_location="cpu", check_hash=True,
                                                              weights_only=True, progress=is_main_process())
@@ -256,9 +258,10 @@ def load_checkpoint(source: str) -> dict:
     except IsADirectoryError:
         raise UserError(f"{source}: is a folder; give a checkpoint file in it") from None
     except pickle.UnpicklingError as error:
-        kind = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
-        raise UserError(f"{source}: refused, it holds {kind[1] if kind else 'more'} where only tensors and plain "
-                        "containers are read") from None
+        if code := re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error)):
+            raise UserError(f"{source}: refused, it holds {code[1]} where only tensors and plain containers are "
+                            "read") from None
+        raise UserError(f"{source}: not a checkpoint") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, SafetensorError) as error:
         raise UserError(f"{source}: cannot be read as a checkpoint ({first_line(error)})") from None
     if not isinstance(content, dict):

@@ -149,7 +149,7 @@ def lamp(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
         return (first_sure(threshold) - 1).clamp(min=0)
 
     def reaches_budget(lowest_bin: Callable[[float], Tensor]) -> Callable[[float], bool]:
-        return lambda threshold: int(at_least.gather(1, lowest_bin(threshold)).clamp(min=1).sum()) >= budget
+        return lambda threshold: int(at_least.gather(1, lowest_bin(threshold)).sum()) >= budget
 
     # The score of the last weight kept lies between these two thresholds: only the bins between need a closer look.
     low = last_possible(_largest_threshold(reaches_budget(first_sure)))
@@ -200,7 +200,7 @@ class _Scores(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
-        score = self._score(self._weights[name].to("cpu", self._dtype)).contiguous()
+        score = self._score(self._weights[name].to("cpu", self._dtype))
         if not score.amax().isfinite():
             raise PruningError(f"{name} has a weight that is NaN or infinite")
         return score

@@ -93,8 +93,9 @@ def test_the_oldest_form_is_announced_once(caplog):
 @pytest.mark.parametrize("mode", ["nxm", "unstructured"])
 @pytest.mark.parametrize(
     "entry",
-    [1, 1.0, 1.5, -0.1, 59, 122, float("nan"), float("inf"), True, None, "sparse", "4:2", "0:4", "2:4:8", "-1:4", "2:",
-     [], [2], [0, 4], [-1, 4], [4, -2], [2, 4, 8], [2.0, 4], [True, 4], ["2", "4"], [[2, 4]], {"n": 2}, pytest.param(10**5000, id="huge")],
+    [1, 1.0, 1.5, -0.1, 59, 120, 121, float("nan"), float("inf"), True, None, "sparse", "4:2", "0:4", "2:4:8", "-1:4",
+     "2:", [], [2], [0, 4], [-1, 4], [4, -2], [2, 4, 8], [2.0, 4], [True, 4], ["2", "4"], [[2, 4]], {"n": 2},
+     pytest.param(10**5000, id="huge")],
 )  # fmt: skip
 def test_a_level_of_no_known_form_is_an_error_that_names_the_entry(mode, entry):
     with pytest.raises(PruningError, match=r"^custom_config: level\[1\] .*expected \[n, m\]"):

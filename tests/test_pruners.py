@@ -182,8 +182,8 @@ def test_glob_equals_brute_force_on_tied_weights(layers, sparsity):
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.65, 0.99, 0.999])
 def test_lamp_equals_sorting_every_score_on_layers_of_real_size(sparsity):
     random = np.random.RandomState(0)
-    weights = [(random.standard_normal(shape) * scale).astype(np.float32)
-               for shape, scale in [((300, 100), 0.02), ((64, 64), 3.0), ((100, 500), 0.1), ((1, 1), 0.01)]]  # fmt: skip
+    layers = [((300, 100), 0.02), ((64, 64), 3.0), ((100, 500), 0.1), ((1, 1), 0.01)]
+    weights = [(random.standard_normal(shape) * scale).astype(np.float32) for shape, scale in layers]
     scores, layer = [], []
     for i, weight in enumerate(weights):
         squares = np.sort(weight.astype(np.float64).ravel() ** 2)[::-1]
