@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 from pathlib import Path
 
 from datasets import DATA_SETS
@@ -98,15 +97,28 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--smoothing", type=float, default=0.1, help="label smoothing")
     add("--bce-loss", action="store_true", help="binary cross-entropy for each class")
 
+    add = parser.add_argument_group("distillation").add_argument
+    add("--distillation-type", choices=["none", "soft", "hard"], default="none",
+        help="what a distilled model's second head learns from the teacher: its logits, or its first class")
+    add("--teacher-model", default="regnety_160", help="any model of timm")
+    add("--teacher-path", default="", metavar="FILE", help="checkpoint (file or https URL) of the teacher")
+    add("--distillation-alpha", type=float, default=0.5, help="share of the teacher in the loss")
+    add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
+    add("--cosub", action="store_true", help="co-train two submodels under drop path; with binary cross-entropy")
+
     group = parser.add_argument_group("data and augmentation")
     add = group.add_argument
     add("--data-path", default="", metavar="DIR", help="the data set; without it the built-in sample is used")
     add("--data-set", choices=list(DATA_SETS), default="IMNET", help="what is in --data-path")
+    add("--inat-category", default="name", help="rank of the taxonomy that labels iNaturalist's images",
+        choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"])
     add("--num_workers", type=int, default=10, help="processes that load images, for each training process")
     switch(group, "pin-mem", True, "copy batches to the GPU from pinned memory")
     switch(group, "repeated-aug", True, "show each drawn image three times an epoch, augmented differently")
     add("--color-jitter", type=float, default=0.3, help="strength of colour jitter, where --aa none leaves room for it")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation, or none")
+    add("--ThreeAugment", action="store_true", help="3-Augment instead of --aa: grayscale, solarization or blur")
+    add("--src", action="store_true", help="with --ThreeAugment: simple random crop, without zooming in")
     add("--train-interpolation", default="bicubic", help="random, bilinear or bicubic")
     add("--reprob", type=float, default=0.25, help="probability of random erasing")
     add("--remode", default="pixel", help="what random erasing fills in: const, rand or pixel")
@@ -192,7 +204,23 @@ def check_args(args) -> None:
                         "--mixup 0 --cutmix 0 turns them off")
     if args.data_set != "IMNET" and not args.data_path:
         raise UserError(f"--data-set {args.data_set}: expected --data-path beside it")
+    if args.src and not args.ThreeAugment:
+        raise UserError("--src: expected --ThreeAugment beside it")
+    check_distillation(args)
     check_pruning(args)
+
+
+def check_distillation(args) -> None:
+    if args.distillation_type == "none":
+        return
+    if not args.teacher_path:
+        raise UserError(f"--distillation-type {args.distillation_type}: expected --teacher-path FILE beside it")
+    if args.cosub:
+        raise UserError("--cosub: not together with --distillation-type")
+    if not 0 <= args.distillation_alpha <= 1:
+        raise UserError(f"--distillation-alpha {args.distillation_alpha}: expected a number in [0, 1]")
+    if not 0 < args.distillation_tau < math.inf:
+        raise UserError(f"--distillation-tau {args.distillation_tau}: expected a number above 0")
 
 
 def check_pruning(args) -> None:

@@ -1,7 +1,35 @@
 """Augmentations beyond timm's, and the repair of one of timm's."""
 
-from PIL import Image
-from timm.data import auto_augment
+import random
+
+from PIL import Image, ImageFilter
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, RandomResizedCropAndInterpolation, auto_augment
+from torchvision import transforms
+
+
+def three_augment(input_size: int, color_jitter: float = 0.0, simple_crop: bool = False) -> transforms.Compose:
+    """3-Augment: grayscale, solarization or Gaussian blur, one at random, then colour jitter.
+
+    Touvron et al. 2022, arXiv:2204.07118 (DeiT III). simple_crop: crop out of the image resized to `input_size` and
+    padded by four mirrored pixels, instead of zooming into it.
+    """
+    if simple_crop:
+        crop = [transforms.Resize(input_size, interpolation=transforms.InterpolationMode.BICUBIC),
+                transforms.RandomCrop(input_size, padding=4, padding_mode="reflect")]
+    else:
+        crop = [RandomResizedCropAndInterpolation(input_size, interpolation="bicubic")]
+    return transforms.Compose([
+        *crop,
+        transforms.RandomHorizontalFlip(),
+        transforms.RandomChoice([transforms.Grayscale(3), transforms.RandomSolarize(128, p=1.0), gaussian_blur]),
+        *([transforms.ColorJitter(color_jitter, color_jitter, color_jitter)] if color_jitter else []),
+        transforms.ToTensor(),
+        transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+
+
+def gaussian_blur(image: Image.Image) -> Image.Image:
+    """Blurs with a radius of 0.1 to 2 pixels."""
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **options) -> Image.Image:

@@ -4,6 +4,7 @@ Named as in DeiT. It hides the package `datasets` of the Hugging Face hub from e
 """
 
 import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo,
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets.folder import default_loader
 
-from augment import repair_posterize
+from augment import repair_posterize, three_augment
 from utils import UserError, first_line
 
 SAMPLE_PATH = Path(__file__).resolve().parent / "sample"
@@ -27,12 +29,14 @@ def build_dataset(is_train: bool, args) -> tuple[Dataset, int]:
     name, path = (args.data_set, Path(args.data_path)) if args.data_path else ("FASHION", SAMPLE_PATH)
     if not path.is_dir():
         raise UserError(f"--data-path {path}: no such folder")
-    return DATA_SETS[name](path, is_train, build_transform(is_train, args))
+    return DATA_SETS[name](path, is_train, build_transform(is_train, args), args)
 
 
 def build_transform(is_train: bool, args):
     """DeiT's transforms; images of 32 x 32 and less are cropped out of a padded image instead of being zoomed into."""
     small = args.input_size <= 32
+    if is_train and args.ThreeAugment:
+        return three_augment(args.input_size, args.color_jitter, args.src)
     if is_train:
         repair_posterize()
         try:
@@ -71,7 +75,7 @@ class FashionMNIST(Dataset):
         if len(self.images) != len(self.labels):
             raise UserError(f"{root}: {len(self.images)} {prefix} images but {len(self.labels)} labels")
         if self.labels.max(initial=0) >= self.num_classes:
-            raise UserError(f"{root}: {prefix} label {self.labels.max()} where 0 to {self.num_classes - 1} are expected")
+            raise UserError(f"{root}: {prefix} label {self.labels.max()}, expected 0 to {self.num_classes - 1}")
         self.transform = transform or (lambda image: image)
 
     def __len__(self) -> int:
@@ -98,7 +102,51 @@ def read_idx(root: Path, name: str, ndim: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def _image_folder(path, is_train, transform):
+class INaturalist(Dataset):
+    """iNaturalist 2018 or 2019, labelled by one rank of the taxonomy.
+
+    root: has `train{year}.json` and `val{year}.json` (COCO's form: images, annotations), `categories.json` (for each
+        category id, in order, its name in every rank) and the images at `train_val{year}/{category id}/{file}`.
+    category: kingdom, phylum, class, order, supercategory, family, genus or name; classes are numbered as they first
+        appear among the training annotations, as in DeiT.
+    """
+
+    def __init__(self, root: Path, year: int, is_train: bool, category: str = "name", transform=None):
+        self.transform = transform or (lambda image: image)
+        try:
+            ranks = [entry[category] for entry in _read_json(root / "categories.json")]
+            annotations = _read_json(root / f"train{year}.json")["annotations"]
+            classes = dict.fromkeys(ranks[int(annotation["category_id"])] for annotation in annotations)
+            labels = {name: label for label, name in enumerate(classes)}
+            self.samples = []
+            for entry in _read_json(root / f"{'train' if is_train else 'val'}{year}.json")["images"]:
+                top, _, number, file = entry["file_name"].split("/")
+                self.samples.append((root / top / number / file, labels[ranks[int(number)]]))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UserError(f"--data-path {root}: its annotations are not iNaturalist {year}'s "
+                            f"({type(error).__name__}: {first_line(error)})") from None
+        self.num_classes = len(labels)
+        if not self.samples:
+            raise UserError(f"--data-path {root}: no images in the annotations of iNaturalist {year}")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        path, label = self.samples[index]
+        return self.transform(default_loader(path)), label
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({first_line(error)})") from None
+
+
+def _image_folder(path, is_train, transform, args):
     root = path / ("train" if is_train else "val")
     if not root.is_dir():
         raise UserError(f"--data-path {path}: has no folder {root.name}/ with one folder of images per class")
@@ -117,7 +165,7 @@ def _image_folder(path, is_train, transform):
 
 
 def _cifar(kind, num_classes):
-    def build(path, is_train, transform):
+    def build(path, is_train, transform, args):
         try:
             return kind(path, train=is_train, transform=transform), num_classes
         except RuntimeError:
@@ -125,8 +173,15 @@ def _cifar(kind, num_classes):
     return build
 
 
-def _fashion(path, is_train, transform):
+def _fashion(path, is_train, transform, args):
     return FashionMNIST(path, is_train, transform), FashionMNIST.num_classes
+
+
+def _inaturalist(year):
+    def build(path, is_train, transform, args):
+        data = INaturalist(path, year, is_train, args.inat_category, transform)
+        return data, data.num_classes
+    return build
 
 
 DATA_SETS = {
@@ -134,4 +189,6 @@ DATA_SETS = {
     "CIFAR": _cifar(CIFAR100, 100),
     "CIFAR10": _cifar(CIFAR10, 10),
     "FASHION": _fashion,
+    "INAT": _inaturalist(2018),
+    "INAT19": _inaturalist(2019),
 }

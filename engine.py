@@ -15,10 +15,12 @@ class DivergedError(RuntimeError):
 
 
 def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=0, amp_dtype=None, scaler=None,
-                    clip_grad=None, ema=None, mixup_fn=None, masks=None, train_mode=True):
+                    clip_grad=None, ema=None, mixup_fn=None, masks=None, train_mode=True, cosub=False):
     """Trains for one pass over `loader` and returns the mean of each metric over all processes.
 
-    model: maps images (batch, 3, height, width) to logits (batch, classes); may be wrapped in DDP.
+    model: maps images (batch, 3, height, width) to logits (batch, classes), or to a pair of them; may be in DDP.
+    criterion: called with the images, what the model gave for them, and the targets.
+    cosub: the model is given every image twice, for `losses.CosubLoss`.
     amp_dtype: torch.bfloat16 or torch.float16 to run the forward pass under autocast, None for float32.
     masks: has `apply_to_grads()` and `apply()` and keeps pruned weights at zero; None trains dense.
     ema: has `update(model)` and is given the model without its DDP wrapper.
@@ -39,8 +41,8 @@ def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=
         if mixup_fn is not None:
             images, targets = mixup_fn(images, targets)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            logits = model(images)
-        loss = criterion(logits.float(), targets)
+            outputs = model(torch.cat([images, images]) if cosub else images)
+            loss = criterion(images, outputs, targets)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         if masks is not None:

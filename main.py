@@ -28,7 +28,8 @@ import utils
 from arguments import mixes, parse_args
 from datasets import build_dataset
 from engine import DivergedError, evaluate, train_one_epoch
-from models import adapt_weights, build_model, load_weights, train_attention_only
+from losses import CosubLoss, DistillationLoss
+from models import adapt_weights, build_model, load_weights, train_attention_only, train_both_heads
 from samplers import EvalBatchSampler, SeededDataset, TrainSampler
 from sparsity_factory import Masks, PruningError, compute_masks, read_yaml, sparsity_table, unpack
 from state import TrainingState
@@ -36,7 +37,7 @@ from utils import UserError, log
 
 
 def main(args) -> dict[str, float]:
-    """The whole run; returns the top-1 accuracies in percent: dense, pruned, finetuned, as far as they were measured."""
+    """The whole run; returns the top-1 accuracies in percent (dense, pruned, finetuned) that it measured."""
     device = utils.init_process_group(args.device, args.dist_url)
     amp_dtype = utils.choose_amp(args.amp, device)
     log(describe(args, device, amp_dtype))
@@ -52,7 +53,7 @@ def main(args) -> dict[str, float]:
 
     if not args.eval:  # before any long work, so that a mistake shows at once
         state = TrainingState(model, args, device)
-        criterion, mixup_fn = build_criterion(args, num_classes)
+        criterion, mixup_fn = build_criterion(args, num_classes, device)
         output_dir = make_output_dir(args.output_dir)
 
     accuracy = {}
@@ -89,13 +90,13 @@ def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
     train_set, num_classes = build_dataset(True, args)
     val_set, val_classes = build_dataset(False, args)
     if num_classes != val_classes:
-        raise UserError(f"--data-path {args.data_path}: {num_classes} classes to train on but {val_classes} to evaluate")
+        raise UserError(f"--data-path {args.data_path}: {num_classes} classes to train on, {val_classes} to test on")
     rank, world_size = utils.rank(), utils.world_size()
     sampler = TrainSampler(len(train_set), args.seed, 3 if args.repeated_aug else 1, rank, world_size)
     if len(sampler) < args.batch_size and not args.eval:
         raise UserError(f"--batch-size {args.batch_size}: there are only {len(sampler)} images for each process")
-    options = dict(num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == "cuda",
-                   persistent_workers=args.num_workers > 0)
+    options = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda",
+               "persistent_workers": args.num_workers > 0}
     train_loader = DataLoader(SeededDataset(train_set), args.batch_size, sampler=sampler, drop_last=True, **options)
     share = (rank, world_size) if args.dist_eval else (0, 1)
     batches = EvalBatchSampler(len(val_set), int(1.5 * args.batch_size), *share)
@@ -104,7 +105,7 @@ def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
 
 def prepare_model(args, num_classes, checkpoint, device) -> torch.nn.Module:
     """The model on its device, with timm's weights or the checkpoint's."""
-    # On CPUs plain attention is quicker than the fused one: a training step of the sample in bfloat16 takes half as long.
+    # On CPUs plain attention is quicker: a training step of the sample in bfloat16 takes half as long as with fused.
     timm.layers.set_fused_attn(device.type == "cuda")
     model = build_model(args.model, num_classes, args.input_size, drop=args.drop, drop_path=args.drop_path,
                         pretrained=args.pretrained and not checkpoint)
@@ -114,6 +115,8 @@ def prepare_model(args, num_classes, checkpoint, device) -> torch.nn.Module:
         load_weights(model, adapt_weights(model, checkpoint["model"]), args.finetune)
     if args.attn_only:
         train_attention_only(model)
+    if args.distillation_type != "none":
+        train_both_heads(model, args.model)
     return model.to(device)
 
 
@@ -141,17 +144,31 @@ def prepare_masks(args, model, checkpoint) -> tuple[dict | None, dict | None, bo
     return asked, utils.on_first_process(compute), True
 
 
-def build_criterion(args, num_classes):
-    """The training loss, and what mixes the images of a batch (or None)."""
+def build_criterion(args, num_classes, device):
+    """The training loss, called with images, outputs and targets, and what mixes the images of a batch (or None)."""
     mixup_fn = None
     if mixes(args):
         mixup_fn = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
                          args.mixup_mode, label_smoothing=args.smoothing, num_classes=num_classes)
+    if args.cosub:
+        return CosubLoss(), mixup_fn
     if args.bce_loss:  # asks of each class whether the image shows it, so every class mixed in counts fully
-        return BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0), mixup_fn
-    if mixup_fn:
-        return SoftTargetCrossEntropy(), mixup_fn
-    return LabelSmoothingCrossEntropy(args.smoothing), mixup_fn
+        criterion = BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)
+    else:
+        criterion = SoftTargetCrossEntropy() if mixup_fn else LabelSmoothingCrossEntropy(args.smoothing)
+    teacher = None
+    if args.distillation_type != "none":
+        teacher = prepare_teacher(args, num_classes).to(device)
+    return DistillationLoss(criterion, teacher, args.distillation_type, args.distillation_alpha,
+                            args.distillation_tau), mixup_fn
+
+
+def prepare_teacher(args, num_classes) -> torch.nn.Module:
+    """The model that `--distillation-type` learns from, frozen, with the weights of `--teacher-path`."""
+    log(f"Teacher: {args.teacher_model} with the weights of {args.teacher_path}")
+    teacher = build_model(args.teacher_model, num_classes, args.input_size, flag="--teacher-model")
+    load_weights(teacher, utils.load_checkpoint(args.teacher_path)["model"], args.teacher_path)
+    return teacher.eval().requires_grad_(False)
 
 
 def train(state, loader, criterion, mixup_fn, test, device, amp_dtype, output_dir) -> float:
@@ -167,7 +184,7 @@ def train(state, loader, criterion, mixup_fn, test, device, amp_dtype, output_di
         train_stats = train_one_epoch(
             network, criterion, loader, state.optimizer, device, state.epoch, seed=args.seed, amp_dtype=amp_dtype,
             scaler=state.scaler, clip_grad=args.clip_grad, ema=state.ema, mixup_fn=mixup_fn, masks=state.masks,
-            train_mode=args.train_mode)
+            train_mode=args.train_mode, cosub=args.cosub)
         test_stats = test()
         if state.lr_scheduler:
             state.lr_scheduler.step(state.epoch + 1, test_stats["acc1"])
@@ -180,8 +197,9 @@ def train(state, loader, criterion, mixup_fn, test, device, amp_dtype, output_di
             utils.save_checkpoint(content, output_dir / "checkpoint.pth")
             if best:
                 utils.save_checkpoint(content, output_dir / "best_checkpoint.pth")
-            line = {**{f"train_{k}": v for k, v in train_stats.items()}, **{f"test_{k}": v for k, v in test_stats.items()},
-                    "epoch": state.epoch - 1, "n_parameters": parameters}
+            line = {f"train_{name}": value for name, value in train_stats.items()}
+            line |= {f"test_{name}": value for name, value in test_stats.items()}
+            line |= {"epoch": state.epoch - 1, "n_parameters": parameters}
             utils.append_line(output_dir / "log.txt", json.dumps(line))
     log(f"Training time {datetime.timedelta(seconds=int(time.time() - start))}")
     if output_dir:

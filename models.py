@@ -22,12 +22,12 @@ default_cfgs = generate_default_cfgs({
 @register_model
 def deit_sample_patch4_28(pretrained=False, **kwargs) -> VisionTransformer:
     """A DeiT of 0.7 M parameters for images of 28 x 28, with weights for Fashion-MNIST in this repository."""
-    model_args = dict(img_size=28, patch_size=4, embed_dim=96, depth=6, num_heads=3)
-    return build_model_with_cfg(VisionTransformer, "deit_sample_patch4_28", pretrained, **dict(model_args, **kwargs))
+    model_args = {"img_size": 28, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
+    return build_model_with_cfg(VisionTransformer, "deit_sample_patch4_28", pretrained, **{**model_args, **kwargs})
 
 
 def build_model(name: str, num_classes: int, input_size: int, *, drop: float = 0.0, drop_path: float = 0.0,
-                pretrained: bool = False) -> torch.nn.Module:
+                pretrained: bool = False, flag: str = "--model") -> torch.nn.Module:
     """timm's model of that name for square images of `input_size` pixels, on the CPU.
 
     pretrained: load the weights that timm knows for the name; a head for another number of classes starts anew.
@@ -36,23 +36,26 @@ def build_model(name: str, num_classes: int, input_size: int, *, drop: float = 0
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
-        raise UserError(f"--model {name}: timm has no such model; {hint}")
+        raise UserError(f"{flag} {name}: timm has no such model; {hint}")
 
     def create(pretrained):
-        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, drop_rate=drop,
-                                 drop_path_rate=drop_path, img_size=input_size)
+        options = {"pretrained": pretrained, "num_classes": num_classes, "drop_rate": drop, "drop_path_rate": drop_path}
+        try:
+            return timm.create_model(name, img_size=input_size, **options)
+        except TypeError:  # convolutional teachers take any size and have no such argument
+            return timm.create_model(name, **options)
 
     try:
         model = create(pretrained=False)
         with torch.no_grad():  # some architectures find out about a wrong size only when they are used
             model.eval()(torch.zeros(1, 3, input_size, input_size))
     except Exception as error:  # each architecture has its own way to refuse
-        raise UserError(f"--model {name} cannot be built for --input-size {input_size} ({first_line(error)})") from None
+        raise UserError(f"{flag} {name} cannot be built for --input-size {input_size} ({first_line(error)})") from None
     if pretrained:
         try:
             model = create(pretrained=True)
         except Exception as error:  # hub clients raise errors of many libraries
-            raise UserError(f"no pretrained weights for --model {name} ({first_line(error)}); give weights with "
+            raise UserError(f"no pretrained weights for {flag} {name} ({first_line(error)}); give weights with "
                             "--finetune FILE, or start from random ones with --no-pretrained") from None
     return model
 
@@ -99,10 +102,18 @@ def resize_pos_embed(pos_embed: torch.Tensor, num_patches: int, num_tokens: int)
 
 
 def train_attention_only(model: torch.nn.Module) -> None:
-    """Freezes all but attention, position embedding and head: DeiT's `--attn-only` (Touvron et al. 2022, arXiv:2203.09795)."""
+    """Freezes all but attention, position embedding and head (Touvron et al. 2022, arXiv:2203.09795)."""
     head = _head_parameters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = ".attn." in name or name == "pos_embed" or name in head
+
+
+def train_both_heads(model: torch.nn.Module, name: str) -> None:
+    """Makes a distilled model return the logits of both heads while it trains; UserError without a second head."""
+    if not hasattr(model, "set_distilled_training"):
+        raise UserError(f"--model {name}: has no distillation head for --distillation-type; expected a distilled model "
+                        "such as deit_small_distilled_patch16_224")
+    model.set_distilled_training(True)
 
 
 def _position_tokens(model) -> int:

@@ -200,9 +200,10 @@ class MetricLogger:
             iter_time.update(time.time() - end)
             if step % print_freq == 0 or step == steps - 1:
                 eta = datetime.timedelta(seconds=int(iter_time.global_avg * (steps - 1 - step)))
-                memory = f"  max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}" if torch.cuda.is_available() else ""
-                log(f"{header}  [{step:{width}d}/{steps}]  eta: {eta}  {self}  "
-                    f"time: {iter_time}  data: {data_time}{memory}")
+                line = f"{header}  [{step:{width}d}/{steps}]  eta: {eta}  {self}  time: {iter_time}  data: {data_time}"
+                if torch.cuda.is_available():
+                    line += f"  max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}"
+                log(line)
             end = time.time()
         total = time.time() - start
         log(f"{header} Total time: {datetime.timedelta(seconds=int(total))} ({total / max(steps, 1):.4f} s / it)")

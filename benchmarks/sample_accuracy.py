@@ -38,5 +38,6 @@ if __name__ == "__main__":
     print("| pruner | " + " | ".join(f"{sparsity:.0%}" for sparsity in args.sparsities) + " |")
     print("| --- |" + " --- |" * len(args.sparsities))
     for pruner, cells in rows.items():
-        print(f"| `{pruner}` | " + " | ".join(f"{cell['pruned']:.2f} → {cell['finetuned']:.2f}" for cell in cells) + " |")
+        figures = [f"{cell['pruned']:.2f} → {cell['finetuned']:.2f}" for cell in cells]
+        print(f"| `{pruner}` | " + " | ".join(figures) + " |")
     print(f"\nDense: {cells[0]['dense']:.2f}")

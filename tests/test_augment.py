@@ -1,8 +1,9 @@
 import numpy as np
+import pytest
 from PIL import Image
 from timm.data import auto_augment
 
-from augment import posterize, repair_posterize
+from augment import posterize, repair_posterize, three_augment
 
 
 def test_posterize_to_zero_bits_is_black_and_to_more_is_timms():
@@ -17,3 +18,30 @@ def test_deits_policy_never_fails_on_posterize():
     image = Image.new("RGB", (8, 8), (200, 100, 50))
     operation = auto_augment.AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10)
     assert not np.asarray(operation(image)).any()
+
+
+def test_three_augment_picks_grayscale_solarization_or_blur():
+    pixels = np.random.RandomState(0).randint(0, 256, (16, 16, 3), dtype=np.uint8)
+    gray, solarized, blurred = 0, 0, 0
+    transform = three_augment(16, simple_crop=True)
+    chosen = transform.transforms[3]
+    for _ in range(60):
+        result = np.asarray(chosen(Image.fromarray(pixels))).astype(int)
+        if (result == result[:, :, :1]).all():
+            gray += 1
+        elif np.array_equal(result, np.where(pixels < 128, pixels, 255 - pixels)):
+            solarized += 1
+        elif result.std() < pixels.std():
+            blurred += 1
+    assert gray + solarized + blurred == 60
+    assert min(gray, solarized, blurred) > 5
+
+
+@pytest.mark.parametrize("simple_crop", [False, True])
+def test_three_augment_gives_images_of_the_input_size_and_zooms_unless_told_otherwise(simple_crop):
+    image = Image.new("RGB", (100, 80))
+    image.paste((110, 110, 110), (0, 0, 100, 40))  # the upper half is grey
+    results = [three_augment(32, color_jitter=0.3, simple_crop=simple_crop)(image) for _ in range(20)]
+    assert all(result.shape == (3, 32, 32) for result in results)
+    one_colour = sum(int(result.std(dim=(1, 2)).max() < 0.05) for result in results)
+    assert (one_colour > 0) != simple_crop

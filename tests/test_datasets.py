@@ -1,4 +1,5 @@
 import gzip
+import json
 from argparse import Namespace
 
 import numpy as np
@@ -13,7 +14,8 @@ from utils import UserError
 
 def options(**changes):
     defaults = dict(data_set="IMNET", data_path="", input_size=28, color_jitter=0.3, aa="rand-m9-mstd0.5-inc1",
-                    train_interpolation="bicubic", reprob=0.25, remode="pixel", recount=1, eval_crop_ratio=0.875)
+                    train_interpolation="bicubic", reprob=0.25, remode="pixel", recount=1, eval_crop_ratio=0.875,
+                    ThreeAugment=False, src=False, inat_category="name")
     return Namespace(**{**defaults, **changes})
 
 
@@ -45,7 +47,8 @@ def test_idx_files_are_read_plain_and_gzipped(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda content: content[:-1], lambda content: content + b"x", lambda content: b"", lambda content: b"\1" + content[1:],
+    lambda content: content[:-1], lambda content: content + b"x", lambda content: b"",
+    lambda content: b"\1" + content[1:],
     lambda content: content[:4] + b"\xff" * 4 + content[8:]])
 def test_damaged_idx_files_are_refused(tmp_path, damage):
     for name, array in (("images-idx3", np.zeros((2, 4, 3), np.uint8)), ("labels-idx1", np.zeros(2, np.uint8))):
@@ -76,6 +79,43 @@ def test_part_of_imagenet_keeps_the_labels_of_imagenet(tmp_path):
     data, num_classes = build_dataset(False, options(data_path=str(tmp_path)))
     assert num_classes == 1000
     assert [data[i][1] for i in range(3)] == [0, 217, 701]
+
+
+def save_inaturalist(root, year):
+    """Three species of two kingdoms; as in the real files, the images lie two folders deeper than they are said to."""
+    ranks = [{"id": 0, "name": "oak", "kingdom": "Plantae"}, {"id": 1, "name": "fox", "kingdom": "Animalia"},
+             {"id": 2, "name": "owl", "kingdom": "Animalia"}]
+    (root / "categories.json").write_text(json.dumps(ranks))
+    for split, order in (("train", [2, 0, 1]), ("val", [1, 2])):
+        images, annotations = [], []
+        for number in order:
+            file = f"train_val{year}/{ranks[number]['kingdom']}/{number}/{split}.png"
+            path = root / f"train_val{year}" / str(number) / f"{split}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+            images.append({"id": number, "file_name": file})
+            annotations.append({"image_id": number, "category_id": number})
+        (root / f"{split}{year}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+
+
+@pytest.mark.parametrize("data_set, year", [("INAT", 2018), ("INAT19", 2019)])
+def test_inaturalist_is_labelled_by_the_chosen_rank_in_the_order_of_the_training_annotations(tmp_path, data_set, year):
+    save_inaturalist(tmp_path, year)
+    common = dict(data_set=data_set, data_path=str(tmp_path))
+    species, num_species = build_dataset(False, options(**common))
+    kingdoms, num_kingdoms = build_dataset(False, options(**common, inat_category="kingdom"))
+    assert (num_species, num_kingdoms) == (3, 2)
+    assert [species[i][1] for i in range(2)] == [2, 0]  # fox, owl; the training annotations begin owl, oak, fox
+    assert [kingdoms[i][1] for i in range(2)] == [0, 0]
+    assert len(build_dataset(True, options(**common))[0]) == 3
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"annotations": []}', '{"annotations": [{}], "images": []}'])
+def test_annotations_that_are_not_inaturalists_are_refused(tmp_path, damage):
+    save_inaturalist(tmp_path, 2018)
+    (tmp_path / "train2018.json").write_text(damage)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        build_dataset(True, options(data_set="INAT", data_path=str(tmp_path)))
 
 
 @pytest.mark.parametrize("size", [28, 32, 64])

@@ -149,7 +149,8 @@ def test_a_custom_yaml_prunes_and_is_remembered(run_main, tiny, tmp_path):
     assert re.search(r"blocks\.1\.attn\.qkv\.weight .* 50\.00%", output)
     mask = unpack(read(tmp_path / "out/checkpoint.pth")["masks"])["blocks.1.mlp.fc1.weight"]
     assert (mask.reshape(-1, 4).sum(1) == 2).all()
-    run_main(*tiny, "--pruner", "custom", "--custom-config", "c.yaml", "--resume", "out/checkpoint.pth", "--epochs", "2")
+    run_main(*tiny, "--pruner", "custom", "--custom-config", "c.yaml", "--epochs", "2", "--resume",
+             "out/checkpoint.pth")
 
 
 @pytest.mark.parametrize("flags", [

@@ -5,7 +5,7 @@ import torch
 from models import adapt_weights, build_model, load_weights, resize_pos_embed, train_attention_only
 from utils import UserError
 
-TINY = dict(embed_dim=24, depth=1, num_heads=2)
+TINY = {"embed_dim": 24, "depth": 1, "num_heads": 2}
 
 
 def test_the_sample_model_comes_with_weights_through_timm():

@@ -1,0 +1,63 @@
+"""The losses that training adds to a plain criterion: distillation and co-distillation.
+
+Each is called as `loss(images, outputs, targets)` with what the model gave for the images.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class DistillationLoss(nn.Module):
+    """The criterion on the class head, and on the distillation head what the teacher says.
+
+    Touvron et al. 2021, arXiv:2012.12877. `soft` is the Kullback-Leibler divergence at temperature `tau`, times tau
+    squared, over the number of logits; `hard` is the cross-entropy with the teacher's first class. `alpha` is the share
+    of the teacher in the loss; `none` uses the criterion alone.
+
+    teacher_model: maps the images to logits; None with `none`. It runs without gradients.
+    outputs: logits (batch, classes), or the pair (class head, distillation head) of a distilled model.
+    targets: whatever the criterion takes.
+    """
+
+    def __init__(self, base_criterion, teacher_model=None, distillation_type="none", alpha=0.5, tau=1.0):
+        super().__init__()
+        if distillation_type not in ("none", "soft", "hard"):
+            raise ValueError(f"distillation_type {distillation_type!r}: expected none, soft or hard")
+        self.base_criterion, self.teacher_model = base_criterion, teacher_model
+        self.distillation_type, self.alpha, self.tau = distillation_type, alpha, tau
+
+    def forward(self, images, outputs, targets):
+        outputs, outputs_kd = (outputs, None) if isinstance(outputs, torch.Tensor) else outputs
+        loss = self.base_criterion(outputs.float(), targets)
+        if self.distillation_type == "none":
+            return loss
+        if outputs_kd is None:
+            raise ValueError("distillation needs a model that returns the logits of two heads while it trains")
+        with torch.no_grad():
+            teacher = self.teacher_model(images).float()
+        outputs_kd = outputs_kd.float()
+        if self.distillation_type == "soft":
+            student, teacher = (F.log_softmax(logits / self.tau, dim=1) for logits in (outputs_kd, teacher))
+            kd_loss = F.kl_div(student, teacher, reduction="sum", log_target=True) * self.tau**2 / student.numel()
+        else:
+            kd_loss = F.cross_entropy(outputs_kd, teacher.argmax(dim=1))
+        return loss * (1 - self.alpha) + kd_loss * self.alpha
+
+
+class CosubLoss(nn.Module):
+    """Co-training of two submodels: each learns the targets and what the other one says.
+
+    Touvron et al. 2022, arXiv:2212.04884. The submodels are two forward passes of one network under drop path:
+    `outputs` has the logits of the batch twice, shape (2 * batch, classes). Binary cross-entropy throughout; targets
+    are class indices (batch,) or the weights (batch, classes) that mixup gives.
+    """
+
+    def forward(self, images, outputs, targets):
+        first, second = outputs.float().chunk(2)
+        if targets.ndim == 1:
+            targets = F.one_hot(targets, first.shape[1])
+        targets = targets.to(first.dtype)
+        pairs = ((first, targets), (second, targets), (first, second.detach().sigmoid()),
+                 (second, first.detach().sigmoid()))
+        return sum(F.binary_cross_entropy_with_logits(logits, wanted) for logits, wanted in pairs) / 4

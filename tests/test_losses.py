@@ -1,0 +1,54 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from losses import CosubLoss, DistillationLoss
+
+torch.manual_seed(0)
+IMAGES, LABELS = torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
+CLASS, KD = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+TEACHER = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+
+
+def distilled(kind, **options):
+    return DistillationLoss(torch.nn.CrossEntropyLoss(), TEACHER, kind, **options)(IMAGES, (CLASS, KD), LABELS)
+
+
+def test_without_distillation_it_is_the_criterion_on_the_class_head():
+    assert distilled("none") == F.cross_entropy(CLASS, LABELS)
+    assert DistillationLoss(torch.nn.CrossEntropyLoss())(IMAGES, CLASS, LABELS) == F.cross_entropy(CLASS, LABELS)
+
+
+def test_soft_distillation_is_the_divergence_from_the_teacher_at_its_temperature():
+    student, teacher = (F.softmax(logits / 3, dim=1) for logits in (KD, TEACHER(IMAGES)))
+    divergence = (teacher * (teacher.log() - student.log())).sum() * 9 / 20
+    expected = 0.3 * F.cross_entropy(CLASS, LABELS) + 0.7 * divergence
+    torch.testing.assert_close(distilled("soft", alpha=0.7, tau=3.0), expected)
+
+
+def test_hard_distillation_is_the_cross_entropy_with_the_teachers_first_class():
+    expected = 0.5 * F.cross_entropy(CLASS, LABELS) + 0.5 * F.cross_entropy(KD, TEACHER(IMAGES).argmax(1))
+    torch.testing.assert_close(distilled("hard"), expected)
+
+
+def test_the_teacher_gets_no_gradients():
+    distilled("soft").backward()
+    assert all(parameter.grad is None for parameter in TEACHER.parameters())
+    assert KD.grad is not None
+
+
+def test_distillation_needs_two_heads():
+    with pytest.raises(ValueError, match="two heads"):
+        DistillationLoss(torch.nn.CrossEntropyLoss(), TEACHER, "hard")(IMAGES, CLASS, LABELS)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_cosub_trains_each_submodel_on_targets_and_on_the_other(mixed):
+    outputs = torch.randn(8, 5, requires_grad=True)
+    first, second = outputs[:4], outputs[4:]
+    targets = F.one_hot(LABELS, 5).float()
+    bce = F.binary_cross_entropy_with_logits
+    expected = (bce(first, targets) + bce(second, targets) + bce(first, second.detach().sigmoid())
+                + bce(second, first.detach().sigmoid())) / 4
+    loss = CosubLoss()(IMAGES, outputs, targets if mixed else LABELS)
+    torch.testing.assert_close(loss, expected)
