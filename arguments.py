@@ -53,6 +53,8 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--eval", action="store_true", help="only evaluate, after pruning where a pruner is given")
     add("--dist-eval", action="store_true", help="share the evaluation among the processes")
     add("--dist_url", default="env://", help="how the processes find each other")
+    add("--distributed", action="store_true", help="insist on more than one process, as torchrun or SLURM starts them")
+    add("--world_size", type=int, default=1, help="insist on this many processes, where it is more than one")
 
     add = parser.add_argument_group("pruning").add_argument
     add("--pruner", choices=list(PRUNERS), help="how the sparsity is shared among layers; without it nothing is pruned")
@@ -115,6 +117,7 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--num_workers", type=int, default=10, help="processes that load images, for each training process")
     switch(group, "pin-mem", True, "copy batches to the GPU from pinned memory")
     switch(group, "repeated-aug", True, "show each drawn image three times an epoch, augmented differently")
+    add("--crop-padding", type=int, default=4, help="pixels around images of 32 x 32 and less, before a random crop")
     add("--color-jitter", type=float, default=0.3, help="strength of colour jitter, where --aa none leaves room for it")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation, or none")
     add("--ThreeAugment", action="store_true", help="3-Augment instead of --aa: grayscale, solarization or blur")
@@ -186,8 +189,8 @@ def check_args(args) -> None:
 
     for flag in ("--batch-size", "--epochs", "--input-size", "--recount"):
         expect(getattr(args, flag[2:].replace("-", "_")) >= 1, flag, "at least 1")
-    for flag in ("--num_workers", "--seed", "--start_epoch", "--warmup-epochs", "--cooldown-epochs", "--lr",
-                 "--weight-decay", "--mixup", "--cutmix", "--color-jitter", "--clip-grad", "--min-lr", "--warmup-lr"):
+    for flag in ("--num_workers", "--crop-padding", "--seed", "--start_epoch", "--warmup-epochs", "--cooldown-epochs",
+                 "--lr", "--weight-decay", "--mixup", "--cutmix", "--color-jitter", "--clip-grad", "--min-lr", "--warmup-lr"):
         value = getattr(args, flag[2:].replace("-", "_"))
         expect(value is None or 0 <= value < math.inf, flag, "a number of at least 0")
     for flag in ("--drop", "--drop-path", "--smoothing", "--model-ema-decay"):
@@ -198,7 +201,9 @@ def check_args(args) -> None:
     expect(args.train_interpolation in ("random", "bilinear", "bicubic"), "--train-interpolation",
            "random, bilinear or bicubic")
     expect(args.remode in ("const", "rand", "pixel"), "--remode", "const, rand or pixel")
-    expect(args.cutmix_minmax is None or len(args.cutmix_minmax) == 2, "--cutmix-minmax", "two numbers")
+    sides = args.cutmix_minmax
+    expect(sides is None or len(sides) == 2 and 0 <= sides[0] < sides[1] <= 1, "--cutmix-minmax",
+           "two numbers in [0, 1], the smaller first")
     if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch-size {args.batch_size}: expected an even number, as mixup and cutmix pair images; "
                         "--mixup 0 --cutmix 0 turns them off")

@@ -49,7 +49,7 @@ def build_transform(is_train: bool, args):
         if small:
             transform.transforms[0] = transforms.Compose([
                 transforms.Resize(args.input_size, interpolation=transforms.InterpolationMode.BICUBIC),
-                transforms.RandomCrop(args.input_size, padding=4)])
+                transforms.RandomCrop(args.input_size, padding=args.crop_padding)])
         return transform
     resized = args.input_size if small else int(args.input_size / args.eval_crop_ratio)
     return transforms.Compose([

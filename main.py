@@ -38,7 +38,7 @@ from utils import UserError, log
 
 def main(args) -> dict[str, float]:
     """The whole run; returns the top-1 accuracies in percent (dense, pruned, finetuned) that it measured."""
-    device = utils.init_process_group(args.device, args.dist_url)
+    device = utils.init_process_group(args.device, args.dist_url, args.distributed, args.world_size)
     amp_dtype = utils.choose_amp(args.amp, device)
     log(describe(args, device, amp_dtype))
     utils.seed_everything(args.seed, utils.rank())
@@ -48,8 +48,9 @@ def main(args) -> dict[str, float]:
     model = prepare_model(args, num_classes, checkpoint, device)
     pruner, masks, newly_pruned = prepare_masks(args, model, checkpoint)
 
-    def test():
-        return evaluate(val_loader, model, device, amp_dtype=amp_dtype, shared=args.dist_eval)
+    def test(network=model):
+        where = next(network.parameters()).device  # a moving average may be kept on the CPU
+        return evaluate(val_loader, network, where, amp_dtype=amp_dtype, shared=args.dist_eval)
 
     if not args.eval:  # before any long work, so that a mistake shows at once
         state = TrainingState(model, args, device)
@@ -176,35 +177,38 @@ def train(state, loader, criterion, mixup_fn, test, device, amp_dtype, output_di
     args, network = state.args, state.model
     if utils.world_size() > 1:
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
-    parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     log(f"Training epochs {state.epoch} to {args.epochs - 1}, {len(loader)} steps each")
-    start, test_stats = time.time(), None
+    start, test_stats = time.time(), {}
     while state.epoch < args.epochs:
         loader.sampler.set_epoch(state.epoch)
         train_stats = train_one_epoch(
             network, criterion, loader, state.optimizer, device, state.epoch, seed=args.seed, amp_dtype=amp_dtype,
             scaler=state.scaler, clip_grad=args.clip_grad, ema=state.ema, mixup_fn=mixup_fn, masks=state.masks,
             train_mode=args.train_mode, cosub=args.cosub)
-        test_stats = test()
-        if state.lr_scheduler:
-            state.lr_scheduler.step(state.epoch + 1, test_stats["acc1"])
-        state.epoch, state.step = state.epoch + 1, state.step + len(loader)
-        best = test_stats["acc1"] > state.max_accuracy
-        state.max_accuracy = max(state.max_accuracy, test_stats["acc1"])
-        log(f"Max accuracy: {state.max_accuracy:.2f}%")
+        test_stats = {"test": test()}
+        if state.ema:
+            log("Moving average of the weights")
+            test_stats["test_ema"] = test(state.ema.module)
+        improved = state.end_epoch(len(loader), [stats["acc1"] for stats in test_stats.values()])
+        log(f"Max accuracy: {state.max_accuracy:.2f}% ({state.best})")
         if output_dir:
-            content = state.state_dict()
-            utils.save_checkpoint(content, output_dir / "checkpoint.pth")
-            if best:
-                utils.save_checkpoint(content, output_dir / "best_checkpoint.pth")
-            line = {f"train_{name}": value for name, value in train_stats.items()}
-            line |= {f"test_{name}": value for name, value in test_stats.items()}
-            line |= {"epoch": state.epoch - 1, "n_parameters": parameters}
-            utils.append_line(output_dir / "log.txt", json.dumps(line))
+            write_epoch(output_dir, state, improved, {"train": train_stats, **test_stats})
     log(f"Training time {datetime.timedelta(seconds=int(time.time() - start))}")
     if output_dir:
         log(f"Written to {output_dir}: checkpoint.pth (last epoch), best_checkpoint.pth, log.txt")
-    return (test_stats or test())["acc1"]
+    return test_stats["test"]["acc1"] if test_stats else test()["acc1"]
+
+
+def write_epoch(output_dir: Path, state, improved: bool, metrics: dict[str, dict[str, float]]) -> None:
+    """Writes the checkpoints of an epoch, and its metrics as a line of log.txt."""
+    content = state.state_dict()
+    utils.save_checkpoint(content, output_dir / "checkpoint.pth")
+    if improved:
+        utils.save_checkpoint(content, output_dir / "best_checkpoint.pth")
+    line = {f"{kind}_{name}": value for kind, stats in metrics.items() for name, value in stats.items()}
+    line |= {"epoch": state.epoch - 1,
+             "n_parameters": sum(p.numel() for p in state.model.parameters() if p.requires_grad)}
+    utils.append_line(output_dir / "log.txt", json.dumps(line))
 
 
 def make_output_dir(name: str) -> Path | None:

@@ -16,13 +16,14 @@ class TrainingState:
     pruned: `start` takes what pruning gave.
 
     masks: a `sparsity_factory.Masks`, or None for a dense run; `pruner` says what made them.
-    epoch: the next epoch to train. step: optimizer steps taken. max_accuracy: the best top-1 so far, in percent.
+    epoch: the next epoch to train. step: optimizer steps taken. max_accuracy: the best top-1 so far, in percent, and
+    best: whose it is, `model` or `model_ema`.
     """
 
     def __init__(self, model, args, device):
         self.model, self.args = model, args
         self.masks = self.pruner = self.ema = None
-        self.epoch, self.step, self.max_accuracy = args.start_epoch, 0, 0.0
+        self.epoch, self.step, self.max_accuracy, self.best = args.start_epoch, 0, -1.0, "model"
         settings = dict(vars(args))
         if not args.unscale_lr:
             settings["lr"] = args.lr * args.batch_size * utils.world_size() / 512
@@ -41,6 +42,20 @@ class TrainingState:
             device = "cpu" if self.args.model_ema_force_cpu else None
             self.ema = ModelEmaV3(self.model, self.args.model_ema_decay, device=device)
 
+    def end_epoch(self, steps: int, accuracies: list[float]) -> bool:
+        """Moves on to the next epoch; true when one of the accuracies is the best so far.
+
+        accuracies: top-1 in percent of the model and, where there is one, of its moving average.
+        """
+        self.epoch, self.step = self.epoch + 1, self.step + steps
+        if self.lr_scheduler:
+            self.lr_scheduler.step(self.epoch, accuracies[0])
+        improved = max(accuracies) > self.max_accuracy
+        if improved:
+            self.max_accuracy = max(accuracies)
+            self.best = ("model", "model_ema")[accuracies.index(self.max_accuracy)]
+        return improved
+
     def state_dict(self) -> dict:
         """DeiT's keys and this project's, in tensors, numbers, strings and plain containers only."""
         state = {
@@ -51,6 +66,7 @@ class TrainingState:
             "epoch": self.epoch - 1,
             "step": self.step,
             "max_accuracy": self.max_accuracy,
+            "best": self.best,
             "args": vars(self.args),
         }
         if self.ema:
@@ -74,6 +90,7 @@ class TrainingState:
                 self.scaler.load_state_dict(checkpoint["scaler"])
             self.epoch = int(checkpoint["epoch"]) + 1
             self.step = int(checkpoint.get("step", 0))
-            self.max_accuracy = float(checkpoint.get("max_accuracy", 0.0))
+            self.max_accuracy = float(checkpoint.get("max_accuracy", -1.0))
+            self.best = str(checkpoint.get("best", "model"))
         except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise UserError(f"{source}: its training state does not fit this run ({first_line(error)})") from None

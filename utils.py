@@ -82,19 +82,25 @@ def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if native else None
 
 
-def init_process_group(device_name: str, dist_url: str = "env://") -> torch.device:
+def init_process_group(device_name: str, dist_url: str = "env://", distributed: bool = False,
+                       wanted: int = 1) -> torch.device:
     """Joins the processes that torchrun or SLURM started, and returns this process's device.
 
     Reads RANK, WORLD_SIZE and LOCAL_RANK (torchrun), else SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID where
-    MASTER_ADDR says that the job was meant to be distributed. Without them the run has a single process.
+    MASTER_ADDR says that the job was meant to be distributed. Without them the run has a single process. Raises
+    UserError when `distributed` or a number of processes `wanted` asks for others than there are.
     """
-    env = os.environ
+    env, processes = os.environ, 1
     if "RANK" in env and "WORLD_SIZE" in env:
         process, processes, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
     elif "SLURM_PROCID" in env and "MASTER_ADDR" in env:
         process, processes = int(env["SLURM_PROCID"]), int(env.get("SLURM_NTASKS", 1))
         local = int(env.get("SLURM_LOCALID", 0))
-    else:
+    if processes == 1 and distributed or wanted not in (1, processes):
+        raise UserError(f"{'--distributed' if distributed else f'--world_size {wanted}'}: there "
+                        f"{'is one process' if processes == 1 else f'are {processes} processes'}; start as many as you "
+                        "want with torchrun")
+    if processes == 1:
         return choose_device(device_name)
     device = choose_device(device_name, local)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=dist_url,

@@ -63,3 +63,25 @@ def test_a_wrong_config_is_told_in_one_line(tmp_path, content, message):
         parse_args(["--config", str(path)])
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_table_of_deits_arguments_is_in_step_with_the_parser_and_the_tests():
+    tests = Path(__file__).parent
+    rows = {}
+    for line in (tests.parent / "docs" / "deit_flags.md").read_text().splitlines():
+        if line.startswith("| `--"):
+            flags, meaning, default, test, _ = (cell.strip() for cell in line.strip("|").split(" | "))
+            for flag in flags.split(", "):
+                rows[flag.strip("`")] = meaning, default, test.strip("`")
+    parser = get_args_parser()
+    reference = json.loads((tests / "reference" / "deit_flags.json").read_text())
+    assert set(rows) == {flag for entry in reference for flag in entry["flags"]}
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    shown = {True: "on", False: "off", None: "none", "": "none"}
+    for flag, (meaning, default, test) in rows.items():
+        file, name = test.split("::")
+        assert f"def {name}(" in (tests / file).read_text(), test
+        if not meaning.startswith("the opposite"):
+            value = parser.get_default(actions[flag].dest)
+            assert meaning == actions[flag].help, flag
+            assert default == (shown[value] if isinstance(value, bool | str | None) and value in shown else f"`{value}`")

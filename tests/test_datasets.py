@@ -15,7 +15,7 @@ from utils import UserError
 def options(**changes):
     defaults = dict(data_set="IMNET", data_path="", input_size=28, color_jitter=0.3, aa="rand-m9-mstd0.5-inc1",
                     train_interpolation="bicubic", reprob=0.25, remode="pixel", recount=1, eval_crop_ratio=0.875,
-                    ThreeAugment=False, src=False, inat_category="name")
+                    ThreeAugment=False, src=False, crop_padding=4, inat_category="name")
     return Namespace(**{**defaults, **changes})
 
 

@@ -1,6 +1,7 @@
 """Two real processes under torchrun."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from conftest import ROOT, start_main
@@ -48,3 +49,16 @@ def test_a_mistake_under_torchrun_ends_every_process_and_is_told_once(tmp_path):
         assert result.stderr.count("error: ") == 1, result.stderr
         assert "Traceback (most recent call last):\n  File \"" + str(ROOT / "main.py") not in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_processes_meet_at_the_dist_url(tmp_path, tiny):
+    """Without torchrun: each process is told its rank by the environment, and meets the other at a file."""
+    def start(rank):
+        return start_main(*tiny, "--eval", "--distributed", "--world_size", "2", "--dist_url", f"file://{tmp_path}/meet",
+                          cwd=tmp_path, env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)})
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(start, range(2))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert "2 process(es)" in first.stdout
+    assert second.stdout == ""

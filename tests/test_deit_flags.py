@@ -1,0 +1,425 @@
+"""What each of DeiT's arguments changes. docs/deit_flags.md names the test of every one."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import main
+from arguments import parse_args
+from datasets import build_transform
+from losses import CosubLoss
+from state import TrainingState
+
+CPU = torch.device("cpu")
+MODEL = ["--data-path", "unused", "--model", "deit_sample_patch4_28", "--input-size", "28"]
+
+
+def options(*flags):
+    return parse_args([*MODEL, "--no-pretrained", *map(str, flags)])
+
+
+def model_of(*flags):
+    return main.prepare_model(options(*flags), 10, {}, CPU)
+
+
+def group(*flags):
+    """The first parameter group of the optimizer, which has no weight decay, and the second, which has."""
+    return TrainingState(timm.create_model("deit_sample_patch4_28"), options(*flags), CPU).optimizer.param_groups
+
+
+def rates(*flags, epochs=10):
+    """The learning rate of each epoch."""
+    state = TrainingState(timm.create_model("deit_sample_patch4_28"),
+                          options("--epochs", epochs, "--unscale-lr", "--lr", "1", *flags), CPU)
+    values = []
+    for epoch in range(epochs):
+        values.append(state.optimizer.param_groups[0]["lr"])
+        state.lr_scheduler.step(epoch + 1, metric=50.0)
+    return values
+
+
+def augmented(*flags, image=None, count=20):
+    """Training images of the transform, each made with a seed of its own; the same ones for the same arguments."""
+    transform = build_transform(True, options("--input-size", "48", *flags))
+    image = image or Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
+    results = []
+    for seed in range(count):
+        main.utils.seed_everything(seed)
+        results.append(transform(image))
+    return torch.stack(results)
+
+
+def read(folder):
+    return torch.load(folder / "checkpoint.pth", weights_only=True)
+
+
+PLAIN = ["--aa", "none", "--reprob", "0", "--color-jitter", "0"]
+
+
+# ---- run ----
+
+
+def test_batch_size_is_the_images_of_a_step(run_main, tiny):
+    assert "3 steps each" in run_main(*tiny)
+    assert "6 steps each" in run_main(*tiny, "--batch-size", "8")
+
+
+def test_epochs_and_start_epoch_bound_the_training(run_main, tiny):
+    output = run_main(*tiny, "--epochs", "3", "--start_epoch", "1")
+    assert sorted(set(re.findall(r"Epoch: \[(\d)\]", output))) == ["1", "2"]
+
+
+def test_seed_changes_the_result_and_the_same_seed_does_not(run_main, tiny, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run_main(*tiny, "--no-pretrained", "--seed", seed, "--output_dir", name)
+    a, b, c = (read(tmp_path / name)["model"]["head.weight"] for name in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_output_dir_is_where_files_go_and_empty_writes_nothing(run_main, tiny, tmp_path):
+    run_main(*tiny)
+    assert not list(tmp_path.iterdir())
+    run_main(*tiny, "--output_dir", "a/b")
+    assert {path.name for path in (tmp_path / "a/b").iterdir()} == {"checkpoint.pth", "best_checkpoint.pth", "log.txt"}
+
+
+def test_eval_does_not_train(run_main, tiny):
+    output = run_main(*tiny, "--eval", "--output_dir", "out")
+    assert "Epoch" not in output
+    assert "* Acc@1" in output
+
+
+def test_num_workers_and_pin_mem_reach_the_loader(tiny):
+    for flags, workers, pinned in ((["--num_workers", "2"], 2, True), (["--no-pin-mem"], 0, False)):
+        loader, _, _ = main.build_loaders(parse_args([*tiny, *flags]), torch.device("cuda"))
+        assert loader.num_workers == workers
+        assert loader.pin_memory == pinned
+
+
+# ---- model ----
+
+
+def test_model_and_input_size_choose_the_architecture():
+    model = main.prepare_model(parse_args(["--data-path", "x", "--model", "deit_tiny_patch16_224", "--input-size", "64",
+                                           "--no-pretrained"]), 7, {}, CPU)
+    assert model.embed_dim == 192
+    assert model.patch_embed.grid_size == (4, 4)
+    assert model.head.out_features == 7
+
+
+def test_drop_is_the_dropout_rate():
+    rates = {module.p for module in model_of("--drop", "0.25").modules() if isinstance(module, torch.nn.Dropout)}
+    assert 0.25 in rates
+    assert {module.p for module in model_of().modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+
+
+def test_drop_path_grows_to_its_rate_in_the_last_block():
+    blocks = model_of("--drop-path", "0.3").blocks
+    assert blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
+    assert isinstance(blocks[0].drop_path1, torch.nn.Identity)
+
+
+def test_model_ema_follows_with_its_decay_and_can_be_left_out(run_main, tiny, tmp_path):
+    run_main(*tiny, "--model-ema-decay", "0", "--output_dir", "follows", "--model-ema-force-cpu")
+    run_main(*tiny, "--output_dir", "lags")
+    run_main(*tiny, "--no-model-ema", "--output_dir", "none")
+    follows, lags, none = (read(tmp_path / name) for name in ("follows", "lags", "none"))
+    assert torch.equal(follows["model_ema"]["head.weight"], follows["model"]["head.weight"])
+    assert not torch.equal(lags["model_ema"]["head.weight"], lags["model"]["head.weight"])
+    assert "model_ema" not in none
+
+
+# ---- optimizer and schedule ----
+
+
+def test_opt_chooses_the_optimizer_and_its_options_reach_it():
+    _, decayed = group("--weight-decay", "0.3", "--opt-eps", "1e-5", "--opt-betas", "0.7", "0.8")
+    assert decayed["weight_decay"] == 0.3
+    assert decayed["eps"] == 1e-5
+    assert tuple(decayed["betas"]) == (0.7, 0.8)
+    _, decayed = group("--opt", "sgd", "--momentum", "0.6")
+    assert decayed["momentum"] == 0.6
+    assert "betas" not in decayed
+
+
+def test_lr_is_for_512_images_a_step_unless_unscaled():
+    flags = ["--lr", "0.1", "--batch-size", "128", "--warmup-epochs", "0"]
+    assert group(*flags)[0]["lr"] == pytest.approx(0.025)
+    assert group(*flags, "--unscale-lr")[0]["lr"] == pytest.approx(0.1)
+
+
+def test_clip_grad_bounds_the_step(run_main, tiny, tmp_path):
+    start = timm.create_model("deit_sample_patch4_28", pretrained=True).state_dict()["head.weight"]
+    moved = []
+    for flags in ([], ["--clip-grad", "1e-3"]):
+        run_main(*tiny, "--opt", "sgd", "--lr", "10", "--weight-decay", "0", "--output_dir", "out", *flags)
+        moved.append((read(tmp_path / "out")["model"]["head.weight"] - start).norm())
+    assert moved[1] < moved[0] / 10
+
+
+def test_sched_warms_up_and_ends_at_min_lr():
+    cosine = rates("--warmup-epochs", "2", "--warmup-lr", "0.1", "--min-lr", "0.2")
+    assert cosine[0] == pytest.approx(0.1)
+    assert cosine[1] == pytest.approx(0.55)
+    assert cosine[2] == max(cosine)
+    assert cosine[9] == min(cosine[2:]) >= 0.2
+    assert rates("--sched", "tanh", "--warmup-epochs", "0") != rates("--warmup-epochs", "0")
+
+
+def test_step_schedule_decays_by_its_rate_at_its_interval():
+    step = rates("--sched", "step", "--decay-epochs", "3", "--decay-rate", "0.5", "--warmup-epochs", "0")
+    assert step == pytest.approx([1] * 3 + [0.5] * 3 + [0.25] * 3 + [0.125])
+    assert step == rates("--sched", "step", "--decay-epochs", "3", "--dr", "0.5", "--warmup-epochs", "0")
+
+
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
+def test_plateau_schedule_waits_for_its_patience():
+    plateau = ["--sched", "plateau", "--warmup-epochs", "0", "--decay-rate", "0.5", "--min-lr", "0"]
+    assert rates(*plateau, "--patience-epochs", "2", epochs=6) == pytest.approx([1, 1, 1, 1, 0.5, 0.5])
+    assert rates(*plateau, "--patience-epochs", "9", epochs=6) == [1] * 6
+
+
+def test_lr_noise_disturbs_the_rate_within_its_range_and_limit():
+    flat = ["--sched", "step", "--decay-epochs", "100", "--warmup-epochs", "0"]
+    noisy = rates(*flat, "--lr-noise", "0.4", "0.8", "--lr-noise-pct", "0.1", "--lr-noise-std", "0.05")
+    assert noisy[:4] == [1] * 4
+    assert noisy[8:] == [1] * 2
+    assert any(rate != 1 for rate in noisy[4:8])
+    assert all(abs(rate - 1) < 0.1 for rate in noisy)
+    wild = rates(*flat, "--lr-noise", "0.4", "0.8", "--lr-noise-pct", "0.9", "--lr-noise-std", "0.5")
+    assert max(abs(rate - 1) for rate in wild) > max(abs(rate - 1) for rate in noisy)
+
+
+def test_cooldown_epochs_add_nothing_to_the_training_as_in_deit():
+    assert rates("--cooldown-epochs", "0") == rates("--cooldown-epochs", "5")
+
+
+# ---- loss ----
+
+
+def loss_of(*flags, logits, targets):
+    criterion, _ = main.build_criterion(options("--mixup", "0", "--cutmix", "0", *flags), 10, CPU)
+    return criterion(None, logits, targets).item()
+
+
+def test_smoothing_and_bce_choose_the_loss():
+    logits, targets = torch.randn(4, 10), torch.arange(4)
+    plain = torch.nn.functional.cross_entropy(logits, targets).item()
+    assert loss_of("--smoothing", "0", logits=logits, targets=targets) == pytest.approx(plain)
+    smoothed = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.2).item()
+    assert loss_of("--smoothing", "0.2", logits=logits, targets=targets) == pytest.approx(smoothed)
+    one_hot = torch.nn.functional.one_hot(targets, 10).float()
+    binary = torch.nn.functional.binary_cross_entropy_with_logits(logits, one_hot).item()
+    assert loss_of("--bce-loss", logits=logits, targets=targets) == pytest.approx(binary)
+
+
+def test_bce_counts_every_class_that_is_mixed_in_fully():
+    criterion, _ = main.build_criterion(options("--bce-loss"), 10, CPU)
+    logits, mixed = torch.randn(1, 10), torch.zeros(1, 10)
+    mixed[0, 2], mixed[0, 5] = 0.9, 0.1
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, mixed.gt(0).float())
+    assert criterion(None, logits, mixed).item() == pytest.approx(expected.item())
+
+
+def test_cosub_is_its_own_loss():
+    assert isinstance(main.build_criterion(options("--cosub"), 10, CPU)[0], CosubLoss)
+
+
+@pytest.mark.parametrize("flags", [[], ["--mixup", "0", "--cutmix", "0"], ["--bce-loss"]])
+def test_cosub_trains(run_main, tiny, flags):
+    assert "Averaged stats" in run_main(*tiny, "--cosub", *flags)
+
+
+def test_the_moving_average_is_evaluated_and_the_best_checkpoint_says_which_was_best(run_main, tiny, tmp_path):
+    # One step at a ruinous rate: the average, which hardly moves, is better than the model.
+    output = run_main(*tiny, "--batch-size", "48", "--lr", "9", "--unscale-lr", "--output_dir", "out")
+    assert output.count("* Acc@1") == 2
+    assert "(model_ema)" in output
+    best = torch.load(tmp_path / "out/best_checkpoint.pth", weights_only=True)
+    assert best["best"] == "model_ema"
+    line = json.loads((tmp_path / "out/log.txt").read_text())
+    assert best["max_accuracy"] == line["test_ema_acc1"] > line["test_acc1"]
+
+
+def test_distributed_and_world_size_insist_on_processes(run_main, tiny):
+    assert "torchrun" in run_main(*tiny, "--distributed", status=2)
+    assert "--world_size 3" in run_main(*tiny, "--world_size", "3", status=2)
+
+
+def mix(*flags):
+    _, mixup_fn = main.build_criterion(options(*flags), 10, CPU)
+    images = torch.arange(8.0).reshape(8, 1, 1, 1).expand(8, 3, 16, 16).clone()
+    main.utils.seed_everything(1)
+    return mixup_fn(images, torch.arange(8))
+
+
+def test_mixup_blends_whole_images_and_cutmix_pastes_boxes():
+    blended, targets = mix("--cutmix", "0", "--smoothing", "0")
+    assert all(image.unique().numel() == 1 for image in blended)
+    assert targets.shape == (8, 10)
+    assert torch.allclose(targets.sum(1), torch.ones(8))
+    pasted, _ = mix("--mixup", "0")
+    assert all(set(image.unique().tolist()) <= set(range(8)) for image in pasted)
+    assert any(image.unique().numel() == 2 for image in pasted)
+
+
+def test_without_mixup_and_cutmix_nothing_is_mixed():
+    assert main.build_criterion(options("--mixup", "0", "--cutmix", "0"), 10, CPU)[1] is None
+
+
+def test_cutmix_minmax_bounds_the_side_of_the_box():
+    pasted, _ = mix("--mixup", "0", "--cutmix-minmax", "0.4", "0.6")
+    assert 0.1 < (pasted[0] != 0).float().mean() < 0.4
+    pasted, _ = mix("--mixup", "0", "--cutmix-minmax", "0.9", "1")
+    assert (pasted[0] != 0).float().mean() > 0.7
+
+
+def test_mixup_prob_and_switch_prob_choose_what_happens():
+    assert torch.equal(mix("--mixup-prob", "0")[0][:, 0, 0, 0], torch.arange(8.0))
+    assert all(image.unique().numel() == 1 for image in mix("--mixup-switch-prob", "0")[0])
+    assert any(image.unique().numel() == 2 for image in mix("--mixup-switch-prob", "1")[0])
+
+
+def test_mixup_mode_shares_one_ratio_by_batch_pair_or_not_at_all():
+    ratios = {}
+    for mode in ("batch", "pair", "elem"):
+        _, targets = mix("--cutmix", "0", "--smoothing", "0", "--mixup-mode", mode)
+        ratios[mode] = [round(targets[i, i].item(), 4) for i in range(8)]
+    assert len(set(ratios["batch"])) == 1
+    assert len(set(ratios["elem"])) > 4
+    assert ratios["pair"] == ratios["pair"][::-1]
+    assert len(set(ratios["pair"])) > 1
+
+
+# ---- distillation ----
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    torch.save({"model": timm.create_model("deit_sample_patch4_28", pretrained=True).state_dict()}, tmp_path / "t.pth")
+    return ["--teacher-model", "deit_sample_patch4_28", "--teacher-path", "t.pth"]
+
+
+STUDENT = ["--model", "deit_tiny_distilled_patch16_224", "--input-size", "32", "--no-pretrained"]
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_distillation_trains_a_student_with_two_heads(run_main, tiny, tmp_path, kind):
+    teacher = timm.create_model("resnet10t", num_classes=10)
+    torch.save({"model": teacher.state_dict()}, tmp_path / "t.pth")
+    output = run_main(*tiny, *STUDENT, "--distillation-type", kind, "--teacher-model", "resnet10t", "--teacher-path",
+                      "t.pth", "--pruner", "lamp", "--sparsity", "0.5")
+    assert "Teacher: resnet10t with the weights of t.pth" in output
+    assert "finetuned" in output
+
+
+def test_distillation_alpha_tau_and_type_reach_the_loss(teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    criterion, _ = main.build_criterion(options("--distillation-type", "soft", "--distillation-alpha", "0.3",
+                                                "--distillation-tau", "4", *teacher), 10, CPU)
+    assert (criterion.distillation_type, criterion.alpha, criterion.tau) == ("soft", 0.3, 4.0)
+    assert not any(parameter.requires_grad for parameter in criterion.teacher_model.parameters())
+
+
+def test_distillation_of_a_student_with_one_head_is_refused(run_main, tiny, teacher):
+    error = run_main(*tiny, "--distillation-type", "hard", *teacher, status=2)
+    assert "deit_sample_patch4_28" in error
+    assert "distillation head" in error
+
+
+def test_a_teacher_that_is_missing_or_of_other_classes_is_refused(run_main, tiny, tmp_path):
+    flags = [*tiny, *STUDENT, "--distillation-type", "hard"]
+    assert "--teacher-path" in run_main(*flags, status=2)
+    assert "t.pth: no such" in run_main(*flags, "--teacher-path", "t.pth", "--teacher-model", "resnet10t", status=2)
+    torch.save(timm.create_model("resnet10t", num_classes=7).state_dict(), tmp_path / "t.pth")
+    error = run_main(*flags, "--teacher-path", "t.pth", "--teacher-model", "resnet10t", status=2)
+    assert "t.pth" in error
+    assert "fc.weight" in error
+    assert "--teacher-model" in run_main(*flags, "--teacher-path", "t.pth", "--teacher-model", "resnet10x", status=2)
+
+
+# ---- augmentation ----
+
+
+def test_the_same_seed_gives_the_same_image():
+    assert torch.equal(augmented(), augmented())
+
+
+def test_aa_applies_its_policy_or_none():
+    assert not torch.equal(augmented(), augmented(*PLAIN))
+    assert not torch.equal(augmented("--reprob", "0", "--aa", "augmix-m5-w4-d2"), augmented(*PLAIN))
+
+
+def test_color_jitter_applies_where_no_policy_does():
+    assert not torch.equal(augmented("--aa", "none", "--reprob", "0", "--color-jitter", "0.5"), augmented(*PLAIN))
+
+
+def test_three_augment_replaces_the_policy_and_src_its_crop():
+    image = Image.new("RGB", (64, 64))
+    image.paste((110, 110, 110), (0, 0, 64, 32))
+    three = augmented("--ThreeAugment", "--color-jitter", "0", image=image)
+    simple = augmented("--ThreeAugment", "--src", "--color-jitter", "0", image=image)
+    assert not torch.equal(three, augmented(*PLAIN, image=image))
+    assert any(result.std(dim=(1, 2)).max() < 0.05 for result in three)  # zoomed into one half
+    assert not any(result.std(dim=(1, 2)).max() < 0.05 for result in simple)
+
+
+def test_train_interpolation_changes_how_images_are_scaled():
+    common = ["--aa", "none", "--reprob", "0", "--color-jitter", "0", "--train-interpolation"]
+    assert not torch.equal(augmented(*common, "bilinear"), augmented(*common, "bicubic"))
+
+
+def erased(*flags):
+    """The fraction of pixels that random erasing has changed, for each of many images."""
+    common = ["--aa", "none", "--color-jitter", "0"]
+    changed = augmented(*common, *flags) != augmented(*common, "--reprob", "0")
+    return changed.any(1).float().mean((1, 2))
+
+
+def test_reprob_is_how_often_something_is_erased():
+    assert erased("--reprob", "1").count_nonzero() == 20
+    assert 0 < erased("--reprob", "0.5").count_nonzero() < 20
+
+
+def test_remode_is_what_is_filled_in():
+    black = augmented("--aa", "none", "--color-jitter", "0", "--reprob", "1", "--remode", "const")
+    noise = augmented("--aa", "none", "--color-jitter", "0", "--reprob", "1", "--remode", "pixel")
+    assert (black == 0).all(1).any((1, 2)).all()
+    assert not (noise == 0).all(1).any()
+
+
+def test_recount_is_how_many_areas_are_erased():
+    assert erased("--reprob", "1", "--recount", "4").std() > 0
+    one = augmented("--aa", "none", "--color-jitter", "0", "--reprob", "1", "--remode", "const", "--recount", "1")
+    four = augmented("--aa", "none", "--color-jitter", "0", "--reprob", "1", "--remode", "const", "--recount", "4")
+    assert not torch.equal(one, four)
+
+
+def test_resplit_does_nothing_as_in_deit():
+    assert torch.equal(augmented("--resplit"), augmented())
+
+
+def test_eval_crop_ratio_is_the_part_of_the_image_that_is_seen():
+    image = Image.new("RGB", (100, 100))
+    image.paste((255, 255, 255), (10, 10, 90, 90))  # white but for a frame of a tenth
+    inside = build_transform(False, options("--input-size", "40", "--eval-crop-ratio", "0.5"))(image)
+    whole = build_transform(False, options("--input-size", "40", "--eval-crop-ratio", "1"))(image)
+    assert inside.min() > 2
+    assert whole.min() < -1
+
+
+def test_repeated_aug_shows_an_image_three_times(tiny):
+    for flags, repeats in (([], 1), (["--repeated-aug"], 3)):
+        loader, _, _ = main.build_loaders(parse_args([*tiny, *flags]), CPU)
+        indices = [index for index, _ in loader.sampler]
+        assert len(set(indices)) == len(indices) / repeats
+
+
+def test_device_is_where_the_model_goes(run_main, tiny):
+    assert " on cpu in float32" in run_main(*tiny, "--eval", "--device", "cpu")
