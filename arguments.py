@@ -190,7 +190,8 @@ def check_args(args) -> None:
     for flag in ("--batch-size", "--epochs", "--input-size", "--recount"):
         expect(getattr(args, flag[2:].replace("-", "_")) >= 1, flag, "at least 1")
     for flag in ("--num_workers", "--crop-padding", "--seed", "--start_epoch", "--warmup-epochs", "--cooldown-epochs",
-                 "--lr", "--weight-decay", "--mixup", "--cutmix", "--color-jitter", "--clip-grad", "--min-lr", "--warmup-lr"):
+                 "--lr", "--min-lr", "--warmup-lr", "--weight-decay", "--clip-grad", "--mixup", "--cutmix",
+                 "--color-jitter"):
         value = getattr(args, flag[2:].replace("-", "_"))
         expect(value is None or 0 <= value < math.inf, flag, "a number of at least 0")
     for flag in ("--drop", "--drop-path", "--smoothing", "--model-ema-decay"):

@@ -77,11 +77,11 @@ def test_the_table_of_deits_arguments_is_in_step_with_the_parser_and_the_tests()
     reference = json.loads((tests / "reference" / "deit_flags.json").read_text())
     assert set(rows) == {flag for entry in reference for flag in entry["flags"]}
     actions = {option: action for action in parser._actions for option in action.option_strings}
-    shown = {True: "on", False: "off", None: "none", "": "none"}
     for flag, (meaning, default, test) in rows.items():
         file, name = test.split("::")
         assert f"def {name}(" in (tests / file).read_text(), test
         if not meaning.startswith("the opposite"):
             value = parser.get_default(actions[flag].dest)
+            words = {"True": "on", "False": "off", "None": "none", "": "none"}
             assert meaning == actions[flag].help, flag
-            assert default == (shown[value] if isinstance(value, bool | str | None) and value in shown else f"`{value}`")
+            assert default == words.get(str(value), f"`{value}`"), flag
