@@ -48,7 +48,7 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--amp", choices=["auto", "bfloat16", "float16", "off"], default="auto",
         help="precision of the forward pass; auto takes the fastest one that the device has in hardware")
     add("--seed", type=int, default=0, help="decides every random choice")
-    add("--resume", default="", metavar="FILE", help="checkpoint (file or https URL) of a run to continue or evaluate")
+    add("--resume", default="", metavar="FILE", help="checkpoint (file or URL) of a run to continue or evaluate")
     add("--start_epoch", type=int, default=0, help="first epoch; --resume sets it")
     add("--eval", action="store_true", help="only evaluate, after pruning where a pruner is given")
     add("--dist-eval", action="store_true", help="share the evaluation among the processes")
@@ -67,7 +67,7 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--input-size", type=int, default=224, help="side of the images, in pixels")
     add("--drop", type=float, default=0.0, help="dropout rate")
     add("--drop-path", type=float, default=0.1, help="drop path rate")
-    add("--finetune", default="", metavar="FILE", help="checkpoint (file or https URL) to take the weights from")
+    add("--finetune", default="", metavar="FILE", help="checkpoint (file or URL) to take the weights from")
     switch(group, "pretrained", True, "start from timm's weights, unless --finetune or --resume gives some")
     add("--attn-only", action="store_true", help="train only attention, position embedding and head")
     switch(group, "train-mode", True, "train with drop path and dropout on")
@@ -103,7 +103,7 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--distillation-type", choices=["none", "soft", "hard"], default="none",
         help="what a distilled model's second head learns from the teacher: its logits, or its first class")
     add("--teacher-model", default="regnety_160", help="any model of timm")
-    add("--teacher-path", default="", metavar="FILE", help="checkpoint (file or https URL) of the teacher")
+    add("--teacher-path", default="", metavar="FILE", help="checkpoint (file or URL) of the teacher")
     add("--distillation-alpha", type=float, default=0.5, help="share of the teacher in the loss")
     add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
     add("--cosub", action="store_true", help="co-train two submodels under drop path; with binary cross-entropy")

@@ -108,8 +108,11 @@ def prepare_model(args, num_classes, checkpoint, device) -> torch.nn.Module:
     """The model on its device, with timm's weights or the checkpoint's."""
     # On CPUs plain attention is quicker: a training step of the sample in bfloat16 takes half as long as with fused.
     timm.layers.set_fused_attn(device.type == "cuda")
+    pretrained = args.pretrained and not checkpoint
+    source = args.resume or args.finetune or ("timm, pretrained" if pretrained else "random")
+    log(f"Weights of {args.model}: {source}")
     model = build_model(args.model, num_classes, args.input_size, drop=args.drop, drop_path=args.drop_path,
-                        pretrained=args.pretrained and not checkpoint)
+                        pretrained=pretrained)
     if args.resume:
         load_weights(model, checkpoint["model"], args.resume)
     elif args.finetune:
@@ -227,6 +230,7 @@ def make_output_dir(name: str) -> Path | None:
 def run(argv) -> int:
     """Runs `main` and returns the exit status: 2 with one line on standard error for a mistake of the user."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # an error line here says what its many say
     try:
         main(parse_args(argv))
         return 0

@@ -1,6 +1,7 @@
 """Builds the model: timm's architectures, the small sample model, and weights from checkpoints."""
 
 import difflib
+import re
 from pathlib import Path
 
 import timm
@@ -26,6 +27,13 @@ def deit_sample_patch4_28(pretrained=False, **kwargs) -> VisionTransformer:
     return build_model_with_cfg(VisionTransformer, "deit_sample_patch4_28", pretrained, **{**model_args, **kwargs})
 
 
+def timm_name(name: str) -> str:
+    """timm's name of a DeiT III, which its authors call `deit_small_patch16_LS`; any other name as it is."""
+    if found := re.fullmatch(r"deit_(small|medium|base|large|huge)_patch(14|16)_LS", name):
+        return f"deit3_{found[1]}_patch{found[2]}_224"
+    return name
+
+
 def build_model(name: str, num_classes: int, input_size: int, *, drop: float = 0.0, drop_path: float = 0.0,
                 pretrained: bool = False, flag: str = "--model") -> torch.nn.Module:
     """timm's model of that name for square images of `input_size` pixels, on the CPU.
@@ -33,6 +41,7 @@ def build_model(name: str, num_classes: int, input_size: int, *, drop: float = 0
     pretrained: load the weights that timm knows for the name; a head for another number of classes starts anew.
     Raises UserError for an unknown name, a size the model cannot take, or weights that cannot be had.
     """
+    name = timm_name(name)
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
@@ -62,6 +71,7 @@ def build_model(name: str, num_classes: int, input_size: int, *, drop: float = 0
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
     """Loads a state dict that fits `model` exactly. Raises UserError naming what does not fit."""
+    weights = with_timm_names(weights)
     expected = model.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in weights]
     problems += [f"{name} is not in the model" for name in weights if name not in expected]
@@ -73,6 +83,11 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], sourc
     model.load_state_dict(weights)
 
 
+def with_timm_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy whose layer scales are named as in timm: the DeiT III authors write `gamma_1` for `ls1.gamma`."""
+    return {re.sub(r"\bgamma_([12])$", r"ls\1.gamma", name): value for name, value in weights.items()}
+
+
 def adapt_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A copy of `weights` for finetuning `model`, as DeiT's `--finetune` adapts them.
 
@@ -80,7 +95,7 @@ def adapt_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> d
     and a head for another number of classes is replaced by the model's fresh one.
     """
     own = model.state_dict()
-    weights = dict(weights)
+    weights = with_timm_names(weights)
     if "pos_embed" in weights and "pos_embed" in own and weights["pos_embed"].ndim == own["pos_embed"].ndim == 3:
         grid = own["pos_embed"].shape[1] - _position_tokens(model)
         weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], grid, _position_tokens(model))

@@ -244,7 +244,7 @@ def append_line(path, line: str) -> None:
 
 
 def load_checkpoint(source: str) -> dict:
-    """Reads a checkpoint (`.pth`, `.safetensors`, or an https URL of a `.pth`) without running any code in it.
+    """Reads a checkpoint (`.pth`, `.safetensors`, or the URL of a `.pth`) without running any code in it.
 
     Returns a dict with at least `model`, a state dict of tensors; bare state dicts and those under `state_dict` are
     wrapped. Raises UserError when the file is missing, damaged, or holds anything but tensors and plain containers.
@@ -253,7 +253,7 @@ def load_checkpoint(source: str) -> dict:
         # DeiT's own training checkpoints carry their arguments as a Namespace, which is as harmless as a dict.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an error says it all
-            if source.startswith("https://"):
+            if source.startswith(("https://", "http://")):
                 content = torch.hub.load_state_dict_from_url(source, map_location="cpu", check_hash=True,
                                                              weights_only=True, progress=is_main_process())
             elif source.endswith(".safetensors"):

@@ -55,11 +55,11 @@ def run_main(tmp_path, monkeypatch, capfd):
 
 
 def start_main(*argv, cwd, processes=0, script=ROOT / "main.py", env=None,
-               timeout=300) -> subprocess.CompletedProcess:
+               nodes=("--standalone",), timeout=300) -> subprocess.CompletedProcess:
     """Runs the command line in a process of its own, or under torchrun in as many as given."""
     launcher = [sys.executable]
     if processes:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *nodes]
     # Waiting threads that spin would take the cores from the other processes.
     env = {**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT), **(env or {})}
     return subprocess.run([*launcher, str(script), *map(str, argv)], cwd=cwd, env=env, capture_output=True, text=True,

@@ -1,6 +1,7 @@
 """Two real processes under torchrun."""
 
 import re
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -62,3 +63,20 @@ def test_processes_meet_at_the_dist_url(tmp_path, tiny):
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert "2 process(es)" in first.stdout
     assert second.stdout == ""
+
+
+def test_two_machines_train_together(tmp_path, tiny):
+    """Two agents of torchrun, here on one machine, each with one process: the batch of 16 is theirs together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def start(_):
+        return start_main(*tiny, *LAMP, "--batch-size", "8", "--output_dir", "out", cwd=tmp_path, processes=1,
+                          nodes=("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"))
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(start, range(2)))
+    assert [result.returncode for result in results] == [0, 0], results[0].stderr + results[1].stderr
+    assert sorted("2 process(es)" in result.stdout for result in results) == [False, True]
+    assert torch.load(tmp_path / "out/checkpoint.pth", weights_only=True)["step"] == 3

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import timm
 import torch
@@ -77,3 +79,20 @@ def test_attn_only_trains_attention_position_embedding_and_head():
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {"pos_embed", "head.weight", "head.bias", "blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias",
                        "blocks.0.attn.proj.weight", "blocks.0.attn.proj.bias"}
+
+
+def test_deit_iii_is_known_by_its_authors_names_and_weights():
+    model = build_model("deit_small_patch16_LS", 5, 32)
+    theirs = {re.sub(r"ls([12])\.gamma", r"gamma_\1", name): torch.full_like(value, 0.5)
+              for name, value in model.state_dict().items()}
+    assert "blocks.3.gamma_2" in theirs
+    load_weights(model, theirs, "deit_3_small_224_1k.pth")
+    assert (model.blocks[3].ls2.gamma == 0.5).all()
+
+
+def test_finetuning_at_384_takes_a_checkpoint_of_224(tmp_path):
+    old = timm.create_model("deit_tiny_patch16_224", num_classes=10, **TINY)
+    new = timm.create_model("deit_tiny_patch16_224", num_classes=10, img_size=384, **TINY)
+    load_weights(new, adapt_weights(new, old.state_dict()), "deit_tiny.pth")
+    assert new(torch.zeros(1, 3, 384, 384)).shape == (1, 10)
+    assert torch.equal(new.pos_embed[:, 0], old.pos_embed[:, 0])
