@@ -41,7 +41,7 @@ def main(args) -> dict[str, float]:
     device = utils.init_process_group(args.device, args.dist_url, args.distributed, args.world_size)
     amp_dtype = utils.choose_amp(args.amp, device)
     log(describe(args, device, amp_dtype))
-    utils.seed_everything(args.seed, utils.rank())
+    utils.seed_everything(args.seed)  # the same on every process, so that fresh weights are the same
 
     train_loader, val_loader, num_classes = build_loaders(args, device)
     checkpoint = utils.load_checkpoint(args.resume or args.finetune) if args.resume or args.finetune else {}
@@ -88,7 +88,7 @@ def describe(args, device, amp_dtype) -> str:
 
 def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
     """The loaders of the training and the validation images, and the number of classes."""
-    train_set, num_classes = build_dataset(True, args)
+    train_set, num_classes = build_dataset(not args.eval, args)  # an evaluation needs no training images
     val_set, val_classes = build_dataset(False, args)
     if num_classes != val_classes:
         raise UserError(f"--data-path {args.data_path}: {num_classes} classes to train on, {val_classes} to test on")
@@ -134,9 +134,9 @@ def prepare_masks(args, model, checkpoint) -> tuple[dict | None, dict | None, bo
     stored = checkpoint.get("pruner")
     continues = "masks" in checkpoint or ("optimizer" in checkpoint and not args.eval)
     if args.resume and asked and continues and asked != stored:
-        raise UserError(f"--pruner {args.pruner}: {args.resume} is of a run with {stored or 'no pruner'}; leave the "
+        raise UserError(f"--pruner {args.pruner}: {args.resume} is of a run with {pruner_in_words(stored)}; leave the "
                         "pruning flags out, or prune its weights anew with --finetune")
-    if "masks" in checkpoint and not (asked and args.finetune):
+    if "masks" in checkpoint and (args.resume or not asked):
         return stored, unpack(checkpoint["masks"]), False
     if not asked:
         return None, None, False
@@ -146,6 +146,14 @@ def prepare_masks(args, model, checkpoint) -> tuple[dict | None, dict | None, bo
         return {name: mask.cpu() for name, mask in masks.items()}
 
     return asked, utils.on_first_process(compute), True
+
+
+def pruner_in_words(pruner: dict | None) -> str:
+    """What a checkpoint says it was pruned with, as the flags that ask for it."""
+    if not pruner:
+        return "no pruner"
+    sparsity = pruner.get("sparsity")
+    return f"--pruner {pruner.get('name')} " + (f"--sparsity {sparsity}" if sparsity else "and its --custom-config")
 
 
 def build_criterion(args, num_classes, device):
