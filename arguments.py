@@ -122,9 +122,11 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation, or none")
     add("--ThreeAugment", action="store_true", help="3-Augment instead of --aa: grayscale, solarization or blur")
     add("--src", action="store_true", help="with --ThreeAugment: simple random crop, without zooming in")
-    add("--train-interpolation", default="bicubic", help="random, bilinear or bicubic")
+    add("--train-interpolation", choices=["random", "bilinear", "bicubic"], default="bicubic",
+        help="how training images are scaled")
     add("--reprob", type=float, default=0.25, help="probability of random erasing")
-    add("--remode", default="pixel", help="what random erasing fills in: const, rand or pixel")
+    add("--remode", choices=["const", "rand", "pixel"], default="pixel",
+        help="what random erasing fills in: black, one random colour, or noise")
     add("--recount", type=int, default=1, help="areas that random erasing clears")
     add("--resplit", action="store_true", help="accepted for DeiT's sake, where it does nothing either")
     add("--mixup", type=float, default=0.8, help="mixup alpha; 0 turns it off")
@@ -165,6 +167,8 @@ def _preset_value(action, value, where):
         return value
     if value is None and action.default is None:
         return None
+    if value is False and "off" in (action.choices or ()):  # what YAML makes of a bare `off`
+        value = "off"
     values = value if action.nargs == "+" and isinstance(value, list) else [value]
     read = []
     for item in values:
@@ -182,26 +186,25 @@ def _preset_value(action, value, where):
 
 def check_args(args) -> None:
     """Raises UserError for values and combinations that no run can have."""
+    def value_of(flag):
+        return getattr(args, flag.lstrip("-").replace("-", "_"))
+
     def expect(good, flag, wanted):
         if not good:
-            value = getattr(args, flag.lstrip("-").replace("-", "_"))
-            raise UserError(f"{flag} {value}: expected {wanted}")
+            raise UserError(f"{flag} {value_of(flag)}: expected {wanted}")
 
     for flag in ("--batch-size", "--epochs", "--input-size", "--recount"):
-        expect(getattr(args, flag[2:].replace("-", "_")) >= 1, flag, "at least 1")
+        expect(value_of(flag) >= 1, flag, "at least 1")
     for flag in ("--num_workers", "--crop-padding", "--seed", "--start_epoch", "--warmup-epochs", "--cooldown-epochs",
                  "--lr", "--min-lr", "--warmup-lr", "--weight-decay", "--clip-grad", "--mixup", "--cutmix",
                  "--color-jitter"):
-        value = getattr(args, flag[2:].replace("-", "_"))
-        expect(value is None or 0 <= value < math.inf, flag, "a number of at least 0")
+        expect(value_of(flag) is None or 0 <= value_of(flag) < math.inf, flag, "a number of at least 0")
     for flag in ("--drop", "--drop-path", "--smoothing", "--model-ema-decay"):
-        expect(0 <= getattr(args, flag[2:].replace("-", "_")) < 1, flag, "a number in [0, 1)")
+        expect(0 <= value_of(flag) < 1, flag, "a number in [0, 1)")
     for flag in ("--reprob", "--mixup-prob", "--mixup-switch-prob"):
-        expect(0 <= getattr(args, flag[2:].replace("-", "_")) <= 1, flag, "a number in [0, 1]")
+        expect(0 <= value_of(flag) <= 1, flag, "a number in [0, 1]")
     expect(0 < args.eval_crop_ratio <= 1, "--eval-crop-ratio", "a number in (0, 1]")
-    expect(args.train_interpolation in ("random", "bilinear", "bicubic"), "--train-interpolation",
-           "random, bilinear or bicubic")
-    expect(args.remode in ("const", "rand", "pixel"), "--remode", "const, rand or pixel")
+    expect(0 < args.decay_epochs < math.inf, "--decay-epochs", "a number above 0")
     sides = args.cutmix_minmax
     expect(sides is None or len(sides) == 2 and 0 <= sides[0] < sides[1] <= 1, "--cutmix-minmax",
            "two numbers in [0, 1], the smaller first")
@@ -221,8 +224,8 @@ def check_distillation(args) -> None:
         return
     if not args.teacher_path:
         raise UserError(f"--distillation-type {args.distillation_type}: expected --teacher-path FILE beside it")
-    if args.cosub:
-        raise UserError("--cosub: not together with --distillation-type")
+    if args.cosub or not args.train_mode:
+        raise UserError(f"{'--cosub' if args.cosub else '--no-train-mode'}: not together with --distillation-type")
     if not 0 <= args.distillation_alpha <= 1:
         raise UserError(f"--distillation-alpha {args.distillation_alpha}: expected a number in [0, 1]")
     if not 0 < args.distillation_tau < math.inf:

@@ -134,7 +134,15 @@ class INaturalist(Dataset):
 
     def __getitem__(self, index: int):
         path, label = self.samples[index]
-        return self.transform(default_loader(path)), label
+        return self.transform(load_image(path)), label
+
+
+def load_image(path) -> Image.Image:
+    """The image of a file in RGB. Raises UserError naming the file when it cannot be read."""
+    try:
+        return default_loader(path)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({first_line(error)})") from None
 
 
 def _read_json(path: Path):
@@ -151,7 +159,7 @@ def _image_folder(path, is_train, transform, args):
     if not root.is_dir():
         raise UserError(f"--data-path {path}: has no folder {root.name}/ with one folder of images per class")
     try:
-        data = ImageFolder(root, transform=transform)
+        data = ImageFolder(root, transform=transform, loader=load_image)
     except FileNotFoundError as error:
         raise UserError(f"--data-path {path}: {' '.join(str(error).split())}") from None
     # A part of ImageNet keeps ImageNet's own labels, so that the head of a pretrained model fits it.

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from utils import MetricLogger, SmoothedValue
@@ -29,13 +30,14 @@ def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=
     """
     model.train(train_mode)
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
-    plain_model = getattr(model, "module", model)
+    plain_model = model.module if isinstance(model, DistributedDataParallel) else model
+    second_order = getattr(optimizer, "is_second_order", False)
     logger = MetricLogger()
     logger.add_meter("lr", SmoothedValue(window=1, fmt="{value:.6f}"))
     for step, (images, targets) in enumerate(logger.log_every(loader, PRINT_FREQ, f"Epoch: [{epoch}]")):
         if step % PRINT_FREQ == 1:  # just after a log line, which has waited for the device anyway
             _check_finite(logger, epoch, step)
-        utils.seed_everything(seed, epoch, step, utils.rank())
+        utils.seed_everything(utils.STEP, seed, epoch, step, utils.rank())
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         if mixup_fn is not None:
@@ -44,7 +46,7 @@ def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=
             outputs = model(torch.cat([images, images]) if cosub else images)
             loss = criterion(images, outputs, targets)
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        scaler.scale(loss).backward(create_graph=second_order)
         if masks is not None:
             masks.apply_to_grads()
         if clip_grad is not None:
@@ -58,7 +60,7 @@ def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=
             ema.update(plain_model)
         logger.update(loss=loss.detach().float(), lr=optimizer.param_groups[0]["lr"])
     _check_finite(logger, epoch, len(loader))
-    logger.synchronize(device)
+    logger.synchronize()
     utils.log(f"Averaged stats: {logger}")
     return logger.averages()
 
@@ -84,15 +86,15 @@ def evaluate(loader, model, device, *, amp_dtype=None, shared=False):
         batch = torch.stack([hits[:, 0].sum(), hits.sum(), loss * len(images), loss.new_tensor(len(images))]).double()
         totals += batch
         logger.update(loss=loss, acc1=100 * batch[0] / len(images), acc5=100 * batch[1] / len(images), n=len(images))
-    if shared:
-        totals = utils.sum_over_processes(totals, device)
-    top1, top5, loss, count = map(float, totals)
+    totals = totals.tolist()
+    top1, top5, loss, count = utils.sum_over_processes(totals) if shared else totals
     stats = {"acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "loss": loss / count}
     utils.log(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}")
     return stats
 
 
 def _check_finite(logger, epoch, step):
-    if not math.isfinite(logger.meters["loss"].total):
+    """Raises on every process when the loss of any is not finite."""
+    if not math.isfinite(utils.sum_over_processes([float(logger.meters["loss"].total)])[0]):
         raise DivergedError(f"the loss is not finite in epoch {epoch}, at or before step {step}; "
                             "try --amp bfloat16 or off, a lower --lr, or --clip-grad 1")

@@ -50,14 +50,19 @@ class CosubLoss(nn.Module):
 
     Touvron et al. 2022, arXiv:2212.04884. The submodels are two forward passes of one network under drop path:
     `outputs` has the logits of the batch twice, shape (2 * batch, classes). Binary cross-entropy throughout; targets
-    are class indices (batch,) or the weights (batch, classes) that mixup gives.
+    are class indices (batch,) or the weights (batch, classes) that mixup gives. binary: every class with a weight
+    counts fully.
     """
+
+    def __init__(self, binary: bool = False):
+        super().__init__()
+        self.binary = binary
 
     def forward(self, images, outputs, targets):
         first, second = outputs.float().chunk(2)
         if targets.ndim == 1:
             targets = F.one_hot(targets, first.shape[1])
-        targets = targets.to(first.dtype)
+        targets = (targets > 0 if self.binary else targets).to(first.dtype)
         pairs = ((first, targets), (second, targets), (first, second.detach().sigmoid()),
                  (second, first.detach().sigmoid()))
         return sum(F.binary_cross_entropy_with_logits(logits, wanted) for logits, wanted in pairs) / 4

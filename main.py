@@ -41,36 +41,39 @@ def main(args) -> dict[str, float]:
     device = utils.init_process_group(args.device, args.dist_url, args.distributed, args.world_size)
     amp_dtype = utils.choose_amp(args.amp, device)
     log(describe(args, device, amp_dtype))
-    utils.seed_everything(args.seed)  # the same on every process, so that fresh weights are the same
+    utils.seed_everything(utils.INIT, args.seed)  # the same on every process, so that fresh weights are the same
 
     train_loader, val_loader, num_classes = build_loaders(args, device)
     checkpoint = utils.load_checkpoint(args.resume or args.finetune) if args.resume or args.finetune else {}
     model = prepare_model(args, num_classes, checkpoint, device)
-    pruner, masks, newly_pruned = prepare_masks(args, model, checkpoint)
+    pruner, masks, chosen = prepare_masks(args, model, checkpoint)
+    was_pruned, resumes = "masks" in checkpoint, bool(args.resume) and "optimizer" in checkpoint
+    if not args.eval:  # before any evaluation, so that a mistake shows at once
+        state = TrainingState(model, args, device)
+        if resumes:
+            state.start(masks, pruner)
+            state.resume(checkpoint, args.resume)
+        criterion, mixup_fn = build_criterion(args, num_classes, device)
+        output_dir = make_output_dir(args.output_dir)
+    checkpoint = None  # from here on it would only take memory
 
     def test(network=model):
         where = next(network.parameters()).device  # a moving average may be kept on the CPU
         return evaluate(val_loader, network, where, amp_dtype=amp_dtype, shared=args.dist_eval)
 
-    if not args.eval:  # before any long work, so that a mistake shows at once
-        state = TrainingState(model, args, device)
-        criterion, mixup_fn = build_criterion(args, num_classes, device)
-        output_dir = make_output_dir(args.output_dir)
-
     accuracy = {}
-    if newly_pruned:
+    if chosen is not None:
         log("Accuracy before pruning")
-        accuracy["dense" if "masks" not in checkpoint else "before pruning"] = test()["acc1"]
-    if masks:
-        masks = Masks(model, masks)
+        accuracy["before pruning" if was_pruned else "dense"] = test()["acc1"]
+        masks = Masks(model, chosen)
+    if masks is not None:
         log(sparsity_table(model, masks.masks))
-    if newly_pruned or args.eval:
-        log("Accuracy after pruning" if masks else "Accuracy of the dense model")
+    if chosen is not None or args.eval:
+        log("Accuracy of the pruned model" if masks else "Accuracy of the dense model")
         accuracy["pruned" if masks else "dense"] = test()["acc1"]
     if not args.eval:
-        state.start(masks, pruner)
-        if args.resume and "optimizer" in checkpoint:
-            state.resume(checkpoint, args.resume)
+        if not resumes:
+            state.start(masks, pruner)
         accuracy["finetuned" if masks else "trained"] = train(
             state, train_loader, criterion, mixup_fn, test, device, amp_dtype, output_dir)
     log("Top-1 accuracy: " + ", ".join(f"{name} {value:.2f} %" for name, value in accuracy.items()))
@@ -88,10 +91,13 @@ def describe(args, device, amp_dtype) -> str:
 
 def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
     """The loaders of the training and the validation images, and the number of classes."""
-    train_set, num_classes = build_dataset(not args.eval, args)  # an evaluation needs no training images
-    val_set, val_classes = build_dataset(False, args)
-    if num_classes != val_classes:
-        raise UserError(f"--data-path {args.data_path}: {num_classes} classes to train on, {val_classes} to test on")
+    train_set, num_classes = build_dataset(True, args)
+    val_set, _ = build_dataset(False, args)
+    labels = getattr(train_set, "class_to_idx", {})
+    for name, label in getattr(val_set, "class_to_idx", {}).items():
+        if labels.get(name) != label:
+            raise UserError(f"--data-path {args.data_path}: class {name} of val/ is number {label} there, and "
+                            f"{labels.get(name, 'missing')} in train/; expected the same folders in both")
     rank, world_size = utils.rank(), utils.world_size()
     sampler = TrainSampler(len(train_set), args.seed, 3 if args.repeated_aug else 1, rank, world_size)
     if len(sampler) < args.batch_size and not args.eval:
@@ -124,10 +130,11 @@ def prepare_model(args, num_classes, checkpoint, device) -> torch.nn.Module:
     return model.to(device)
 
 
-def prepare_masks(args, model, checkpoint) -> tuple[dict | None, dict | None, bool]:
-    """A description of what prunes the model, the masks, and whether they are new; the model is not pruned yet.
+def prepare_masks(args, model, checkpoint) -> tuple[dict | None, Masks | None, dict | None]:
+    """What prunes the model: a description for checkpoints, the masks of the checkpoint, or else newly chosen ones.
 
-    A resumed run has the masks of its checkpoint. With `--finetune`, a pruner that is asked for replaces them.
+    A resumed run has the masks of its checkpoint. With `--finetune`, a pruner that is asked for replaces them. The
+    newly chosen masks are not applied yet, so that the dense model can be evaluated.
     """
     asked = args.pruner and {"name": args.pruner, "sparsity": args.sparsity,
                              "custom_config": read_yaml(args.custom_config) if args.custom_config else None}
@@ -137,34 +144,40 @@ def prepare_masks(args, model, checkpoint) -> tuple[dict | None, dict | None, bo
         raise UserError(f"--pruner {args.pruner}: {args.resume} is of a run with {pruner_in_words(stored)}; leave the "
                         "pruning flags out, or prune its weights anew with --finetune")
     if "masks" in checkpoint and (args.resume or not asked):
-        return stored, unpack(checkpoint["masks"]), False
+        try:
+            return stored, Masks(model, unpack(checkpoint["masks"])), None
+        except PruningError as error:
+            raise UserError(f"{args.resume or args.finetune}: {error}") from None
     if not asked:
-        return None, None, False
+        return None, None, None
 
-    def compute():
+    def choose():
         masks = compute_masks(model, args.pruner, args.sparsity, args.custom_config)
         return {name: mask.cpu() for name, mask in masks.items()}
 
-    return asked, utils.on_first_process(compute), True
+    return asked, None, utils.on_first_process(choose)
 
 
 def pruner_in_words(pruner: dict | None) -> str:
     """What a checkpoint says it was pruned with, as the flags that ask for it."""
-    if not pruner:
+    if not isinstance(pruner, dict):
         return "no pruner"
     sparsity = pruner.get("sparsity")
-    return f"--pruner {pruner.get('name')} " + (f"--sparsity {sparsity}" if sparsity else "and its --custom-config")
+    return f"--pruner {pruner.get('name')} " + ("--custom-config" if sparsity is None else f"--sparsity {sparsity}")
 
 
 def build_criterion(args, num_classes, device):
     """The training loss, called with images, outputs and targets, and what mixes the images of a batch (or None)."""
+    # Binary cross-entropy asks of each class whether the image shows it: every class that is mixed in counts fully, and
+    # smoothing, which gives every class a share, would make that every class.
+    smoothing = 0.0 if args.bce_loss else args.smoothing
     mixup_fn = None
     if mixes(args):
         mixup_fn = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
-                         args.mixup_mode, label_smoothing=args.smoothing, num_classes=num_classes)
+                         args.mixup_mode, label_smoothing=smoothing, num_classes=num_classes)
     if args.cosub:
-        return CosubLoss(), mixup_fn
-    if args.bce_loss:  # asks of each class whether the image shows it, so every class mixed in counts fully
+        return CosubLoss(binary=args.bce_loss), mixup_fn
+    if args.bce_loss:
         criterion = BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)
     else:
         criterion = SoftTargetCrossEntropy() if mixup_fn else LabelSmoothingCrossEntropy(args.smoothing)
@@ -202,10 +215,10 @@ def train(state, loader, criterion, mixup_fn, test, device, amp_dtype, output_di
             test_stats["test_ema"] = test(state.ema.module)
         improved = state.end_epoch(len(loader), [stats["acc1"] for stats in test_stats.values()])
         log(f"Max accuracy: {state.max_accuracy:.2f}% ({state.best})")
-        if output_dir:
+        if output_dir and utils.is_main_process():
             write_epoch(output_dir, state, improved, {"train": train_stats, **test_stats})
     log(f"Training time {datetime.timedelta(seconds=int(time.time() - start))}")
-    if output_dir:
+    if output_dir and test_stats:
         log(f"Written to {output_dir}: checkpoint.pth (last epoch), best_checkpoint.pth, log.txt")
     return test_stats["test"]["acc1"] if test_stats else test()["acc1"]
 
@@ -249,8 +262,9 @@ def run(argv) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+    if utils.local_rank() == 0:
+        # From a data worker the message comes with a traceback before it.
+        print("error:", " ".join(str(message).rpartition("UserError: ")[2].split()), file=sys.stderr)
     return status
 
 

@@ -71,8 +71,8 @@ def build_model(name: str, num_classes: int, input_size: int, *, drop: float = 0
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
     """Loads a state dict that fits `model` exactly. Raises UserError naming what does not fit."""
-    weights = with_timm_names(weights)
     expected = model.state_dict()
+    weights = with_timm_names(weights, expected)
     problems = [f"{name} is missing" for name in expected if name not in weights]
     problems += [f"{name} is not in the model" for name in weights if name not in expected]
     problems += [f"{name} is {tuple(weights[name].shape)}, the model's {tuple(expected[name].shape)}"
@@ -80,12 +80,19 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], sourc
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{source}: does not fit the model: {problems[0]}{more}")
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # sparse or otherwise odd tensors
+        raise UserError(f"{source}: does not fit the model: {first_line(error)}") from None
 
 
-def with_timm_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A copy whose layer scales are named as in timm: the DeiT III authors write `gamma_1` for `ls1.gamma`."""
-    return {re.sub(r"\bgamma_([12])$", r"ls\1.gamma", name): value for name, value in weights.items()}
+def with_timm_names(weights: dict[str, torch.Tensor], expected) -> dict[str, torch.Tensor]:
+    """Names the layer scales as `expected` has them: the DeiT III authors write `gamma_1` for timm's `ls1.gamma`."""
+    def rename(name):
+        ours = re.sub(r"\bgamma_([12])$", r"ls\1.gamma", name)
+        return ours if ours in expected else name
+
+    return {rename(name): value for name, value in weights.items()}
 
 
 def adapt_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -95,10 +102,11 @@ def adapt_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> d
     and a head for another number of classes is replaced by the model's fresh one.
     """
     own = model.state_dict()
-    weights = with_timm_names(weights)
+    weights = dict(weights)
     if "pos_embed" in weights and "pos_embed" in own and weights["pos_embed"].ndim == own["pos_embed"].ndim == 3:
-        grid = own["pos_embed"].shape[1] - _position_tokens(model)
-        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], grid, _position_tokens(model))
+        num_patches = model.patch_embed.num_patches
+        num_tokens = own["pos_embed"].shape[1] - num_patches
+        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], num_patches, num_tokens)
     for name in _head_parameters(model):
         if name in weights and weights[name].shape != own[name].shape:
             weights[name] = own[name]
@@ -129,11 +137,6 @@ def train_both_heads(model: torch.nn.Module, name: str) -> None:
         raise UserError(f"--model {name}: has no distillation head for --distillation-type; expected a distilled model "
                         "such as deit_small_distilled_patch16_224")
     model.set_distilled_training(True)
-
-
-def _position_tokens(model) -> int:
-    """How many slots of the position embedding belong to class and distillation tokens."""
-    return 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
 
 
 def _head_parameters(model) -> list[str]:

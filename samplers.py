@@ -35,7 +35,7 @@ class TrainSampler(Sampler):
         return self.num_samples
 
     def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
+        order = np.random.default_rng((utils.ORDER, self.seed, self.epoch)).permutation(self.size)
         for position in range(self.rank, self.num_samples * self.world_size, self.world_size):
             # Without repeats the last round may pass the end; it starts again from the front, so that every
             # process has equally many samples.
@@ -53,7 +53,7 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, item):
         index, key = item
-        utils.seed_everything(*key)
+        utils.seed_everything(utils.SAMPLE, *key)
         return self.dataset[index]
 
 

@@ -33,6 +33,8 @@ class TrainingState:
             self.lr_scheduler, _ = create_scheduler(settings, self.optimizer)
         except Exception as error:  # every optimizer has its own way to refuse
             raise UserError(f"--opt {args.opt} --sched {args.sched}: {first_line(error)}") from None
+        if self.lr_scheduler and self.epoch:
+            self.lr_scheduler.step(self.epoch)
         self.scaler = torch.amp.GradScaler(device.type, enabled=utils.choose_amp(args.amp, device) == torch.float16)
 
     def start(self, masks, pruner) -> None:
@@ -80,6 +82,12 @@ class TrainingState:
 
         Raises UserError naming `source` when its training state is not of this run's kind.
         """
+        saved = checkpoint.get("args")  # DeiT's own checkpoints have a Namespace
+        saved = saved if isinstance(saved, dict) else getattr(saved, "__dict__", {})
+        for name in ("opt", "sched"):
+            theirs, ours = saved.get(name), getattr(self.args, name)
+            if theirs not in (None, ours):
+                raise UserError(f"--{name} {ours}: {source} is of a run with --{name} {theirs}")
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             if self.lr_scheduler:

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 
@@ -44,7 +43,12 @@ def log(*message) -> None:
         print(*message, flush=True)
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
+def local_rank() -> int:
+    """The number of this process on its machine, as torchrun or SLURM says."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+
+
+def choose_device(name: str) -> torch.device:
     """The device that `--device` names; `auto` is this process's GPU where there is one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,10 +61,13 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {name}: no CUDA GPU is available here; use --device cpu or auto")
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device {name}: process {local_rank} has no GPU of its own "
-                            f"({torch.cuda.device_count()} here); start fewer processes")
+        count, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if processes > count:
+            raise UserError(f"--device {name}: {processes} processes but {count} GPU(s) on this machine")
+        # Under SLURM a process may see no GPU but its own.
+        device = torch.device("cuda", local_rank() % count if device.index is None else device.index)
+        if device.index >= count:
+            raise UserError(f"--device {name}: there are {count} GPU(s) on this machine")
         torch.cuda.set_device(device)
     return device
 
@@ -92,19 +99,21 @@ def init_process_group(device_name: str, dist_url: str = "env://", distributed: 
     """
     env, processes = os.environ, 1
     if "RANK" in env and "WORLD_SIZE" in env:
-        process, processes, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+        process, processes = int(env["RANK"]), int(env["WORLD_SIZE"])
     elif "SLURM_PROCID" in env and "MASTER_ADDR" in env:
         process, processes = int(env["SLURM_PROCID"]), int(env.get("SLURM_NTASKS", 1))
-        local = int(env.get("SLURM_LOCALID", 0))
     if processes == 1 and distributed or wanted not in (1, processes):
         raise UserError(f"{'--distributed' if distributed else f'--world_size {wanted}'}: there "
                         f"{'is one process' if processes == 1 else f'are {processes} processes'}; start as many as you "
                         "want with torchrun")
     if processes == 1:
         return choose_device(device_name)
-    device = choose_device(device_name, local)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=dist_url,
-                            rank=process, world_size=processes)
+    device = choose_device(device_name)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=dist_url,
+                                rank=process, world_size=processes)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--dist_url {dist_url}: the processes do not meet ({first_line(error)})") from None
     return device
 
 
@@ -124,20 +133,27 @@ def on_first_process(compute):
     return outcome[0]
 
 
-def sum_over_processes(values, device) -> list[float]:
+def sum_over_processes(values: list[float]) -> list[float]:
     """Element-wise float64 sum of a short list of numbers over all processes."""
-    total = torch.as_tensor(values, dtype=torch.float64, device=device)
-    if world_size() > 1:
-        dist.all_reduce(total)
+    if world_size() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(total)
     return total.tolist()
 
 
-def seed_everything(*key: int) -> None:
-    """Seeds every generator from a tuple such as (seed, epoch, position), so that no random choice has a past."""
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+#: What random numbers are drawn for; first in every key, so that no two purposes share their numbers.
+INIT, ORDER, SAMPLE, STEP = range(4)
+
+
+def seed_everything(purpose: int, *key: int) -> None:
+    """Seeds every generator from a key such as (SAMPLE, seed, epoch, position), so that no random choice has a past."""
+    seed = int(np.random.SeedSequence((purpose, *key)).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a hundred times as long where there is no GPU
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
 
 
 # Metrics, in DeiT's log format
@@ -186,10 +202,10 @@ class MetricLogger:
     def averages(self) -> dict[str, float]:
         return {name: meter.global_avg for name, meter in self.meters.items()}
 
-    def synchronize(self, device) -> None:
+    def synchronize(self) -> None:
         """Makes every mean the mean over all processes."""
         for meter in self.meters.values():
-            meter.total, meter.count = sum_over_processes([float(meter.total), meter.count], device)
+            meter.total, meter.count = sum_over_processes([float(meter.total), meter.count])
 
     def __str__(self) -> str:
         return "  ".join(f"{name}: {meter}" for name, meter in self.meters.items())
@@ -219,9 +235,7 @@ class MetricLogger:
 
 
 def save_checkpoint(content: dict, path) -> None:
-    """Writes `content` to `path` on process 0, whole or not at all: a temporary file is synced, then renamed."""
-    if not is_main_process():
-        return
+    """Writes `content` to `path`, whole or not at all: a temporary file is synced, then renamed."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -237,10 +251,9 @@ def save_checkpoint(content: dict, path) -> None:
 
 
 def append_line(path, line: str) -> None:
-    """Appends a line to a text file, on process 0."""
-    if is_main_process():
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    """Appends a line to a text file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def load_checkpoint(source: str) -> dict:
@@ -269,7 +282,7 @@ def load_checkpoint(source: str) -> dict:
             raise UserError(f"{source}: refused, it holds {code[1]} where only tensors and plain containers are "
                             "read") from None
         raise UserError(f"{source}: not a checkpoint") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, SafetensorError) as error:
+    except Exception as error:  # damaged files raise whatever the byte that is wrong leads to
         raise UserError(f"{source}: cannot be read as a checkpoint ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{source}: holds a {type(content).__name__}, expected a dict of weights")

@@ -61,7 +61,11 @@ def compute_masks(
         raise PruningError(f"{type(model).__name__} has no prunable weights: no nn.Linear besides the classifier")
     scores = _Scores(weights, SCORES[score])
     allocation = PRUNERS[pruner](scores, custom_config if pruner == "custom" else float(sparsity))
-    return {name: _mask(scores[name], kept).to(weights[name].device) for name, kept in allocation.items()}
+    for name, weight in weights.items():
+        kept = allocation.get(name)
+        if not isinstance(kept, tuple) and (kept is None or not 0 <= kept <= weight.numel()):
+            raise PruningError(f"pruner {pruner} keeps {kept} of {name}: expected 0 to {weight.numel()} weights")
+    return {name: _mask(scores[name], allocation[name]).to(weight.device) for name, weight in weights.items()}
 
 
 def unif(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:

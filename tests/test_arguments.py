@@ -38,6 +38,11 @@ def test_flags_are_spelt_as_in_deit():
             assert set(flag["flags"]) <= ours
 
 
+def test_off_in_a_config_needs_no_quotes(tmp_path):
+    (tmp_path / "run.yaml").write_text("amp: off\n")
+    assert parse_args(["--config", str(tmp_path / "run.yaml")]).amp == "off"
+
+
 def test_a_config_replaces_defaults_and_flags_win(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("batch-size: 8\nlr: 1e-3\nmodel_ema: false\nopt_betas: [0.8, 0.9]\nmixup: 0\n")

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import main
+import utils
 from arguments import parse_args
 from datasets import build_transform
 from losses import CosubLoss
@@ -49,7 +50,7 @@ def augmented(*flags, image=None, count=20):
     image = image or Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
     results = []
     for seed in range(count):
-        main.utils.seed_everything(seed)
+        utils.seed_everything(utils.SAMPLE, seed)
         results.append(transform(image))
     return torch.stack(results)
 
@@ -178,6 +179,13 @@ def test_step_schedule_decays_by_its_rate_at_its_interval():
     assert step == rates("--sched", "step", "--decay-epochs", "3", "--dr", "0.5", "--warmup-epochs", "0")
 
 
+def test_start_epoch_begins_at_the_rate_of_that_epoch():
+    schedule = rates("--warmup-epochs", "5")
+    state = TrainingState(timm.create_model("deit_sample_patch4_28"),
+                          options("--epochs", "10", "--unscale-lr", "--lr", "1", "--start_epoch", "5"), CPU)
+    assert state.optimizer.param_groups[0]["lr"] == schedule[5]
+
+
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
 def test_plateau_schedule_waits_for_its_patience():
     plateau = ["--sched", "plateau", "--warmup-epochs", "0", "--decay-rate", "0.5", "--min-lr", "0"]
@@ -227,6 +235,12 @@ def test_bce_counts_every_class_that_is_mixed_in_fully():
     assert criterion(None, logits, mixed).item() == pytest.approx(expected.item())
 
 
+def test_bce_is_not_told_by_smoothing_that_every_class_is_there():
+    criterion, mixup_fn = main.build_criterion(options("--bce-loss", "--smoothing", "0.1"), 10, CPU)
+    _, targets = mixup_fn(torch.zeros(8, 3, 16, 16), torch.arange(8))
+    assert (targets > 0).sum(1).max() <= 2
+
+
 def test_cosub_is_its_own_loss():
     assert isinstance(main.build_criterion(options("--cosub"), 10, CPU)[0], CosubLoss)
 
@@ -255,7 +269,7 @@ def test_distributed_and_world_size_insist_on_processes(run_main, tiny):
 def mix(*flags):
     _, mixup_fn = main.build_criterion(options(*flags), 10, CPU)
     images = torch.arange(8.0).reshape(8, 1, 1, 1).expand(8, 3, 16, 16).clone()
-    main.utils.seed_everything(1)
+    utils.seed_everything(utils.STEP, 1)
     return mixup_fn(images, torch.arange(8))
 
 

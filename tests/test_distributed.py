@@ -9,7 +9,8 @@ from conftest import ROOT, start_main
 
 LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]
 # The tiny data set has 48 training images: three steps of 16, or of 8 in each of two processes.
-PLAIN = ["--drop-path", "0", "--mixup", "0", "--cutmix", "0"]
+# Fresh weights show whether all processes start from the same ones.
+PLAIN = ["--drop-path", "0", "--mixup", "0", "--cutmix", "0", "--no-pretrained"]
 
 
 def test_all_processes_have_the_masks_of_the_first(tmp_path):
@@ -27,8 +28,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, tiny):
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("Max accuracy") == 1
     one, two = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("one", "two"))
-    for name, weight in one["model"].items():
-        torch.testing.assert_close(two["model"][name], weight, atol=1e-5, rtol=1e-3)
+    for kind in ("model", "model_ema"):
+        for name, weight in one[kind].items():
+            torch.testing.assert_close(two[kind][name], weight, atol=1e-5, rtol=1e-3)
     assert str(one["masks"]) == str(two["masks"])
 
 
@@ -48,7 +50,7 @@ def test_a_mistake_under_torchrun_ends_every_process_and_is_told_once(tmp_path):
         result = start_main(*flags, cwd=tmp_path, processes=2)
         assert result.returncode != 0
         assert result.stderr.count("error: ") == 1, result.stderr
-        assert "Traceback (most recent call last):\n  File \"" + str(ROOT / "main.py") not in result.stderr
+        assert "main.py\", line" not in result.stderr
     assert not list(tmp_path.iterdir())
 
 

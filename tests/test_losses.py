@@ -42,6 +42,11 @@ def test_distillation_needs_two_heads():
         DistillationLoss(torch.nn.CrossEntropyLoss(), TEACHER, "hard")(IMAGES, CLASS, LABELS)
 
 
+def test_binary_cosub_counts_every_class_with_a_weight_fully():
+    outputs, mixed = torch.randn(8, 5), F.one_hot(LABELS, 5) * 0.3
+    torch.testing.assert_close(CosubLoss(binary=True)(IMAGES, outputs, mixed), CosubLoss()(IMAGES, outputs, LABELS))
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_cosub_trains_each_submodel_on_targets_and_on_the_other(mixed):
     outputs = torch.randn(8, 5, requires_grad=True)

@@ -135,6 +135,26 @@ def test_bare_weights_from_elsewhere_are_pruned_and_trained(run_main, tiny, tmp_
     assert read(tmp_path / "out/checkpoint.pth")["pruner"]["name"] == "lamp"
 
 
+def test_resume_with_another_optimizer_or_schedule_is_refused(run_main, tiny, pruned, tmp_path):
+    for flags in (["--opt", "sgd"], ["--sched", "step"]):
+        error = run_main(*tiny, *flags, "--resume", pruned, "--epochs", "2", "--output_dir", "new", status=2)
+        assert flags[1] in error
+        assert "adamw" in error or "cosine" in error
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("key, value", [
+    ("masks", {}), ("masks", {"a": 1}), ("pruner", 3), ("epoch", "x"), ("optimizer", {}), ("lr_scheduler", 1)])
+def test_a_checkpoint_with_a_damaged_part_is_refused_or_does_without_it(run_main, tiny, pruned, tmp_path, key, value):
+    torch.save({**read(tmp_path / pruned), key: value}, tmp_path / "damaged.pth")
+    flags = [*tiny, "--resume", "damaged.pth", "--epochs", "2", "--output_dir", "new"]
+    if (key, value) in (("masks", {}), ("pruner", 3)):
+        run_main(*flags)
+    else:
+        assert "damaged.pth" in run_main(*flags, status=2)
+        assert not (tmp_path / "new").exists()
+
+
 def test_without_a_pruner_it_trains_dense(run_main, tiny, tmp_path):
     run_main(*tiny, "--no-pretrained", "--output_dir", "out")
     checkpoint = read(tmp_path / "out/checkpoint.pth")

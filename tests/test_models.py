@@ -96,3 +96,22 @@ def test_finetuning_at_384_takes_a_checkpoint_of_224(tmp_path):
     load_weights(new, adapt_weights(new, old.state_dict()), "deit_tiny.pth")
     assert new(torch.zeros(1, 3, 384, 384)).shape == (1, 10)
     assert torch.equal(new.pos_embed[:, 0], old.pos_embed[:, 0])
+
+
+@pytest.mark.parametrize("name, options", [
+    ("cait_xxs24_224", {"embed_dim": 24, "depth": 1, "num_heads": 2}), ("deit3_small_patch16_224", TINY),
+    ("beit_base_patch16_224", TINY)])
+def test_a_model_takes_its_own_weights_and_those_of_another_size(name, options):
+    small = timm.create_model(name, img_size=64, num_classes=10, **options)
+    load_weights(timm.create_model(name, img_size=64, num_classes=10, **options), small.state_dict(), "x.pth")
+    if getattr(small, "pos_embed", None) is not None:
+        large = timm.create_model(name, img_size=96, num_classes=10, **options)
+        load_weights(large, adapt_weights(large, small.state_dict()), "x.pth")
+
+
+def test_pretrained_weights_that_cannot_be_had_are_told_in_one_line_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="--finetune FILE.*--no-pretrained") as error:
+        build_model("deit_tiny_patch16_224", 10, 224, pretrained=True)
+    assert "\n" not in str(error.value)

@@ -322,3 +322,11 @@ def test_unifplus_without_a_middle_layer_can_only_be_dense():
 def test_a_model_without_prunable_weights_is_an_error():
     with pytest.raises(PruningError, match="no prunable weights"):
         compute_masks(nn.Conv2d(3, 3, 3), "lamp", 0.5)
+
+
+def test_a_pruner_that_keeps_more_or_less_than_there_is_is_refused(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 4))
+    for kept in (-1, 17, None):
+        monkeypatch.setitem(PRUNERS, "mine", lambda scores, sparsity, kept=kept: dict.fromkeys(scores, kept))
+        with pytest.raises(PruningError, match="pruner mine keeps .* of 0.weight"):
+            compute_masks(model, "mine", 0.5)

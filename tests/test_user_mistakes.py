@@ -4,9 +4,11 @@ import pickle
 import struct
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from conftest import start_main, write_idx
+from PIL import Image
 
 LAMP = ["--pruner", "lamp", "--sparsity", "0.5"]
 CUSTOM = ["--pruner", "custom", "--custom-config"]
@@ -56,6 +58,8 @@ MISTAKES = [
     (["--amp", "fp8"], "fp8", {}),
     (["--device", "cuda"], "cuda", {}),
     (["--device", "tpu"], "tpu", {}),
+    (["--remode", "pixels"], "pixels", {}),
+    (["--decay-epochs", "0"], "--decay-epochs", {}),
     (["--opt", "adamwx"], "adamwx", {}),
     (["--aa", "randm9"], "randm9", {}),
     (["--sched", "cosin"], "cosin", {}),
@@ -118,16 +122,27 @@ def test_a_mistake_is_one_line_and_status_2(outcomes, number):
     assert after == before
 
 
-def test_training_and_evaluation_images_of_different_classes_are_refused(run_main, tmp_path):
-    from PIL import Image
-    for folder in ("train/a", "train/b", "val/a"):
+@pytest.mark.parametrize("train, val, culprit", [("ab", "bc", "b"), ("a", "ab", "b")])
+def test_classes_of_the_evaluation_must_be_those_of_the_training(run_main, tmp_path, train, val, culprit):
+    for folder in [f"train/{name}" for name in train] + [f"val/{name}" for name in val]:
         (tmp_path / "data" / folder).mkdir(parents=True)
         Image.new("RGB", (28, 28)).save(tmp_path / "data" / folder / "x.png")
-    assert "2 classes" in run_main("--data-path", "data", "--model", "deit_sample_patch4_28", status=2)
+    error = run_main("--data-path", "data", "--model", "deit_sample_patch4_28", "--num_workers", "0", status=2)
+    assert f"class {culprit} of val/" in error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named_in_one_line(run_main, tmp_path, workers):
+    for folder in ("train", "val"):
+        (tmp_path / "data" / folder / "a").mkdir(parents=True)
+        (tmp_path / "data" / folder / "a" / "broken.png").write_bytes(b"no image")
+    error = run_main("--data-path", "data", "--model", "deit_sample_patch4_28", "--input-size", "28", "--eval",
+                     "--num_workers", workers, "--no-pretrained", status=2)
+    assert error.startswith("error: data/val/a/broken.png: cannot be read")
+    assert error.count("\n") == 1
 
 
 def test_labels_without_images_are_refused(run_main, tmp_path):
-    import numpy as np
     write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((3, 28, 28), np.uint8))
     write_idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(2, np.uint8))
     error = run_main("--data-set", "FASHION", "--data-path", ".", status=2)

@@ -2,9 +2,11 @@ import argparse
 import functools
 import hashlib
 import http.server
+import random
 import re
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,7 +90,9 @@ def test_progress_lines_are_deits(capsys):
 def test_seeds_of_different_keys_differ_and_of_equal_keys_agree():
     def draw(*key):
         utils.seed_everything(*key)
-        return torch.rand(()).item()
+        return torch.rand(()).item(), random.random(), np.random.rand()
 
-    assert draw(0, 1, 2) == draw(0, 1, 2)
-    assert len({draw(*key) for key in ((0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1, 2, 0, 1))}) == 4
+    assert draw(utils.SAMPLE, 0, 1, 2) == draw(utils.SAMPLE, 0, 1, 2)
+    keys = [(utils.INIT, 0), (utils.SAMPLE, 0, 0, 0), (utils.SAMPLE, 0, 0, 1), (utils.SAMPLE, 0, 1, 0),
+            (utils.STEP, 0, 0, 0, 0), (utils.STEP, 0, 0, 0, 1)]
+    assert len({draw(*key) for key in keys}) == len(keys)
