@@ -1,5 +1,7 @@
 """`TrainingState`: everything that a checkpoint holds and a resumed run needs."""
 
+import argparse
+
 import torch
 from timm.optim import create_optimizer
 from timm.scheduler import create_scheduler
@@ -24,10 +26,8 @@ class TrainingState:
         self.model, self.args = model, args
         self.masks = self.pruner = self.ema = None
         self.epoch, self.step, self.max_accuracy, self.best = args.start_epoch, 0, -1.0, "model"
-        settings = dict(vars(args))
-        if not args.unscale_lr:
-            settings["lr"] = args.lr * args.batch_size * utils.world_size() / 512
-        settings = type(args)(**settings)
+        lr = args.lr if args.unscale_lr else args.lr * args.batch_size * utils.world_size() / 512
+        settings = argparse.Namespace(**{**vars(args), "lr": lr})
         try:
             self.optimizer = create_optimizer(settings, model)
             self.lr_scheduler, _ = create_scheduler(settings, self.optimizer)
