@@ -13,5 +13,5 @@ if __name__ == "__main__":
     args = parse_args(["--pruner", "lamp", "--sparsity", "0.65"])
     utils.init_process_group("cpu")
     torch.manual_seed(utils.rank())
-    _, masks, _ = main.prepare_masks(args, build_model(args.model, 10, 28), {})
+    _, _, masks = main.prepare_masks(args, build_model(args.model, 10, 28), {})
     torch.save(masks, f"{sys.argv[1]}/masks{utils.rank()}.pth")
