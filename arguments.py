@@ -48,7 +48,12 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--amp", choices=["auto", "bfloat16", "float16", "off"], default="auto",
         help="precision of the forward pass; auto takes the fastest one that the device has in hardware")
     add("--seed", type=int, default=0, help="decides every random choice")
-    add("--resume", default="", metavar="FILE", help="checkpoint (file or URL) of a run to continue or evaluate")
+    add("--resume", default="", metavar="FILE",
+        help="checkpoint (file or URL) of a run to continue or evaluate; auto takes the newest in --output_dir, if any")
+    add("--checkpoint-every", type=int, default=0, metavar="STEPS",
+        help="write a checkpoint each so many steps as well as after each epoch; 0 for after each epoch only")
+    add("--audit", default="", metavar="FILE",
+        help="only print what a checkpoint keeps of each layer and check that its weights obey its masks")
     add("--start_epoch", type=int, default=0, help="first epoch; --resume sets it")
     add("--eval", action="store_true", help="only evaluate, after pruning where a pruner is given")
     add("--dist-eval", action="store_true", help="share the evaluation among the processes")
@@ -115,6 +120,8 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--inat-category", default="name", help="rank of the taxonomy that labels iNaturalist's images",
         choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"])
     add("--num_workers", type=int, default=10, help="processes that load images, for each training process")
+    add("--skip-bad-images", type=int, default=0, metavar="N",
+        help="replace up to N training images that cannot be read, each by the next one, and name them")
     switch(group, "pin-mem", True, "copy batches to the GPU from pinned memory")
     switch(group, "repeated-aug", True, "show each drawn image three times an epoch, augmented differently")
     add("--crop-padding", type=int, default=4, help="pixels around images of 32 x 32 and less, before a random crop")
@@ -195,7 +202,8 @@ def check_args(args) -> None:
 
     for flag in ("--batch-size", "--epochs", "--input-size", "--recount"):
         expect(value_of(flag) >= 1, flag, "at least 1")
-    for flag in ("--num_workers", "--crop-padding", "--seed", "--start_epoch", "--warmup-epochs", "--cooldown-epochs",
+    for flag in ("--num_workers", "--crop-padding", "--seed", "--start_epoch", "--warmup-epochs",
+                 "--checkpoint-every", "--skip-bad-images", "--cooldown-epochs",
                  "--lr", "--min-lr", "--warmup-lr", "--weight-decay", "--clip-grad", "--mixup", "--cutmix",
                  "--color-jitter"):
         expect(value_of(flag) is None or 0 <= value_of(flag) < math.inf, flag, "a number of at least 0")
@@ -215,6 +223,8 @@ def check_args(args) -> None:
         raise UserError(f"--data-set {args.data_set}: expected --data-path beside it")
     if args.src and not args.ThreeAugment:
         raise UserError("--src: expected --ThreeAugment beside it")
+    if args.resume == "auto" and not args.output_dir:
+        raise UserError("--resume auto: expected --output_dir beside it")
     check_distillation(args)
     check_pruning(args)
 

@@ -16,7 +16,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import default_loader
 
 from augment import repair_posterize, three_augment
-from utils import UserError, first_line
+from utils import BadImageError, UserError, first_line
 
 SAMPLE_PATH = Path(__file__).resolve().parent / "sample"
 
@@ -138,11 +138,11 @@ class INaturalist(Dataset):
 
 
 def load_image(path) -> Image.Image:
-    """The image of a file in RGB. Raises UserError naming the file when it cannot be read."""
+    """The image of a file in RGB. Raises BadImageError naming the file when it cannot be read."""
     try:
         return default_loader(path)
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({first_line(error)})") from None
+        raise BadImageError(f"{path}: cannot be read as an image ({first_line(error)})") from None
 
 
 def _read_json(path: Path):

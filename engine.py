@@ -16,7 +16,8 @@ class DivergedError(RuntimeError):
 
 
 def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=0, amp_dtype=None, scaler=None,
-                    clip_grad=None, ema=None, mixup_fn=None, masks=None, train_mode=True, cosub=False):
+                    clip_grad=None, ema=None, mixup_fn=None, masks=None, train_mode=True, cosub=False, first_step=0,
+                    logger=None, after_step=None):
     """Trains for one pass over `loader` and returns the mean of each metric over all processes.
 
     model: maps images (batch, 3, height, width) to logits (batch, classes), or to a pair of them; may be in DDP.
@@ -25,6 +26,9 @@ def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=
     amp_dtype: torch.bfloat16 or torch.float16 to run the forward pass under autocast, None for float32.
     masks: has `apply_to_grads()` and `apply()` and keeps pruned weights at zero; None trains dense.
     ema: has `update(model)` and is given the model without its DDP wrapper.
+    first_step: the number of the loader's first batch, where a resumed epoch had earlier ones.
+    logger: a `utils.MetricLogger` with the metrics of those earlier steps.
+    after_step: called after each step with the number of steps done in the epoch.
     Raises DivergedError when the loss is not finite; looked at only where a line is logged, since looking waits
     for the device.
     """
@@ -32,11 +36,11 @@ def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     plain_model = model.module if isinstance(model, DistributedDataParallel) else model
     second_order = getattr(optimizer, "is_second_order", False)
-    logger = MetricLogger()
-    logger.add_meter("lr", SmoothedValue(window=1, fmt="{value:.6f}"))
-    for step, (images, targets) in enumerate(logger.log_every(loader, PRINT_FREQ, f"Epoch: [{epoch}]")):
+    logger = training_logger() if logger is None else logger
+    batches = logger.log_every(loader, PRINT_FREQ, f"Epoch: [{epoch}]", first_step)
+    for step, (images, targets) in enumerate(batches, first_step):
         if step % PRINT_FREQ == 1:  # just after a log line, which has waited for the device anyway
-            _check_finite(logger, epoch, step)
+            check_finite(logger, epoch, step)
         utils.seed_everything(utils.STEP, seed, epoch, step, utils.rank())
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
@@ -59,17 +63,27 @@ def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=
         if ema is not None:
             ema.update(plain_model)
         logger.update(loss=loss.detach().float(), lr=optimizer.param_groups[0]["lr"])
-    _check_finite(logger, epoch, len(loader))
+        if after_step is not None:
+            after_step(step + 1)
+    check_finite(logger, epoch, first_step + len(loader), plain_model)
     logger.synchronize()
     utils.log(f"Averaged stats: {logger}")
     return logger.averages()
 
 
+def training_logger() -> MetricLogger:
+    """What `train_one_epoch` gathers its metrics in."""
+    logger = MetricLogger()
+    logger.add_meter("lr", SmoothedValue(window=1, fmt="{value:.6f}"))
+    return logger
+
+
 @torch.no_grad()
-def evaluate(loader, model, device, *, amp_dtype=None, shared=False):
+def evaluate(loader, model, device, *, amp_dtype=None, shared=False, after_batch=None):
     """Evaluates `model` on the images of `loader`, each counted once.
 
     shared: each process has a part of the images, and the counts of all are added up.
+    after_batch: called after each batch.
     Returns `acc1` and `acc5` in percent (`acc5` over as many classes as there are, where there are fewer than five)
     and the mean cross-entropy `loss`.
     """
@@ -86,6 +100,8 @@ def evaluate(loader, model, device, *, amp_dtype=None, shared=False):
         batch = torch.stack([hits[:, 0].sum(), hits.sum(), loss * len(images), loss.new_tensor(len(images))]).double()
         totals += batch
         logger.update(loss=loss, acc1=100 * batch[0] / len(images), acc5=100 * batch[1] / len(images), n=len(images))
+        if after_batch is not None:
+            after_batch()
     totals = totals.tolist()
     top1, top5, loss, count = utils.sum_over_processes(totals) if shared else totals
     stats = {"acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "loss": loss / count}
@@ -93,8 +109,12 @@ def evaluate(loader, model, device, *, amp_dtype=None, shared=False):
     return stats
 
 
-def _check_finite(logger, epoch, step):
-    """Raises on every process when the loss of any is not finite."""
-    if not math.isfinite(utils.sum_over_processes([float(logger.meters["loss"].total)])[0]):
+@torch.no_grad()
+def check_finite(logger, epoch, step, model=None) -> None:
+    """Raises DivergedError on every process when the loss of any, or a weight of `model`, is not finite."""
+    total = float(logger.meters["loss"].total)
+    if model is not None:
+        total += float(torch.stack([(0 * weight).sum() for weight in model.parameters()]).sum())
+    if not math.isfinite(utils.sum_over_processes([total])[0]):
         raise DivergedError(f"the loss is not finite in epoch {epoch}, at or before step {step}; "
                             "try --amp bfloat16 or off, a lower --lr, or --clip-grad 1")

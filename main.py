@@ -9,12 +9,9 @@ The first line needs no data set: it uses the sample in this repository.
 """
 
 import datetime
-import json
 import logging
-import os
 import sys
 import time
-from pathlib import Path
 
 import timm.layers
 import torch
@@ -27,13 +24,24 @@ from torch.utils.data import DataLoader
 import utils
 from arguments import mixes, parse_args
 from datasets import build_dataset
-from engine import DivergedError, evaluate, train_one_epoch
+from engine import DivergedError, check_finite, evaluate, train_one_epoch
 from losses import CosubLoss, DistillationLoss
 from models import adapt_weights, build_model, load_weights, train_attention_only, train_both_heads
+from output import OutputDir, newest_checkpoint
 from samplers import EvalBatchSampler, SeededDataset, TrainSampler
-from sparsity_factory import Masks, PruningError, compute_masks, read_yaml, sparsity_table, unpack
+from sparsity_factory import (
+    Masks,
+    PruningError,
+    check_masks,
+    checkpoint_table,
+    compute_masks,
+    read_yaml,
+    sparsity_table,
+    unpack,
+)
 from state import TrainingState
-from utils import UserError, log
+from stopping import Stopped, StopSignals, ignore_signals
+from utils import UserError, WriteError, log
 
 
 def main(args) -> dict[str, float]:
@@ -43,39 +51,45 @@ def main(args) -> dict[str, float]:
     log(describe(args, device, amp_dtype))
     utils.seed_everything(utils.INIT, args.seed)  # the same on every process, so that fresh weights are the same
 
-    train_loader, val_loader, num_classes = build_loaders(args, device)
-    checkpoint = utils.load_checkpoint(args.resume or args.finetune) if args.resume or args.finetune else {}
-    model = prepare_model(args, num_classes, checkpoint, device)
-    pruner, masks, chosen = prepare_masks(args, model, checkpoint)
-    was_pruned, resumes = "masks" in checkpoint, bool(args.resume) and "optimizer" in checkpoint
-    if not args.eval:  # before any evaluation, so that a mistake shows at once
-        state = TrainingState(model, args, device)
-        if resumes:
-            state.start(masks, pruner)
-            state.resume(checkpoint, args.resume)
-        criterion, mixup_fn = build_criterion(args, num_classes, device)
-        output_dir = make_output_dir(args.output_dir)
-    checkpoint = None  # from here on it would only take memory
+    with StopSignals() as stop:
+        train_loader, val_loader, num_classes = build_loaders(args, device)
+        args.resume = find_resume(args.resume, args.output_dir)
+        checkpoint = utils.load_checkpoint(args.resume or args.finetune) if args.resume or args.finetune else {}
+        model = prepare_model(args, num_classes, checkpoint, device)
+        pruner, masks, chosen = prepare_masks(args, model, checkpoint)
+        was_pruned, resumes = "masks" in checkpoint, bool(args.resume) and "optimizer" in checkpoint and not args.eval
+        accuracy = {}
+        if not args.eval:  # before any evaluation, so that a mistake shows at once
+            state = TrainingState(model, args, device, train_loader.dataset.bad)
+            if resumes:
+                state.start(masks, pruner)
+                state.resume(checkpoint, args.resume)
+            accuracy = state.accuracy
+            criterion, mixup_fn = build_criterion(args, num_classes, device)
+            output = open_output_dir(args.output_dir)
+        checkpoint = None  # from here on it would only take memory
 
-    def test(network=model):
-        where = next(network.parameters()).device  # a moving average may be kept on the CPU
-        return evaluate(val_loader, network, where, amp_dtype=amp_dtype, shared=args.dist_eval)
+        def test(network=model):
+            where = next(network.parameters()).device  # a moving average may be kept on the CPU
+            return evaluate(val_loader, network, where, amp_dtype=amp_dtype, shared=args.dist_eval,
+                            after_batch=stop.check_alone)
 
-    accuracy = {}
-    if chosen is not None:
-        log("Accuracy before pruning")
-        accuracy["before pruning" if was_pruned else "dense"] = test()["acc1"]
-        masks = Masks(model, chosen)
-    if masks is not None:
-        log(sparsity_table(model, masks.masks))
-    if chosen is not None or args.eval:
-        log("Accuracy of the pruned model" if masks else "Accuracy of the dense model")
-        accuracy["pruned" if masks else "dense"] = test()["acc1"]
-    if not args.eval:
-        if not resumes:
-            state.start(masks, pruner)
-        accuracy["finetuned" if masks else "trained"] = train(
-            state, train_loader, criterion, mixup_fn, test, device, amp_dtype, output_dir)
+        if chosen is not None:
+            log("Accuracy before pruning")
+            accuracy["before pruning" if was_pruned else "dense"] = test()["acc1"]
+            masks = Masks(model, chosen)
+        if masks is not None:
+            log(sparsity_table(model, masks.masks))
+        if chosen is not None or args.eval:
+            log("Accuracy of the pruned model" if masks else "Accuracy of the dense model")
+            accuracy["pruned" if masks else "dense"] = test()["acc1"]
+        if not args.eval:
+            if not resumes:
+                state.start(masks, pruner)
+            finetuned = train(state, train_loader, criterion, mixup_fn, test, stop, device, amp_dtype, output)
+            accuracy = {**accuracy, "finetuned" if masks else "trained": finetuned}
+        if masks is not None:
+            check_masks(model.state_dict(), masks.masks, pruner)
     log("Top-1 accuracy: " + ", ".join(f"{name} {value:.2f} %" for name, value in accuracy.items()))
     return accuracy
 
@@ -103,11 +117,21 @@ def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
     if len(sampler) < args.batch_size and not args.eval:
         raise UserError(f"--batch-size {args.batch_size}: there are only {len(sampler)} images for each process")
     options = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda",
-               "persistent_workers": args.num_workers > 0}
-    train_loader = DataLoader(SeededDataset(train_set), args.batch_size, sampler=sampler, drop_last=True, **options)
+               "persistent_workers": args.num_workers > 0, "worker_init_fn": ignore_signals}
+    train_set = SeededDataset(train_set, args.skip_bad_images)
+    train_loader = DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, **options)
     share = (rank, world_size) if args.dist_eval else (0, 1)
     batches = EvalBatchSampler(len(val_set), int(1.5 * args.batch_size), *share)
     return train_loader, DataLoader(val_set, batch_sampler=batches, **options), num_classes
+
+
+def find_resume(resume: str, output_dir: str) -> str:
+    """The checkpoint to resume from: with `auto` the newest in the folder, or none; the same on every process."""
+    if resume != "auto":
+        return resume
+    found = utils.on_first_process(lambda: newest_checkpoint(output_dir))
+    log(f"--resume auto: {found or f'no checkpoint in {output_dir}, so the run starts from the beginning'}")
+    return found
 
 
 def prepare_model(args, num_classes, checkpoint, device) -> torch.nn.Module:
@@ -145,7 +169,9 @@ def prepare_masks(args, model, checkpoint) -> tuple[dict | None, Masks | None, d
                         "pruning flags out, or prune its weights anew with --finetune")
     if "masks" in checkpoint and (args.resume or not asked):
         try:
-            return stored, Masks(model, unpack(checkpoint["masks"])), None
+            stored_masks = unpack(checkpoint["masks"])
+            check_masks(checkpoint["model"], stored_masks, stored)
+            return stored, Masks(model, stored_masks), None
         except PruningError as error:
             raise UserError(f"{args.resume or args.finetune}: {error}") from None
     if not asked:
@@ -196,56 +222,80 @@ def prepare_teacher(args, num_classes) -> torch.nn.Module:
     return teacher.eval().requires_grad_(False)
 
 
-def train(state, loader, criterion, mixup_fn, test, device, amp_dtype, output_dir) -> float:
+def train(state, loader, criterion, mixup_fn, test, stop, device, amp_dtype, output) -> float:
     """Trains to the last epoch, evaluating and writing checkpoints after each; returns the last top-1 accuracy."""
     args, network = state.args, state.model
     if utils.world_size() > 1:
-        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
-    log(f"Training epochs {state.epoch} to {args.epochs - 1}, {len(loader)} steps each")
+        network = distribute(network, device, args.input_size)
+    loader.sampler.set_epoch(state.epoch)
+    steps = len(loader)
+    log(f"Training epochs {state.epoch} to {args.epochs - 1}, {steps} steps each"
+        + (f"; going on after step {state.epoch_step} of epoch {state.epoch}" if state.epoch_step else ""))
     start, test_stats = time.time(), {}
-    while state.epoch < args.epochs:
-        loader.sampler.set_epoch(state.epoch)
-        train_stats = train_one_epoch(
-            network, criterion, loader, state.optimizer, device, state.epoch, seed=args.seed, amp_dtype=amp_dtype,
-            scaler=state.scaler, clip_grad=args.clip_grad, ema=state.ema, mixup_fn=mixup_fn, masks=state.masks,
-            train_mode=args.train_mode, cosub=args.cosub)
-        test_stats = {"test": test()}
-        if state.ema:
-            log("Moving average of the weights")
-            test_stats["test_ema"] = test(state.ema.module)
-        improved = state.end_epoch(len(loader), [stats["acc1"] for stats in test_stats.values()])
-        log(f"Max accuracy: {state.max_accuracy:.2f}% ({state.best})")
-        if output_dir and utils.is_main_process():
-            write_epoch(output_dir, state, improved, {"train": train_stats, **test_stats})
-    log(f"Training time {datetime.timedelta(seconds=int(time.time() - start))}")
-    if output_dir and test_stats:
-        log(f"Written to {output_dir}: checkpoint.pth (last epoch), best_checkpoint.pth, log.txt")
-    return test_stats["test"]["acc1"] if test_stats else test()["acc1"]
 
+    def after_step(done):
+        state.end_step()
+        stop.check()
+        if args.checkpoint_every and done % args.checkpoint_every == 0 and done < steps:
+            save(state, output)
 
-def write_epoch(output_dir: Path, state, improved: bool, metrics: dict[str, dict[str, float]]) -> None:
-    """Writes the checkpoints of an epoch, and its metrics as a line of log.txt."""
-    content = state.state_dict()
-    utils.save_checkpoint(content, output_dir / "checkpoint.pth")
-    if improved:
-        utils.save_checkpoint(content, output_dir / "best_checkpoint.pth")
-    line = {f"{kind}_{name}": value for kind, stats in metrics.items() for name, value in stats.items()}
-    line |= {"epoch": state.epoch - 1,
-             "n_parameters": sum(p.numel() for p in state.model.parameters() if p.requires_grad)}
-    utils.append_line(output_dir / "log.txt", json.dumps(line))
-
-
-def make_output_dir(name: str) -> Path | None:
-    """The folder of `--output_dir`, made where it is missing; None when nothing is to be written."""
-    if not name:
-        return None
     try:
-        Path(name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {name}: {error.strerror}") from None
-    if not os.access(name, os.W_OK):
-        raise UserError(f"--output_dir {name}: not writable")
-    return Path(name)
+        while state.epoch < args.epochs:
+            loader.sampler.set_epoch(state.epoch, skip=state.epoch_step * args.batch_size)
+            train_stats = train_one_epoch(
+                network, criterion, loader, state.optimizer, device, state.epoch, seed=args.seed, amp_dtype=amp_dtype,
+                scaler=state.scaler, clip_grad=args.clip_grad, ema=state.ema, mixup_fn=mixup_fn, masks=state.masks,
+                train_mode=args.train_mode, cosub=args.cosub, first_step=state.epoch_step, logger=state.logger,
+                after_step=after_step)
+            test_stats = {"test": test()}
+            if state.ema:
+                log("Moving average of the weights")
+                test_stats["test_ema"] = test(state.ema.module)
+            improved = state.end_epoch([stats["acc1"] for stats in test_stats.values()])
+            log(f"Max accuracy: {state.max_accuracy:.2f}% ({state.best})")
+            if output:
+                output.log_epoch(epoch_metrics(state, {"train": train_stats, **test_stats}))
+            save(state, output, improved)
+    except Stopped as stopped:
+        save(state, output)
+        stopped.add_place(state.epoch, state.epoch_step, args.output_dir)
+        raise
+    log(f"Training time {datetime.timedelta(seconds=int(time.time() - start))}")
+    if output and test_stats:
+        log(f"Written to {output.path}: checkpoint.pth (last epoch), best_checkpoint.pth, log.txt")
+    return test_stats["test"]["acc1"] if test_stats else test()["acc1"]
+def distribute(model, device, input_size) -> DistributedDataParallel:
+    """The model in DDP, which averages gradients over the processes."""
+    network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    # DDP arranges its buckets anew after the first backward pass, and with them the order of its sums. That pass is
+    # made here, so that the first step of a resumed run sums as the same step of an undisturbed one does.
+    outputs = network(torch.zeros(2, 3, input_size, input_size, device=device))
+    sum(output.sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
+    model.zero_grad()
+    return network
+
+
+def save(state, output: OutputDir | None, best: bool = False) -> None:
+    """Writes the checkpoint, if the run has an output folder. Every process calls it; the first one writes."""
+    if state.args.output_dir:
+        check_finite(state.logger, state.epoch, state.epoch_step, state.model)
+        content = state.state_dict()
+        utils.on_first_process(lambda: output.save(content, best))
+
+
+def epoch_metrics(state, metrics: dict[str, dict[str, float]]) -> dict:
+    """The line of log.txt for the epoch that has just ended."""
+    line = {f"{kind}_{name}": value for kind, stats in metrics.items() for name, value in stats.items()}
+    return {**line, "epoch": state.epoch - 1,
+            "n_parameters": sum(p.numel() for p in state.model.parameters() if p.requires_grad)}
+
+
+def open_output_dir(name: str) -> OutputDir | None:
+    """The folder of `--output_dir` on the first process; None elsewhere, and when nothing is to be written."""
+    opened = []
+    if name:
+        utils.on_first_process(lambda: opened.append(OutputDir(name)))
+    return opened[0] if opened else None
 
 
 def run(argv) -> int:
@@ -253,19 +303,43 @@ def run(argv) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # an error line here says what its many say
     try:
-        main(parse_args(argv))
+        args = parse_args(argv)
+        if args.audit:
+            return audit(args.audit)
+        main(args)
         return 0
     except (UserError, PruningError) as error:
-        status, message = 2, error
-    except DivergedError as error:
-        status, message = 1, error
+        status, message = 2, f"error: {error}"
+    except (DivergedError, WriteError) as error:
+        status, message = 1, f"error: {error}"
+    except Stopped as stopped:
+        status, message = stopped.status, str(stopped)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     if utils.local_rank() == 0:
-        # From a data worker the message comes with a traceback before it.
-        print("error:", " ".join(str(message).rpartition("UserError: ")[2].split()), file=sys.stderr)
+        if "Traceback" in message:  # from a data worker, the error is the last line
+            message = "error: " + message.strip().splitlines()[-1].partition(": ")[2]
+        print(" ".join(message.split()), file=sys.stderr)
     return status
+
+
+def audit(path: str) -> int:
+    """Prints what a checkpoint keeps of each layer, from the file alone; 1 if its weights do not obey its masks."""
+    checkpoint = utils.load_checkpoint(path)
+    if "masks" not in checkpoint:
+        raise UserError(f"{path}: holds no masks; expected a checkpoint of a pruned run")
+    masks = unpack(checkpoint["masks"])
+    print(checkpoint_table(checkpoint["model"], masks))
+    print(f"pruned with {pruner_in_words(checkpoint.get('pruner'))}")
+    for kind in ("model", "model_ema"):
+        try:
+            check_masks(checkpoint.get(kind, {}), masks, checkpoint.get("pruner"))
+        except PruningError as error:
+            print(f"error: {path}: {kind}: {error}", file=sys.stderr)
+            return 1
+    print("every pruned weight is zero, and every n:m group holds")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Process group, logging, seeding and checkpoints: what every part of the trainer leans on."""
 
 import argparse
+import contextlib
 import datetime
 import os
 import pickle
 import random
 import re
-import tempfile
 import time
 import warnings
+import zipfile
 from collections import defaultdict, deque
 from pathlib import Path
 
@@ -20,6 +21,14 @@ from safetensors.torch import load_file
 
 class UserError(Exception):
     """A mistake of the user, told in one line; `main.py` prints it as `error: ...` and exits with status 2."""
+
+
+class BadImageError(UserError):
+    """A file that cannot be read as an image."""
+
+
+class WriteError(Exception):
+    """A file that cannot be written, for want of room or otherwise; what it held before is whole."""
 
 
 # Processes
@@ -133,6 +142,15 @@ def on_first_process(compute):
     return outcome[0]
 
 
+def gather_objects(value) -> list:
+    """The value of each process, in their order, on every process."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def sum_over_processes(values: list[float]) -> list[float]:
     """Element-wise float64 sum of a short list of numbers over all processes."""
     if world_size() == 1:
@@ -207,16 +225,27 @@ class MetricLogger:
         for meter in self.meters.values():
             meter.total, meter.count = sum_over_processes([float(meter.total), meter.count])
 
+    def state_dict(self) -> dict[str, list]:
+        """The sum and the count of each series of this process."""
+        return {name: [float(meter.total), meter.count] for name, meter in self.meters.items()}
+
+    def load_state_dict(self, state: dict[str, list]) -> None:
+        for name, (total, count) in state.items():
+            self.meters[name].total, self.meters[name].count = float(total), int(count)
+
     def __str__(self) -> str:
         return "  ".join(f"{name}: {meter}" for name, meter in self.meters.items())
 
-    def log_every(self, loader, print_freq: int, header: str):
-        """Yields the batches of `loader`; logs every `print_freq` of them, and the total time at the end."""
-        steps = len(loader)
+    def log_every(self, loader, print_freq: int, header: str, first: int = 0):
+        """Yields the batches of `loader`; logs every `print_freq` of them, and the total time at the end.
+
+        first: the number of the first batch, where earlier ones were seen before.
+        """
+        steps = first + len(loader)
         width = len(str(steps))
         iter_time, data_time = SmoothedValue(fmt="{global_avg:.4f}"), SmoothedValue(fmt="{global_avg:.4f}")
         start = end = time.time()
-        for step, batch in enumerate(loader):
+        for step, batch in enumerate(loader, first):
             data_time.update(time.time() - end)
             yield batch
             iter_time.update(time.time() - end)
@@ -228,32 +257,43 @@ class MetricLogger:
                 log(line)
             end = time.time()
         total = time.time() - start
-        log(f"{header} Total time: {datetime.timedelta(seconds=int(total))} ({total / max(steps, 1):.4f} s / it)")
+        log(f"{header} Total time: {datetime.timedelta(seconds=int(total))} ({total / max(len(loader), 1):.4f} s / it)")
 
 
 # Checkpoints
 
 
 def save_checkpoint(content: dict, path) -> None:
-    """Writes `content` to `path`, whole or not at all: a temporary file is synced, then renamed."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Writes a checkpoint, whole or not at all. Raises WriteError."""
+    write_atomically(Path(path), lambda file: torch.save(content, file))
+
+
+def write_atomically(path: Path, write) -> None:
+    """Replaces `path` by what `write(file)` writes: a temporary file beside it is synced, then renamed.
+
+    There is one writer to a folder (see `output.OutputDir`), so what a killed one left is simply overwritten.
+    Raises WriteError when there is no room, leaving the old file as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
+        with open(temporary, "wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too, has to survive a power failure
+        finally:
+            os.close(folder)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps what the file raised
+        if isinstance(cause, OSError):
+            raise WriteError(f"{path}: cannot be written ({cause.strerror or first_line(cause)}); what it held before "
+                             "is whole") from None
         raise
-
-
-def append_line(path, line: str) -> None:
-    """Appends a line to a text file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
 
 
 def load_checkpoint(source: str) -> dict:
@@ -272,6 +312,7 @@ def load_checkpoint(source: str) -> dict:
             elif source.endswith(".safetensors"):
                 content = load_file(source)
             else:
+                _check_archive(source)
                 content = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{source}: no such checkpoint") from None
@@ -298,12 +339,17 @@ def load_checkpoint(source: str) -> dict:
     return content
 
 
+def _check_archive(source: str) -> None:
+    """Raises ValueError when a checkpoint in torch's zip format is damaged anywhere; torch.load checks no checksums."""
+    if not zipfile.is_zipfile(source):
+        return
+    with zipfile.ZipFile(source) as archive:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            raise ValueError("compressed, which torch.save never does")
+        if damaged := archive.testzip():
+            raise ValueError(f"wrong checksum of {damaged}")
+
+
 def first_line(error) -> str:
     """The first line of an exception's message, for messages that must be one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).strip()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -8,11 +8,12 @@
 This folder needs torch, numpy and yaml, and nothing else of the project around it.
 """
 
+from .audit import check_masks
 from .config import read_yaml
 from .errors import PruningError
 from .masks import Masks, prunable_weights, unpack
 from .pruners import PRUNERS, SCORES, compute_masks
-from .report import LayerSparsity, sparsity_rows, sparsity_table
+from .report import LayerSparsity, checkpoint_table, sparsity_rows, sparsity_table
 
 __all__ = [
     "PRUNERS",
@@ -20,6 +21,8 @@ __all__ = [
     "LayerSparsity",
     "Masks",
     "PruningError",
+    "check_masks",
+    "checkpoint_table",
     "compute_masks",
     "prunable_weights",
     "read_yaml",

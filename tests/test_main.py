@@ -10,6 +10,7 @@ from conftest import ROOT, start_main
 
 import utils
 from arguments import read_preset
+from output import OutputDir
 from sparsity_factory import unpack
 
 LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]
@@ -37,7 +38,7 @@ def test_the_first_command_prunes_the_sample_finetunes_it_and_says_how_good_it_i
     assert pruned < finetuned
     assert finetuned > dense - 1
     folder = tmp_path / "output" / "sample"
-    assert {path.name for path in folder.iterdir()} == {"checkpoint.pth", "best_checkpoint.pth", "log.txt"}
+    assert {path.name for path in folder.iterdir() if path.name != ".lock"} == {"checkpoint.pth", "best_checkpoint.pth", "log.txt"}
     assert "output/sample" in result.stdout
 
 
@@ -66,15 +67,14 @@ def test_log_txt_has_a_json_object_per_epoch(run_main, tiny, tmp_path):
 def test_resume_continues_to_the_bit_and_knows_its_masks(run_main, tiny, tmp_path, monkeypatch):
     recipe = [*tiny, "--epochs", "3", "--drop-path", "0.2", "--clip-grad", "1"]
     run_main(*recipe, *LAMP, "--output_dir", "whole")
-    save = utils.save_checkpoint
+    save = OutputDir.save
 
-    def stop_after_the_first_epoch(content, path):
-        save(content, path)
-        if path.name == "checkpoint.pth":
-            raise utils.UserError("stopped")
+    def stop_after_the_first_epoch(*arguments):
+        save(*arguments)
+        raise utils.UserError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "save_checkpoint", stop_after_the_first_epoch)
+        patch.setattr(OutputDir, "save", stop_after_the_first_epoch)
         run_main(*recipe, *LAMP, "--output_dir", "parts", status=2)
     run_main(*recipe, "--output_dir", "parts", "--resume", "parts/checkpoint.pth")
     whole, parts = (read(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))

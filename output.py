@@ -1,0 +1,92 @@
+"""The folder of a run: its lock, its checkpoints and its log."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from datetime import datetime
+from pathlib import Path
+
+import utils
+from utils import UserError
+
+CHECKPOINT, BEST, LOG, LOCK = "checkpoint.pth", "best_checkpoint.pth", "log.txt", ".lock"
+
+
+class OutputDir:
+    """Makes and locks the folder of `--output_dir`; the operating system releases the lock when the process ends.
+
+    Raises UserError when the folder cannot be written to, or belongs to a run that is going on.
+    """
+
+    def __init__(self, name: str):
+        self.path = Path(name)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115, held as long as the process
+        except OSError as error:
+            raise UserError(f"--output_dir {name}: {error.strerror}") from None
+        try:
+            # Of this process alone: a lock by flock would live on in data workers that outlast a killed run.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                utils.log(f"--output_dir {name}: cannot be locked ({error.strerror}); no second run may write to it")
+                return
+            self._lock.seek(0)
+            raise UserError(f"--output_dir {name}: in use by {self._lock.read().strip() or 'another run'}") from None
+        self._lock.truncate(0)
+        started = datetime.now().astimezone().isoformat(" ", "seconds")
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n")
+        self._lock.flush()
+
+    def save(self, content: dict, best: bool = False) -> None:
+        """Writes the checkpoint and, where it is the best so far, `best_checkpoint.pth`, a second name of the file."""
+        newest = self.path / CHECKPOINT
+        utils.save_checkpoint(content, self.path / BEST if best else newest)
+        if not best:
+            return
+        link = self.path / f".{CHECKPOINT}.tmp"
+        try:
+            link.unlink(missing_ok=True)
+            os.link(self.path / BEST, link)
+            os.replace(link, newest)
+        except OSError:  # file systems without hard links
+            utils.save_checkpoint(content, newest)
+
+    def log_epoch(self, line: dict) -> None:
+        """Adds an epoch to log.txt, in place of what it had of this epoch and later ones."""
+        lines = [json.dumps(entry) for entry in read_log(self.path) if entry["epoch"] < line["epoch"]]
+        text = "".join(f"{entry}\n" for entry in [*lines, json.dumps(line)])
+        utils.write_atomically(self.path / LOG, lambda file: file.write(text.encode()))
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The epochs in the log.txt of a folder, as they were written."""
+    try:
+        lines = (folder / LOG).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    entries = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("epoch"), int):
+            entries.append(entry)
+    return entries
+
+
+def newest_checkpoint(folder: str) -> str:
+    """What `--resume auto` resumes from: the newest checkpoint in `folder` that is whole, or nothing."""
+    paths = [path for path in (Path(folder, CHECKPOINT), Path(folder, BEST)) if path.is_file()]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            utils.load_checkpoint(str(path))
+            return str(path)
+        except UserError as error:
+            utils.log(f"--resume auto: passing over {error}")
+    return ""
+

@@ -1,0 +1,38 @@
+"""Checks that weights obey their masks, and masks their configuration."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .config import resolve_levels
+from .errors import PruningError
+
+
+def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], pruner: Mapping | None = None) -> None:
+    """Checks a state dict against its masks: pruned weights are zero, and every group holds what n:m allows.
+
+    Args:
+        weights: parameter name to tensor; names without a mask are not looked at. May be empty.
+        masks: parameter name to bool tensor, True where the weight is kept.
+        pruner: what made the masks, as checkpoints have it: a `custom_config` in it says which groups to count.
+
+    Raises:
+        PruningError: naming the first weight that does not obey.
+    """
+    for name, mask in masks.items() if weights else ():
+        weight = weights.get(name)
+        if weight is None or weight.shape != mask.shape or weight.dim() != 2 or weight.layout != torch.strided:
+            raise PruningError(f"mask {name!r}: there is no weight of that name and of shape {list(mask.shape)}")
+        nonzero = int((weight != 0).logical_and_(mask.logical_not()).count_nonzero())
+        if nonzero:
+            raise PruningError(f"{name}: {nonzero} of its pruned weights are not zero")
+    config = pruner.get("custom_config") if isinstance(pruner, Mapping) else None
+    if not config:
+        return
+    for name, level in resolve_levels(config, {name: mask.shape for name, mask in masks.items()}).items():
+        if isinstance(level, int):
+            if int(masks[name].count_nonzero()) != level:
+                raise PruningError(f"{name}: keeps {int(masks[name].count_nonzero())} weights, expected {level}")
+        elif (masks[name].reshape(-1, level[1]).sum(1) != level[0]).any():
+            raise PruningError(f"{name}: a group of {level[1]} does not keep {level[0]}")
