@@ -38,7 +38,7 @@ def test_the_first_command_prunes_the_sample_finetunes_it_and_says_how_good_it_i
     assert pruned < finetuned
     assert finetuned > dense - 1
     folder = tmp_path / "output" / "sample"
-    assert {path.name for path in folder.iterdir() if path.name != ".lock"} == {"checkpoint.pth", "best_checkpoint.pth", "log.txt"}
+    assert {path.name for path in folder.iterdir()} == {".lock", "checkpoint.pth", "best_checkpoint.pth", "log.txt"}
     assert "output/sample" in result.stdout
 
 
@@ -183,12 +183,6 @@ def test_recipes_that_a_flag_changes_run_and_stay_sparse(run_main, tiny, tmp_pat
     checkpoint = read(tmp_path / "out/checkpoint.pth")
     for name, mask in unpack(checkpoint["masks"]).items():
         assert torch.equal(checkpoint["model"][name] != 0, mask)
-
-
-def test_workers_change_nothing(run_main, tiny, tmp_path):
-    for workers in (0, 2):
-        run_main(*tiny, "--num_workers", workers, "--output_dir", f"out{workers}")
-    assert same(*(read(tmp_path / f"out{workers}/checkpoint.pth")["model"] for workers in (0, 2)))
 
 
 def test_an_interrupted_write_leaves_the_old_checkpoint_whole(tmp_path):

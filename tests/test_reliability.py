@@ -1,0 +1,276 @@
+"""What happens to a run costs no more than the work since its last checkpoint, and changes nothing in the outcome."""
+
+import os
+import random
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from benchmarks.torture import RECIPE, differences, finish, kill, start, trains_again, wait_until
+from output import OutputDir, newest_checkpoint, read_log
+from state import TrainingState
+
+LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]
+# 48 training images: six steps of eight an epoch, with everything that is random.
+SHORT = [*RECIPE, "--epochs", "4", "--batch-size", "8", "--num_workers", "1"]
+
+
+@pytest.fixture
+def short(tiny_fashion):
+    return [*SHORT, "--data-set", "FASHION", "--data-path", str(tiny_fashion), "--input-size", "28"]
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Sends this process a signal during the training step of that number."""
+    end_step = TrainingState.end_step
+
+    def stop_at(number, signum=signal.SIGTERM):
+        def stop(state):
+            end_step(state)
+            if state.step == number:
+                os.kill(os.getpid(), signum)
+        monkeypatch.setattr(TrainingState, "end_step", stop)
+
+    return stop_at
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_never_stopped(tmp_path, short):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finish(start(whole, short), whole)
+    moments = random.Random()
+    killed = [kill(parts, short, writing, moments) for writing in (False, True, False, True, True)]
+    assert sum(killed) >= 4, "the run was too short to be killed so often"
+    finish(start(parts, short), parts)
+    assert differences(whole, parts) == []
+    assert "going on after step" in (parts / "run.out").read_text()
+
+
+def test_processes_under_torchrun_stop_together_restart_together_and_end_as_if_undisturbed(tmp_path, short):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3", "--rdzv-backend=c10d",
+                f"--rdzv-endpoint=127.0.0.1:{port}"]
+    recipe = [*short, "--batch-size", "4", "--num_workers", "0"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finish(start(whole, recipe, torchrun), whole)
+
+    training = trains_again(parts)
+    process = start(parts, recipe, torchrun)
+    wait_until(training, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() != 0
+    assert (parts / "run.out").read_text().count("stopped by SIGTERM in epoch 0 after step") == 1
+
+    training = trains_again(parts)
+    process = start(parts, recipe, torchrun)
+    wait_until(training, process)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    finish(process, parts)
+    assert differences(whole, parts) == []
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(run_main, tiny, tmp_path, stop_at, signum, status):
+    recipe = [*tiny, *LAMP, "--epochs", "2"]
+    run_main(*recipe, "--output_dir", "whole")
+    stop_at(4, signum)
+    message = run_main(*recipe, "--output_dir", "parts", status=status)
+    assert message.startswith(f"stopped by {signum.name} in epoch 1 after step 1; go on with")
+    assert message.count("\n") == 1
+    assert read(tmp_path / "parts/checkpoint.pth")["step"] == 4
+    output = run_main(*recipe, "--output_dir", "parts", "--resume", "auto")
+    assert re.search(r"Epoch: \[1\]  \[2/3\]", output)
+    assert "Epoch: [1]  [0/3]" not in output
+    assert differences(tmp_path / "whole", tmp_path / "parts") == []
+
+
+def test_a_signal_during_the_evaluation_keeps_the_whole_epoch(run_main, tiny, tmp_path, stop_at):
+    run_main(*tiny, *LAMP, "--output_dir", "whole")
+    stop_at(3)
+    run_main(*tiny, *LAMP, "--output_dir", "parts", status=143)
+    assert read_log(tmp_path / "parts") == []
+    run_main(*tiny, *LAMP, "--output_dir", "parts", "--resume", "auto")
+    assert differences(tmp_path / "whole", tmp_path / "parts") == []
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    program = "from stopping import *\nwith StopSignals() as stop:\n print(1, flush=True)\n time.sleep(60)\n print(2)"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "1\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+
+
+def test_workers_change_nothing(run_main, tiny, tmp_path):
+    for workers in (0, 1, 4):
+        run_main(*tiny, *LAMP, "--num_workers", workers, "--output_dir", f"out{workers}")
+        assert differences(tmp_path / "out0", tmp_path / f"out{workers}") == []
+
+
+def test_a_resumed_epoch_loads_no_image_that_it_skips(run_main, tiny, tmp_path, stop_at, monkeypatch):
+    recipe = [*tiny, "--output_dir", "out", "--resume", "auto", "--no-model-ema"]
+    stop_at(2)
+    run_main(*recipe, status=143)
+    loaded = []
+    from samplers import SeededDataset
+    get = SeededDataset.__getitem__
+    monkeypatch.setattr(SeededDataset, "__getitem__", lambda self, item: loaded.append(item[1][2]) or get(self, item))
+    run_main(*recipe)
+    assert loaded == list(range(32, 48))
+
+
+def test_a_run_goes_on_within_an_epoch_with_other_batches(run_main, tiny, tmp_path, stop_at):
+    stop_at(2)
+    run_main(*tiny, *LAMP, "--output_dir", "out", status=143)
+    output = run_main(*tiny, "--output_dir", "out", "--resume", "auto", "--batch-size", "8")
+    assert "going on after step 4 of epoch 0" in output
+
+
+def test_resume_auto_takes_the_newest_checkpoint_that_is_whole(run_main, tiny, tmp_path):
+    recipe = [*tiny, *LAMP, "--output_dir", "out", "--resume", "auto"]
+    assert "starts from the beginning" in run_main(*recipe)
+    checkpoint, best = tmp_path / "out/checkpoint.pth", tmp_path / "out/best_checkpoint.pth"
+    assert newest_checkpoint("out") == "out/checkpoint.pth"
+    whole = checkpoint.read_bytes()
+    checkpoint.unlink()
+    checkpoint.write_bytes(whole[:-1000])
+    output = run_main(*recipe)
+    assert "passing over out/checkpoint.pth" in output
+    assert "--resume auto: out/best_checkpoint.pth" in output
+    best.write_bytes(b"")
+    assert "starts from the beginning" in run_main(*recipe)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on_later(run_main, tiny, tmp_path, stop_at):
+    recipe = [*tiny, *LAMP, "--output_dir", "out", "--resume", "auto", "--checkpoint-every", "1"]
+    stop_at(1)
+    run_main(*recipe, status=143)
+    before = (tmp_path / "out/checkpoint.pth").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # a checkpoint has eleven times as much
+    try:
+        error = run_main(*recipe, status=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.fullmatch(r"error: out/checkpoint.pth: cannot be written \(File too large\).*\n", error)
+    assert (tmp_path / "out/checkpoint.pth").read_bytes() == before
+    assert not (tmp_path / "out/.checkpoint.pth.tmp").exists()
+    run_main(*recipe)
+    run_main(*tiny, *LAMP, "--output_dir", "whole")
+    assert differences(tmp_path / "out", tmp_path / "whole") == []
+
+
+def test_weights_that_are_not_finite_are_never_written(run_main, tiny, tmp_path):
+    error = run_main(*tiny, *LAMP, "--lr", "1e38", "--unscale-lr", "--output_dir", "out", "--checkpoint-every", "1",
+                     status=1)
+    assert re.fullmatch(r"error: the loss is not finite in epoch 0, at or before step \d; try .*--lr.*\n", error)
+    for path in (tmp_path / "out").glob("*.pth"):
+        assert all(weight.isfinite().all() for weight in read(path)["model"].values())
+
+
+@pytest.fixture
+def folder_with(tmp_path):
+    """A data set of 32 PNG images a class in which some cannot be read."""
+    def make(broken):
+        generator = np.random.default_rng(0)
+        for split in ("train", "val"):
+            for label in "ab":
+                (tmp_path / "data" / split / label).mkdir(parents=True)
+                for number in range(16):
+                    path = tmp_path / "data" / split / label / f"{number:02}.png"
+                    Image.fromarray(generator.integers(0, 256, (28, 28, 3), np.uint8)).save(path)
+                    if split == "train" and f"{label}{number}" in broken:
+                        path.write_bytes(path.read_bytes()[:60])
+        return ["--data-path", "data", "--model", "deit_sample_patch4_28", "--input-size", "28", "--batch-size", "8",
+                "--epochs", "2", "--warmup-epochs", "0", "--no-repeated-aug", "--amp", "off", "--output_dir", "out"]
+    return make
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_cannot_be_read_are_skipped_up_to_a_number(run_main, folder_with, capfd, workers):
+    recipe = [*folder_with(["a3", "b7"]), "--num_workers", workers, "--skip-bad-images"]
+    assert "data/train/" in run_main(*recipe[:-1], status=2)
+    error = run_main(*recipe, "1", status=2)
+    assert "one more than --skip-bad-images 1" in error.splitlines()[-1]
+    run_main(*recipe, "2")
+    assert read("out/checkpoint.pth")["bad_images"] == [3, 23]
+
+
+def test_a_resumed_run_skips_the_same_images_and_counts_on(run_main, folder_with, tmp_path, stop_at):
+    recipe = [*folder_with(["a3", "b7"]), "--num_workers", "0", "--skip-bad-images", "2"]
+    run_main(*recipe)
+    whole = read(tmp_path / "out/checkpoint.pth")["model"]
+    stop_at(4)
+    run_main(*recipe, status=143)
+    good = Path("data/train/a/04.png").read_bytes()
+    Path("data/train/a/03.png").write_bytes(good)  # readable by now, and still left out
+    run_main(*recipe, "--resume", "auto")
+    resumed = read(tmp_path / "out/checkpoint.pth")
+    assert resumed["bad_images"] == [3, 23]
+    assert all(torch.equal(whole[name], resumed["model"][name]) for name in whole)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_leaves_no_lock(run_main, tiny, tmp_path):
+    program = f"import time, output\noutput.OutputDir({str(tmp_path / 'out')!r})\nprint(1, flush=True)\ntime.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", program.replace("output.Out", "held = output.Out")], cwd=ROOT,
+                               stdout=subprocess.PIPE)
+    process.stdout.readline()
+    error = run_main(*tiny, *LAMP, "--output_dir", "out", status=2)
+    assert error.startswith(f"error: --output_dir out: in use by process {process.pid} on ")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+    process.kill()
+    process.wait()
+    run_main(*tiny, *LAMP, "--output_dir", "out")
+
+
+def test_log_txt_has_each_epoch_once_whatever_was_in_it(tmp_path):
+    folder = OutputDir(str(tmp_path))
+    (tmp_path / "log.txt").write_text('{"epoch": 0, "a": 1}\n{"epoch": 1, "a": 2}\n{"epoch": 2}\n{"epo')
+    folder.log_epoch({"epoch": 1, "a": 3})
+    assert read_log(tmp_path) == [{"epoch": 0, "a": 1}, {"epoch": 1, "a": 3}]
+
+
+def test_audit_shows_the_layers_of_a_file_and_finds_weights_that_do_not_obey(run_main, tiny, tmp_path):
+    (tmp_path / "c.yaml").write_text("sparsity:\n  mode: nxm\n  level: {default: 2:4, blocks.0.*: dense}\n")
+    run_main(*tiny, "--pruner", "custom", "--custom-config", "c.yaml", "--output_dir", "out")
+    output = run_main("--audit", "out/checkpoint.pth")
+    assert re.search(r"blocks\.1\.attn\.qkv\.weight +288 x 96 +13,824 +27,648 +50\.00%", output)
+    checkpoint = read(tmp_path / "out/checkpoint.pth")
+    weight = checkpoint["model"]["blocks.2.mlp.fc1.weight"]
+    weight[weight == 0] = 1
+    torch.save(checkpoint, "changed.pth")
+    assert "blocks.2.mlp.fc1.weight: 18432 of its pruned weights are not zero" in run_main(
+        "--audit", "changed.pth", status=1)
+    assert "not zero" in run_main(*tiny, "--eval", "--resume", "changed.pth", status=2)
+    checkpoint = read(tmp_path / "out/checkpoint.pth")
+    checkpoint["masks"]["blocks.3.mlp.fc1.weight"]["bits"][0] ^= 0b11110000
+    checkpoint["model"]["blocks.3.mlp.fc1.weight"].zero_()
+    checkpoint["model_ema"]["blocks.3.mlp.fc1.weight"].zero_()
+    torch.save(checkpoint, "regrouped.pth")
+    run_main("--audit", "regrouped.pth")  # still two of the four
+    checkpoint["masks"]["blocks.3.mlp.fc1.weight"]["bits"][0] |= 0b11110000
+    torch.save(checkpoint, "changed.pth")
+    assert "a group of 4 does not keep 2" in run_main("--audit", "changed.pth", status=1)
+    run_main(*tiny, "--output_dir", "dense", "--no-pretrained")
+    assert "holds no masks" in run_main("--audit", "dense/checkpoint.pth", status=2)
