@@ -35,8 +35,10 @@ class StopSignals:
     def __init__(self):
         self.received = 0
         self._pending = None
-        # The flags travel between hosts, so that no process waits for its device to learn of a signal.
-        self._group = dist.new_group(backend="gloo") if utils.world_size() > 1 else None
+        self._group = None
+        if utils.world_size() > 1:
+            # The flags travel between hosts, so that no process waits for its device to learn of a signal.
+            self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     def __enter__(self):
         ours = (signal.SIG_DFL, signal.default_int_handler)
