@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from .config import resolve_levels
@@ -21,8 +20,8 @@ def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], prun
         PruningError: naming the first weight that does not obey.
     """
     for name, mask in masks.items() if weights else ():
-        weight = weights.get(name)
-        if weight is None or weight.shape != mask.shape or weight.dim() != 2 or weight.layout != torch.strided:
+        weight = weights.get(name) if isinstance(weights, Mapping) else None
+        if not isinstance(weight, Tensor) or weight.shape != mask.shape or weight.dim() != 2:
             raise PruningError(f"mask {name!r}: there is no weight of that name and of shape {list(mask.shape)}")
         nonzero = int((weight != 0).logical_and_(mask.logical_not()).count_nonzero())
         if nonzero:
