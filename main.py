@@ -264,6 +264,8 @@ def train(state, loader, criterion, mixup_fn, test, stop, device, amp_dtype, out
     if output and test_stats:
         log(f"Written to {output.path}: checkpoint.pth (last epoch), best_checkpoint.pth, log.txt")
     return test_stats["test"]["acc1"] if test_stats else test()["acc1"]
+
+
 def distribute(model, device, input_size) -> DistributedDataParallel:
     """The model in DDP, which averages gradients over the processes."""
     network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)

@@ -19,16 +19,20 @@ def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], prun
     Raises:
         PruningError: naming the first weight that does not obey.
     """
+    if not isinstance(weights, Mapping):
+        raise PruningError(f"the weights are a {type(weights).__name__}, expected a mapping of names to tensors")
     for name, mask in masks.items() if weights else ():
-        weight = weights.get(name) if isinstance(weights, Mapping) else None
+        weight = weights.get(name)
         if not isinstance(weight, Tensor) or weight.shape != mask.shape or weight.dim() != 2:
             raise PruningError(f"mask {name!r}: there is no weight of that name and of shape {list(mask.shape)}")
         nonzero = int((weight != 0).logical_and_(mask.logical_not()).count_nonzero())
         if nonzero:
             raise PruningError(f"{name}: {nonzero} of its pruned weights are not zero")
     config = pruner.get("custom_config") if isinstance(pruner, Mapping) else None
-    if not config:
+    if config is None:
         return
+    if not isinstance(config, Mapping):
+        raise PruningError(f"custom_config is a {type(config).__name__}, expected a mapping")
     for name, level in resolve_levels(config, {name: mask.shape for name, mask in masks.items()}).items():
         if isinstance(level, int):
             if int(masks[name].count_nonzero()) != level:

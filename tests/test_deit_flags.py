@@ -87,7 +87,8 @@ def test_output_dir_is_where_files_go_and_empty_writes_nothing(run_main, tiny, t
     run_main(*tiny)
     assert not list(tmp_path.iterdir())
     run_main(*tiny, "--output_dir", "a/b")
-    assert {path.name for path in (tmp_path / "a/b").iterdir()} == {"checkpoint.pth", "best_checkpoint.pth", "log.txt"}
+    assert {path.name for path in (tmp_path / "a/b").glob("[!.]*")} == {
+        "checkpoint.pth", "best_checkpoint.pth", "log.txt"}
 
 
 def test_eval_does_not_train(run_main, tiny):
