@@ -19,9 +19,9 @@ from datasets import SAMPLE_PATH, build_dataset, read_idx
 from samplers import SeededStream, StreamLoader
 from state import TrainingState
 
-RUN = ["--model", "deit_sample_patch4_28", "--input-size", "28", "--epochs", "1", "--warmup-epochs", "0", "--batch-size",
-       "8", "--num_workers", "2", "--no-pretrained", "--amp", "off", "--no-repeated-aug", "--data-path",
-       "data"]
+RUN = ["--model", "deit_sample_patch4_28", "--input-size", "28", "--epochs", "1", "--warmup-epochs", "0",
+       "--batch-size", "8", "--num_workers", "2", "--no-pretrained", "--amp", "off", "--no-repeated-aug",
+       "--data-path", "data"]
 WDS = [*RUN, "--data-set", "timm:wds/fashion", "--num-classes", "10"]
 
 
@@ -74,7 +74,8 @@ def shards(folder, pictures):
             write_tar(folder / name, {
                 file: content for number, (image, label) in enumerate(pictures[shard * size:(shard + 1) * size])
                 for file, content in ((f"{shard}-{number}.png", image), (f"{shard}-{number}.cls", b"%d" % label))})
-        splits[split] = {"name": split, "num_samples": count * size, "filenames": names, "shard_lengths": [size] * count}
+        splits[split] = {"name": split, "num_samples": count * size, "filenames": names,
+                         "shard_lengths": [size] * count}
     (folder / "_info.json").write_text(json.dumps({"splits": splits}))
     return folder
 
