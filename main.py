@@ -320,6 +320,7 @@ def run(argv) -> int:
         return 0
     except (UserError, PruningError) as error:
         status, message = 2, f"error: {error}"
+        error.__traceback__ = None  # torch ties one from a data worker into a knot that keeps the workers
     except (DivergedError, WriteError) as error:
         status, message = 1, f"error: {error}"
     except Stopped as stopped:
