@@ -163,6 +163,17 @@ def test_a_run_goes_on_within_an_epoch_with_other_batches(run_main, tiny, tmp_pa
     assert "going on after step 4 of epoch 0" in output
 
 
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_run_with_accumulated_gradients_goes_on_after_any_step(run_main, tiny, tmp_path, stop_at, step):
+    recipe = [*tiny, *LAMP, "--epochs", "2", "--batch-size", "8", "--accum-iter", "4"]  # steps of four and two batches
+    run_main(*recipe, "--output_dir", "whole")
+    stop_at(step)
+    run_main(*recipe, "--output_dir", "parts", status=143)
+    run_main(*recipe, "--output_dir", "parts", "--resume", "auto")
+    assert read(tmp_path / "parts/checkpoint.pth")["step"] == 4
+    assert differences(tmp_path / "whole", tmp_path / "parts") == []
+
+
 def test_resume_auto_takes_the_newest_checkpoint_that_is_whole(run_main, tiny, tmp_path):
     recipe = [*tiny, *LAMP, "--output_dir", "out", "--resume", "auto"]
     assert "starts from the beginning" in run_main(*recipe)
