@@ -313,15 +313,23 @@ def epoch_in_words(line: dict[str, float], speed: float) -> str:
 
 
 def run(argv) -> int:
-    """Runs `main` and returns the exit status: 2 with one line on standard error for a mistake of the user."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # an error line here says what its many say
-    try:
+    """What the command line does; returns the exit status."""
+    def work():
         args = parse_args(argv)
         if args.audit:
             return audit(args.audit)
         main(args)
         return 0
+
+    return exit_status(work)
+
+
+def exit_status(work) -> int:
+    """What `work()` returns, or else 2 with one line on standard error for a mistake of the user."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # an error line here says what its many say
+    try:
+        return work()
     except (UserError, PruningError) as error:
         status, message = 2, f"error: {error}"
     except (DivergedError, WriteError) as error:

@@ -81,7 +81,7 @@ def training_curves(epochs: Sequence[Mapping[str, float]], reference: Mapping[st
         rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         for axes, name in ((loss, "loss"), (accuracy, "top-1 accuracy, %"), (rate, "learning rate")):
             axes.set(title=name, xlabel="epoch")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         handles = {line.get_label(): line for axes in (loss, accuracy) for line in axes.lines}
         figure.legend(handles=handles.values(), loc="outside lower left", ncols=len(handles))
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
