@@ -226,11 +226,12 @@ class Table:
                                 "choose another folder")
 
     def open(self, first: bool) -> None:
-        """Makes the folder; the first process locks it and writes what the sweep's lines share."""
+        """The first process makes and locks the folder, and writes what the sweep's lines share; the others wait."""
         if first:
             self._lock = OutputDir(self.folder)
-            self.write("sweep.json", json.dumps(self._settings, indent=1).encode())
-        Path(self.folder).mkdir(parents=True, exist_ok=True)
+            self.write(self._settings_path.name, json.dumps(self._settings, indent=1).encode())
+        while not self._settings_path.exists():
+            time.sleep(0.2)
 
     def outcomes(self) -> dict[Task, Outcome]:
         """What the file has; later lines win, and damaged ones are passed over."""
