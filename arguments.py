@@ -5,7 +5,7 @@ import math
 import shlex
 from pathlib import Path
 
-from datasets import DATA_SETS
+from datasets import DATA_SETS, TIMM
 from sparsity_factory import PRUNERS, PruningError, read_yaml
 from trackers import require
 from utils import UserError
@@ -124,7 +124,12 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     group = parser.add_argument_group("data and augmentation")
     add = group.add_argument
     add("--data-path", default="", metavar="DIR", help="the data set; without it the built-in sample is used")
-    add("--data-set", choices=list(DATA_SETS), default="IMNET", help="what is in --data-path")
+    add("--data-set", default="IMNET",
+        help=f"what is in --data-path: {', '.join(DATA_SETS)}; or timm:folder, timm:torch/NAME or timm:wds/NAME, read "
+             "by timm")
+    add("--train-split", default="train", help="with --data-set timm:..., the split to train on")
+    add("--val-split", default="validation", help="with --data-set timm:..., the split to evaluate on")
+    add("--num-classes", type=int, help="with --data-set timm:..., the number of classes, where the data do not tell")
     add("--inat-category", default="name", help="rank of the taxonomy that labels iNaturalist's images",
         choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"])
     add("--num_workers", type=int, default=10, help="processes that load images, for each training process")
@@ -215,6 +220,7 @@ def check_args(args) -> None:
                  "--lr", "--min-lr", "--warmup-lr", "--weight-decay", "--clip-grad", "--mixup", "--cutmix",
                  "--color-jitter"):
         expect(value_of(flag) is None or 0 <= value_of(flag) < math.inf, flag, "a number of at least 0")
+    expect(args.num_classes is None or args.num_classes >= 1, "--num-classes", "at least 1")
     for flag in ("--drop", "--drop-path", "--smoothing", "--model-ema-decay"):
         expect(0 <= value_of(flag) < 1, flag, "a number in [0, 1)")
     for flag in ("--reprob", "--mixup-prob", "--mixup-switch-prob"):
@@ -227,8 +233,7 @@ def check_args(args) -> None:
     if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch-size {args.batch_size}: expected an even number, as mixup and cutmix pair images; "
                         "--mixup 0 --cutmix 0 turns them off")
-    if args.data_set != "IMNET" and not args.data_path:
-        raise UserError(f"--data-set {args.data_set}: expected --data-path beside it")
+    check_data_set(args)
     if args.src and not args.ThreeAugment:
         raise UserError("--src: expected --ThreeAugment beside it")
     if args.resume == "auto" and not args.output_dir:
@@ -240,6 +245,23 @@ def check_args(args) -> None:
             require(package)
     check_distillation(args)
     check_pruning(args)
+
+
+def check_data_set(args) -> None:
+    name = args.data_set
+    if name != "IMNET" and not args.data_path:
+        raise UserError(f"--data-set {name}: expected --data-path beside it")
+    if name.startswith(TIMM):
+        kind = name.removeprefix(TIMM)
+        if kind.startswith(("hfds/", "hfids/")):
+            raise UserError(f"--data-set {name}: not available, as timm's reader needs the package `datasets`, which "
+                            "this project's datasets.py hides")
+        if kind not in ("", "folder") and not kind.startswith(("torch/", "wds/")):
+            raise UserError(f"--data-set {name}: expected timm:folder, timm:torch/NAME or timm:wds/NAME")
+    elif name not in DATA_SETS:
+        raise UserError(f"--data-set {name}: expected one of {', '.join(DATA_SETS)}, or timm:NAME")
+    elif args.num_classes or (args.train_split, args.val_split) != ("train", "validation"):
+        raise UserError(f"--data-set {name}: --train-split, --val-split and --num-classes are for timm:NAME only")
 
 
 def check_distillation(args) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import utils
 from arguments import mixes, parse_args
@@ -29,7 +29,7 @@ from losses import CosubLoss, DistillationLoss
 from models import adapt_weights, build_model, load_weights, train_attention_only, train_both_heads
 from output import OutputDir, newest_checkpoint
 from results import open_results
-from samplers import EvalBatchSampler, SeededDataset, TrainSampler
+from samplers import EvalBatchSampler, SeededDataset, SeededStream, StreamLoader, TrainSampler
 from sparsity_factory import (
     Masks,
     PruningError,
@@ -125,16 +125,24 @@ def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
             raise UserError(f"--data-path {args.data_path}: class {name} of val/ is number {label} there, and "
                             f"{labels.get(name, 'missing')} in train/; expected the same folders in both")
     rank, world_size = utils.rank(), utils.world_size()
-    sampler = TrainSampler(len(train_set), args.seed, 3 if args.repeated_aug else 1, rank, world_size)
-    if len(sampler) < args.batch_size and not args.eval:
-        raise UserError(f"--batch-size {args.batch_size}: there are only {len(sampler)} images for each process")
-    options = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda",
-               "persistent_workers": args.num_workers > 0, "worker_init_fn": ignore_signals}
-    train_set = SeededDataset(train_set, args.skip_bad_images)
-    train_loader = DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, **options)
     share = (rank, world_size) if args.dist_eval else (0, 1)
-    batches = EvalBatchSampler(len(val_set), int(1.5 * args.batch_size), *share)
-    return train_loader, DataLoader(val_set, batch_sampler=batches, **options), num_classes
+    val_batch_size = int(1.5 * args.batch_size)
+    options = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda",
+               "worker_init_fn": ignore_signals}
+    if isinstance(train_set, IterableDataset):
+        train_set, val_set = (SeededStream(stream, args.seed, num_classes) for stream in (train_set, val_set))
+        train_loader = StreamLoader(train_set, args.batch_size, share=(rank, world_size), **options)
+        val_loader = StreamLoader(val_set, val_batch_size, share=share, **options)
+    else:
+        options["persistent_workers"] = args.num_workers > 0
+        sampler = TrainSampler(len(train_set), args.seed, 3 if args.repeated_aug else 1, rank, world_size)
+        train_set = SeededDataset(train_set, args.skip_bad_images)
+        train_loader = DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, **options)
+        val_batches = EvalBatchSampler(len(val_set), val_batch_size, *share)
+        val_loader = DataLoader(val_set, batch_sampler=val_batches, **options)
+    if not len(train_loader) and not args.eval:
+        raise UserError(f"--batch-size {args.batch_size}: more than the training images of each process")
+    return train_loader, val_loader, num_classes
 
 
 def find_resume(resume: str, output_dir: str) -> str:

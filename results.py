@@ -35,8 +35,8 @@ def open_results(args, pruner: Mapping | None, epoch: int, train_loader, val_loa
     title = f"{args.model}, {pruner.get('name', 'dense')}" + ("" if target is None else f" at {100 * target:g} %")
     launcher = "python" if processes == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
     facts = {"command": f"{launcher} {args.command}", "model": f"{args.model}, {args.input_size} x {args.input_size}",
-             "data": f"{args.data_path or 'the built-in sample'}, {len(train_loader.dataset):,} training and "
-                     f"{len(val_loader.dataset):,} validation images",
+             "data": f"{args.data_path or 'the built-in sample'}, {images_in(train_loader):,} training and "
+                     f"{images_in(val_loader):,} validation images",
              "computed": f"in {utils.in_words(utils.choose_amp(args.amp, device))} on {device.type}, by {processes} "
                          f"process{'es' * (processes > 1)}",
              "versions": versions(device)}
@@ -51,6 +51,11 @@ def open_results(args, pruner: Mapping | None, epoch: int, train_loader, val_loa
 
     utils.on_first_process(open_both)
     return results
+
+
+def images_in(loader) -> int:
+    stream = getattr(loader.dataset, "stream", None)
+    return stream.reader.num_samples if stream else len(loader.dataset)
 
 
 def on_first_process(method):

@@ -12,6 +12,8 @@ import utils
 from engine import training_logger
 from utils import UserError, first_line
 
+DROPPED_OPTIMIZERS = ("nvnovograd", "fusedmomentum")  # in timm 0.3.2, which DeiT used, and in no current release
+
 
 class TrainingState:
     """Model, masks, moving average, optimizer, schedule and loss scaler, and how far the training has come.
@@ -38,7 +40,9 @@ class TrainingState:
             self.optimizer = create_optimizer(settings, model)
             self.lr_scheduler, _ = create_scheduler(settings, self.optimizer)
         except Exception as error:  # every optimizer has its own way to refuse
-            raise UserError(f"--opt {args.opt} --sched {args.sched}: {first_line(error)}") from None
+            dropped = args.opt.rpartition("_")[2] in DROPPED_OPTIMIZERS
+            reason = "timm no longer has this optimizer" if dropped else first_line(error)
+            raise UserError(f"--opt {args.opt} --sched {args.sched}: {reason}") from None
         if self.lr_scheduler and self.epoch:
             self.lr_scheduler.step(self.epoch)
         self.scaler = torch.amp.GradScaler(device.type, enabled=utils.choose_amp(args.amp, device) == torch.float16)

@@ -195,7 +195,7 @@ class Workbench:
     def _finetune(self, masks: Masks, seed: int) -> float:
         state = self._state(argparse.Namespace(**{**vars(self.args), "seed": seed}))
         state.start(masks, None)
-        self.train_loader.sampler.seed = seed
+        self.train_loader.sampler.set_seed(seed)
         return train(state, self.train_loader, self.criterion, self.mixup_fn, self.test, self.stop, self.device,
                      self.amp_dtype, Results("", {}))
 

@@ -274,3 +274,11 @@ def test_audit_shows_the_layers_of_a_file_and_finds_weights_that_do_not_obey(run
     assert "a group of 4 does not keep 2" in run_main("--audit", "changed.pth", status=1)
     run_main(*tiny, "--output_dir", "dense", "--no-pretrained")
     assert "holds no masks" in run_main("--audit", "dense/checkpoint.pth", status=2)
+
+
+def test_every_promise_names_a_test_that_there_is():
+    named = re.findall(r"`((?:\w+\.py::)?test_\w+)`", (ROOT / "docs/reliability.md").read_text())
+    assert len(named) > 20
+    for test in named:
+        file, _, name = test.rpartition("::")
+        assert f"def {name}(" in (ROOT / "tests" / (file or Path(__file__).name)).read_text(), test
