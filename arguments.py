@@ -3,11 +3,13 @@
 import argparse
 import math
 import os
+import shlex
 import shutil
 from pathlib import Path
 
 from datasets import DATA_SETS, TIMM
 from sparsity_factory import PRUNERS, PruningError, read_yaml
+from trackers import require
 from utils import UserError
 
 SAMPLE_PRESET = Path(__file__).resolve().parent / "configs" / "run" / "sample.yaml"
@@ -28,6 +30,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             del sample["input_size"]
             args = get_args_parser({**sample, **config}).parse_args(argv)
     check_args(args)
+    args.command = shlex.join(["main.py", *argv])
     return args
 
 
@@ -47,7 +50,12 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--accum-iter", type=int, default=1, metavar="N",
         help="optimizer steps take the mean gradient of N batches; the scaling of --lr counts their images")
     add("--epochs", type=int, default=300, help="passes over the training images")
-    add("--output_dir", default="", metavar="DIR", help="where checkpoints and log.txt go; empty writes nothing")
+    add("--output_dir", default="", metavar="DIR", help="where what a run leaves goes; empty writes nothing")
+    add("--print-freq", type=int, default=10, metavar="STEPS",
+        help="steps between two lines of the log; on a terminal a bar takes their place")
+    add("--quiet", action="store_true", help="print nothing but the accuracies at the end, and errors")
+    add("--tensorboard", action="store_true", help="log to tensorboard/ in --output_dir as well; needs its package")
+    add("--wandb", action="store_true", help="log to Weights & Biases as well; needs its package")
     add("--device", default="auto", help="auto (cuda where there is one, else cpu), cuda or cpu")
     add("--amp", choices=["auto", "bfloat16", "float16", "off"], default="auto",
         help="precision of the forward pass; auto takes the fastest one that the device has in hardware")
@@ -210,7 +218,7 @@ def check_args(args) -> None:
         if not good:
             raise UserError(f"{flag} {value_of(flag)}: expected {wanted}")
 
-    for flag in ("--batch-size", "--accum-iter", "--epochs", "--input-size", "--recount"):
+    for flag in ("--batch-size", "--accum-iter", "--epochs", "--input-size", "--recount", "--print-freq"):
         expect(value_of(flag) >= 1, flag, "at least 1")
     for flag in ("--num_workers", "--crop-padding", "--seed", "--start_epoch", "--warmup-epochs",
                  "--checkpoint-every", "--skip-bad-images", "--cooldown-epochs",
@@ -238,6 +246,11 @@ def check_args(args) -> None:
     compiler = os.environ.get("CXX", "g++")
     if args.compile and not shutil.which(compiler):
         raise UserError(f"--compile: torch.compile needs a C++ compiler, and there is no {compiler}; CXX may name one")
+    if args.tensorboard and not args.output_dir:
+        raise UserError("--tensorboard: expected --output_dir beside it")
+    for package in ("tensorboard", "wandb"):
+        if value_of(package):
+            require(package)
     check_distillation(args)
     check_pruning(args)
 

@@ -32,6 +32,9 @@ class TrainSampler(Sampler):
         else:
             self.num_samples = math.ceil(size / world_size)
 
+    def set_seed(self, seed: int) -> None:
+        self.seed = seed
+
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Moves to an epoch, without the first `skip` samples of this process."""
         self.epoch, self.skipped = epoch, min(skip, self.num_samples)
@@ -161,6 +164,9 @@ class StreamLoader:
         self.steps = int(steps) if self.trains else math.ceil(steps)
         self.loader = DataLoader(dataset, batch_size, num_workers=workers, drop_last=self.trains,
                                  generator=torch.Generator(), **options)
+
+    def set_seed(self, seed: int) -> None:
+        self.dataset.seed = seed
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Moves to an epoch, without the first `skip` images of this process."""
