@@ -2,7 +2,9 @@
 
 import argparse
 import math
+import os
 import shlex
+import shutil
 from pathlib import Path
 
 from datasets import DATA_SETS, TIMM
@@ -44,7 +46,9 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("run").add_argument
     add("--config", metavar="FILE", help="YAML file of defaults for any of these arguments; flags win")
-    add("--batch-size", type=int, default=64, help="images a step, for each process")
+    add("--batch-size", type=int, default=64, help="images a batch, for each process")
+    add("--accum-iter", type=int, default=1, metavar="N",
+        help="optimizer steps take the mean gradient of N batches; the scaling of --lr counts their images")
     add("--epochs", type=int, default=300, help="passes over the training images")
     add("--output_dir", default="", metavar="DIR",
         help="where checkpoints, log.txt, tables and pictures go; empty writes nothing")
@@ -56,6 +60,7 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto (cuda where there is one, else cpu), cuda or cpu")
     add("--amp", choices=["auto", "bfloat16", "float16", "off"], default="auto",
         help="precision of the forward pass; auto takes the fastest one that the device has in hardware")
+    add("--compile", action="store_true", help="torch.compile the model: takes minutes at first, needs a C++ compiler")
     add("--seed", type=int, default=0, help="decides every random choice")
     add("--resume", default="", metavar="FILE",
         help="checkpoint (file or URL) of a run to continue or evaluate; auto takes the newest in --output_dir, if any")
@@ -214,7 +219,7 @@ def check_args(args) -> None:
         if not good:
             raise UserError(f"{flag} {value_of(flag)}: expected {wanted}")
 
-    for flag in ("--batch-size", "--epochs", "--input-size", "--recount", "--print-freq"):
+    for flag in ("--batch-size", "--accum-iter", "--epochs", "--input-size", "--recount", "--print-freq"):
         expect(value_of(flag) >= 1, flag, "at least 1")
     for flag in ("--num_workers", "--crop-padding", "--seed", "--start_epoch", "--warmup-epochs",
                  "--checkpoint-every", "--skip-bad-images", "--cooldown-epochs",
@@ -239,6 +244,9 @@ def check_args(args) -> None:
         raise UserError("--src: expected --ThreeAugment beside it")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto: expected --output_dir beside it")
+    compiler = os.environ.get("CXX", "g++")
+    if args.compile and not shutil.which(compiler):
+        raise UserError(f"--compile: torch.compile needs a C++ compiler, and there is no {compiler}; CXX may name one")
     if args.tensorboard and not args.output_dir:
         raise UserError("--tensorboard: expected --output_dir beside it")
     for package in ("tensorboard", "wandb"):

@@ -1,5 +1,6 @@
 """The two loops: `train_one_epoch` and `evaluate`."""
 
+import contextlib
 import math
 
 import torch
@@ -14,8 +15,8 @@ class DivergedError(RuntimeError):
 
 
 def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=0, amp_dtype=None, scaler=None,
-                    clip_grad=None, ema=None, mixup_fn=None, masks=None, train_mode=True, cosub=False, first_step=0,
-                    logger=None, after_step=None, print_freq=10):
+                    clip_grad=None, ema=None, mixup_fn=None, masks=None, train_mode=True, cosub=False, accum_iter=1,
+                    first_step=0, logger=None, after_step=None, print_freq=10):
     """Trains for one pass over `loader` and returns the mean of each metric over all processes.
 
     model: maps images (batch, 3, height, width) to logits (batch, classes), or to a pair of them; may be in DDP.
@@ -24,10 +25,11 @@ def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=
     amp_dtype: torch.bfloat16 or torch.float16 to run the forward pass under autocast, None for float32.
     masks: has `apply_to_grads()` and `apply()` and keeps pruned weights at zero; None trains dense.
     ema: has `update(model)` and is given the model without its DDP wrapper.
-    first_step: the number of the loader's first batch, where a resumed epoch had earlier ones.
+    accum_iter: an optimizer step takes the mean gradient of so many batches; the last one of an epoch may have fewer.
+    first_step: the number of the first optimizer step, where a resumed epoch had earlier ones.
     logger: a `utils.MetricLogger` with the metrics of those earlier steps.
-    after_step: called after each step with the number of steps done in the epoch.
-    print_freq: steps between two lines of the log.
+    after_step: called after each optimizer step with the number of them done in the epoch.
+    print_freq: batches between two lines of the log.
     Raises DivergedError when the loss is not finite; looked at only where a line is logged, since looking waits
     for the device.
     """
@@ -36,20 +38,31 @@ def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=
     plain_model = model.module if isinstance(model, DistributedDataParallel) else model
     second_order = getattr(optimizer, "is_second_order", False)
     logger = training_logger() if logger is None else logger
-    batches = logger.log_every(loader, print_freq, f"Epoch: [{epoch}]", first_step)
-    for step, (images, targets) in enumerate(batches, first_step):
-        if step % print_freq == 1 % print_freq:  # just after a log line, which has waited for the device anyway
+    first_batch = first_step * accum_iter
+    num_batches = first_batch + len(loader)
+    batches = logger.log_every(loader, print_freq, f"Epoch: [{epoch}]", first_batch)
+    for batch, (images, targets) in enumerate(batches, first_batch):
+        step, place = divmod(batch, accum_iter)
+        group = min(accum_iter, num_batches - step * accum_iter)  # batches of this step
+        completes_step = place == group - 1
+        if batch % print_freq == 1 % print_freq:  # just after a log line, which has waited for the device anyway
             check_finite(logger, epoch, step)
-        utils.seed_everything(utils.STEP, seed, epoch, step, utils.rank())
+        utils.seed_everything(utils.STEP, seed, epoch, batch, utils.rank())
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         if mixup_fn is not None:
             images, targets = mixup_fn(images, targets)
-        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            outputs = model(torch.cat([images, images]) if cosub else images)
-            loss = criterion(images, outputs, targets)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward(create_graph=second_order)
+        if place == 0:
+            optimizer.zero_grad()
+        # Processes exchange their gradients once a step.
+        with model.no_sync() if model is not plain_model and not completes_step else contextlib.nullcontext():
+            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+                outputs = model(torch.cat([images, images]) if cosub else images)
+                loss = criterion(images, outputs, targets)
+            scaler.scale(loss / group).backward(create_graph=second_order)
+        logger.update(loss=loss.detach().float(), lr=optimizer.param_groups[0]["lr"])
+        if not completes_step:
+            continue
         if masks is not None:
             masks.apply_to_grads()
         if clip_grad is not None:
@@ -61,10 +74,9 @@ def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=
             masks.apply()
         if ema is not None:
             ema.update(plain_model)
-        logger.update(loss=loss.detach().float(), lr=optimizer.param_groups[0]["lr"])
         if after_step is not None:
             after_step(step + 1)
-    check_finite(logger, epoch, first_step + len(loader), plain_model)
+    check_finite(logger, epoch, math.ceil(num_batches / accum_iter), plain_model)
     logger.synchronize()
     utils.log(f"Averaged stats: {logger}", only=utils.LINES)
     return logger.averages()
@@ -96,7 +108,7 @@ def evaluate(loader, model, device, *, amp_dtype=None, shared=False, after_batch
             logits = model(images).float()
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         loss = torch.nn.functional.cross_entropy(logits, targets)
-        batch = torch.stack([hits[:, 0].sum(), hits.sum(), loss * len(images), loss.new_tensor(len(images))]).double()
+        batch = torch.stack([hits[:, 0].sum(), hits.sum(), loss * len(images), loss.new_full((), len(images))]).double()
         totals += batch
         logger.update(loss=loss, acc1=100 * batch[0] / len(images), acc5=100 * batch[1] / len(images), n=len(images))
         if after_batch is not None:

@@ -10,6 +10,7 @@ The first line needs no data set: it uses the sample in this repository.
 
 import datetime
 import logging
+import math
 import sys
 import time
 
@@ -171,6 +172,8 @@ def prepare_model(args, num_classes, checkpoint, device) -> torch.nn.Module:
         train_attention_only(model)
     if args.distillation_type != "none":
         train_both_heads(model, args.model)
+    if args.compile:
+        model.compile()  # in place: parameters keep their names, and masks and averages their parameters
     return model.to(device)
 
 
@@ -248,7 +251,7 @@ def train(state, loader, criterion, mixup_fn, test, stop, device, amp_dtype, res
     if utils.world_size() > 1:
         network = distribute(network, device, args.input_size)
     loader.sampler.set_epoch(state.epoch)
-    steps = len(loader)
+    steps = math.ceil(len(loader) / args.accum_iter)
     log(f"Training epochs {state.epoch} to {args.epochs - 1}, {steps} steps each"
         + (f"; going on after step {state.epoch_step} of epoch {state.epoch}" if state.epoch_step else ""))
     start, test_stats = time.time(), {}
@@ -261,13 +264,13 @@ def train(state, loader, criterion, mixup_fn, test, stop, device, amp_dtype, res
 
     try:
         while state.epoch < args.epochs:
-            loader.sampler.set_epoch(state.epoch, skip=state.epoch_step * args.batch_size)
+            loader.sampler.set_epoch(state.epoch, skip=state.epoch_step * args.batch_size * args.accum_iter)
             began, images = time.time(), len(loader) * args.batch_size * utils.world_size()
             train_stats = train_one_epoch(
                 network, criterion, loader, state.optimizer, device, state.epoch, seed=args.seed, amp_dtype=amp_dtype,
                 scaler=state.scaler, clip_grad=args.clip_grad, ema=state.ema, mixup_fn=mixup_fn, masks=state.masks,
-                train_mode=args.train_mode, cosub=args.cosub, first_step=state.epoch_step, logger=state.logger,
-                after_step=after_step, print_freq=args.print_freq)
+                train_mode=args.train_mode, cosub=args.cosub, accum_iter=args.accum_iter, first_step=state.epoch_step,
+                logger=state.logger, after_step=after_step, print_freq=args.print_freq)
             speed = images / (time.time() - began)
             test_stats = {"test": test()}
             if state.ema:
@@ -340,6 +343,7 @@ def exit_status(work) -> int:
         return work()
     except (UserError, PruningError) as error:
         status, message = 2, f"error: {error}"
+        error.__traceback__ = None  # torch ties one from a data worker into a knot that keeps the workers
     except (DivergedError, WriteError) as error:
         status, message = 1, f"error: {error}"
     except Stopped as stopped:

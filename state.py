@@ -34,7 +34,7 @@ class TrainingState:
         self.epoch, self.epoch_step, self.logger = args.start_epoch, 0, training_logger()
         self.step, self.max_accuracy, self.best = 0, -1.0, "model"
         self.accuracy, self.bad_images = {}, bad_images
-        lr = args.lr if args.unscale_lr else args.lr * args.batch_size * utils.world_size() / 512
+        lr = args.lr if args.unscale_lr else args.lr * self._images_per_step() / 512
         settings = argparse.Namespace(**{**vars(args), "lr": lr})
         try:
             self.optimizer = create_optimizer(settings, model)
@@ -134,7 +134,7 @@ class TrainingState:
             raise UserError(f"{source}: its training state does not fit this run ({first_line(error)})") from None
 
     def _images_per_step(self) -> int:
-        return self.args.batch_size * utils.world_size()
+        return self.args.batch_size * self.args.accum_iter * utils.world_size()
 
     def _load_optimizer(self, state: dict) -> None:
         """Loads the optimizer's state; torch itself looks at the number of parameters only."""

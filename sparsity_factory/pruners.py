@@ -5,8 +5,9 @@ A pruner is an *allocation*: it decides how many weights each layer keeps. It is
     def pruner(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]
 
 from the scores of every prunable weight (parameter name to tensor of the weight's shape, finite, non-negative, on the
-CPU, in model order) and the share of weights to remove, to the number of weights each layer keeps. Within a layer the
-largest scores are kept, which `patterns.py` does. To add a pruner, write such a function and name it in `PRUNERS`.
+weight's device, in model order) and the share of weights to remove, to the number of weights each layer keeps. What it
+is given is a `Scores`, which also knows how they are distributed. Within a layer the largest scores are kept, which
+`patterns.py` does. To add a pruner, write such a function and name it in `PRUNERS`.
 
 Sizes: N prunable weights in all, n of them in a layer. The global budget is round(N (1 - sparsity)), half to even.
 """
@@ -18,6 +19,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -59,13 +61,59 @@ def compute_masks(
     weights = prunable_weights(model)
     if not weights:
         raise PruningError(f"{type(model).__name__} has no prunable weights: no nn.Linear besides the classifier")
-    scores = _Scores(weights, SCORES[score])
+    scores = Scores(weights, SCORES[score])
     allocation = PRUNERS[pruner](scores, custom_config if pruner == "custom" else float(sparsity))
     for name, weight in weights.items():
         kept = allocation.get(name)
         if not isinstance(kept, tuple) and (kept is None or not 0 <= kept <= weight.numel()):
             raise PruningError(f"pruner {pruner} keeps {kept} of {name}: expected 0 to {weight.numel()} weights")
-    return {name: _mask(scores[name], allocation[name]).to(weight.device) for name, weight in weights.items()}
+    return {name: scores.mask(name, allocation[name]) for name in weights}
+
+
+class Scores(Mapping[str, Tensor]):
+    """Scores by parameter name, on the device of the weight, computed when asked for; and how they are distributed.
+
+    Another pass over the weights costs less time than touching the memory for a copy of them all, and no such memory.
+    All scores have one dtype, so that they compare: float64 when some weight has it, else float32 (half precision is
+    exact in it).
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], score: Callable[[Tensor], Tensor]):
+        self._weights, self._score = weights, score
+        wide = any(weight.dtype == torch.float64 for weight in weights.values())
+        self._dtype = torch.float64 if wide else torch.float32
+        self._finite: set[str] = set()
+        self._at_least: dict[str, Tensor] = {}
+        self._latest: tuple[str, Tensor] | None = None
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> Tensor:
+        if self._latest and self._latest[0] == name:
+            return self._latest[1]
+        score = self._score(self._weights[name].detach().to(self._dtype))
+        if name not in self._finite and not score.amax().isfinite():
+            raise PruningError(f"{name} has a weight that is NaN or infinite")
+        self._finite.add(name)
+        self._latest = name, score
+        return score
+
+    def at_least(self, name: str) -> Tensor:
+        """For each bin of `patterns` the scores in it and in all higher bins: counted once, then remembered."""
+        if name not in self._at_least:
+            self._at_least[name] = patterns.suffix_sums(patterns.histogram(self[name]))
+        return self._at_least[name]
+
+    def mask(self, name: str, kept: int | tuple[int, int]) -> Tensor:
+        """The mask of a layer that keeps so many weights, or (n, m) for n of every m."""
+        if isinstance(kept, tuple):
+            return patterns.n_of_m(self[name], *kept)
+        return patterns.k_largest(self[name], kept, self.at_least(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def unif(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
@@ -93,12 +141,12 @@ def unifplus(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
     return {name: n if name in dense else _remaining(n, shared) for name, n in sizes.items()}
 
 
-def glob(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
+def glob(scores: Scores, sparsity: float) -> dict[str, int]:
     """Global: the largest scores over all layers together are kept; on a tie the earlier layer's. Meets the budget."""
     budget = _budget(scores, sparsity)
-    at_least = torch.stack([patterns.suffix_sums(patterns.histogram(score)) for score in scores.values()])
+    at_least = torch.stack([scores.at_least(name) for name in scores])
     border = patterns.border_bin(at_least.sum(0), budget)
-    undecided = [_distinct(score, border, border + 1) for score in scores.values()]
+    undecided = [patterns.distinct(score, border, border + 1) for score in scores.values()]
     return _fill(scores, at_least[:, border + 1], undecided, budget)
 
 
@@ -123,7 +171,7 @@ def erk(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
     return {name: kept[name] for name in sizes}
 
 
-def lamp(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
+def lamp(scores: Scores, sparsity: float) -> dict[str, int]:
     """Layer-adaptive magnitude pruning: the largest LAMP scores over all layers together are kept.
 
     The LAMP score of a weight w is w^2 over the sum of v^2, in float64, over the weights v of its layer with
@@ -137,7 +185,7 @@ def lamp(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
     Lee et al. 2021, arXiv:2010.07611.
     """
     budget = _budget(scores, sparsity)
-    layers = [_LampBins(score) for score in scores.values()]
+    layers = [_LampBins(score, scores.at_least(name)) for name, score in scores.items()]
     at_least = torch.stack([layer.at_least for layer in layers])
     floor = torch.stack([layer.floor for layer in layers])
 
@@ -180,6 +228,8 @@ PRUNERS: dict[str, Callable] = {pruner.__name__: pruner for pruner in (lamp, glo
 
 def magnitude(weight: Tensor) -> Tensor:
     """The absolute value of each weight."""
+    if weight.device.type == "cpu":  # numpy asks for large pages; page faults are most of the time that torch takes
+        return torch.from_numpy(np.abs(weight.numpy()))
     return weight.abs()
 
 
@@ -189,49 +239,22 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {score.__name__: score for score
 # ---- helpers, not exported ----
 
 
-class _Scores(Mapping[str, Tensor]):
-    """Scores by parameter name, computed when asked for.
-
-    Two passes over the weights cost less time than touching the memory for a copy of them all, and no such memory. All
-    scores have one dtype, so that they compare: float64 when some weight has it, else float32 (half precision is exact
-    in it). They come on the CPU, where sums have one order: results do not depend on the device.
-    """
-
-    def __init__(self, weights: Mapping[str, Tensor], score: Callable[[Tensor], Tensor]):
-        self._weights, self._score = weights, score
-        wide = any(weight.dtype == torch.float64 for weight in weights.values())
-        self._dtype = torch.float64 if wide else torch.float32
-
-    @torch.no_grad()
-    def __getitem__(self, name: str) -> Tensor:
-        score = self._score(self._weights[name].to("cpu", self._dtype))
-        if not score.amax().isfinite():
-            raise PruningError(f"{name} has a weight that is NaN or infinite")
-        return score
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-
 class _LampBins:
     """What the LAMP scores of a layer can be, as far as the bins of its weights tell."""
 
-    def __init__(self, score: Tensor):
+    def __init__(self, score: Tensor, at_least: Tensor):
         # A power of two, so exact, that keeps the squares of extreme float64 weights in range.
         self.scale = math.ldexp(1.0, -max(math.frexp(float(score.max()))[1], -1000))
-        self.at_least = patterns.suffix_sums(patterns.histogram(score))
-        self.squares = patterns.suffix_sums(patterns.histogram(score, self._square))
+        self.at_least = at_least
+        self.squares = patterns.suffix_sums(patterns.histogram(score.cpu(), self._square))  # there, sums have one order
         # No weight of a bin scores less than its floor. Floors never fall from a bin to the next.
-        self.floor = self._square(patterns.bin_edges(score.dtype)[:-1]) / self.squares[:-1]
+        self.floor = torch.from_numpy(self._square(patterns.bin_edges(score.dtype)[:-1].numpy())) / self.squares[:-1]
         self.floor[0] = 0.0  # also in a layer of zeros, where it would be 0 / 0
 
     def candidates(self, score: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The LAMP scores in bins start to stop - 1, largest first, and how many weights have each."""
-        values, counts = _distinct(score, start, stop)
-        squares = self._square(values)
+        values, counts = patterns.distinct(score, start, stop)
+        squares = torch.from_numpy(self._square(values.numpy()))
         sums = self.squares[stop] + (squares * counts).cumsum(0)
         lamp_scores = torch.where(sums > 0, squares / sums, 0.0)
         if self.at_least[stop] == 0:  # the largest weight of the layer is among them
@@ -239,12 +262,12 @@ class _LampBins:
             counts = torch.cat([counts.new_ones(1), counts[:1] - 1, counts[1:]])
         return lamp_scores, counts
 
-    def _square(self, values: Tensor) -> Tensor:
-        return values.double().mul_(self.scale).square_()
-
-
-def _mask(score: Tensor, kept: int | tuple[int, int]) -> Tensor:
-    return patterns.n_of_m(score, *kept) if isinstance(kept, tuple) else patterns.k_largest(score, kept)
+    def _square(self, values: np.ndarray) -> np.ndarray:
+        squares = values.astype(np.float64)
+        with np.errstate(over="ignore"):  # of bins above the largest weight
+            squares *= self.scale
+            squares *= squares
+        return squares
 
 
 def _check_request(pruner: str, sparsity, custom_config) -> None:
@@ -272,14 +295,6 @@ def _budget(scores: Mapping[str, Tensor], sparsity: float) -> int:
 
 def _remaining(n: int, sparsity: float) -> int:
     return n - round(sparsity * n)
-
-
-def _distinct(score: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """The distinct scores in bins start to stop - 1, largest first, and how many weights have each."""
-    edges = patterns.bin_edges(score.dtype)
-    inside = score[(score >= edges[start]) & (score < edges[stop])]
-    values, counts = torch.unique(inside, return_counts=True)
-    return values.flip(0), counts.flip(0)
 
 
 def _fill(

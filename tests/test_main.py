@@ -198,3 +198,23 @@ def test_an_interrupted_write_leaves_the_old_checkpoint_whole(tmp_path):
 def test_every_run_preset_is_valid():
     for path in (ROOT / "configs" / "run").glob("*.yaml"):
         assert read_preset(path)
+
+
+def test_accumulated_batches_train_as_larger_ones_do_with_the_same_learning_rate(run_main, tiny, tmp_path):
+    plain = [*tiny, *LAMP, "--drop-path", "0", "--mixup", "0", "--cutmix", "0"]
+    run_main(*plain, "--batch-size", "16", "--output_dir", "whole")
+    run_main(*plain, "--batch-size", "8", "--accum-iter", "2", "--output_dir", "parts")
+    whole, parts = (read(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 3
+    assert whole["optimizer"]["param_groups"][0]["lr"] == parts["optimizer"]["param_groups"][0]["lr"]
+    for name, weight in whole["model"].items():
+        torch.testing.assert_close(parts["model"][name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_compile_compiles_the_model_and_needs_a_compiler(run_main, tiny, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compiled.append(model))
+    run_main(*tiny, "--eval", "--compile")
+    assert [type(model).__name__ for model in compiled] == ["VisionTransformer"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert run_main(*tiny, "--compile", status=2).startswith("error: --compile: ")

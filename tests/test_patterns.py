@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsity_factory.patterns import PAIRWISE_UP_TO, k_largest, n_of_m
+from sparsity_factory.patterns import PAIRWISE_UP_TO, _k_largest_by_sorting, k_largest, n_of_m
 
 few_values = st.sampled_from([0.0, 1e-40, 0.5, 1.0, 1.001, 1.002, 3.0, 1e30])  # many ties, several in one bin
 
@@ -16,8 +16,9 @@ def test_k_largest_keeps_the_k_largest_and_the_earlier_of_equals(values, data):
     k = data.draw(st.integers(0, len(values)))
     best = sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
     for dtype in (torch.float32, torch.float64):
-        mask = k_largest(torch.tensor(values, dtype=dtype), k)
-        assert mask.nonzero().flatten().tolist() == sorted(best)
+        score = torch.tensor(values, dtype=dtype)
+        for mask in (k_largest(score, k), _k_largest_by_sorting(score, k)):  # as on CPUs, and as on GPUs
+            assert mask.nonzero().flatten().tolist() == sorted(best)
 
 
 def test_k_largest_goes_row_major_through_a_transposed_score():

@@ -56,6 +56,16 @@ def test_masks_equal_those_of_the_reference_implementations(reference_model, cas
     assert digest.hexdigest() == case["mask_sha256"]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_masks_on_a_gpu_equal_those_on_the_cpu_to_the_bit(reference_model, pruner):
+    config = {"sparsity": {"mode": "nxm", "level": {"default": [2, 4]}}} if pruner == "custom" else None
+    request = {"sparsity": None if config else 0.65, "custom_config": config}
+    expected = compute_masks(reference_model, pruner, **request)
+    masks = compute_masks(copy.deepcopy(reference_model).cuda(), pruner, **request)
+    assert all(torch.equal(mask.cpu(), expected[name]) for name, mask in masks.items())
+
+
 # ---- properties on random shapes, scales, ties and sparsities ----
 
 shapes = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=6)

@@ -1,5 +1,7 @@
 """What happens to a run costs no more than the work since its last checkpoint, and changes nothing in the outcome."""
 
+import itertools
+import multiprocessing
 import os
 import random
 import re
@@ -14,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, start_main
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from benchmarks.torture import RECIPE, differences, finish, kill, start, trains_again, wait_until
 from output import OutputDir, newest_checkpoint, read_log
 from state import TrainingState
+from stopping import ignore_signals
 
 LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]
 # 48 training images: six steps of eight an epoch, with everything that is random.
@@ -122,6 +126,18 @@ def test_a_second_signal_ends_the_process_at_once():
     assert process.wait(timeout=10) == -signal.SIGINT
 
 
+def test_a_data_worker_obeys_the_signals_of_its_own_process_only():
+    batches = iter(DataLoader(range(99), num_workers=1, worker_init_fn=ignore_signals))
+    next(batches)
+    worker, = multiprocessing.active_children()
+    for name in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    assert len(list(itertools.islice(batches, 90))) == 90
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
+
+
 def test_workers_change_nothing(run_main, tiny, tmp_path):
     for workers in (0, 1, 4):
         run_main(*tiny, *LAMP, "--num_workers", workers, "--output_dir", f"out{workers}")
@@ -145,6 +161,17 @@ def test_a_run_goes_on_within_an_epoch_with_other_batches(run_main, tiny, tmp_pa
     run_main(*tiny, *LAMP, "--output_dir", "out", status=143)
     output = run_main(*tiny, "--output_dir", "out", "--resume", "auto", "--batch-size", "8")
     assert "going on after step 4 of epoch 0" in output
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_run_with_accumulated_gradients_goes_on_after_any_step(run_main, tiny, tmp_path, stop_at, step):
+    recipe = [*tiny, *LAMP, "--epochs", "2", "--batch-size", "8", "--accum-iter", "4"]  # steps of four and two batches
+    run_main(*recipe, "--output_dir", "whole")
+    stop_at(step)
+    run_main(*recipe, "--output_dir", "parts", status=143)
+    run_main(*recipe, "--output_dir", "parts", "--resume", "auto")
+    assert read(tmp_path / "parts/checkpoint.pth")["step"] == 4
+    assert differences(tmp_path / "whole", tmp_path / "parts") == []
 
 
 def test_resume_auto_takes_the_newest_checkpoint_that_is_whole(run_main, tiny, tmp_path):
@@ -205,6 +232,11 @@ def folder_with(tmp_path):
         return ["--data-path", "data", "--model", "deit_sample_patch4_28", "--input-size", "28", "--batch-size", "8",
                 "--epochs", "2", "--warmup-epochs", "0", "--no-repeated-aug", "--amp", "off", "--output_dir", "out"]
     return make
+
+
+def test_an_error_in_a_data_worker_ends_the_process(folder_with, tmp_path):
+    result = start_main(*folder_with(["a3", "b7"]), "--num_workers", "2", cwd=tmp_path, timeout=100)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
