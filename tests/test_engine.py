@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import engine
 from engine import DivergedError, evaluate, train_one_epoch
 from losses import DistillationLoss
 from sparsity_factory import Masks, compute_masks, prunable_weights
