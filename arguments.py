@@ -50,7 +50,8 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--accum-iter", type=int, default=1, metavar="N",
         help="optimizer steps take the mean gradient of N batches; the scaling of --lr counts their images")
     add("--epochs", type=int, default=300, help="passes over the training images")
-    add("--output_dir", default="", metavar="DIR", help="where what a run leaves goes; empty writes nothing")
+    add("--output_dir", default="", metavar="DIR",
+        help="where checkpoints, log.txt, tables and pictures go; empty writes nothing")
     add("--print-freq", type=int, default=10, metavar="STEPS",
         help="steps between two lines of the log; on a terminal a bar takes their place")
     add("--quiet", action="store_true", help="print nothing but the accuracies at the end, and errors")

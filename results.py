@@ -128,8 +128,8 @@ class Results:
         overall, target = self.rows[-2].sparsity, self.target
         layers = {row.name: row.sparsity for row in self.rows[:-2]}
         label = f"all layers, {100 * overall:.4g} %" if target is None else f"target, {100 * target:.4g} %"
-        comment = (f"{self.title}: what each layer loses. Unedited, this file gives the same numbers again:\n"
-                   f"    --pruner custom --custom-config {self.folder.path / YAML}")
+        comment = (f"{self.title}: the fraction of each layer that is pruned, or n:m as [n, m].\n"
+                   "With --pruner custom --custom-config and this file, each layer keeps as many weights again.")
         self._write(CSV, sparsity_csv(self.rows, self.multiply_adds).encode())
         self._write(YAML, sparsity_yaml(self.rows, comment).encode())
         self._write(BARS, plots.png(plots.sparsity_bars(layers, overall if target is None else target, label,

@@ -83,9 +83,10 @@ def sweep(argv: list[str]) -> int:
             table.open(first=rank == 0)
             done = table.outcomes()
             progress = Progress(tasks, table, shown=rank == 0 and not args.quiet)
-            for task in [task for task in tasks if task not in done][rank::processes]:
-                table.add(task, bench.outcome(task))
-                progress.show()
+            for task in tasks[rank::processes]:  # shared out whole: another process may have done some of its own
+                if task not in done:
+                    table.add(task, bench.outcome(task))
+                    progress.show()
             while rank == 0 and not set(tasks) <= set(table.outcomes()):
                 time.sleep(0.5)  # the other processes are at work
                 stop.check_alone()

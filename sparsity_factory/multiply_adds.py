@@ -30,7 +30,7 @@ def multiply_adds(model: nn.Module, images: Tensor) -> dict[str, int]:
     model.eval()
     # Fused attention is taken apart, so that it counts alike whatever the device has a kernel for.
     with FlopCounterMode(display=False) as flops, _ByWeight(model, flops) as counts, sdpa_kernel(SDPBackend.MATH):
-        model(images)
+        model.forward(images)  # not by a call, which may be a compiled one
     model.train(was_training)
     return {name: counts.flops[name] // 2 for name in [*prunable_weights(model), ATTENTION, OTHERS]}
 

@@ -98,6 +98,15 @@ def test_multiply_adds_of_a_vision_transformer_are_those_of_its_formula(fused):
     assert model.training
 
 
+def test_multiply_adds_of_a_compiled_model_are_counted_without_compiling():
+    def backend(*_):
+        raise AssertionError("compiled")
+
+    model = nn.Sequential(nn.Linear(100, 20), nn.Linear(20, 5))
+    model.compile(backend=backend)
+    assert multiply_adds(model, torch.zeros(1, 100))["0.weight"] == 2000
+
+
 def test_multiply_adds_are_booked_on_a_weight_that_is_used_without_its_layer():
     class Tied(nn.Module):
         def __init__(self):
