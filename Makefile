@@ -1,13 +1,18 @@
-# `make demo` runs the main job on the built-in sample, `make test` the linter and the tests, `make bench` all
-# measurements of docs/performance.md. They set up .venv by themselves, once.
+# `make demo` runs the main job on the built-in sample, `make sweep` compares the pruners on it, `make test` runs the
+# linter and the tests, `make bench` all measurements of docs/performance.md. Each sets up .venv by itself, once.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo sweep test bench clean
 
 demo: .venv/run
 	$(BIN)/python main.py --pruner lamp --sparsity 0.65
+
+# Two processes of one thread each share the work. Stopped and started again, it goes on where it was.
+sweep: .venv/run
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 sweep.py --device cpu \
+		--sparsities 0.65 0.8 0.9 0.95 --finetune-epochs 1 --seeds 0 1 2
 
 test: .venv/dev
 	$(BIN)/ruff check .

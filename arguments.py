@@ -3,11 +3,13 @@
 import argparse
 import math
 import os
+import shlex
 import shutil
 from pathlib import Path
 
-from datasets import DATA_SETS
+from datasets import DATA_SETS, TIMM
 from sparsity_factory import PRUNERS, PruningError, read_yaml
+from trackers import require
 from utils import UserError
 
 SAMPLE_PRESET = Path(__file__).resolve().parent / "configs" / "run" / "sample.yaml"
@@ -28,6 +30,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             del sample["input_size"]
             args = get_args_parser({**sample, **config}).parse_args(argv)
     check_args(args)
+    args.command = shlex.join(["main.py", *argv])
     return args
 
 
@@ -47,7 +50,13 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--accum-iter", type=int, default=1, metavar="N",
         help="optimizer steps take the mean gradient of N batches; the scaling of --lr counts their images")
     add("--epochs", type=int, default=300, help="passes over the training images")
-    add("--output_dir", default="", metavar="DIR", help="where checkpoints and log.txt go; empty writes nothing")
+    add("--output_dir", default="", metavar="DIR",
+        help="where checkpoints, log.txt, tables and pictures go; empty writes nothing")
+    add("--print-freq", type=int, default=10, metavar="STEPS",
+        help="steps between two lines of the log; on a terminal a bar takes their place")
+    add("--quiet", action="store_true", help="print nothing but the accuracies at the end, and errors")
+    add("--tensorboard", action="store_true", help="log to tensorboard/ in --output_dir as well; needs its package")
+    add("--wandb", action="store_true", help="log to Weights & Biases as well; needs its package")
     add("--device", default="auto", help="auto (cuda where there is one, else cpu), cuda or cpu")
     add("--amp", choices=["auto", "bfloat16", "float16", "off"], default="auto",
         help="precision of the forward pass; auto takes the fastest one that the device has in hardware")
@@ -121,7 +130,12 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     group = parser.add_argument_group("data and augmentation")
     add = group.add_argument
     add("--data-path", default="", metavar="DIR", help="the data set; without it the built-in sample is used")
-    add("--data-set", choices=list(DATA_SETS), default="IMNET", help="what is in --data-path")
+    add("--data-set", default="IMNET",
+        help=f"what is in --data-path: {', '.join(DATA_SETS)}; or timm:folder, timm:torch/NAME or timm:wds/NAME, read "
+             "by timm")
+    add("--train-split", default="train", help="with --data-set timm:..., the split to train on")
+    add("--val-split", default="validation", help="with --data-set timm:..., the split to evaluate on")
+    add("--num-classes", type=int, help="with --data-set timm:..., the number of classes, where the data do not tell")
     add("--inat-category", default="name", help="rank of the taxonomy that labels iNaturalist's images",
         choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"])
     add("--num_workers", type=int, default=10, help="processes that load images, for each training process")
@@ -205,13 +219,14 @@ def check_args(args) -> None:
         if not good:
             raise UserError(f"{flag} {value_of(flag)}: expected {wanted}")
 
-    for flag in ("--batch-size", "--accum-iter", "--epochs", "--input-size", "--recount"):
+    for flag in ("--batch-size", "--accum-iter", "--epochs", "--input-size", "--recount", "--print-freq"):
         expect(value_of(flag) >= 1, flag, "at least 1")
     for flag in ("--num_workers", "--crop-padding", "--seed", "--start_epoch", "--warmup-epochs",
                  "--checkpoint-every", "--skip-bad-images", "--cooldown-epochs",
                  "--lr", "--min-lr", "--warmup-lr", "--weight-decay", "--clip-grad", "--mixup", "--cutmix",
                  "--color-jitter"):
         expect(value_of(flag) is None or 0 <= value_of(flag) < math.inf, flag, "a number of at least 0")
+    expect(args.num_classes is None or args.num_classes >= 1, "--num-classes", "at least 1")
     for flag in ("--drop", "--drop-path", "--smoothing", "--model-ema-decay"):
         expect(0 <= value_of(flag) < 1, flag, "a number in [0, 1)")
     for flag in ("--reprob", "--mixup-prob", "--mixup-switch-prob"):
@@ -224,8 +239,7 @@ def check_args(args) -> None:
     if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch-size {args.batch_size}: expected an even number, as mixup and cutmix pair images; "
                         "--mixup 0 --cutmix 0 turns them off")
-    if args.data_set != "IMNET" and not args.data_path:
-        raise UserError(f"--data-set {args.data_set}: expected --data-path beside it")
+    check_data_set(args)
     if args.src and not args.ThreeAugment:
         raise UserError("--src: expected --ThreeAugment beside it")
     if args.resume == "auto" and not args.output_dir:
@@ -233,8 +247,30 @@ def check_args(args) -> None:
     compiler = os.environ.get("CXX", "g++")
     if args.compile and not shutil.which(compiler):
         raise UserError(f"--compile: torch.compile needs a C++ compiler, and there is no {compiler}; CXX may name one")
+    if args.tensorboard and not args.output_dir:
+        raise UserError("--tensorboard: expected --output_dir beside it")
+    for package in ("tensorboard", "wandb"):
+        if value_of(package):
+            require(package)
     check_distillation(args)
     check_pruning(args)
+
+
+def check_data_set(args) -> None:
+    name = args.data_set
+    if name != "IMNET" and not args.data_path:
+        raise UserError(f"--data-set {name}: expected --data-path beside it")
+    if name.startswith(TIMM):
+        kind = name.removeprefix(TIMM)
+        if kind.startswith(("hfds/", "hfids/")):
+            raise UserError(f"--data-set {name}: not available, as timm's reader needs the package `datasets`, which "
+                            "this project's datasets.py hides")
+        if kind not in ("", "folder") and not kind.startswith(("torch/", "wds/")):
+            raise UserError(f"--data-set {name}: expected timm:folder, timm:torch/NAME or timm:wds/NAME")
+    elif name not in DATA_SETS:
+        raise UserError(f"--data-set {name}: expected one of {', '.join(DATA_SETS)}, or timm:NAME")
+    elif args.num_classes or (args.train_split, args.val_split) != ("train", "validation"):
+        raise UserError(f"--data-set {name}: --train-split, --val-split and --num-classes are for timm:NAME only")
 
 
 def check_distillation(args) -> None:

@@ -1,6 +1,7 @@
 """The data sets of `--data-set`, the built-in sample, and their image transforms.
 
-Named as in DeiT. It hides the package `datasets` of the Hugging Face hub from everything that runs beside it.
+Named as in DeiT. It hides the package `datasets` of the Hugging Face hub from everything that runs beside it, timm's
+reader `hfds/` among them.
 """
 
 import gzip
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_dataset, create_transform
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
@@ -18,6 +19,7 @@ from torchvision.datasets.folder import default_loader
 from augment import RandomResizedCrop, ToNormalizedTensor, repair_posterize, three_augment
 from utils import BadImageError, UserError, first_line
 
+TIMM = "timm:"  # what --data-set begins with for timm's readers
 SAMPLE_PATH = Path(__file__).resolve().parent / "sample"
 
 
@@ -29,7 +31,8 @@ def build_dataset(is_train: bool, args) -> tuple[Dataset, int]:
     name, path = (args.data_set, Path(args.data_path)) if args.data_path else ("FASHION", SAMPLE_PATH)
     if not path.is_dir():
         raise UserError(f"--data-path {path}: no such folder")
-    return DATA_SETS[name](path, is_train, build_transform(is_train, args), args)
+    build = _timm if name.startswith(TIMM) else DATA_SETS[name]
+    return build(path, is_train, build_transform(is_train, args), args)
 
 
 def build_transform(is_train: bool, args):
@@ -145,6 +148,54 @@ def load_image(path) -> Image.Image:
         return default_loader(path)
     except (OSError, SyntaxError, ValueError) as error:
         raise BadImageError(f"{path}: cannot be read as an image ({first_line(error)})") from None
+
+
+class ReaderImages(Dataset):
+    """The images of one of timm's readers with random access: a folder or a tar file with a folder per class."""
+
+    def __init__(self, reader, transform):
+        self.reader, self.transform = reader, transform
+        self.class_to_idx = getattr(reader, "class_to_idx", None) or reader.class_name_to_idx
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int):
+        file, label = self.reader[index]
+        try:
+            image = Image.open(file).convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            name = self.reader.filename(index, absolute=True)
+            raise BadImageError(f"{name}: cannot be read as an image ({first_line(error)})") from None
+        return self.transform(image), label
+
+
+def _timm(path, is_train, transform, args):
+    """What `timm.data.create_dataset` makes of the name in `--data-set timm:NAME`."""
+    name, split = args.data_set.removeprefix(TIMM), args.train_split if is_train else args.val_split
+    kind = name.partition("/")[0]
+    try:
+        data = create_dataset(name, str(path), split, is_training=is_train, batch_size=args.batch_size, seed=args.seed,
+                              transform=transform)
+    except ImportError as error:
+        raise UserError(f"--data-set {args.data_set}: {first_line(error)}") from None
+    except Exception as error:  # each reader has its own way to refuse
+        hint = "; pip install webdataset" if "install webdataset" in str(error) else ""
+        raise UserError(f"--data-set {args.data_set} --data-path {path}, split {split}: {first_line(error)}{hint}"
+                        ) from None
+    classes = args.num_classes
+    if kind == "wds":
+        if not classes:
+            raise UserError(f"--data-set {args.data_set}: expected --num-classes beside it, as shards do not tell")
+        return data, classes
+    if kind == "torch":
+        names = next((getattr(data, name) for name in ("all_categories", "classes") if hasattr(data, name)), [])
+        return data, classes or len(names)
+    if Path(data.reader.root) == path:
+        raise UserError(f"--data-path {path}: has no {split} in it; expected --train-split and --val-split to name "
+                        "folders or tar files there")
+    data = ReaderImages(data.reader, transform)  # timm's own class passes over files that cannot be read
+    return data, classes or len(data.class_to_idx)
 
 
 def _read_json(path: Path):

@@ -9,8 +9,6 @@ from torch.nn.parallel import DistributedDataParallel
 import utils
 from utils import MetricLogger, SmoothedValue
 
-PRINT_FREQ = 10
-
 
 class DivergedError(RuntimeError):
     """The training loss is no longer a finite number."""
@@ -18,7 +16,7 @@ class DivergedError(RuntimeError):
 
 def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=0, amp_dtype=None, scaler=None,
                     clip_grad=None, ema=None, mixup_fn=None, masks=None, train_mode=True, cosub=False, accum_iter=1,
-                    first_step=0, logger=None, after_step=None):
+                    first_step=0, logger=None, after_step=None, print_freq=10):
     """Trains for one pass over `loader` and returns the mean of each metric over all processes.
 
     model: maps images (batch, 3, height, width) to logits (batch, classes), or to a pair of them; may be in DDP.
@@ -31,6 +29,7 @@ def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=
     first_step: the number of the first optimizer step, where a resumed epoch had earlier ones.
     logger: a `utils.MetricLogger` with the metrics of those earlier steps.
     after_step: called after each optimizer step with the number of them done in the epoch.
+    print_freq: batches between two lines of the log.
     Raises DivergedError when the loss is not finite; looked at only where a line is logged, since looking waits
     for the device.
     """
@@ -41,12 +40,12 @@ def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=
     logger = training_logger() if logger is None else logger
     first_batch = first_step * accum_iter
     num_batches = first_batch + len(loader)
-    batches = logger.log_every(loader, PRINT_FREQ, f"Epoch: [{epoch}]", first_batch)
+    batches = logger.log_every(loader, print_freq, f"Epoch: [{epoch}]", first_batch)
     for batch, (images, targets) in enumerate(batches, first_batch):
         step, place = divmod(batch, accum_iter)
         group = min(accum_iter, num_batches - step * accum_iter)  # batches of this step
         completes_step = place == group - 1
-        if batch % PRINT_FREQ == 1:  # just after a log line, which has waited for the device anyway
+        if batch % print_freq == 1 % print_freq:  # just after a log line, which has waited for the device anyway
             check_finite(logger, epoch, step)
         utils.seed_everything(utils.STEP, seed, epoch, batch, utils.rank())
         images = images.to(device, non_blocking=True)
@@ -79,7 +78,7 @@ def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=
             after_step(step + 1)
     check_finite(logger, epoch, math.ceil(num_batches / accum_iter), plain_model)
     logger.synchronize()
-    utils.log(f"Averaged stats: {logger}")
+    utils.log(f"Averaged stats: {logger}", only=utils.LINES)
     return logger.averages()
 
 
@@ -91,7 +90,7 @@ def training_logger() -> MetricLogger:
 
 
 @torch.no_grad()
-def evaluate(loader, model, device, *, amp_dtype=None, shared=False, after_batch=None):
+def evaluate(loader, model, device, *, amp_dtype=None, shared=False, after_batch=None, print_freq=10):
     """Evaluates `model` on the images of `loader`, each counted once.
 
     shared: each process has a part of the images, and the counts of all are added up.
@@ -102,7 +101,7 @@ def evaluate(loader, model, device, *, amp_dtype=None, shared=False, after_batch
     model.eval()
     logger = MetricLogger()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # right at first, right among five, loss, images
-    for images, targets in logger.log_every(loader, PRINT_FREQ, "Test:"):
+    for images, targets in logger.log_every(loader, print_freq, "Test:"):
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
@@ -117,7 +116,7 @@ def evaluate(loader, model, device, *, amp_dtype=None, shared=False, after_batch
     totals = totals.tolist()
     top1, top5, loss, count = utils.sum_over_processes(totals) if shared else totals
     stats = {"acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "loss": loss / count}
-    utils.log(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}")
+    utils.log(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}", only=utils.LINES)
     return stats
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import utils
 from arguments import mixes, parse_args
@@ -29,7 +29,8 @@ from engine import DivergedError, check_finite, evaluate, train_one_epoch
 from losses import CosubLoss, DistillationLoss
 from models import adapt_weights, build_model, load_weights, train_attention_only, train_both_heads
 from output import OutputDir, newest_checkpoint
-from samplers import EvalBatchSampler, SeededDataset, TrainSampler
+from results import open_results
+from samplers import EvalBatchSampler, SeededDataset, SeededStream, StreamLoader, TrainSampler
 from sparsity_factory import (
     Masks,
     PruningError,
@@ -37,6 +38,7 @@ from sparsity_factory import (
     checkpoint_table,
     compute_masks,
     read_yaml,
+    sparsity_rows,
     sparsity_table,
     unpack,
 )
@@ -49,7 +51,8 @@ def main(args) -> dict[str, float]:
     """The whole run; returns the top-1 accuracies in percent (dense, pruned, finetuned) that it measured."""
     device = utils.init_process_group(args.device, args.dist_url, args.distributed, args.world_size)
     amp_dtype = utils.choose_amp(args.amp, device)
-    log(describe(args, device, amp_dtype))
+    utils.show_progress(args.quiet)
+    describe(args, device, amp_dtype)
     utils.seed_everything(utils.INIT, args.seed)  # the same on every process, so that fresh weights are the same
 
     with StopSignals() as stop:
@@ -67,41 +70,50 @@ def main(args) -> dict[str, float]:
                 state.resume(checkpoint, args.resume)
             accuracy = state.accuracy
             criterion, mixup_fn = build_criterion(args, num_classes, device)
-            output = open_output_dir(args.output_dir)
+        results = open_results(args, pruner, 0 if args.eval else state.epoch, train_loader, val_loader, device)
         checkpoint = None  # from here on it would only take memory
 
         def test(network=model):
             where = next(network.parameters()).device  # a moving average may be kept on the CPU
             return evaluate(val_loader, network, where, amp_dtype=amp_dtype, shared=args.dist_eval,
-                            after_batch=stop.check_alone)
+                            after_batch=stop.check_alone, print_freq=args.print_freq)
+
+        def measure(name):
+            log(f"Accuracy: {name}", only=utils.LINES)
+            accuracy[name] = test()["acc1"]
+            log(f"{name}: {accuracy[name]:.2f} %", only=utils.BARS)
 
         if chosen is not None:
-            log("Accuracy before pruning")
-            accuracy["before pruning" if was_pruned else "dense"] = test()["acc1"]
+            measure("before pruning" if was_pruned else "dense")
             masks = Masks(model, chosen)
+        rows = sparsity_rows(model, masks.masks if masks else {})
         if masks is not None:
-            log(sparsity_table(model, masks.masks))
+            log(sparsity_table(rows))
         if chosen is not None or args.eval:
-            log("Accuracy of the pruned model" if masks else "Accuracy of the dense model")
-            accuracy["pruned" if masks else "dense"] = test()["acc1"]
+            measure("pruned" if masks else "dense")
+        results.start(model, rows, accuracy, torch.zeros(1, 3, args.input_size, args.input_size, device=device))
         if not args.eval:
             if not resumes:
                 state.start(masks, pruner)
-            finetuned = train(state, train_loader, criterion, mixup_fn, test, stop, device, amp_dtype, output)
+            finetuned = train(state, train_loader, criterion, mixup_fn, test, stop, device, amp_dtype, results)
             accuracy = {**accuracy, "finetuned" if masks else "trained": finetuned}
         if masks is not None:
             check_masks(model.state_dict(), masks.masks, pruner)
-    log("Top-1 accuracy: " + ", ".join(f"{name} {value:.2f} %" for name, value in accuracy.items()))
+    results.finish(accuracy)
+    if utils.is_main_process():  # also with --quiet
+        print("Top-1 accuracy: " + ", ".join(f"{name} {value:.2f} %" for name, value in accuracy.items()))
     return accuracy
 
 
-def describe(args, device, amp_dtype) -> str:
-    """The first lines of a run: its arguments, and what it runs on."""
-    source = f"Arguments: {vars(args)}" if args.data_path else (
-        "No --data-path: using the built-in sample, 6,000 training and 2,000 test images of Fashion-MNIST.\n"
-        "For a data set of your own: --data-path DIR --model NAME, DIR having train/ and val/ with a folder per class.")
-    precision = str(amp_dtype or torch.float32).removeprefix("torch.")
-    return f"{source}\n{args.model} on {device} in {precision}, {utils.world_size()} process(es)"
+def describe(args, device, amp_dtype) -> None:
+    """Prints the first lines of a run: its arguments, and what it runs on."""
+    if args.data_path:
+        log(f"Arguments: {vars(args)}", only=utils.LINES)
+    else:
+        log("No --data-path: using the built-in sample, 6,000 training and 2,000 test images of Fashion-MNIST.\n"
+            "For a data set of your own: --data-path DIR --model NAME, DIR having train/ and val/ with a folder per "
+            "class.")
+    log(f"{args.model} on {device} in {utils.in_words(amp_dtype)}, {utils.world_size()} process(es)")
 
 
 def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
@@ -114,16 +126,24 @@ def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
             raise UserError(f"--data-path {args.data_path}: class {name} of val/ is number {label} there, and "
                             f"{labels.get(name, 'missing')} in train/; expected the same folders in both")
     rank, world_size = utils.rank(), utils.world_size()
-    sampler = TrainSampler(len(train_set), args.seed, 3 if args.repeated_aug else 1, rank, world_size)
-    if len(sampler) < args.batch_size and not args.eval:
-        raise UserError(f"--batch-size {args.batch_size}: there are only {len(sampler)} images for each process")
-    options = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda",
-               "persistent_workers": args.num_workers > 0, "worker_init_fn": ignore_signals}
-    train_set = SeededDataset(train_set, args.skip_bad_images)
-    train_loader = DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, **options)
     share = (rank, world_size) if args.dist_eval else (0, 1)
-    batches = EvalBatchSampler(len(val_set), int(1.5 * args.batch_size), *share)
-    return train_loader, DataLoader(val_set, batch_sampler=batches, **options), num_classes
+    val_batch_size = int(1.5 * args.batch_size)
+    options = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda",
+               "worker_init_fn": ignore_signals}
+    if isinstance(train_set, IterableDataset):
+        train_set, val_set = (SeededStream(stream, args.seed, num_classes) for stream in (train_set, val_set))
+        train_loader = StreamLoader(train_set, args.batch_size, share=(rank, world_size), **options)
+        val_loader = StreamLoader(val_set, val_batch_size, share=share, **options)
+    else:
+        options["persistent_workers"] = args.num_workers > 0
+        sampler = TrainSampler(len(train_set), args.seed, 3 if args.repeated_aug else 1, rank, world_size)
+        train_set = SeededDataset(train_set, args.skip_bad_images)
+        train_loader = DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, **options)
+        val_batches = EvalBatchSampler(len(val_set), val_batch_size, *share)
+        val_loader = DataLoader(val_set, batch_sampler=val_batches, **options)
+    if not len(train_loader) and not args.eval:
+        raise UserError(f"--batch-size {args.batch_size}: more than the training images of each process")
+    return train_loader, val_loader, num_classes
 
 
 def find_resume(resume: str, output_dir: str) -> str:
@@ -225,7 +245,7 @@ def prepare_teacher(args, num_classes) -> torch.nn.Module:
     return teacher.eval().requires_grad_(False)
 
 
-def train(state, loader, criterion, mixup_fn, test, stop, device, amp_dtype, output) -> float:
+def train(state, loader, criterion, mixup_fn, test, stop, device, amp_dtype, results) -> float:
     """Trains to the last epoch, evaluating and writing checkpoints after each; returns the last top-1 accuracy."""
     args, network = state.args, state.model
     if utils.world_size() > 1:
@@ -240,32 +260,33 @@ def train(state, loader, criterion, mixup_fn, test, stop, device, amp_dtype, out
         state.end_step()
         stop.check()
         if args.checkpoint_every and done % args.checkpoint_every == 0 and done < steps:
-            save(state, output)
+            save(state, results.folder)
 
     try:
         while state.epoch < args.epochs:
             loader.sampler.set_epoch(state.epoch, skip=state.epoch_step * args.batch_size * args.accum_iter)
+            began, images = time.time(), len(loader) * args.batch_size * utils.world_size()
             train_stats = train_one_epoch(
                 network, criterion, loader, state.optimizer, device, state.epoch, seed=args.seed, amp_dtype=amp_dtype,
                 scaler=state.scaler, clip_grad=args.clip_grad, ema=state.ema, mixup_fn=mixup_fn, masks=state.masks,
                 train_mode=args.train_mode, cosub=args.cosub, accum_iter=args.accum_iter, first_step=state.epoch_step,
-                logger=state.logger, after_step=after_step)
+                logger=state.logger, after_step=after_step, print_freq=args.print_freq)
+            speed = images / (time.time() - began)
             test_stats = {"test": test()}
             if state.ema:
-                log("Moving average of the weights")
+                log("Moving average of the weights", only=utils.LINES)
                 test_stats["test_ema"] = test(state.ema.module)
             improved = state.end_epoch([stats["acc1"] for stats in test_stats.values()])
-            log(f"Max accuracy: {state.max_accuracy:.2f}% ({state.best})")
-            if output:
-                output.log_epoch(epoch_metrics(state, {"train": train_stats, **test_stats}))
-            save(state, output, improved)
+            line = epoch_metrics(state, {"train": train_stats, **test_stats})
+            log(f"Max accuracy: {state.max_accuracy:.2f}% ({state.best})", only=utils.LINES)
+            log(epoch_in_words(line, speed), only=utils.BARS)
+            results.log_epoch(line, speed)
+            save(state, results.folder, improved)
     except Stopped as stopped:
-        save(state, output)
+        save(state, results.folder)
         stopped.add_place(state.epoch, state.epoch_step, args.output_dir)
         raise
     log(f"Training time {datetime.timedelta(seconds=int(time.time() - start))}")
-    if output and test_stats:
-        log(f"Written to {output.path}: checkpoint.pth (last epoch), best_checkpoint.pth, log.txt")
     return test_stats["test"]["acc1"] if test_stats else test()["acc1"]
 
 
@@ -295,26 +316,34 @@ def epoch_metrics(state, metrics: dict[str, dict[str, float]]) -> dict:
             "n_parameters": sum(p.numel() for p in state.model.parameters() if p.requires_grad)}
 
 
-def open_output_dir(name: str) -> OutputDir | None:
-    """The folder of `--output_dir` on the first process; None elsewhere, and when nothing is to be written."""
-    opened = []
-    if name:
-        utils.on_first_process(lambda: opened.append(OutputDir(name)))
-    return opened[0] if opened else None
+def epoch_in_words(line: dict[str, float], speed: float) -> str:
+    """What a terminal shows of an epoch; `speed` in images a second."""
+    average = f", moving average {line['test_ema_acc1']:.2f} %" if "test_ema_acc1" in line else ""
+    return (f"epoch {line['epoch']}: training loss {line['train_loss']:.4f}, validation loss {line['test_loss']:.4f}, "
+            f"top-1 {line['test_acc1']:.2f} %{average}, learning rate {line['train_lr']:.2g}, {speed:,.0f} images/s")
 
 
 def run(argv) -> int:
-    """Runs `main` and returns the exit status: 2 with one line on standard error for a mistake of the user."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # an error line here says what its many say
-    try:
+    """What the command line does; returns the exit status."""
+    def work():
         args = parse_args(argv)
         if args.audit:
             return audit(args.audit)
         main(args)
         return 0
+
+    return exit_status(work)
+
+
+def exit_status(work) -> int:
+    """What `work()` returns, or else 2 with one line on standard error for a mistake of the user."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # an error line here says what its many say
+    try:
+        return work()
     except (UserError, PruningError) as error:
         status, message = 2, f"error: {error}"
+        error.__traceback__ = None  # torch ties one from a data worker into a knot that keeps the workers
     except (DivergedError, WriteError) as error:
         status, message = 1, f"error: {error}"
     except Stopped as stopped:

@@ -28,9 +28,16 @@ def deit_sample_patch4_28(pretrained=False, **kwargs) -> VisionTransformer:
 
 
 def timm_name(name: str) -> str:
-    """timm's name of a DeiT III, which its authors call `deit_small_patch16_LS`; any other name as it is."""
+    """timm's name of a model in DeiT's repository; any other name as it is.
+
+    A DeiT III such as `deit_small_patch16_LS` is `deit3_small_patch16_224` in timm, and a CaiT such as `cait_S24`, for
+    images of 384 unless it says otherwise, is `cait_s24_384`.
+    """
     if found := re.fullmatch(r"deit_(small|medium|base|large|huge)_patch(14|16)_LS", name):
         return f"deit3_{found[1]}_patch{found[2]}_224"
+    if found := re.fullmatch(r"cait_(XXS|XS|S|M)(24|36|48)(_224)?", name):
+        size = found[3] or ("_448" if found[2] == "48" else "_384")
+        return f"cait_{found[1].lower()}{found[2]}{size}"
     return name
 
 

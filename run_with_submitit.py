@@ -47,7 +47,7 @@ class Trainer:
         job = submitit.JobEnvironment()
         os.environ.update(RANK=str(job.global_rank), WORLD_SIZE=str(job.num_tasks), LOCAL_RANK=str(job.local_rank))
         checkpoint = self.job_dir / "checkpoint.pth"
-        resume = ["--resume", str(checkpoint)] if checkpoint.exists() else []
+        resume = ["--resume", "auto"] if checkpoint.exists() else []
         status = main.run([*self.argv, "--output_dir", str(self.job_dir), "--dist_url", self.dist_url, *resume])
         if status:
             raise RuntimeError(f"main.py ended with status {status}")

@@ -12,6 +12,8 @@ import utils
 from engine import training_logger
 from utils import UserError, first_line
 
+DROPPED_OPTIMIZERS = ("nvnovograd", "fusedmomentum")  # in timm 0.3.2, which DeiT used, and in no current release
+
 #: Optimizers that torch computes in one pass: AdamW takes a quarter of the time on CPUs, and on GPUs the float16 loss
 #: scaler need not wait for them.
 FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")
@@ -43,7 +45,9 @@ class TrainingState:
             self.optimizer = create_optimizer(settings, model)
             self.lr_scheduler, _ = create_scheduler(settings, self.optimizer)
         except Exception as error:  # every optimizer has its own way to refuse
-            raise UserError(f"--opt {args.opt} --sched {args.sched}: {first_line(error)}") from None
+            dropped = args.opt.rpartition("_")[2] in DROPPED_OPTIMIZERS
+            reason = "timm no longer has this optimizer" if dropped else first_line(error)
+            raise UserError(f"--opt {args.opt} --sched {args.sched}: {reason}") from None
         if self.lr_scheduler and self.epoch:
             self.lr_scheduler.step(self.epoch)
         self.scaler = torch.amp.GradScaler(device.type, enabled=utils.choose_amp(args.amp, device) == torch.float16)

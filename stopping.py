@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import torch
@@ -83,6 +84,19 @@ class StopSignals:
 
 
 def ignore_signals(worker_id: int) -> None:
-    """For data workers: what is sent to a whole process group is the training process's to answer."""
+    """For data workers: a signal that is sent to all processes alike is the training process's to answer.
+
+    Only the SIGTERM of the training process itself ends a worker: without it, workers that an error cut off from their
+    queues would never end, and Python waits for them when it exits.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal
+        return
+
+    def obey_parent():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=obey_parent, daemon=True).start()

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import re
+import sys
 import time
 import warnings
 import zipfile
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -46,10 +48,23 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
-def log(*message) -> None:
-    """Prints on the first process only, at once (so that a log file can be followed)."""
-    if is_main_process():
-        print(*message, flush=True)
+#: How a run tells of its progress: DeiT's lines, bars on a terminal with a line per epoch, or not at all.
+LINES, BARS, QUIET = "lines", "bars", "quiet"
+_display = LINES
+
+
+def show_progress(quiet: bool = False) -> str:
+    """Chooses the display: bars where the output is a terminal, lines where it is a file or a pipe."""
+    global _display
+    _display = QUIET if quiet else BARS if sys.stdout.isatty() else LINES
+    return _display
+
+
+def log(*message, only: str = "") -> None:
+    """Prints on the first process only, at once (so that a log file can be followed). `only`: with that display."""
+    if is_main_process() and _display != QUIET and only in ("", _display):
+        tqdm.write(" ".join(map(str, message)), file=sys.stdout)
+        sys.stdout.flush()
 
 
 def local_rank() -> int:
@@ -96,6 +111,10 @@ def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
     capabilities = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     native = any(getattr(torch.cpu, name, lambda: False)() for name in capabilities)
     return torch.bfloat16 if native else None
+
+
+def in_words(amp_dtype: torch.dtype | None) -> str:
+    return str(amp_dtype or torch.float32).removeprefix("torch.")
 
 
 def init_process_group(device_name: str, dist_url: str = "env://", distributed: bool = False,
@@ -239,25 +258,33 @@ class MetricLogger:
     def log_every(self, loader, print_freq: int, header: str, first: int = 0):
         """Yields the batches of `loader`; logs every `print_freq` of them, and the total time at the end.
 
-        first: the number of the first batch, where earlier ones were seen before.
+        On a terminal, a bar shows them instead. first: the number of the first batch, where earlier ones were seen
+        before.
         """
         steps = first + len(loader)
+        disable = _display != BARS or not is_main_process()
         width = len(str(steps))
         iter_time, data_time = SmoothedValue(fmt="{global_avg:.4f}"), SmoothedValue(fmt="{global_avg:.4f}")
         start = end = time.time()
-        for step, batch in enumerate(loader, first):
-            data_time.update(time.time() - end)
-            yield batch
-            iter_time.update(time.time() - end)
-            if step % print_freq == 0 or step == steps - 1:
-                eta = datetime.timedelta(seconds=int(iter_time.global_avg * (steps - 1 - step)))
-                line = f"{header}  [{step:{width}d}/{steps}]  eta: {eta}  {self}  time: {iter_time}  data: {data_time}"
-                if torch.cuda.is_available():
-                    line += f"  max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}"
-                log(line)
-            end = time.time()
+        with tqdm(total=steps, initial=first, desc=header, unit="batch", leave=False, dynamic_ncols=True,
+                  file=sys.stdout, disable=disable) as bar:
+            for step, batch in enumerate(loader, first):
+                data_time.update(time.time() - end)
+                yield batch
+                iter_time.update(time.time() - end)
+                bar.update()
+                if step % print_freq == 0 or step == steps - 1:
+                    bar.set_postfix_str(str(self), refresh=False)
+                    eta = datetime.timedelta(seconds=int(iter_time.global_avg * (steps - 1 - step)))
+                    line = f"{header}  [{step:{width}d}/{steps}]  eta: {eta}  {self}  "
+                    line += f"time: {iter_time}  data: {data_time}"
+                    if torch.cuda.is_available():
+                        line += f"  max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}"
+                    log(line, only=LINES)
+                end = time.time()
         total = time.time() - start
-        log(f"{header} Total time: {datetime.timedelta(seconds=int(total))} ({total / max(len(loader), 1):.4f} s / it)")
+        log(f"{header} Total time: {datetime.timedelta(seconds=int(total))} ({total / max(len(loader), 1):.4f} s / it)",
+            only=LINES)
 
 
 # Checkpoints

@@ -83,12 +83,14 @@ def kill(folder: Path, recipe: list[str], writing: bool, moments: random.Random)
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """What differs between the outcomes of two runs: parts of the checkpoints, and log.txt."""
+    """What differs between the outcomes of two runs: parts of the checkpoints, log.txt, tables and pictures."""
     one, two = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (first, second))
     parts = ["model", "model_ema", "optimizer", "lr_scheduler", "scaler", "masks", "epoch", "step", "best", "accuracy"]
     different = [part for part in parts if not _equal(one.get(part), two.get(part))]
-    if (first / "log.txt").read_bytes() != (second / "log.txt").read_bytes():
-        different.append("log.txt")
+    for name in ("log.txt", "sparsity.csv", "sparsity.yaml", "sparsity.png", "training.png"):
+        contents = [path.read_bytes() if path.exists() else b"" for path in (first / name, second / name)]
+        if contents[0] != contents[1]:
+            different.append(name)
     return different
 
 

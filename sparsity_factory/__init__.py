@@ -12,8 +12,17 @@ from .audit import check_masks
 from .config import read_yaml
 from .errors import PruningError
 from .masks import Masks, prunable_weights, unpack
+from .multiply_adds import multiply_adds
 from .pruners import PRUNERS, SCORES, compute_masks
-from .report import LayerSparsity, checkpoint_table, sparsity_rows, sparsity_table
+from .report import (
+    LayerSparsity,
+    checkpoint_table,
+    sparse_multiply_adds,
+    sparsity_csv,
+    sparsity_rows,
+    sparsity_table,
+    sparsity_yaml,
+)
 
 __all__ = [
     "PRUNERS",
@@ -24,9 +33,13 @@ __all__ = [
     "check_masks",
     "checkpoint_table",
     "compute_masks",
+    "multiply_adds",
     "prunable_weights",
     "read_yaml",
+    "sparse_multiply_adds",
+    "sparsity_csv",
     "sparsity_rows",
     "sparsity_table",
+    "sparsity_yaml",
     "unpack",
 ]

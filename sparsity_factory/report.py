@@ -1,11 +1,14 @@
-"""What pruning left of a model, layer by layer: as rows, and as a text table."""
+"""What pruning left of a model, layer by layer: as rows, as a text table, as CSV, and as a custom configuration."""
 
-from collections.abc import Mapping
+import csv
+import io
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from .masks import prunable_weights
+from .multiply_adds import ATTENTION, OTHERS
 
 
 class LayerSparsity(NamedTuple):
@@ -15,6 +18,7 @@ class LayerSparsity(NamedTuple):
     shape: tuple[int, ...]
     kept: int
     total: int
+    pattern: str = ""  # dense, n:m or unstructured; of a prunable weight only
 
     @property
     def sparsity(self) -> float:
@@ -33,15 +37,66 @@ def sparsity_rows(model: nn.Module, masks: Mapping[str, Tensor]) -> list[LayerSp
     return _rows(prunable_weights(model), masks, sum(parameter.numel() for parameter in model.parameters()))
 
 
-def sparsity_table(model: nn.Module, masks: Mapping[str, Tensor]) -> str:
+def sparsity_table(rows: Sequence[LayerSparsity]) -> str:
     """The rows of `sparsity_rows` as text: name, shape, kept of total, sparsity in percent; the totals below a line."""
-    return _table(sparsity_rows(model, masks))
+    header = ("layer", "shape", "kept", "of", "sparsity")
+    cells = [
+        (row.name, " x ".join(map(str, row.shape)), f"{row.kept:,}", f"{row.total:,}", f"{row.sparsity:.2%}")
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    lines = [_line(row, widths) for row in [header, *cells]]
+    rule = "-" * len(lines[0])
+    return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:]])
 
 
 def checkpoint_table(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> str:
     """The table of a state dict whose model is not at hand: what its masks name counts as prunable."""
     masked = {name: weights[name] for name in masks if name in weights}
-    return _table(_rows(masked, masks, sum(weight.numel() for weight in weights.values())))
+    return sparsity_table(_rows(masked, masks, sum(weight.numel() for weight in weights.values())))
+
+
+def sparsity_csv(rows: Sequence[LayerSparsity], dense: Mapping[str, int]) -> str:
+    """The rows of `sparsity_rows` as CSV, with the multiply-adds of each, dense and weighted by the layer's density.
+
+    Args:
+        rows: from `sparsity_rows`.
+        dense: from `multiply_adds`. Its attention products and other layers get rows of their own.
+    """
+    *layers, prunable, whole = rows
+    others = LayerSparsity(OTHERS, (), whole.total - prunable.total, whole.total - prunable.total)
+    sparse = sparse_multiply_adds(rows, dense)
+    totals = [sum(count[row.name] for row in layers) for count in (dense, sparse)]
+    table = [(row, dense[row.name], sparse[row.name]) for row in layers]
+    table += [(LayerSparsity(ATTENTION, (), 0, 0), dense[ATTENTION], dense[ATTENTION])]
+    table += [(others, dense[OTHERS], dense[OTHERS]), (prunable, *totals)]
+    table += [(whole, sum(dense.values()), sum(sparse.values()))]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["layer", "shape", "kept", "total", "sparsity", "pattern",
+                     "multiply_adds_dense", "multiply_adds_sparse"])
+    for row, before, after in table:
+        writer.writerow([row.name, "x".join(map(str, row.shape)), row.kept, row.total, f"{row.sparsity:.6f}",
+                         row.pattern, before, after])
+    return text.getvalue()
+
+
+def sparse_multiply_adds(rows: Sequence[LayerSparsity], dense: Mapping[str, int]) -> dict[str, int]:
+    """The counts of `multiply_adds`, those of each prunable weight times the fraction of it that is kept."""
+    density = {row.name: row.kept / row.total for row in rows[:-2]}
+    return {name: round(count * density.get(name, 1)) for name, count in dense.items()}
+
+
+def sparsity_yaml(rows: Sequence[LayerSparsity], comment: str = "") -> str:
+    """The rows of `sparsity_rows` as a custom configuration that keeps the same numbers of weights.
+
+    comment: its lines are put first.
+    """
+    layers = rows[:-2]
+    mode = "nxm" if any(":" in row.pattern for row in layers) else "unstructured"
+    lines = [f"# {line}" for line in comment.splitlines()]
+    lines += ["sparsity:", f"  mode: {mode}", "  level:"]
+    return "\n".join([*lines, *(f"    {row.name}: {_level(row)}" for row in layers)]) + "\n"
 
 
 # ---- helpers, not exported ----
@@ -57,19 +112,34 @@ def _rows(prunable: Mapping[str, Tensor], masks: Mapping[str, Tensor], parameter
     layers = []
     for name, weight in prunable.items():
         kept = int(masks[name].count_nonzero()) if name in masks else weight.numel()
-        layers.append(LayerSparsity(name, tuple(weight.shape), kept, weight.numel()))
+        pattern = "dense" if kept == weight.numel() else _pattern(masks[name])
+        layers.append(LayerSparsity(name, tuple(weight.shape), kept, weight.numel(), pattern))
     total = LayerSparsity("prunable weights", (), sum(row.kept for row in layers), sum(row.total for row in layers))
     whole = LayerSparsity("whole model", (), parameters - (total.total - total.kept), parameters)
     return [*layers, total, whole]
 
 
-def _table(rows: list[LayerSparsity]) -> str:
-    header = ("layer", "shape", "kept", "of", "sparsity")
-    cells = [
-        (row.name, " x ".join(map(str, row.shape)), f"{row.kept:,}", f"{row.total:,}", f"{row.sparsity:.2%}")
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-    lines = [_line(row, widths) for row in [header, *cells]]
-    rule = "-" * len(lines[0])
-    return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:]])
+def _pattern(mask: Tensor) -> str:
+    """The n:m that the mask obeys, of the smallest groups there are, or `unstructured`."""
+    inputs = mask.shape[1]
+    for m in (m for m in range(2, inputs + 1) if inputs % m == 0):
+        n = int(mask[0, :m].count_nonzero())
+        # The first row tells nearly always, and is a small part of the work.
+        if n and all((part.reshape(-1, m).sum(1) == n).all() for part in (mask[0], mask)):
+            return f"{n}:{m}"
+    return "unstructured"
+
+
+def _level(row: LayerSparsity) -> str:
+    """The entry of a custom configuration that keeps as many weights: the shortest number there is."""
+    if row.pattern == "dense":
+        return "dense"
+    if ":" in row.pattern:
+        return f"[{row.pattern.replace(':', ', ')}]"
+    pruned = row.total - row.kept
+    exact = min(pruned, row.total - 0.25) / row.total  # 1 is no sparsity, not even of a layer that keeps nothing
+    for digits in range(1, 18):
+        level = f"{exact:.{digits}f}"
+        if float(level) < 1 and round(float(level) * row.total) == pruned:
+            return level
+    raise ValueError(f"{row.name}: no number keeps {row.kept} of {row.total}")  # past 2**52 weights a layer

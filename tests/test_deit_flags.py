@@ -15,6 +15,7 @@ from arguments import parse_args
 from datasets import build_transform
 from losses import CosubLoss
 from state import TrainingState
+from utils import UserError
 
 CPU = torch.device("cpu")
 MODEL = ["--data-path", "unused", "--model", "deit_sample_patch4_28", "--input-size", "28"]
@@ -88,7 +89,7 @@ def test_output_dir_is_where_files_go_and_empty_writes_nothing(run_main, tiny, t
     assert not list(tmp_path.iterdir())
     run_main(*tiny, "--output_dir", "a/b")
     assert {path.name for path in (tmp_path / "a/b").glob("[!.]*")} == {
-        "checkpoint.pth", "best_checkpoint.pth", "log.txt"}
+        "checkpoint.pth", "best_checkpoint.pth", "log.txt", "summary.md", "training.png"}
 
 
 def test_eval_does_not_train(run_main, tiny):
@@ -153,6 +154,19 @@ def test_opt_chooses_the_optimizer_and_its_options_reach_it():
     _, decayed = group("--opt", "sgd", "--momentum", "0.6")
     assert decayed["momentum"] == 0.6
     assert "betas" not in decayed
+
+
+@pytest.mark.parametrize("opt", [
+    "sgd", "nesterov", "momentum", "adam", "adamw", "nadam", "radam", "adamp", "sgdp", "adadelta", "adafactor",
+    "adahessian", "rmsprop", "rmsproptf", "novograd", "lookahead_adam", "nvnovograd", "fusedmomentum",
+    "lookahead_nvnovograd", "fusedsgd", "fusedadam", "fusedadamw", "fusedlamb", "fusednovograd"])
+def test_every_optimizer_of_deits_timm_is_there_or_the_error_says_why_not(opt):
+    if "fused" not in opt and "nvnovograd" not in opt:
+        group("--opt", opt)
+        return
+    reason = "timm no longer has" if "nvnovograd" in opt or opt == "fusedmomentum" else "APEX|apex"
+    with pytest.raises(UserError, match=f"--opt {opt} .*({reason})"):
+        group("--opt", opt)
 
 
 def test_lr_is_for_512_images_a_step_unless_unscaled():

@@ -38,7 +38,9 @@ def test_the_first_command_prunes_the_sample_finetunes_it_and_says_how_good_it_i
     assert pruned < finetuned
     assert finetuned > dense - 1
     folder = tmp_path / "output" / "sample"
-    assert {path.name for path in folder.iterdir()} == {".lock", "checkpoint.pth", "best_checkpoint.pth", "log.txt"}
+    assert {path.name for path in folder.iterdir()} == {
+        ".lock", "checkpoint.pth", "best_checkpoint.pth", "log.txt", "sparsity.csv", "sparsity.png", "sparsity.yaml",
+        "training.png", "summary.md"}
     assert "output/sample" in result.stdout
 
 

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from models import adapt_weights, build_model, load_weights, resize_pos_embed, train_attention_only
+from models import adapt_weights, build_model, load_weights, resize_pos_embed, timm_name, train_attention_only
 from utils import UserError
 
 TINY = {"embed_dim": 24, "depth": 1, "num_heads": 2}
@@ -88,6 +88,14 @@ def test_deit_iii_is_known_by_its_authors_names_and_weights():
     assert "blocks.3.gamma_2" in theirs
     load_weights(model, theirs, "deit_3_small_224_1k.pth")
     assert (model.blocks[3].ls2.gamma == 0.5).all()
+
+
+@pytest.mark.parametrize("theirs, timms", [
+    ("deit_huge_patch14_LS", "deit3_huge_patch14_224"), ("cait_M48", "cait_m48_448"), ("cait_S24_224", "cait_s24_224"),
+    ("cait_XXS36", "cait_xxs36_384"), ("deit_small_patch16_224", "deit_small_patch16_224")])
+def test_names_of_deits_repository_are_timms(theirs, timms):
+    assert timm_name(theirs) == timms
+    assert timm.is_model(timms)
 
 
 def test_finetuning_at_384_takes_a_checkpoint_of_224(tmp_path):

@@ -1,5 +1,7 @@
 """What happens to a run costs no more than the work since its last checkpoint, and changes nothing in the outcome."""
 
+import itertools
+import multiprocessing
 import os
 import random
 import re
@@ -14,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, start_main
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from benchmarks.torture import RECIPE, differences, finish, kill, start, trains_again, wait_until
 from output import OutputDir, newest_checkpoint, read_log
 from state import TrainingState
+from stopping import ignore_signals
 
 LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]
 # 48 training images: six steps of eight an epoch, with everything that is random.
@@ -122,6 +126,18 @@ def test_a_second_signal_ends_the_process_at_once():
     assert process.wait(timeout=10) == -signal.SIGINT
 
 
+def test_a_data_worker_obeys_the_signals_of_its_own_process_only():
+    batches = iter(DataLoader(range(99), num_workers=1, worker_init_fn=ignore_signals))
+    next(batches)
+    worker, = multiprocessing.active_children()
+    for name in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    assert len(list(itertools.islice(batches, 90))) == 90
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
+
+
 def test_workers_change_nothing(run_main, tiny, tmp_path):
     for workers in (0, 1, 4):
         run_main(*tiny, *LAMP, "--num_workers", workers, "--output_dir", f"out{workers}")
@@ -218,6 +234,11 @@ def folder_with(tmp_path):
     return make
 
 
+def test_an_error_in_a_data_worker_ends_the_process(folder_with, tmp_path):
+    result = start_main(*folder_with(["a3", "b7"]), "--num_workers", "2", cwd=tmp_path, timeout=100)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_that_cannot_be_read_are_skipped_up_to_a_number(run_main, folder_with, capfd, workers):
     recipe = [*folder_with(["a3", "b7"]), "--num_workers", workers, "--skip-bad-images"]
@@ -285,3 +306,11 @@ def test_audit_shows_the_layers_of_a_file_and_finds_weights_that_do_not_obey(run
     assert "a group of 4 does not keep 2" in run_main("--audit", "changed.pth", status=1)
     run_main(*tiny, "--output_dir", "dense", "--no-pretrained")
     assert "holds no masks" in run_main("--audit", "dense/checkpoint.pth", status=2)
+
+
+def test_every_promise_names_a_test_that_there_is():
+    named = re.findall(r"`((?:\w+\.py::)?test_\w+)`", (ROOT / "docs/reliability.md").read_text())
+    assert len(named) > 20
+    for test in named:
+        file, _, name = test.rpartition("::")
+        assert f"def {name}(" in (ROOT / "tests" / (file or Path(__file__).name)).read_text(), test

@@ -1,0 +1,93 @@
+"""The pictures. Whether they tell their story, a person has to see; that nothing overlaps, these tests do."""
+
+import io
+from itertools import combinations
+
+import pytest
+import timm
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+from PIL import Image
+
+import models  # noqa: F401, the sample's model
+import plots
+from sparsity_factory import prunable_weights
+
+
+def texts(figure):
+    """Every piece of text that is drawn, with its extent in pixels."""
+    found, draw = [], Text.draw
+
+    def record(text, renderer):
+        if text.get_visible() and text.get_text().strip():
+            found.append(text)
+        draw(text, renderer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Text, "draw", record)
+        FigureCanvasAgg(figure).draw()
+    return [(text.get_text(), text.get_window_extent()) for text in found]
+
+
+def assert_readable(figure):
+    found = texts(figure)
+    assert found
+    width, height = figure.bbox.size
+    for text, box in found:
+        assert min(box.x0, box.y0, width - box.x1, height - box.y1) > -1, text
+    for (one, first), (other, second) in combinations(found, 2):
+        assert not first.padded(-1).overlaps(second), (one, other)
+    picture = Image.open(io.BytesIO(plots.png(figure)))
+    assert picture.size[0] == 960
+
+
+def layers(model):
+    return {name: (place % 9 + 1) / 10 for place, name in enumerate(prunable_weights(timm.create_model(model)))}
+
+
+@pytest.mark.parametrize("model, count", [("deit_sample_patch4_28", 24), ("deit_tiny_patch16_224", 48),
+                                          ("cait_xxs24_224", 156), ("swin_tiny_patch4_window7_224", 51)])
+def test_pictures_of_layers_have_no_text_over_another(model, count):
+    fractions = layers(model)
+    assert len(fractions) == count
+    assert_readable(plots.sparsity_bars(fractions, 0.65, "target, 65 %", f"{model}, lamp at 65 %"))
+    drops = {(name, sparsity): value * sparsity for name, value in fractions.items() for sparsity in (0.5, 0.65, 0.9)}
+    assert_readable(plots.sensitivity_map(drops, f"{model}, one layer pruned at a time"))
+
+
+def test_there_is_a_bar_for_each_layer_in_the_colour_of_its_kind():
+    figure = plots.sparsity_bars(layers("deit_tiny_patch16_224"), 0.65, "target", "title")
+    bars = figure.axes[0].containers[0]
+    assert len(bars) == 48
+    assert [bar.get_height() for bar in bars][:3] == pytest.approx([10, 20, 30])
+    assert len({bar.get_facecolor() for bar in bars}) == 4
+    assert bars[0].get_facecolor() == bars[4].get_facecolor()
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 300])
+def test_the_training_is_drawn_by_epoch_with_its_reference_lines(epochs):
+    lines = [{"epoch": epoch, "train_loss": 1.0, "test_loss": 0.5, "test_acc1": 90.0, "test_ema_acc1": 80.0,
+              "test_ema_loss": 0.6, "train_lr": 5e-4} for epoch in range(epochs)]
+    figure = plots.training_curves(lines, {"dense": 92.15, "pruned": 73.6}, "deit_sample_patch4_28, lamp at 65 %")
+    assert_readable(figure)
+    labels = [text for text, _ in texts(figure)]
+    assert "dense, 92.15 %" in labels
+    assert "pruned, 73.60 %" in labels
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [epochs] * 3
+
+
+def test_a_sweep_has_a_line_for_each_pruner_and_kind_and_shows_the_spread():
+    points = [(0.5, [90.0, 91.0, 92.0]), (0.9, [80.0, 82.0, 84.0]), (0.91, [79.0, 79.5])]
+    curves = {name: {"one-shot": [(0.5, [80.0]), (0.9, [20.0])], "finetuned": points} for name in ("lamp", "erk")}
+    curves["a.yaml"] = {"one-shot": [(0.7, [50.0])]}
+    figure = plots.sweep_lines(curves, 92.15, "model", "finetuned for 2 epochs,\nmean and range of 3 seeds")
+    assert_readable(figure)
+    axes = figure.axes[0]
+    assert [list(line.get_ydata()) for line in axes.lines[:2]] == [[80, 20], [91, 82, 79.25]]
+    assert [line.get_linestyle() for line in axes.lines[:2]] == ["--", "-"]
+    assert axes.collections[2].get_paths()[0].get_extents().y1 == 92
+    assert len(axes.lines) == 6
+
+
+def test_the_same_figure_gives_the_same_bytes():
+    assert len({plots.png(plots.sparsity_bars(layers("deit_sample_patch4_28"), 0.5, "x", "y")) for _ in range(2)}) == 1

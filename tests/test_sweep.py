@@ -1,0 +1,178 @@
+"""Sweeps over pruners, sparsities and seeds."""
+
+import csv
+import json
+import os
+import re
+import signal
+
+import pytest
+from conftest import ROOT, start_main
+from PIL import Image
+
+import sweep as sweeping
+from main import exit_status
+from utils import UserError
+
+
+@pytest.fixture
+def run_sweep(tmp_path, monkeypatch, capfd, tiny):
+    """Runs the command line in this process on the tiny data set; returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+    place = tiny.index("--epochs")
+    recipe = [*tiny[:place], *tiny[place + 2:], "--lr", "0.02", "--no-model-ema"]
+
+    def run(*argv, status=0):
+        capfd.readouterr()
+        assert exit_status(lambda: sweeping.sweep([*recipe, *map(str, argv)])) == status
+        captured = capfd.readouterr()
+        return captured.err if status else captured.out
+
+    return run
+
+
+def rows(folder="output/sweep"):
+    with open(f"{folder}/sweep.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def key(row):
+    return row["kind"], row["name"], row["sparsity"], row["seed"]
+
+
+def test_every_combination_is_measured_and_drawn(run_sweep, tmp_path):
+    output = run_sweep("--pruners", "lamp", "erk", "--sparsities", "0.5", "0.9", "--finetune-epochs", "1",
+                       "--seeds", "0", "1")
+    assert [key(row) for row in rows()] == [
+        ("dense", "", "0.0", ""),
+        *(("one-shot", name, sparsity, "") for name in ("lamp", "erk") for sparsity in ("0.5", "0.9")),
+        *(("finetuned", name, sparsity, seed) for seed in "01" for name in ("lamp", "erk")
+          for sparsity in ("0.5", "0.9"))]
+    assert all(0 <= float(row["accuracy"]) <= 100 for row in rows())
+    assert float(rows()[2]["pruned"]) == pytest.approx(0.9, abs=1e-5)
+    assert re.search(r"\[13/13\] finetuned, erk at 90 %, seed 1: [\d.]+ %", output)
+    text = (tmp_path / "output/sweep/sweep.md").read_text()
+    assert "| top-1 in % | 50 % | 90 % |" in text
+    assert re.search(r"\| `lamp` \| [\d.]+ → [\d.]+ \([\d.]+ to [\d.]+\) \|", text)
+    assert "python sweep.py --data-set FASHION" in text
+    assert Image.open("output/sweep/sweep.png").size[0] == 960
+
+
+def test_a_sweep_measures_what_single_runs_measure(run_sweep, run_main, tiny):
+    flags = ["--seed", "3", "--lr", "0.02", "--drop-path", "0.2", "--no-model-ema"]
+    single = run_main(*tiny, *flags, "--pruner", "lamp", "--sparsity", "0.8", "--epochs", "2")
+    run_sweep("--seeds", "1", "3", "--drop-path", "0.2", "--pruners", "glob", "lamp", "--sparsities", "0.8", "0.5",
+              "--finetune-epochs", "2")
+    found = {key(row): float(row["accuracy"]) for row in rows()}
+    dense, pruned, finetuned = map(float, re.findall(r"(?:dense|pruned|finetuned) ([\d.]+) %", single))
+    assert found["dense", "", "0.0", ""] == pytest.approx(dense, abs=0.005)
+    assert found["one-shot", "lamp", "0.8", ""] == pytest.approx(pruned, abs=0.005)
+    assert found["finetuned", "lamp", "0.8", "3"] == pytest.approx(finetuned, abs=0.005)
+
+
+def test_started_again_it_does_what_is_missing_only(run_sweep, tmp_path, monkeypatch):
+    run_sweep("--pruners", "lamp", "erk", "--sparsities", "0.5")
+    path = tmp_path / "output/sweep/sweep.csv"
+    path.write_text(path.read_text()[:-5])  # killed while it wrote the last line
+    done, outcome = [], sweeping.Workbench.outcome
+    monkeypatch.setattr(sweeping.Workbench, "outcome", lambda self, task: done.append(task.name) or outcome(self, task))
+    run_sweep("--pruners", "lamp", "erk", "unif", "--sparsities", "0.5")
+    assert done == ["erk", "unif"]
+    assert [row["name"] for row in rows()] == ["", "lamp", "erk", "unif"]
+    assert all(row["accuracy"] for row in rows())
+
+
+def test_a_signal_ends_a_sweep_that_goes_on_where_it_stopped(run_sweep, monkeypatch):
+    outcome = sweeping.Workbench.outcome
+
+    def stop_in_the_second(self, task):
+        if task.kind == "one-shot":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return outcome(self, task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeping.Workbench, "outcome", stop_in_the_second)
+        message = run_sweep("--pruners", "lamp", "--sparsities", "0.5", status=143)
+    assert message == "stopped by SIGTERM; the same command does what is missing in output/sweep\n"
+    assert "1 of 2 done before" in run_sweep("--pruners", "lamp", "--sparsities", "0.5")
+
+
+def test_a_combination_that_fails_is_told_in_the_table_and_the_others_go_on(run_sweep):
+    output = run_sweep("--pruners", "unifplus", "unif", "--sparsities", "0.5", "0.95", "--finetune-epochs", "1")
+    assert [row["error"][:14] for row in rows() if not row["accuracy"]] == ["unifplus keeps"] * 2
+    assert re.search(r"\| `unifplus` \| [\d.]+ → [\d.]+ \| failed \|", output)
+    assert "- unifplus at 95 %: unifplus keeps the first and last" in output
+
+
+def test_a_training_that_diverges_ends_no_other(run_sweep):
+    output = run_sweep("--pruners", "lamp", "--sparsities", "0.5", "--finetune-epochs", "1", "--opt", "sgd", "--lr",
+                       "1e30")
+    assert "the loss is not finite" in output
+    assert [bool(row["accuracy"]) for row in rows()] == [True, True, False]
+
+
+def test_custom_configurations_take_part_where_they_are_and_are_measured_again_when_edited(run_sweep, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("sparsity:\n  mode: nxm\n  level: {default: 2:4, blocks.0.*: dense}\n")
+    output = run_sweep("--custom-configs", "mine.yaml", "--pruners", "unif", "--sparsities", "0.5")
+    row = rows()[-1]
+    assert row["name"] == "mine.yaml"
+    assert float(row["pruned"]) == float(row["sparsity"]) == pytest.approx(5 / 12, abs=1e-5)
+    assert re.search(r"- `mine.yaml`, 41.67 % pruned: [\d.]+", output)
+    path.write_text(path.read_text().replace("blocks.0.*", "blocks.1.*"))
+    assert "[3/3] one-shot, mine.yaml" in run_sweep("--custom-configs", "mine.yaml", "--pruners", "unif",
+                                                    "--sparsities", "0.5")
+
+
+def test_sensitivity_prunes_each_layer_alone(run_sweep):
+    run_sweep("--sensitivity", "--sparsities", "0.5", "0.95")
+    assert len(rows()) == 1 + 24 * 2
+    qkv = {row["sparsity"]: float(row["pruned"]) for row in rows() if row["name"] == "blocks.0.attn.qkv.weight"}
+    assert qkv == {"0.5": pytest.approx(0.5 * 27648 / 663552, abs=1e-6),
+                   "0.95": pytest.approx(0.95 * 27648 / 663552, abs=1e-6)}
+    assert Image.open("output/sweep/sensitivity.png").size[0] == 960
+
+
+def test_processes_share_the_combinations(tmp_path, tiny):
+    place = tiny.index("--epochs")
+    result = start_main(*tiny[:place], *tiny[place + 2:], "--pruners", "lamp", "erk", "unif", "--sparsities", "0.5",
+                        "--output_dir", "out", cwd=tmp_path, processes=2, script=ROOT / "sweep.py")
+    assert result.returncode == 0, result.stderr
+    assert [row["name"] for row in rows(tmp_path / "out")] == ["", "lamp", "erk", "unif"]
+    assert len(re.findall(r"^\[\d/4\] ", result.stdout, re.M)) == 4
+    assert result.stdout.count("Written to out") == 1
+
+
+@pytest.mark.parametrize("argv, culprit", [
+    (["--pruners", "lampp"], "lampp"), (["--pruners", "custom"], "custom"), (["--sparsities", "1.0"], "1.0"),
+    (["--sparsities", "0.5", "half"], "half"), (["--finetune-epochs", "-1"], "--finetune-epochs"),
+    (["--pruner", "lamp", "--sparsity", "0.5"], "--pruners"), (["--epochs", "3"], "--finetune-epochs"),
+    (["--eval"], "--eval"), (["--custom-configs", "missing.yaml"], "missing.yaml"),
+    (["--custom-configs", "misfit.yaml"], "blocks.9"), (["--no-such-flag"], "--no-such-flag"),
+    (["--opt", "adamwx", "--finetune-epochs", "1"], "adamwx")], ids=lambda value: " ".join(value))
+def test_a_mistake_is_one_line_before_any_work(run_sweep, tmp_path, argv, culprit):
+    (tmp_path / "misfit.yaml").write_text("sparsity:\n  mode: nxm\n  level: {default: 2:4, blocks.9.*: dense}\n")
+    error = run_sweep(*argv, status=2)
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert culprit in error
+    assert [path.name for path in tmp_path.iterdir()] == ["misfit.yaml"]
+
+
+def test_the_folder_of_another_sweep_is_refused(run_sweep, tmp_path):
+    run_sweep("--pruners", "lamp", "--sparsities", "0.5")
+    before = (tmp_path / "output/sweep/sweep.csv").read_bytes()
+    error = run_sweep("--pruners", "lamp", "--sparsities", "0.5", "--lr", "0.5", status=2)
+    assert error == ("error: --output_dir output/sweep: holds a sweep with --lr 0.02, not 0.5; choose another "
+                     "folder\n")
+    assert (tmp_path / "output/sweep/sweep.csv").read_bytes() == before
+    (tmp_path / "output/sweep/sweep.json").write_text(json.dumps([1]))
+    assert "sweep.json" in run_sweep("--pruners", "lamp", status=2)
+
+
+def test_the_parser_takes_the_arguments_of_main_beside_its_own():
+    options, args = sweeping.parse_sweep_args(["--finetune-epochs", "3", "--lr", "0.1", "--seed", "7"])
+    assert (options.pruners, options.seeds) == (["lamp", "glob", "unif", "unifplus", "erk"], [7])
+    assert (args.lr, args.epochs, args.output_dir) == (0.1, 3, "")
+    with pytest.raises(UserError, match="unrecognized"):
+        sweeping.parse_sweep_args(["--sparsitie", "0.5"])
