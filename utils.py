@@ -161,6 +161,19 @@ def on_first_process(compute):
     return outcome[0]
 
 
+def is_first_to_fail() -> bool:
+    """Whether this process is the first to ask, and so the one that says what went wrong.
+
+    Before the processes have met, all make the same mistakes, and the first on each machine tells.
+    """
+    if not dist.is_initialized():
+        return local_rank() == 0
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # the process that keeps the store is gone
+        return False
+
+
 def gather_objects(value) -> list:
     """The value of each process, in their order, on every process."""
     if world_size() == 1:
@@ -361,7 +374,8 @@ def load_checkpoint(source: str) -> dict:
     else:
         content = {"model": content}
     weights = content["model"]
-    if not weights or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
+    if not weights or not all(isinstance(name, str) and isinstance(value, torch.Tensor) and not value.is_meta
+                              and value.layout == torch.strided for name, value in weights.items()):
         raise UserError(f"{source}: has no state dict of tensors, neither at its top nor under `model`")
     return content
 
@@ -378,5 +392,6 @@ def _check_archive(source: str) -> None:
 
 
 def first_line(error) -> str:
-    """The first line of an exception's message, for messages that must be one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).strip()
+    """The first line of an exception's message, and the next where it only announces that."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[:2 if lines[0].endswith(":") else 1])

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import main
 import utils
@@ -136,6 +137,24 @@ def test_model_ema_follows_with_its_decay_and_can_be_left_out(run_main, tiny, tm
     assert torch.equal(follows["model_ema"]["head.weight"], follows["model"]["head.weight"])
     assert not torch.equal(lags["model_ema"]["head.weight"], lags["model"]["head.weight"])
     assert "model_ema" not in none
+
+
+def test_model_ema_force_cpu_keeps_the_average_in_the_cpus_memory():
+    with FakeTensorMode():  # a GPU that need not be there
+        model = timm.create_model("deit_sample_patch4_28").cuda()
+        for flags, device in ((["--model-ema-force-cpu"], "cpu"), ([], "cuda")):
+            state = TrainingState(model, options(*flags), CPU)
+            state.start(None, None)
+            assert next(state.ema.module.parameters()).device.type == device
+
+
+def test_train_mode_reaches_the_training(run_main, tiny, monkeypatch):
+    seen, train = [], main.train_one_epoch
+    monkeypatch.setattr(main, "train_one_epoch", lambda *args, **options: seen.append(options["train_mode"]) or train(
+        *args, **options))
+    run_main(*tiny)
+    run_main(*tiny, "--no-train-mode")
+    assert seen == [True, False]
 
 
 # ---- optimizer and schedule ----
