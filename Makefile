@@ -1,10 +1,10 @@
 # `make demo` runs the main job on the built-in sample, `make sweep` compares the pruners on it, `make test` runs the
-# linter and the tests. Each sets up .venv by itself, once.
+# linter and the tests, `make bench` all measurements of docs/performance.md. Each sets up .venv by itself, once.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo sweep test clean
+.PHONY: demo sweep test bench clean
 
 demo: .venv/run
 	$(BIN)/python main.py --pruner lamp --sparsity 0.65
@@ -17,6 +17,9 @@ sweep: .venv/run
 test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+bench: .venv/run
+	$(BIN)/python benchmarks/run.py
 
 .venv/run: requirements.txt
 	@echo "Setting up .venv with requirements.txt: the first time this takes some minutes and over 5 GB of disk."

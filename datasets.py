@@ -16,7 +16,7 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import default_loader
 
-from augment import repair_posterize, three_augment
+from augment import RandomResizedCrop, ToNormalizedTensor, repair_posterize, three_augment
 from utils import BadImageError, UserError, first_line
 
 TIMM = "timm:"  # what --data-set begins with for timm's readers
@@ -43,17 +43,19 @@ def build_transform(is_train: bool, args):
     if is_train:
         repair_posterize()
         try:
-            transform = create_transform(
-                input_size=args.input_size, is_training=True, color_jitter=args.color_jitter or None,
+            crop, augment, finish = create_transform(
+                separate=True, input_size=args.input_size, is_training=True, color_jitter=args.color_jitter or None,
                 auto_augment=args.aa if args.aa != "none" else None, interpolation=args.train_interpolation,
                 re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
         except (AssertionError, ValueError, KeyError) as error:
             raise UserError(f"--aa {args.aa}: not a policy that timm knows ({first_line(error)})") from None
+        zoom = RandomResizedCrop(args.input_size, interpolation=args.train_interpolation)
         if small:
-            transform.transforms[0] = transforms.Compose([
+            zoom = transforms.Compose([
                 transforms.Resize(args.input_size, interpolation=transforms.InterpolationMode.BICUBIC),
                 transforms.RandomCrop(args.input_size, padding=args.crop_padding)])
-        return transform
+        # In place of timm's own: its crop is the first step, ToTensor and Normalize begin the last ones.
+        return transforms.Compose([zoom, *crop.transforms[1:], augment, ToNormalizedTensor(), *finish.transforms[2:]])
     resized = args.input_size if small else int(args.input_size / args.eval_crop_ratio)
     return transforms.Compose([
         transforms.Resize(resized, interpolation=transforms.InterpolationMode.BICUBIC),

@@ -14,6 +14,10 @@ from utils import UserError, first_line
 
 DROPPED_OPTIMIZERS = ("nvnovograd", "fusedmomentum")  # in timm 0.3.2, which DeiT used, and in no current release
 
+#: Optimizers that torch computes in one pass: AdamW takes a quarter of the time on CPUs, and on GPUs the float16 loss
+#: scaler need not wait for them.
+FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")
+
 
 class TrainingState:
     """Model, masks, moving average, optimizer, schedule and loss scaler, and how far the training has come.
@@ -35,7 +39,8 @@ class TrainingState:
         self.step, self.max_accuracy, self.best = 0, -1.0, "model"
         self.accuracy, self.bad_images = {}, bad_images
         lr = args.lr if args.unscale_lr else args.lr * self._images_per_step() / 512
-        settings = argparse.Namespace(**{**vars(args), "lr": lr})
+        fused = {"fused": True} if args.opt in FUSED else None
+        settings = argparse.Namespace(**{**vars(args), "lr": lr, "opt_args": fused})
         try:
             self.optimizer = create_optimizer(settings, model)
             self.lr_scheduler, _ = create_scheduler(settings, self.optimizer)

@@ -1,10 +1,17 @@
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from timm.data import auto_augment
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    RandomResizedCropAndInterpolation,
+    auto_augment,
+)
+from torchvision import transforms
 
 import utils
-from augment import posterize, repair_posterize, three_augment
+from augment import RandomResizedCrop, ToNormalizedTensor, posterize, repair_posterize, three_augment
 
 
 def test_posterize_to_zero_bits_is_black_and_to_more_is_timms():
@@ -48,3 +55,22 @@ def test_three_augment_gives_images_of_the_input_size_and_zooms_unless_told_othe
     assert all(result.shape == (3, 32, 32) for result in results)
     one_colour = sum(int(result.std(dim=(1, 2)).max() < 0.05) for result in results)
     assert (one_colour > 0) != simple_crop
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
+@pytest.mark.parametrize("size", [(500, 375), (40, 90)])
+def test_random_crops_are_timms_but_for_the_rounding(interpolation, size):
+    noise = np.random.RandomState(0).randint(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    for seed in range(20):
+        crops = []
+        for crop in (RandomResizedCrop, RandomResizedCropAndInterpolation):
+            utils.seed_everything(utils.SAMPLE, seed)
+            crops.append(np.asarray(crop(96, interpolation=interpolation)(image)).astype(int))
+        assert np.abs(crops[0] - crops[1]).max() <= 2
+
+
+def test_one_step_normalizes_as_two_do():
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (20, 30, 3), dtype=np.uint8))
+    two = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+    torch.testing.assert_close(ToNormalizedTensor()(image), two(image), rtol=0, atol=1e-6)

@@ -89,7 +89,7 @@ def test_output_dir_is_where_files_go_and_empty_writes_nothing(run_main, tiny, t
     assert not list(tmp_path.iterdir())
     run_main(*tiny, "--output_dir", "a/b")
     assert {path.name for path in (tmp_path / "a/b").glob("[!.]*")} == {
-        "checkpoint.pth", "best_checkpoint.pth", "log.txt", "training.png", "summary.md"}
+        "checkpoint.pth", "best_checkpoint.pth", "log.txt", "summary.md", "training.png"}
 
 
 def test_eval_does_not_train(run_main, tiny):

@@ -1,0 +1,333 @@
+"""Measures every row of docs/performance.md and writes the page; `make bench` runs it whole, in about six minutes.
+
+    python benchmarks/run.py                  # everything, then the page
+    python benchmarks/run.py masks step       # some groups only, added to what was measured before, then the page
+
+Each figure stands beside what a user would otherwise use, measured in the same run. The machine should be idle.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torchvision
+from PIL import Image
+from timm.data import create_transform
+from torch.nn.utils import prune
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import main  # noqa: E402
+import utils  # noqa: E402
+from arguments import parse_args  # noqa: E402
+from engine import evaluate, train_one_epoch  # noqa: E402
+from losses import DistillationLoss  # noqa: E402
+from sparsity_factory import PRUNERS, Masks, compute_masks, prunable_weights  # noqa: E402
+from state import TrainingState  # noqa: E402
+
+RESULTS = ROOT / "output" / "benchmarks.json"
+PAGE = ROOT / "docs" / "performance.md"
+CPU = torch.device("cpu")
+SPARSITY = 0.65
+TWO_OF_FOUR = {"sparsity": {"mode": "nxm", "level": {"default": [2, 4]}}}
+REQUESTS = {name: {"sparsity": SPARSITY} for name in PRUNERS if name != "custom"} | {"2:4": {}}
+LIMITS = {"lamp": (1.0, 10), "glob": (0.5, 25), "unif": (0.6, 10), "unifplus": (0.6, 10), "erk": (0.6, 10)}
+
+
+def seconds(function, repeats: int = 3) -> float:
+    """The shortest of some runs: what disturbs a run only ever makes it longer."""
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def row(what: str, target: str, found: str, missed: str = "") -> dict:
+    """A row of the table; `missed` says by how much the target is missed, and is empty where it is met."""
+    return {"what": what, "target": target, "found": found, "missed": missed}
+
+
+def over(value: float, limit: float, unit: str) -> str:
+    return "" if value <= limit else f"by {value - limit:.2g} {unit}"
+
+
+def under(ratio: float, limit: float) -> str:
+    return "" if ratio >= limit else f"{ratio:.2f} of {limit:g} times"
+
+
+def random_model(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name)
+
+
+def choose(model, pruner: str) -> dict:
+    if pruner == "2:4":
+        return compute_masks(model, "custom", custom_config=TWO_OF_FOUR)
+    return compute_masks(model, pruner, SPARSITY)
+
+
+def memory(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
+
+
+def peak_above(function) -> int:
+    """The bytes that a call needs at its peak beyond what the process has before it."""
+    Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
+    before = memory("VmRSS")
+    function()
+    return memory("VmHWM") - before
+
+
+# ---- the groups: each returns its rows, or a table of its own ----
+
+
+def masks() -> list[dict]:
+    """Choosing the masks of DeiT-Base."""
+    model = random_model("deit_base_patch16_224")
+    layers = [model.get_submodule(name.removesuffix(".weight")) for name in prunable_weights(model)]
+
+    def all_at_once():
+        prune.global_unstructured([(layer, "weight") for layer in copy.deepcopy(layers)], prune.L1Unstructured,
+                                  amount=SPARSITY)
+
+    def layer_by_layer():
+        for layer in copy.deepcopy(layers):
+            prune.l1_unstructured(layer, "weight", SPARSITY)
+
+    copying = seconds(lambda: copy.deepcopy(layers))
+    others = {"prune.global_unstructured": seconds(all_at_once, 1) - copying,
+              "prune.l1_unstructured": seconds(layer_by_layer, 1) - copying}
+    rows, most = [], 0
+    for pruner in tqdm(REQUESTS, "masks"):
+        most = max(most, peak_above(partial(choose, model, pruner)))
+        taken = seconds(partial(choose, model, pruner))
+        if pruner == "2:4":
+            rows.append(row("2:4 everywhere, DeiT-Base", "at most 0.8 s", f"{taken:.2f} s", over(taken, 0.8, "s")))
+            continue
+        limit, times = LIMITS[pruner]
+        other = f"prune.{'global' if pruner in ('lamp', 'glob') else 'l1'}_unstructured"
+        ratio = others[other] / taken
+        rows.append(row(f"`{pruner}` masks, DeiT-Base", f"at most {limit} s, {times} times `{other}`",
+                        f"{taken:.2f} s, {ratio:.0f} times ({others[other]:.1f} s)",
+                        over(taken, limit, "s") or under(ratio, times)))
+    rows.append(row("memory above the model for any of them", "at most 1.0 GB", f"{most / 1e9:.2f} GB",
+                    over(most / 1e9, 1, "GB")))
+    return rows
+
+
+def growth() -> dict:
+    """Seconds and memory of every pruner, by size of the model."""
+    table = {}
+    for name in tqdm(["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224",
+                      "vit_large_patch16_224"], "growth"):
+        model = random_model(name)
+        most = max(peak_above(partial(choose, model, pruner)) for pruner in REQUESTS)
+        weights = sum(weight.numel() for weight in prunable_weights(model).values())
+        taken = {pruner: seconds(partial(choose, model, pruner), 2) for pruner in REQUESTS}
+        table[name] = {"weights": weights, "memory": most, **taken}
+    return table
+
+
+def batches(count: int, size: int) -> list:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(size, 3, 224, 224, generator=generator),
+             torch.randint(1000, (size,), generator=generator))] * count
+
+
+def step_seconds(model, optimizer, size: int, amp_dtype, steps: int = 2) -> float:
+    """The shortest of some training steps, after a first one that is not counted."""
+    marks = []
+    with contextlib.redirect_stdout(io.StringIO()):
+        train_one_epoch(model, DistillationLoss(torch.nn.CrossEntropyLoss()), batches(steps + 1, size), optimizer, CPU,
+                        0, amp_dtype=amp_dtype, after_step=lambda _: marks.append(time.perf_counter()))
+    return min(later - earlier for earlier, later in zip(marks[:-1], marks[1:], strict=True))
+
+
+def ours(name: str, *flags: str) -> TrainingState:
+    """A model and its optimizer as main.py makes them."""
+    args = parse_args(["--data-path", "unused", "--model", name, "--no-pretrained", *flags])
+    return TrainingState(main.prepare_model(args, 1000, {}, CPU), args, CPU)
+
+
+def step() -> list[dict]:
+    """What masks add to a training step: measured by themselves, since steps vary by more than that."""
+    rows = []
+    for name, title in tqdm([("deit_tiny_patch16_224", "DeiT-Tiny"), ("deit_small_patch16_224", "DeiT-Small")], "step"):
+        state = ours(name)
+        chosen = compute_masks(state.model, "lamp", SPARSITY)
+        kept = Masks(state.model, chosen)
+        bytes_each = sum(mask.element_size() * mask.numel() for mask in kept.masks.values()) / sum(
+            mask.numel() for mask in kept.masks.values())
+        dense = {dtype: step_seconds(state.model, state.optimizer, 64, dtype) for dtype in (None, torch.bfloat16)}
+
+        def masked(kept=kept):
+            kept.apply_to_grads()
+            kept.apply()
+
+        added = seconds(masked, 10)
+        layers = [state.model.get_submodule(weight.removesuffix(".weight")) for weight in chosen]
+        for layer, mask in zip(layers, chosen.values(), strict=True):
+            prune.custom_from_mask(layer, "weight", mask)
+        hooks = [(layer, next(iter(layer._forward_pre_hooks.values()))) for layer in layers]
+
+        def reparametrised(hooks=hooks):
+            for layer, hook in hooks:
+                hook(layer, ())
+                layer.weight.backward(torch.ones_like(layer.weight))
+
+        theirs = seconds(reparametrised, 10)
+        for dtype, whole in dense.items():
+            share = 100 * added / whole
+            rows.append(row(
+                f"masks in a step, {title}, batch 64, {'bfloat16' if dtype else 'float32'}",
+                "at most 1 % of the dense step, 1 byte a weight, less than `torch.nn.utils.prune`",
+                f"{share:.2f} %, {bytes_each:g} byte ({1e3 * added:.1f} ms of {whole:.2f} s; "
+                f"`prune` {1e3 * theirs:.1f} ms)",
+                over(share, 1, "%") or over(bytes_each, 1, "bytes") or over(added, theirs, "s")))
+    return rows
+
+
+def train() -> list[dict]:
+    """A training step of DeiT-Small with what the machine has, and a plain one in float32."""
+    amp_dtype = utils.choose_amp("auto", CPU)
+    state = ours("deit_small_patch16_224")
+    quick = step_seconds(state.model, state.optimizer, 16, amp_dtype, steps=5)
+    timm.layers.set_fused_attn(True)  # as it is by default
+    model = random_model("deit_small_patch16_224")
+    plain = step_seconds(model, torch.optim.AdamW(model.parameters()), 16, None, steps=3)
+    name = str(amp_dtype or torch.float32).removeprefix("torch.")
+    return [row("training step, DeiT-Small, batch 16, `--amp auto`", "2.5 times a float32 step with timm's defaults",
+                f"{plain / quick:.2f} times ({16 / quick:.1f} images/s in {name}, {16 / plain:.1f} in float32)",
+                under(plain / quick, 2.5))]
+
+
+def evaluation() -> list[dict]:
+    """Evaluation of DeiT-Small likewise, and what it changes in the accuracy of the sample."""
+    amp_dtype = utils.choose_amp("auto", CPU)
+
+    def run(model, dtype):
+        with contextlib.redirect_stdout(io.StringIO()):
+            return evaluate(batches(2, 32), model, CPU, amp_dtype=dtype)
+
+    state = ours("deit_small_patch16_224")
+    quick = seconds(lambda: run(state.model, amp_dtype))
+    timm.layers.set_fused_attn(True)
+    model = random_model("deit_small_patch16_224")
+    plain = seconds(lambda: run(model, None), 2)
+    accuracy = []
+    for amp in ("auto", "off"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            accuracy.append(main.main(parse_args(["--eval", "--amp", amp]))["dense"])
+    apart = abs(accuracy[0] - accuracy[1])
+    return [row("evaluation, DeiT-Small, `--amp auto`", "2.5 times float32 with timm's defaults, accuracy of the "
+                "sample within 0.1 points", f"{plain / quick:.2f} times ({64 / quick:.0f} images/s, {64 / plain:.0f} "
+                f"in float32), {apart:.2f} points apart", under(plain / quick, 2.5) or over(apart, 0.1, "points"))]
+
+
+def inputs() -> list[dict]:
+    """Images a second of the training loader, and of a plain ImageFolder and DataLoader."""
+    rates = {"ours": [], "plain": []}
+    with tempfile.TemporaryDirectory() as folder:
+        random = np.random.RandomState(0)
+        for number in range(512):
+            for part in ("train", "val"):
+                Path(folder, part, "one").mkdir(parents=True, exist_ok=True)
+            coarse = Image.fromarray(random.randint(0, 256, (24, 32, 3), dtype=np.uint8))
+            coarse.resize((500, 375), Image.Resampling.BICUBIC).save(f"{folder}/train/one/{number}.jpg", quality=90)
+        coarse.save(f"{folder}/val/one/0.jpg")
+        args = parse_args(["--data-path", folder, "--model", "deit_small_patch16_224", "--num_workers", "2",
+                           "--no-repeated-aug"])
+        loaders = {"ours": main.build_loaders(args, CPU)[0]}  # first, as it repairs timm's posterize for both
+        transform = create_transform(224, is_training=True, color_jitter=args.color_jitter, auto_augment=args.aa,
+                                     interpolation="bicubic", re_prob=0.25, re_mode="pixel", re_count=1)
+        loaders["plain"] = DataLoader(ImageFolder(f"{folder}/train", transform), 64, shuffle=True, num_workers=2,
+                                      drop_last=True, persistent_workers=True)
+        for _ in tqdm(range(4), "inputs"):
+            for kind, loader in loaders.items():
+                start = time.perf_counter()
+                images = sum(len(images) for images, _ in loader)
+                rates[kind].append(images / (time.perf_counter() - start))
+    quick, plain = (float(np.median(rates[kind][1:])) for kind in ("ours", "plain"))
+    return [row("input pipeline, JPEG of 500 x 375, DeiT's training transforms, 2 workers",
+                "1.4 times ImageFolder and DataLoader with timm's transform",
+                f"{quick / plain:.2f} times ({quick:.0f} and {plain:.0f} images/s)", under(quick / plain, 1.4))]
+
+
+def sample() -> list[dict]:
+    """The sample run."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "main.py"), "--pruner", "lamp", "--sparsity", str(SPARSITY)]
+        start = time.perf_counter()
+        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        taken = time.perf_counter() - start
+    return [row("`python main.py --pruner lamp --sparsity 0.65`", "at most 40 s", f"{taken:.0f} s",
+                over(taken, 40, "s"))]
+
+
+GROUPS = {group.__name__: group for group in (masks, step, train, evaluation, inputs, sample, growth)}
+
+
+# ---- the page ----
+
+
+def machine() -> str:
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    model = next(line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name"))
+    features = ", ".join(name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in cpuinfo.split())
+    return (f"{model} ({features}), {torch.get_num_threads()} cores; Python {platform.python_version()}, torch "
+            f"{torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, numpy "
+            f"{np.__version__}, Pillow {Image.__version__}")
+
+
+def page(results: dict) -> str:
+    lines = ["# Performance", "", "Made by `make bench`, which measures each figure and what it is compared with in "
+             "one run: seconds are the shortest of several, rates the median.", "",
+             f"Machine: {results['machine']}.", "", "| what | target | measured | met |", "| --- | --- | --- | --- |"]
+    rows = [found for group in GROUPS if group != "growth" for found in results.get(group, [])]
+    lines += [f"| {found['what']} | {found['target']} | {found['found']} | "
+              f"{'missed: ' + found['missed'] if found['missed'] else 'yes'} |" for found in rows]
+    if "growth" in results:
+        names = " | ".join(f"`{name}`" for name in REQUESTS)
+        lines += ["", "## Growth", "",
+                  "Seconds to choose the masks, and the most memory above the model that one of them needs:", "",
+                  f"| model | prunable weights | {names} | memory |", "| --- |" + " ---: |" * (len(REQUESTS) + 2)]
+        for name, found in results["growth"].items():
+            cells = " | ".join(f"{found[pruner]:.2f}" for pruner in REQUESTS)
+            lines.append(f"| `{name}` | {found['weights'] / 1e6:.1f} M | {cells} | {found['memory'] / 1e9:.2f} GB |")
+    return "\n".join([*lines, "", (Path(__file__).parent / "notes.md").read_text()])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; all by default")
+    chosen = parser.parse_args().groups
+    for unknown in set(chosen) - set(GROUPS):
+        parser.error(f"no group {unknown}: expected some of {', '.join(GROUPS)}")
+    results = json.loads(RESULTS.read_text()) if chosen and RESULTS.exists() else {}
+    RESULTS.parent.mkdir(exist_ok=True)
+    for name in chosen or GROUPS:
+        print(f"{name}: {GROUPS[name].__doc__.splitlines()[0]}", file=sys.stderr, flush=True)
+        results[name] = GROUPS[name]()
+        results["machine"] = machine()
+        RESULTS.write_text(json.dumps(results))
+    PAGE.write_text(page(results))
+    print(page(results))
