@@ -279,7 +279,7 @@ class MetricLogger:
         width = len(str(steps))
         iter_time, data_time = SmoothedValue(fmt="{global_avg:.4f}"), SmoothedValue(fmt="{global_avg:.4f}")
         start = end = time.time()
-        with tqdm(total=steps, initial=first, desc=header, unit="batch", leave=False, dynamic_ncols=True,
+        with tqdm(total=steps, initial=first, desc=header.rstrip(":"), unit="batch", leave=False, dynamic_ncols=True,
                   file=sys.stdout, disable=disable) as bar:
             for step, batch in enumerate(loader, first):
                 data_time.update(time.time() - end)
@@ -287,7 +287,8 @@ class MetricLogger:
                 iter_time.update(time.time() - end)
                 bar.update()
                 if step % print_freq == 0 or step == steps - 1:
-                    bar.set_postfix_str(str(self), refresh=False)
+                    averages = ", ".join(f"{name} {mean:.4g}" for name, mean in self.averages().items())
+                    bar.set_postfix_str(averages, refresh=False)
                     eta = datetime.timedelta(seconds=int(iter_time.global_avg * (steps - 1 - step)))
                     line = f"{header}  [{step:{width}d}/{steps}]  eta: {eta}  {self}  "
                     line += f"time: {iter_time}  data: {data_time}"
