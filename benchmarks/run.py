@@ -9,6 +9,7 @@ Each figure stands beside what a user would otherwise use, measured in the same 
 import argparse
 import contextlib
 import copy
+import ctypes
 import io
 import json
 import platform
@@ -91,6 +92,7 @@ def memory(field: str) -> int:
 
 def peak_above(function) -> int:
     """The bytes that a call needs at its peak beyond what the process has before it."""
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed would hide what this one needs
     Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
     before = memory("VmRSS")
     function()
@@ -162,10 +164,11 @@ def step_seconds(model, optimizer, size: int, amp_dtype, steps: int = 2) -> floa
     return min(later - earlier for earlier, later in zip(marks[:-1], marks[1:], strict=True))
 
 
-def ours(name: str, *flags: str) -> TrainingState:
+def ours(name: str) -> TrainingState:
     """A model and its optimizer as main.py makes them."""
-    args = parse_args(["--data-path", "unused", "--model", name, "--no-pretrained", *flags])
-    return TrainingState(main.prepare_model(args, 1000, {}, CPU), args, CPU)
+    args = parse_args(["--data-path", "unused", "--model", name, "--no-pretrained"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        return TrainingState(main.prepare_model(args, 1000, {}, CPU), args, CPU)
 
 
 def step() -> list[dict]:

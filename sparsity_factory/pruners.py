@@ -84,7 +84,7 @@ class Scores(Mapping[str, Tensor]):
         self._dtype = torch.float64 if wide else torch.float32
         self._finite: set[str] = set()
         self._at_least: dict[str, Tensor] = {}
-        self._latest: tuple[str, Tensor] | None = None
+        self._latest: tuple[str, Tensor] | None = None  # what one layer is asked for comes in a row
 
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
@@ -107,7 +107,7 @@ class Scores(Mapping[str, Tensor]):
         """The mask of a layer that keeps so many weights, or (n, m) for n of every m."""
         if isinstance(kept, tuple):
             return patterns.n_of_m(self[name], *kept)
-        return patterns.k_largest(self[name], kept, self.at_least(name))
+        return patterns.k_largest(self[name], kept, self._at_least.get(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

@@ -158,6 +158,11 @@ def test_train_mode_reaches_the_training(run_main, tiny, monkeypatch):
 # ---- optimizer and schedule ----
 
 
+def test_optimizers_that_torch_fuses_are_fused():
+    assert group()[0]["fused"] is group("--opt", "sgd")[0]["fused"] is True
+    assert "fused" not in group("--opt", "lamb")[0]
+
+
 def test_opt_chooses_the_optimizer_and_its_options_reach_it():
     _, decayed = group("--weight-decay", "0.3", "--opt-eps", "1e-5", "--opt-betas", "0.7", "0.8")
     assert decayed["weight_decay"] == 0.3
