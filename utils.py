@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 
@@ -138,8 +139,11 @@ def init_process_group(device_name: str, dist_url: str = "env://", distributed: 
         return choose_device(device_name)
     device = choose_device(device_name)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=dist_url,
-                                rank=process, world_size=processes)
+        store, process, processes = next(rendezvous(dist_url, process, processes))
+        # Processes that torchrun starts again meet at the old store, where some torch releases leave stale addresses.
+        store = dist.PrefixStore(f"start_{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=process,
+                                world_size=processes)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--dist_url {dist_url}: the processes do not meet ({first_line(error)})") from None
     return device
