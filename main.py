@@ -370,7 +370,7 @@ def _exit_status(work) -> int:
         status, message = 1, f"error: {error}"
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):  # killed, perhaps for want of memory
-            if utils.is_first_to_fail():
+            if not dist.is_initialized() or utils.is_first_to_fail():
                 raise
             return 1  # lost another process, which has said why
         status, message = 1, f"error: {error}"
@@ -384,9 +384,9 @@ def _exit_status(work) -> int:
 def audit(path: str) -> int:
     """Prints what a checkpoint keeps of each layer, from the file alone; 1 if its weights do not obey its masks."""
     checkpoint = utils.load_checkpoint(path)
-    if not checkpoint.get("masks"):
+    masks = unpack(checkpoint.get("masks", {}))
+    if not masks:
         raise UserError(f"{path}: holds no masks; expected a checkpoint of a pruned run")
-    masks = unpack(checkpoint["masks"])
     print(checkpoint_table(checkpoint["model"], masks))
     print(f"pruned with {pruner_in_words(checkpoint.get('pruner'))}")
     for kind in ("model", "model_ema"):
