@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import reprlib
 import shlex
 import shutil
 from pathlib import Path
@@ -189,25 +190,35 @@ def _preset_value(action, value, where):
     """`value` as the command line would have read it, so that a preset and a flag can never differ in type."""
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise UserError(f"{where}: expected true or false, got {value!r}")
+            raise UserError(f"{where}: expected true or false, got {brief(value)}")
         return value
     if value is None and action.default is None:
         return None
     if value is False and "off" in (action.choices or ()):  # what YAML makes of a bare `off`
         value = "off"
     values = value if action.nargs == "+" and isinstance(value, list) else [value]
+    if not values:
+        raise UserError(f"{where}: expected at least one value")
     read = []
     for item in values:
         if isinstance(item, (dict, list, bool)) or item is None:
-            raise UserError(f"{where}: expected a value of type {(action.type or str).__name__}, got {item!r}")
+            raise UserError(f"{where}: expected a value of type {(action.type or str).__name__}, got {brief(item)}")
         try:
             item = (action.type or str)(str(item))
-        except ValueError:
-            raise UserError(f"{where}: expected a value of type {action.type.__name__}, got {item!r}") from None
+        except ValueError:  # also of an integer that has too many digits to be printed
+            raise UserError(f"{where}: expected a value of type {action.type.__name__}, got {brief(item)}") from None
         if action.choices and item not in action.choices:
-            raise UserError(f"{where}: expected one of {', '.join(action.choices)}, got {item!r}")
+            raise UserError(f"{where}: expected one of {', '.join(action.choices)}, got {brief(item)}")
         read.append(item)
     return read if action.nargs == "+" else read[0]
+
+
+def brief(value) -> str:
+    """What an error message shows of anybody's value."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return "a number of too many digits"
 
 
 def check_args(args) -> None:
@@ -224,8 +235,12 @@ def check_args(args) -> None:
     for flag in ("--num_workers", "--crop-padding", "--seed", "--start_epoch", "--warmup-epochs",
                  "--checkpoint-every", "--skip-bad-images", "--cooldown-epochs",
                  "--lr", "--min-lr", "--warmup-lr", "--weight-decay", "--clip-grad", "--mixup", "--cutmix",
-                 "--color-jitter"):
-        expect(value_of(flag) is None or 0 <= value_of(flag) < math.inf, flag, "a number of at least 0")
+                 "--color-jitter", "--momentum", "--decay-rate", "--patience-epochs", "--lr-noise", "--lr-noise-pct",
+                 "--lr-noise-std", "--opt-eps"):
+        values = value_of(flag) if isinstance(value_of(flag), list) else [value_of(flag)]
+        expect(all(value is None or 0 <= value < math.inf for value in values), flag, "a number of at least 0")
+    expect(args.opt_betas is None or len(args.opt_betas) >= 2 and all(0 <= beta < 1 for beta in args.opt_betas),
+           "--opt-betas", "two numbers in [0, 1)")
     expect(args.num_classes is None or args.num_classes >= 1, "--num-classes", "at least 1")
     for flag in ("--drop", "--drop-path", "--smoothing", "--model-ema-decay"):
         expect(0 <= value_of(flag) < 1, flag, "a number in [0, 1)")
@@ -247,8 +262,9 @@ def check_args(args) -> None:
     compiler = os.environ.get("CXX", "g++")
     if args.compile and not shutil.which(compiler):
         raise UserError(f"--compile: torch.compile needs a C++ compiler, and there is no {compiler}; CXX may name one")
-    if args.tensorboard and not args.output_dir:
-        raise UserError("--tensorboard: expected --output_dir beside it")
+    for flag in ("--tensorboard", "--checkpoint-every"):
+        if value_of(flag) and not args.output_dir:
+            raise UserError(f"{flag}: expected --output_dir beside it")
     for package in ("tensorboard", "wandb"):
         if value_of(package):
             require(package)

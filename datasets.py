@@ -19,6 +19,7 @@ from torchvision.datasets.folder import default_loader
 from augment import RandomResizedCrop, ToNormalizedTensor, repair_posterize, three_augment
 from utils import BadImageError, UserError, first_line
 
+SYNONYMS = {"train": ("training",), "validation": ("val", "valid", "eval", "evaluation")}  # timm's, of splits
 TIMM = "timm:"  # what --data-set begins with for timm's readers
 SAMPLE_PATH = Path(__file__).resolve().parent / "sample"
 
@@ -119,7 +120,7 @@ class INaturalist(Dataset):
     def __init__(self, root: Path, year: int, is_train: bool, category: str = "name", transform=None):
         self.transform = transform or (lambda image: image)
         try:
-            ranks = [entry[category] for entry in _read_json(root / "categories.json")]
+            ranks = dict(enumerate(entry[category] for entry in _read_json(root / "categories.json")))
             annotations = _read_json(root / f"train{year}.json")["annotations"]
             classes = dict.fromkeys(ranks[int(annotation["category_id"])] for annotation in annotations)
             labels = {name: label for label, name in enumerate(classes)}
@@ -127,7 +128,7 @@ class INaturalist(Dataset):
             for entry in _read_json(root / f"{'train' if is_train else 'val'}{year}.json")["images"]:
                 top, _, number, file = entry["file_name"].split("/")
                 self.samples.append((root / top / number / file, labels[ranks[int(number)]]))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"--data-path {root}: its annotations are not iNaturalist {year}'s "
                             f"({type(error).__name__}: {first_line(error)})") from None
         self.num_classes = len(labels)
@@ -146,7 +147,7 @@ def load_image(path) -> Image.Image:
     """The image of a file in RGB. Raises BadImageError naming the file when it cannot be read."""
     try:
         return default_loader(path)
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # damaged files raise whatever the byte that is wrong leads to
         raise BadImageError(f"{path}: cannot be read as an image ({first_line(error)})") from None
 
 
@@ -164,7 +165,7 @@ class ReaderImages(Dataset):
         file, label = self.reader[index]
         try:
             image = Image.open(file).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # damaged files raise whatever the byte that is wrong leads to
             name = self.reader.filename(index, absolute=True)
             raise BadImageError(f"{name}: cannot be read as an image ({first_line(error)})") from None
         return self.transform(image), label
@@ -174,6 +175,9 @@ def _timm(path, is_train, transform, args):
     """What `timm.data.create_dataset` makes of the name in `--data-set timm:NAME`."""
     name, split = args.data_set.removeprefix(TIMM), args.train_split if is_train else args.val_split
     kind = name.partition("/")[0]
+    if kind in ("", "folder") and not any((path / folder).exists() for folder in (split, *SYNONYMS.get(split, ()))):
+        raise UserError(f"--data-path {path}: has no {split} in it; expected --train-split and --val-split to name "
+                        "folders or tar files there")
     try:
         data = create_dataset(name, str(path), split, is_training=is_train, batch_size=args.batch_size, seed=args.seed,
                               transform=transform)
@@ -190,12 +194,14 @@ def _timm(path, is_train, transform, args):
         return data, classes
     if kind == "torch":
         names = next((getattr(data, name) for name in ("all_categories", "classes") if hasattr(data, name)), [])
-        return data, classes or len(names)
-    if Path(data.reader.root) == path:
-        raise UserError(f"--data-path {path}: has no {split} in it; expected --train-split and --val-split to name "
-                        "folders or tar files there")
-    data = ReaderImages(data.reader, transform)  # timm's own class passes over files that cannot be read
-    return data, classes or len(data.class_to_idx)
+        if hasattr(data, "loader"):
+            data.loader = load_image  # which names the files that cannot be read
+    else:
+        data = ReaderImages(data.reader, transform)  # timm's own class passes over files that cannot be read
+        names = data.class_to_idx
+    if classes and classes < len(names):
+        raise UserError(f"--num-classes {classes}: {path} has {len(names)} classes")
+    return data, classes or len(names)
 
 
 def _read_json(path: Path):
@@ -203,7 +209,7 @@ def _read_json(path: Path):
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({first_line(error)})") from None
 
 

@@ -76,7 +76,7 @@ def main(args) -> dict[str, float]:
         def test(network=model):
             where = next(network.parameters()).device  # a moving average may be kept on the CPU
             return evaluate(val_loader, network, where, amp_dtype=amp_dtype, shared=args.dist_eval,
-                            after_batch=stop.check_alone, print_freq=args.print_freq)
+                            after_batch=stop.checks(common_batches(val_loader)), print_freq=args.print_freq)
 
         def measure(name):
             log(f"Accuracy: {name}", only=utils.LINES)
@@ -99,6 +99,8 @@ def main(args) -> dict[str, float]:
             accuracy = {**accuracy, "finetuned" if masks else "trained": finetuned}
         if masks is not None:
             check_masks(model.state_dict(), masks.masks, pruner)
+            if not args.eval and state.ema:
+                check_masks(state.ema.module.state_dict(), masks.masks, pruner)
     results.finish(accuracy)
     if utils.is_main_process():  # also with --quiet
         print("Top-1 accuracy: " + ", ".join(f"{name} {value:.2f} %" for name, value in accuracy.items()))
@@ -146,6 +148,12 @@ def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
     return train_loader, val_loader, num_classes
 
 
+def common_batches(val_loader) -> int:
+    """How many batches every process evaluates: with `--dist-eval` some have one more."""
+    sampler = getattr(val_loader, "batch_sampler", None)
+    return sampler.common_length() if sampler else 0  # what a stream has shows when it ends
+
+
 def find_resume(resume: str, output_dir: str) -> str:
     """The checkpoint to resume from: with `auto` the newest in the folder, or none; the same on every process."""
     if resume != "auto":
@@ -187,13 +195,14 @@ def prepare_masks(args, model, checkpoint) -> tuple[dict | None, Masks | None, d
                              "custom_config": read_yaml(args.custom_config) if args.custom_config else None}
     stored = checkpoint.get("pruner")
     continues = "masks" in checkpoint or ("optimizer" in checkpoint and not args.eval)
-    if args.resume and asked and continues and asked != stored:
+    if args.resume and asked and continues and str(asked) != str(stored):  # what is stored may be anybody's
         raise UserError(f"--pruner {args.pruner}: {args.resume} is of a run with {pruner_in_words(stored)}; leave the "
                         "pruning flags out, or prune its weights anew with --finetune")
     if "masks" in checkpoint and (args.resume or not asked):
         try:
             stored_masks = unpack(checkpoint["masks"])
-            check_masks(checkpoint["model"], stored_masks, stored)
+            for kind in ("model", "model_ema"):
+                check_masks(checkpoint.get(kind, {}), stored_masks, stored)
             return stored, Masks(model, stored_masks), None
         except PruningError as error:
             raise UserError(f"{args.resume or args.finetune}: {error}") from None
@@ -276,6 +285,7 @@ def train(state, loader, criterion, mixup_fn, test, stop, device, amp_dtype, res
             if state.ema:
                 log("Moving average of the weights", only=utils.LINES)
                 test_stats["test_ema"] = test(state.ema.module)
+            state.share_bad_images()
             improved = state.end_epoch([stats["acc1"] for stats in test_stats.values()])
             line = epoch_metrics(state, {"train": train_stats, **test_stats})
             log(f"Max accuracy: {state.max_accuracy:.2f}% ({state.best})", only=utils.LINES)
@@ -337,6 +347,14 @@ def run(argv) -> int:
 
 def exit_status(work) -> int:
     """What `work()` returns, or else 2 with one line on standard error for a mistake of the user."""
+    try:
+        return _exit_status(work)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _exit_status(work) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # an error line here says what its many say
     try:
@@ -348,10 +366,15 @@ def exit_status(work) -> int:
         status, message = 1, f"error: {error}"
     except Stopped as stopped:
         status, message = stopped.status, str(stopped)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if utils.local_rank() == 0:
+    except OSError as error:  # a pipe that was closed, a disk that is full where the output goes
+        status, message = 1, f"error: {error}"
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # killed, perhaps for want of memory
+            if not dist.is_initialized() or utils.is_first_to_fail():
+                raise
+            return 1  # lost another process, which has said why
+        status, message = 1, f"error: {error}"
+    if utils.is_first_to_fail():
         if "Traceback" in message:  # from a data worker, the error is the last line
             message = "error: " + message.strip().splitlines()[-1].partition(": ")[2]
         print(" ".join(message.split()), file=sys.stderr)
@@ -361,9 +384,9 @@ def exit_status(work) -> int:
 def audit(path: str) -> int:
     """Prints what a checkpoint keeps of each layer, from the file alone; 1 if its weights do not obey its masks."""
     checkpoint = utils.load_checkpoint(path)
-    if "masks" not in checkpoint:
+    masks = unpack(checkpoint.get("masks", {}))
+    if not masks:
         raise UserError(f"{path}: holds no masks; expected a checkpoint of a pruned run")
-    masks = unpack(checkpoint["masks"])
     print(checkpoint_table(checkpoint["model"], masks))
     print(f"pruned with {pruner_in_words(checkpoint.get('pruner'))}")
     for kind in ("model", "model_ema"):

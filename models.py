@@ -124,8 +124,8 @@ def resize_pos_embed(pos_embed: torch.Tensor, num_patches: int, num_tokens: int)
     """Resizes a position embedding (1, num_tokens + side ** 2, dim) to a square grid of `num_patches` patches."""
     tokens, grid = pos_embed[:, :num_tokens], pos_embed[:, num_tokens:]
     old, new = round(grid.shape[1] ** 0.5), round(num_patches ** 0.5)
-    if old == new or old ** 2 != grid.shape[1] or new ** 2 != num_patches:
-        return pos_embed
+    if old in (0, new) or len(grid) != 1 or old ** 2 != grid.shape[1] or new ** 2 != num_patches:
+        return pos_embed  # the same, or what no model of this kind has
     grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid.float(), size=(new, new), mode="bicubic", align_corners=False)
     return torch.cat([tokens, grid.to(tokens.dtype).flatten(2).transpose(1, 2)], dim=1)

@@ -1,8 +1,10 @@
 """The folder of a run: its lock, its checkpoints and its log."""
 
+import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import socket
 from datetime import datetime
@@ -25,8 +27,11 @@ class OutputDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115, held as long as the process
-        except OSError as error:
-            raise UserError(f"--output_dir {name}: {error.strerror}") from None
+            for file in (CHECKPOINT, BEST, LOG):
+                if (self.path / file).is_dir():
+                    raise UserError(f"--output_dir {name}: {file} in it is a folder")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--output_dir {name}: {getattr(error, 'strerror', None) or error}") from None
         try:
             # Of this process alone: a lock by flock would live on in data workers that outlast a killed run.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -36,10 +41,11 @@ class OutputDir:
                 return
             self._lock.seek(0)
             raise UserError(f"--output_dir {name}: in use by {self._lock.read().strip() or 'another run'}") from None
-        self._lock.truncate(0)
         started = datetime.now().astimezone().isoformat(" ", "seconds")
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n")
-        self._lock.flush()
+        with contextlib.suppress(OSError):  # a full disk shows again when there is something to lose
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n")
+            self._lock.flush()
 
     def save(self, content: dict, best: bool = False) -> None:
         """Writes the checkpoint and, where it is the best so far, `best_checkpoint.pth`, a second name of the file."""
@@ -80,13 +86,21 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def newest_checkpoint(folder: str) -> str:
-    """What `--resume auto` resumes from: the newest checkpoint in `folder` that is whole, or nothing."""
-    paths = [path for path in (Path(folder, CHECKPOINT), Path(folder, BEST)) if path.is_file()]
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    """What `--resume auto` resumes from: of the checkpoints in `folder` that are whole, the one that got furthest.
+
+    Times of files tell nothing: copies have other ones.
+    """
+    furthest, found = (-math.inf, 0), ""
+    for path in (str(path) for path in (Path(folder, CHECKPOINT), Path(folder, BEST)) if path.is_file()):
         try:
-            utils.load_checkpoint(str(path))
-            return str(path)
+            checkpoint = utils.load_checkpoint(path)
+            reached = int(checkpoint.get("epoch", -1)), int(checkpoint.get("images", 0))
+        except (TypeError, ValueError, RuntimeError):
+            reached = -1, 0  # the resumed run will say what is wrong
         except UserError as error:
             utils.log(f"--resume auto: passing over {error}")
-    return ""
+            continue
+        if reached > furthest:
+            furthest, found = reached, path
+    return found
 

@@ -123,7 +123,7 @@ def sweep_lines(curves: Mapping[str, Mapping[str, Sequence[tuple[float, Sequence
         # Twice as sparse, twice as far: the methods part where little is left.
         axes.set_xscale("function", functions=(lambda s: -np.log2(np.maximum(1 - s, 1e-9)), lambda x: 1 - 2.0**-x))
         axes.set_xticks(_thinned(sparsities))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}"))
         axes.minorticks_off()
         axes.set_xlim(1 - (1 - sparsities[0]) * 2**0.15, 1 - (1 - sparsities[-1]) * 2**-0.15)
         axes.set(xlabel="pruned, % of the prunable weights (logarithmic in what is left)", ylabel="top-1 accuracy, %")
@@ -146,13 +146,18 @@ def sensitivity_map(drops: Mapping[tuple[str, float], float], title: str) -> Fig
             for row, sparsity in enumerate(sparsities):
                 panels[_path_in_block(name)][row, column] = drops.get((name, sparsity), np.nan)
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure((WIDTH, 1.2 + len(panels) * (0.35 + 0.16 * len(sparsities))), layout="constrained")
+        figure = Figure((WIDTH, 1.2 + len(panels) * (0.35 + 0.18 * len(sparsities))), layout="constrained")
         rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         worst = max(max(drops.values()), 1e-3)
         for axes, (kind, values) in zip(rows, panels.items(), strict=True):
             image = axes.imshow(values, vmin=0, vmax=worst, aspect="auto", origin="lower", interpolation="nearest")
             axes.set_yticks(range(len(sparsities)), [f"{100 * sparsity:g}" for sparsity in sparsities], fontsize=8)
             axes.set_title(kind, fontsize=9)
+            if len(blocks) <= 12:  # there is room for the figures
+                for (row, column), drop in np.ndenumerate(values):
+                    if not np.isnan(drop):
+                        axes.text(column, row, f"{round(drop, 1) + 0:.1f}", ha="center", va="center", fontsize=8,
+                                  color="black" if drop > 0.6 * worst else "white")
             axes.set_facecolor("#eeeeee")
         _name_blocks(rows[-1], range(len(blocks)), blocks)
         figure.colorbar(image, ax=list(rows), label="top-1 accuracy lost, points", aspect=40, pad=0.01)

@@ -103,6 +103,10 @@ class EvalBatchSampler(BatchSampler):
     def __len__(self) -> int:
         return len(self._starts())
 
+    def common_length(self) -> int:
+        """The number of batches that every process has at least."""
+        return math.ceil(self.size / self.batch_size) // self.world_size
+
     def __iter__(self):
         for start in self._starts():
             yield list(range(start, min(start + self.batch_size, self.size)))

@@ -62,6 +62,21 @@ class TrainingState:
     def end_step(self) -> None:
         self.epoch_step, self.step = self.epoch_step + 1, self.step + 1
 
+    def share_bad_images(self) -> list[int]:
+        """The images that any process could not read; from here on, all leave them out. Every process calls it.
+
+        Raises UserError when they are more than `--skip-bad-images` allows.
+        """
+        if self.bad_images is None:
+            return []
+        found = utils.gather_objects(self.bad_images.nonzero().flatten().tolist())
+        bad = sorted(set().union(*found))
+        self.bad_images[bad] = True
+        if len(bad) > self.args.skip_bad_images:
+            raise UserError(f"{len(bad)} training images cannot be read, named above; expected at most "
+                            f"--skip-bad-images {self.args.skip_bad_images}")
+        return bad
+
     def end_epoch(self, accuracies: list[float]) -> bool:
         """Moves on to the next epoch; true when one of the accuracies is the best so far.
 
@@ -81,7 +96,6 @@ class TrainingState:
 
         Every process has to call it, since each has its own part of the metrics.
         """
-        bad = [] if self.bad_images is None else self.bad_images.nonzero().flatten().tolist()
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -91,7 +105,7 @@ class TrainingState:
             "step": self.step,
             "images": self.epoch_step * self._images_per_step(),  # seen in the epoch that is not whole
             "metrics": utils.gather_objects(self.logger.state_dict()) if self.epoch_step else [],
-            "bad_images": sorted(set().union(*utils.gather_objects(bad))),
+            "bad_images": self.share_bad_images(),
             "max_accuracy": self.max_accuracy,
             "best": self.best,
             "accuracy": self.accuracy,

@@ -82,6 +82,11 @@ class StopSignals:
         if self.received and not self._group:
             raise Stopped(self.received)
 
+    def checks(self, rounds: int):
+        """A function to call after each of at least `rounds` batches, which every process has: it calls `check`."""
+        left = iter(range(rounds))
+        return lambda: self.check() if next(left, None) is not None else self.check_alone()
+
 
 def ignore_signals(worker_id: int) -> None:
     """For data workers: a signal that is sent to all processes alike is the training process's to answer.

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import plots
 import utils
-from arguments import parse_args
+from arguments import get_args_parser, parse_args
 from engine import DivergedError, evaluate
 from main import build_criterion, build_loaders, exit_status, prepare_model, train
 from output import OutputDir
@@ -106,8 +106,8 @@ def parse_sweep_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Name
     """The options of the sweep, and the arguments of main.py for each of its runs. Raises UserError."""
     parser = _Parser("sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                      allow_abbrev=False)
-    parser.add_argument("--pruners", nargs="+", choices=AUTOMATIC, default=[],
-                        help="what to compare; all of them by default")
+    parser.add_argument("--pruners", nargs="*", choices=AUTOMATIC,
+                        help="what to compare; by default all of them, and with --sensitivity none")
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.65, 0.8, 0.9], help="each in [0, 1)")
     parser.add_argument("--custom-configs", nargs="+", default=[], metavar="FILE",
                         help="YAML files that take part at the sparsity they reach")
@@ -128,8 +128,8 @@ def parse_sweep_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Name
     options.seeds = options.seeds or [args.seed]
     if options.finetune_epochs < 0 or min(options.seeds) < 0:
         raise UserError("--finetune-epochs and --seeds: expected numbers of at least 0")
-    if not (options.pruners or options.custom_configs or options.sensitivity):
-        options.pruners = AUTOMATIC
+    if options.pruners is None:
+        options.pruners = [] if options.sensitivity else AUTOMATIC
     args.output_dir, args.epochs = "", options.finetune_epochs
     return options, args
 
@@ -220,11 +220,13 @@ class Table:
             theirs = None
         if not isinstance(theirs, dict):
             raise UserError(f"--output_dir {folder}: its sweep.json cannot be read; choose another folder")
+        defaults = get_args_parser()
         for name, ours in self._settings.items():
-            if theirs.get(name) != ours:
+            before = theirs.get(name, defaults.get_default(name))  # arguments may have been added since
+            if before != ours:
                 flag = "--finetune-epochs" if name == "epochs" else f"--{name.replace('_', '-')}"
-                raise UserError(f"--output_dir {folder}: holds a sweep with {flag} {theirs.get(name)}, not {ours}; "
-                                "choose another folder")
+                raise UserError(f"--output_dir {folder}: holds a sweep with {flag} {before}, not {ours}; choose "
+                                "another folder")
 
     def open(self, first: bool) -> None:
         """The first process makes and locks the folder, and writes what the sweep's lines share; the others wait."""

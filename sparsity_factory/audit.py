@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from .config import resolve_levels
@@ -23,7 +24,8 @@ def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], prun
         raise PruningError(f"the weights are a {type(weights).__name__}, expected a mapping of names to tensors")
     for name, mask in masks.items() if weights else ():
         weight = weights.get(name)
-        if not isinstance(weight, Tensor) or weight.shape != mask.shape or weight.dim() != 2:
+        if not isinstance(weight, Tensor) or weight.shape != mask.shape or weight.dim() != 2 or weight.is_meta \
+                or weight.layout != torch.strided:
             raise PruningError(f"mask {name!r}: there is no weight of that name and of shape {list(mask.shape)}")
         nonzero = int((weight != 0).logical_and_(mask.logical_not()).count_nonzero())
         if nonzero:

@@ -110,7 +110,11 @@ def test_inaturalist_is_labelled_by_the_chosen_rank_in_the_order_of_the_training
     assert len(build_dataset(True, options(**common))[0]) == 3
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"annotations": []}', '{"annotations": [{}], "images": []}'])
+@pytest.mark.parametrize("damage", [
+    "{", "[]", '{"annotations": []}', '{"annotations": [{}], "images": []}', "[" * 100_000,
+    '{"annotations": [{"category_id": -1}], "images": []}',
+    '{"annotations": [{"category_id": Infinity}], "images": []}',
+    '{"annotations": [{"category_id": 0}], "images": [{"file_name": null}]}'])
 def test_annotations_that_are_not_inaturalists_are_refused(tmp_path, damage):
     save_inaturalist(tmp_path, 2018)
     (tmp_path / "train2018.json").write_text(damage)

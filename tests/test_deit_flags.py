@@ -138,6 +138,23 @@ def test_model_ema_follows_with_its_decay_and_can_be_left_out(run_main, tiny, tm
     assert "model_ema" not in none
 
 
+def test_model_ema_force_cpu_keeps_the_average_in_the_cpus_memory(monkeypatch):
+    asked = []
+    monkeypatch.setattr("state.ModelEmaV3", lambda model, decay, device: asked.append(device))
+    for flags in (["--model-ema-force-cpu"], []):
+        TrainingState(torch.nn.Linear(2, 2), options(*flags), CPU).start(None, None)
+    assert asked == ["cpu", None]
+
+
+def test_train_mode_reaches_the_training(run_main, tiny, monkeypatch):
+    seen, train = [], main.train_one_epoch
+    monkeypatch.setattr(main, "train_one_epoch", lambda *args, **options: seen.append(options["train_mode"]) or train(
+        *args, **options))
+    run_main(*tiny)
+    run_main(*tiny, "--no-train-mode")
+    assert seen == [True, False]
+
+
 # ---- optimizer and schedule ----
 
 

@@ -37,9 +37,10 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, tiny):
 def test_shared_evaluation_counts_each_image_once(tmp_path):
     """2,000 test images in batches of 96 give 21 batches: one process has a batch more, and the last is smaller."""
     counts = []
-    for processes in (0, 2):
+    for processes, batches in ((0, 21), (2, 11)):
         result = start_main("--eval", "--dist-eval", *LAMP, "--amp", "off", cwd=tmp_path, processes=processes)
         assert result.returncode == 0, result.stderr
+        assert f"/{batches}]" in result.stdout
         counts.append(re.findall(r"\* Acc@1 .*", result.stdout))
     assert len(counts[0]) == 2
     assert counts[0] == counts[1]

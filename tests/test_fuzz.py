@@ -17,6 +17,7 @@ from sparsity_factory import PruningError, check_masks, compute_masks, unpack
 from sparsity_factory.config import resolve_levels
 from utils import UserError, load_checkpoint
 
+LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]
 SHAPES = {"a.weight": (8, 12), "b.weight": (4, 8)}
 LEVELS = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 300), st.floats(), st.text(max_size=5), st.sampled_from(["dense", "2:4"]),
@@ -110,17 +111,18 @@ def test_a_checkpoint_with_bytes_flipped_or_cut_off_is_refused_or_means_the_same
 
 
 JUNK = [None, True, -1, 10**30, float("nan"), "text", [], {}, [1, "a"], {"a": 1}, torch.zeros(3), torch.zeros(2, 0),
-        torch.full((2, 2), torch.nan), torch.zeros(1).expand(10**6, 10**6)]
+        torch.full((2, 2), torch.nan), torch.zeros(1).expand(10**6, 10**6), torch.zeros(2, 3).to_sparse(),
+        torch.zeros(10**6, 10**6, device="meta"), {"sparsity": torch.zeros(2)}]
 
 
 def test_a_checkpoint_with_foreign_parts_is_refused_in_one_line_or_runs(run_main, tiny, tmp_path, capfd):
     import main
-    run_main(*tiny, "--pruner", "lamp", "--sparsity", "0.65", "--output_dir", "out")
+    run_main(*tiny, *LAMP, "--output_dir", "out")
     whole, chance = torch.load(tmp_path / "out/checkpoint.pth", weights_only=True), random.Random(0)
     whole["args"].pop("distributed")
-    for number in range(40):
+    for number in range(30):
         damaged = copy.deepcopy(whole)
-        keys = list(damaged) * 2 + ["optimizer"] * 10
+        keys = list(damaged) * 2 + ["optimizer"] * 8 + ["pruner"] * 4
         parent, key = damaged, chance.choice(keys)
         while isinstance(parent[key], dict | list) and parent[key] and chance.random() < 0.8:
             parent = parent[key]
@@ -128,11 +130,24 @@ def test_a_checkpoint_with_foreign_parts_is_refused_in_one_line_or_runs(run_main
         parent[key] = chance.choice(JUNK)
         torch.save(damaged, tmp_path / "damaged.pth")
         capfd.readouterr()
-        for flags in (["--audit", "damaged.pth"], [*tiny, "--resume", "damaged.pth"]):
+        for flags in (["--audit", "damaged.pth"], [*tiny, "--resume", "damaged.pth", *LAMP],
+                      [*tiny, "--finetune", "damaged.pth"]):
             status = main.run(flags)
             error = capfd.readouterr().err
             assert status in (0, 1, 2), (number, key)
             assert status == 0 or error.startswith("error: ") and error.count("\n") == 1, (number, key, error)
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(1, 0, 96), torch.zeros(1, 1, 96), torch.zeros(2, 50, 96),
+                                    torch.zeros(1, 50, 96).to_sparse(), torch.zeros(1, 50, 96, device="meta")])
+def test_a_position_embedding_that_is_none_is_refused_in_one_line(run_main, tiny, tmp_path, weight):
+    run_main(*tiny, "--output_dir", "out")
+    checkpoint = torch.load(tmp_path / "out/checkpoint.pth", weights_only=True)
+    checkpoint["model"]["pos_embed"] = weight
+    torch.save(checkpoint, tmp_path / "damaged.pth")
+    error = run_main(*tiny, "--finetune", "damaged.pth", status=2)
+    assert error.startswith("error: damaged.pth: ")
+    assert error.count("\n") == 1
 
 
 def test_masks_of_a_size_that_the_file_does_not_pay_for_are_refused():

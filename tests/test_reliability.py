@@ -20,8 +20,10 @@ from conftest import ROOT, start_main
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import utils
 from benchmarks.torture import RECIPE, differences, finish, kill, start, trains_again, wait_until
 from output import OutputDir, newest_checkpoint, read_log
+from samplers import TrainSampler
 from state import TrainingState
 from stopping import ignore_signals
 
@@ -89,6 +91,17 @@ def test_processes_under_torchrun_stop_together_restart_together_and_end_as_if_u
     os.kill(int(workers[-1]), signal.SIGKILL)
     finish(process, parts)
     assert differences(whole, parts) == []
+
+
+def test_processes_under_torchrun_stop_together_during_an_evaluation(tmp_path):
+    process = start(tmp_path, ["--eval", "--num_workers", "1"],
+                    ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
+    wait_until(lambda: (tmp_path / "run.out").read_bytes().count(b"Test:"), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() != 0
+    output = (tmp_path / "run.out").read_text()
+    assert output.count("stopped by SIGTERM") == 1
+    assert "Acc@1" not in output
 
 
 @pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -189,6 +202,16 @@ def test_resume_auto_takes_the_newest_checkpoint_that_is_whole(run_main, tiny, t
     assert "starts from the beginning" in run_main(*recipe)
 
 
+def test_resume_auto_goes_by_what_checkpoints_reached_and_not_by_their_times(run_main, tiny, tmp_path):
+    run_main(*tiny, "--output_dir", "out")
+    checkpoint, best = tmp_path / "out/checkpoint.pth", tmp_path / "out/best_checkpoint.pth"
+    state = read(checkpoint)
+    checkpoint.unlink()
+    torch.save({**state, "epoch": 1}, checkpoint)
+    os.utime(best)
+    assert newest_checkpoint(tmp_path / "out") == str(checkpoint)
+
+
 def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on_later(run_main, tiny, tmp_path, stop_at):
     recipe = [*tiny, *LAMP, "--output_dir", "out", "--resume", "auto", "--checkpoint-every", "1"]
     run_main(*tiny, *LAMP, "--output_dir", "whole")
@@ -206,6 +229,16 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on_later(run_mai
     assert not (tmp_path / "out/.checkpoint.pth.tmp").exists()
     run_main(*recipe)
     assert differences(tmp_path / "out", tmp_path / "whole") == []
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_one_line(tmp_path, short):
+    process = start(tmp_path / "out", [*short, "--epochs", "99"])
+    wait_until(trains_again(tmp_path / "out"), process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_until(lambda: children.read_text().split(), process)
+    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    assert process.wait(timeout=60) == 1
+    assert re.search(r"^error: DataLoader worker .* killed.*\n$", (tmp_path / "out/run.out").read_text(), re.M)
 
 
 def test_weights_that_are_not_finite_are_never_written(run_main, tiny, tmp_path):
@@ -245,6 +278,25 @@ def test_images_that_cannot_be_read_are_skipped_up_to_a_number(run_main, folder_
     assert "data/train/" in run_main(*recipe[:-1], status=2)
     error = run_main(*recipe, "1", status=2)
     assert "one more than --skip-bad-images 1" in error.splitlines()[-1]
+    run_main(*recipe, "2")
+    assert read("out/checkpoint.pth")["bad_images"] == [3, 23]
+
+
+def test_what_befalls_one_process_is_told_by_it_and_ends_the_others(folder_with, tmp_path):
+    index, _ = next(iter(TrainSampler(32, rank=1, world_size=2)))
+    recipe = [*folder_with([f"{'ab'[index // 16]}{index % 16}"]), "--num_workers", "1"]
+    result = start_main(*recipe, cwd=tmp_path, processes=2, timeout=100)
+    assert result.returncode != 0
+    assert result.stderr.count("error: data/train/") == 1
+    assert "main.py\", line" not in result.stderr
+
+
+def test_the_images_that_processes_skip_are_counted_together(run_main, folder_with, monkeypatch):
+    recipe = [*folder_with(["a3"]), "--num_workers", "0", "--skip-bad-images"]
+    # Another process, too, has one that it cannot read.
+    monkeypatch.setattr(utils, "gather_objects", lambda value: [value, [23]] if value == [3] else [value])
+    error = run_main(*recipe, "1", status=2)
+    assert "2 training images cannot be read" in error.splitlines()[-1]
     run_main(*recipe, "2")
     assert read("out/checkpoint.pth")["bad_images"] == [3, 23]
 

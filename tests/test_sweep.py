@@ -166,13 +166,20 @@ def test_the_folder_of_another_sweep_is_refused(run_sweep, tmp_path):
     assert error == ("error: --output_dir output/sweep: holds a sweep with --lr 0.02, not 0.5; choose another "
                      "folder\n")
     assert (tmp_path / "output/sweep/sweep.csv").read_bytes() == before
-    (tmp_path / "output/sweep/sweep.json").write_text(json.dumps([1]))
+    path = tmp_path / "output/sweep/sweep.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "drop"}))
+    run_sweep("--pruners", "lamp", "--sparsities", "0.5")  # made before that argument existed
+    path.write_text(json.dumps([1]))
     assert "sweep.json" in run_sweep("--pruners", "lamp", status=2)
 
 
 def test_the_parser_takes_the_arguments_of_main_beside_its_own():
     options, args = sweeping.parse_sweep_args(["--finetune-epochs", "3", "--lr", "0.1", "--seed", "7"])
-    assert (options.pruners, options.seeds) == (["lamp", "glob", "unif", "unifplus", "erk"], [7])
+    every = ["lamp", "glob", "unif", "unifplus", "erk"]
+    assert (options.pruners, options.seeds) == (every, [7])
     assert (args.lr, args.epochs, args.output_dir) == (0.1, 3, "")
+    for flags, pruners in (([], every), (["--custom-configs", "a.yaml"], every), (["--sensitivity"], []),
+                           (["--sensitivity", "--pruners", "erk"], ["erk"]), (["--pruners"], [])):
+        assert sweeping.parse_sweep_args(flags)[0].pruners == pruners
     with pytest.raises(UserError, match="unrecognized"):
         sweeping.parse_sweep_args(["--sparsitie", "0.5"])

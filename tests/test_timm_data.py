@@ -177,6 +177,8 @@ def test_two_processes_train_on_their_own_shards(shards, tmp_path):
     (["timm:wds/x"], "--num-classes"),
     (["timm:wds/x", "--num-classes", "10", "--train-split", "tests"], "split tests not found"),
     (["timm:wds/x", "--num-classes", "3"], "--num-classes 3"),
+    (["timm:folder", "--num-classes", "2"], "has 3 classes"),
+    (["timm:folder", "--train-split", "train.tar"], "has no train.tar in it"),
     (["timm:wds/x", "--num-classes", "10", "--batch-size", "64"], "--batch-size 64"),
     (["IMAGENET"], "expected one of IMNET"),
     (["IMNET", "--num-classes", "3"], "timm:NAME only")])

@@ -1,0 +1,122 @@
+"""What a run tells of its progress, in DeiT's log format or as bars on a terminal."""
+
+import datetime
+import sys
+import time
+from collections import defaultdict, deque
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .processes import is_main_process, sum_over_processes
+
+#: How a run tells of its progress: DeiT's lines, bars on a terminal with a line per epoch, or not at all.
+LINES, BARS, QUIET = "lines", "bars", "quiet"
+_display = LINES
+
+
+def show_progress(quiet: bool = False) -> str:
+    """Chooses the display: bars where the output is a terminal, lines where it is a file or a pipe."""
+    global _display
+    _display = QUIET if quiet else BARS if sys.stdout.isatty() else LINES
+    return _display
+
+
+def log(*message, only: str = "") -> None:
+    """Prints on the first process only, at once (so that a log file can be followed). `only`: with that display."""
+    if is_main_process() and _display != QUIET and only in ("", _display):
+        tqdm.write(" ".join(map(str, message)), file=sys.stdout)
+        sys.stdout.flush()
+
+
+class SmoothedValue:
+    """A series of numbers, shown as the median of the last ones and the mean of all.
+
+    Tensors are kept on their device and read only when a figure is asked for: reading one waits for the device.
+    """
+
+    def __init__(self, window: int = 20, fmt: str = "{median:.4f} ({global_avg:.4f})"):
+        self.recent = deque(maxlen=window)
+        self.fmt = fmt
+        self.total = 0.0
+        self.count = 0
+
+    def update(self, value, n: int = 1) -> None:
+        self.recent.append(value)
+        self.total = self.total + value * n
+        self.count += n
+
+    @property
+    def global_avg(self) -> float:
+        return float(self.total) / max(self.count, 1)
+
+    def __str__(self) -> str:
+        recent = [float(value) for value in self.recent]
+        return self.fmt.format(median=float(np.median(recent)) if recent else 0.0, global_avg=self.global_avg,
+                               value=recent[-1] if recent else 0.0)
+
+
+class MetricLogger:
+    """Gathers named series and prints DeiT's progress lines while iterating over a loader."""
+
+    def __init__(self):
+        self.meters = defaultdict(SmoothedValue)
+
+    def add_meter(self, name: str, meter: SmoothedValue) -> None:
+        self.meters[name] = meter
+
+    def update(self, n: int = 1, **values) -> None:
+        for name, value in values.items():
+            self.meters[name].update(value, n)
+
+    def averages(self) -> dict[str, float]:
+        return {name: meter.global_avg for name, meter in self.meters.items()}
+
+    def synchronize(self) -> None:
+        """Makes every mean the mean over all processes."""
+        for meter in self.meters.values():
+            meter.total, meter.count = sum_over_processes([float(meter.total), meter.count])
+
+    def state_dict(self) -> dict[str, list]:
+        """The sum and the count of each series of this process."""
+        return {name: [float(meter.total), meter.count] for name, meter in self.meters.items()}
+
+    def load_state_dict(self, state: dict[str, list]) -> None:
+        for name, (total, count) in state.items():
+            self.meters[name].total, self.meters[name].count = float(total), int(count)
+
+    def __str__(self) -> str:
+        return "  ".join(f"{name}: {meter}" for name, meter in self.meters.items())
+
+    def log_every(self, loader, print_freq: int, header: str, first: int = 0):
+        """Yields the batches of `loader`; logs every `print_freq` of them, and the total time at the end.
+
+        On a terminal, a bar shows them instead. first: the number of the first batch, where earlier ones were seen
+        before.
+        """
+        steps = first + len(loader)
+        disable = _display != BARS or not is_main_process()
+        width = len(str(steps))
+        iter_time, data_time = SmoothedValue(fmt="{global_avg:.4f}"), SmoothedValue(fmt="{global_avg:.4f}")
+        start = end = time.time()
+        with tqdm(total=steps, initial=first, desc=header.rstrip(":"), unit="batch", leave=False, dynamic_ncols=True,
+                  file=sys.stdout, disable=disable) as bar:
+            for step, batch in enumerate(loader, first):
+                data_time.update(time.time() - end)
+                yield batch
+                iter_time.update(time.time() - end)
+                bar.update()
+                if step % print_freq == 0 or step == steps - 1:
+                    averages = ", ".join(f"{name} {mean:.4g}" for name, mean in self.averages().items())
+                    bar.set_postfix_str(averages, refresh=False)
+                    eta = datetime.timedelta(seconds=int(iter_time.global_avg * (steps - 1 - step)))
+                    line = f"{header}  [{step:{width}d}/{steps}]  eta: {eta}  {self}  "
+                    line += f"time: {iter_time}  data: {data_time}"
+                    if torch.cuda.is_available():
+                        line += f"  max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}"
+                    log(line, only=LINES)
+                end = time.time()
+        total = time.time() - start
+        log(f"{header} Total time: {datetime.timedelta(seconds=int(total))} ({total / max(len(loader), 1):.4f} s / it)",
+            only=LINES)
