@@ -91,7 +91,11 @@ def newest_checkpoint(folder: str) -> str:
     Times of files tell nothing: copies have other ones.
     """
     furthest, found = (-math.inf, 0), ""
-    for path in (str(path) for path in (Path(folder, CHECKPOINT), Path(folder, BEST)) if path.is_file()):
+    newest, best = Path(folder, CHECKPOINT), Path(folder, BEST)
+    paths = [path for path in (newest, best) if path.is_file()]
+    if len(paths) == 2 and newest.samefile(best):  # two names of one file, which need not be read twice
+        paths = [newest]
+    for path in map(str, paths):
         try:
             checkpoint = utils.load_checkpoint(path)
             reached = int(checkpoint.get("epoch", -1)), int(checkpoint.get("images", 0))

@@ -187,6 +187,15 @@ def test_recipes_that_a_flag_changes_run_and_stay_sparse(run_main, tiny, tmp_pat
         assert torch.equal(checkpoint["model"][name] != 0, mask)
 
 
+def test_a_pruned_student_learns_from_a_pruned_teacher_and_resumes(run_main, tiny, tmp_path):
+    recipe = [*tiny, *LAMP, "--input-size", "32", "--no-pretrained"]
+    run_main(*recipe, "--output_dir", "teacher")
+    student = [*recipe, "--model", "deit_tiny_distilled_patch16_224", "--output_dir", "student", "--distillation-type",
+               "soft", "--teacher-model", "deit_sample_patch4_28", "--teacher-path", "teacher/checkpoint.pth"]
+    run_main(*student)
+    assert "Training epochs 1 to 1" in run_main(*student, "--resume", "auto", "--epochs", "2")
+
+
 def test_an_interrupted_write_leaves_the_old_checkpoint_whole(tmp_path):
     utils.save_checkpoint({"a": 1}, tmp_path / "c.pth")
     with pytest.raises(Exception, match="pickle"):

@@ -241,6 +241,20 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line(tmp_path, short):
     assert re.search(r"^error: DataLoader worker .* killed.*\n$", (tmp_path / "out/run.out").read_text(), re.M)
 
 
+def test_two_processes_go_on_where_one_was_and_stop_together_when_the_loss_is_not_finite(
+        run_main, tiny, tmp_path, stop_at):
+    stop_at(2)
+    run_main(*tiny, "--output_dir", "out", status=143)
+    checkpoint = read(tmp_path / "out/checkpoint.pth")
+    checkpoint["model"]["head.bias"][0] = torch.nan
+    torch.save(checkpoint, tmp_path / "nan.pth")
+    result = start_main(*tiny, "--batch-size", "8", "--resume", "nan.pth", cwd=tmp_path, processes=2)
+    assert result.returncode != 0
+    assert "going on after step 2 of epoch 0" in result.stdout
+    assert result.stderr.count("error: the loss is not finite in epoch 0") == 1
+    assert "main.py\", line" not in result.stderr
+
+
 def test_weights_that_are_not_finite_are_never_written(run_main, tiny, tmp_path):
     error = run_main(*tiny, *LAMP, "--opt", "sgd", "--lr", "1e30", "--output_dir", "out", "--checkpoint-every", "1",
                      status=1)
