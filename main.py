@@ -369,7 +369,10 @@ def _exit_status(work) -> int:
     except OSError as error:  # a pipe that was closed, a disk that is full where the output goes
         status, message = 1, f"error: {error}"
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):  # killed, perhaps for want of memory
+        # A data worker that is killed, perhaps for want of memory, shows wherever the run is, while it writes too.
+        while error.__context__ and not str(error).startswith("DataLoader worker"):
+            error = error.__context__
+        if not str(error).startswith("DataLoader worker"):
             if not dist.is_initialized() or utils.is_first_to_fail():
                 raise
             return 1  # lost another process, which has said why

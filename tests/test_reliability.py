@@ -232,13 +232,14 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on_later(run_mai
 
 
 def test_a_worker_that_is_killed_ends_the_run_in_one_line(tmp_path, short):
-    process = start(tmp_path / "out", [*short, "--epochs", "99"])
+    process = start(tmp_path / "out", [*short, "--epochs", "99", "--checkpoint-every", "0"])
     wait_until(trains_again(tmp_path / "out"), process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     wait_until(lambda: children.read_text().split(), process)
     os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
     assert process.wait(timeout=60) == 1
-    assert re.search(r"^error: DataLoader worker .* killed.*\n$", (tmp_path / "out/run.out").read_text(), re.M)
+    output = (tmp_path / "out/run.out").read_text()
+    assert re.search(r"^error: DataLoader worker .*(killed|exited unexpectedly).*\n$", output, re.M)  # torch has both
 
 
 def test_two_processes_go_on_where_one_was_and_stop_together_when_the_loss_is_not_finite(
