@@ -1,5 +1,9 @@
-"""Augmentations beyond timm's, quicker forms of some of timm's, and the repair of one."""
+"""Augmentations beyond timm's, quicker forms of some of timm's, and the repair of one.
 
+The transforms of a training image end in uint8 pixels, (3, height, width); `BatchTransform` does the rest.
+"""
+
+import contextlib
 import random
 
 import numpy as np
@@ -7,6 +11,7 @@ import torch
 from PIL import Image, ImageFilter
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, RandomResizedCropAndInterpolation, auto_augment
 from torchvision import transforms
+from torchvision.transforms.functional import pil_to_tensor
 
 
 def three_augment(input_size: int, color_jitter: float = 0.0, simple_crop: bool = False) -> transforms.Compose:
@@ -25,40 +30,67 @@ def three_augment(input_size: int, color_jitter: float = 0.0, simple_crop: bool 
         transforms.RandomHorizontalFlip(),
         transforms.RandomChoice([transforms.Grayscale(3), transforms.RandomSolarize(128, p=1.0), gaussian_blur]),
         *([transforms.ColorJitter(color_jitter, color_jitter, color_jitter)] if color_jitter else []),
-        ToNormalizedTensor()])
+        transforms.PILToTensor()])
 
 
 class RandomResizedCrop(RandomResizedCropAndInterpolation):
     """timm's random crop, with the same random choices, resized by torch in half the time that Pillow takes.
 
     Both smooth what they shrink, and round in other places: a pixel differs by two of its 256 levels at most.
+    Takes uint8 pixels (3, height, width) as well as an image.
     """
 
-    def __call__(self, image: Image.Image) -> Image.Image:
+    def __call__(self, image: Image.Image | torch.Tensor) -> Image.Image:
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
         mode = self.interpolation
         if isinstance(mode, tuple | list):
             mode = random.choice(mode)
-        crop = _pixels(image.crop((left, top, left + width, top + height)))
-        resized = torch.nn.functional.interpolate(crop[None], self.size, mode=mode.value, antialias=True)[0]
+        if isinstance(image, torch.Tensor):
+            crop = image[:, top:top + height, left:left + width]
+        else:
+            crop = pil_to_tensor(image.crop((left, top, left + width, top + height)))
+        crop = crop[None].contiguous(memory_format=torch.channels_last)
+        resized = torch.nn.functional.interpolate(crop, self.size, mode=mode.value, antialias=True)[0]
         return Image.fromarray(resized.permute(1, 2, 0).contiguous().numpy())
 
 
-class ToNormalizedTensor:
-    """torchvision's ToTensor and Normalize with ImageNet's mean and deviation, in one step."""
+class BatchTransform:
+    """What is done to a whole training batch, on the model's device: normalization, random erasing, mixup.
 
-    def __init__(self):
-        self.mean = 255 * torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1)
-        self.std = 255 * torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1)
+    In the training process, as in timm's loader, so that data workers hand over a byte for each value, and not four.
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        pixels = _pixels(image).to(torch.float32, memory_format=torch.contiguous_format)
-        return pixels.sub_(self.mean).div_(self.std)
+    erase: maps normalized images to images, or None; see `timm.data.random_erasing.RandomErasing`.
+    mixup: maps images and labels to images and soft targets, or None; see `timm.data.Mixup`.
+    """
+
+    def __init__(self, device: torch.device, erase=None, mixup=None):
+        self.erase, self.mixup = erase, mixup
+        self.mean = (255 * torch.tensor(IMAGENET_DEFAULT_MEAN)).view(3, 1, 1).to(device)
+        self.std = (255 * torch.tensor(IMAGENET_DEFAULT_STD)).view(3, 1, 1).to(device)
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """images: uint8 (batch, 3, height, width); targets: the labels (batch,).
+
+        Returns float32 images, and the labels or, with mixup, a target for each class (batch, classes).
+        """
+        with one_thread():
+            if images.device.type == "cpu":  # numpy asks the system for large pages, which is quicker than torch's small
+                images = torch.from_numpy(np.empty(images.shape, np.float32)).copy_(images)
+            images = images.float().sub_(self.mean).div_(self.std)
+            if self.erase is not None:
+                images = self.erase(images)
+            return self.mixup(images, targets) if self.mixup is not None else (images, targets)
 
 
-def _pixels(image: Image.Image) -> torch.Tensor:
-    """The uint8 pixels of an image in RGB, shape (3, height, width)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+@contextlib.contextmanager
+def one_thread():
+    """Keeps torch to one thread on the CPU: several would wait for each other, while data workers hold the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def gaussian_blur(image: Image.Image) -> Image.Image:

@@ -4,23 +4,27 @@ Named as in DeiT. It hides the package `datasets` of the Hugging Face hub from e
 reader `hfds/` among them.
 """
 
+import contextlib
 import gzip
 import json
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_dataset, create_transform
 from torch.utils.data import Dataset
-from torchvision import transforms
+from torchvision import io, transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.datasets.folder import default_loader
 
-from augment import RandomResizedCrop, ToNormalizedTensor, repair_posterize, three_augment
+from augment import RandomResizedCrop, repair_posterize, three_augment
 from utils import BadImageError, UserError, first_line
 
 SYNONYMS = {"train": ("training",), "validation": ("val", "valid", "eval", "evaluation")}  # timm's, of splits
 TIMM = "timm:"  # what --data-set begins with for timm's readers
+decode_jpeg = getattr(io, "decode_jpeg", None)  # deprecated since torchvision 0.29; without it Pillow decodes
 SAMPLE_PATH = Path(__file__).resolve().parent / "sample"
 
 
@@ -37,17 +41,19 @@ def build_dataset(is_train: bool, args) -> tuple[Dataset, int]:
 
 
 def build_transform(is_train: bool, args):
-    """DeiT's transforms; images of 32 x 32 and less are cropped out of a padded image instead of being zoomed into."""
+    """DeiT's transforms of one image; training images end as uint8 pixels, for `augment.BatchTransform`.
+
+    Images of 32 x 32 and less are cropped out of a padded image instead of being zoomed into.
+    """
     small = args.input_size <= 32
     if is_train and args.ThreeAugment:
         return three_augment(args.input_size, args.color_jitter, args.src)
     if is_train:
         repair_posterize()
         try:
-            crop, augment, finish = create_transform(
+            crop, augment, _ = create_transform(
                 separate=True, input_size=args.input_size, is_training=True, color_jitter=args.color_jitter or None,
-                auto_augment=args.aa if args.aa != "none" else None, interpolation=args.train_interpolation,
-                re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
+                auto_augment=args.aa if args.aa != "none" else None, interpolation=args.train_interpolation)
         except (AssertionError, ValueError, KeyError) as error:
             raise UserError(f"--aa {args.aa}: not a policy that timm knows ({first_line(error)})") from None
         zoom = RandomResizedCrop(args.input_size, interpolation=args.train_interpolation)
@@ -55,8 +61,8 @@ def build_transform(is_train: bool, args):
             zoom = transforms.Compose([
                 transforms.Resize(args.input_size, interpolation=transforms.InterpolationMode.BICUBIC),
                 transforms.RandomCrop(args.input_size, padding=args.crop_padding)])
-        # In place of timm's own: its crop is the first step, ToTensor and Normalize begin the last ones.
-        return transforms.Compose([zoom, *crop.transforms[1:], augment, ToNormalizedTensor(), *finish.transforms[2:]])
+        # timm's own crop is the first step.
+        return transforms.Compose([zoom, *crop.transforms[1:], augment, transforms.PILToTensor()])
     resized = args.input_size if small else int(args.input_size / args.eval_crop_ratio)
     return transforms.Compose([
         transforms.Resize(resized, interpolation=transforms.InterpolationMode.BICUBIC),
@@ -118,7 +124,7 @@ class INaturalist(Dataset):
     """
 
     def __init__(self, root: Path, year: int, is_train: bool, category: str = "name", transform=None):
-        self.transform = transform or (lambda image: image)
+        self.transform, self.loader = transform or (lambda image: image), loader_for(transform)
         try:
             ranks = dict(enumerate(entry[category] for entry in _read_json(root / "categories.json")))
             annotations = _read_json(root / f"train{year}.json")["annotations"]
@@ -140,22 +146,38 @@ class INaturalist(Dataset):
 
     def __getitem__(self, index: int):
         path, label = self.samples[index]
-        return self.transform(load_image(path)), label
+        return self.transform(self.loader(path)), label
 
 
-def load_image(path) -> Image.Image:
-    """The image of a file in RGB. Raises BadImageError naming the file when it cannot be read."""
+def load_image(path, as_pixels: bool = False, content: bytes | None = None) -> Image.Image | torch.Tensor:
+    """The image of a file in RGB; `content` is what the file holds, where it has been read already.
+
+    as_pixels: gives a JPEG in colour as uint8 pixels (3, height, width), where torchvision decodes them: the same pixels
+        in two thirds of Pillow's time.
+    Raises BadImageError naming the file when it cannot be read.
+    """
     try:
-        return default_loader(path)
+        content = Path(path).read_bytes() if content is None else content
+        image = Image.open(BytesIO(content))  # reads no more than the header
+        if as_pixels and decode_jpeg and (image.format, image.mode) == ("JPEG", "RGB"):
+            with contextlib.suppress(RuntimeError):  # Pillow then says what is wrong with it
+                return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        return image.convert("RGB")
     except Exception as error:  # damaged files raise whatever the byte that is wrong leads to
         raise BadImageError(f"{path}: cannot be read as an image ({first_line(error)})") from None
+
+
+def loader_for(transform):
+    """`load_image` as the first step of `transform` takes images."""
+    first = getattr(transform, "transforms", [None])[0]
+    return partial(load_image, as_pixels=isinstance(first, RandomResizedCrop))
 
 
 class ReaderImages(Dataset):
     """The images of one of timm's readers with random access: a folder or a tar file with a folder per class."""
 
     def __init__(self, reader, transform):
-        self.reader, self.transform = reader, transform
+        self.reader, self.transform, self.loader = reader, transform, loader_for(transform)
         self.class_to_idx = getattr(reader, "class_to_idx", None) or reader.class_name_to_idx
 
     def __len__(self) -> int:
@@ -163,12 +185,9 @@ class ReaderImages(Dataset):
 
     def __getitem__(self, index: int):
         file, label = self.reader[index]
-        try:
-            image = Image.open(file).convert("RGB")
-        except Exception as error:  # damaged files raise whatever the byte that is wrong leads to
-            name = self.reader.filename(index, absolute=True)
-            raise BadImageError(f"{name}: cannot be read as an image ({first_line(error)})") from None
-        return self.transform(image), label
+        with file:
+            content = file.read()
+        return self.transform(self.loader(self.reader.filename(index, absolute=True), content=content)), label
 
 
 def _timm(path, is_train, transform, args):
@@ -195,7 +214,7 @@ def _timm(path, is_train, transform, args):
     if kind == "torch":
         names = next((getattr(data, name) for name in ("all_categories", "classes") if hasattr(data, name)), [])
         if hasattr(data, "loader"):
-            data.loader = load_image  # which names the files that cannot be read
+            data.loader = loader_for(transform)  # which names the files that cannot be read
     else:
         data = ReaderImages(data.reader, transform)  # timm's own class passes over files that cannot be read
         names = data.class_to_idx
@@ -218,7 +237,7 @@ def _image_folder(path, is_train, transform, args):
     if not root.is_dir():
         raise UserError(f"--data-path {path}: has no folder {root.name}/ with one folder of images per class")
     try:
-        data = ImageFolder(root, transform=transform, loader=load_image)
+        data = ImageFolder(root, transform=transform, loader=loader_for(transform))
     except FileNotFoundError as error:
         raise UserError(f"--data-path {path}: {' '.join(str(error).split())}") from None
     # A part of ImageNet keeps ImageNet's own labels, so that the head of a pretrained model fits it.

@@ -15,12 +15,13 @@ class DivergedError(RuntimeError):
 
 
 def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=0, amp_dtype=None, scaler=None,
-                    clip_grad=None, ema=None, mixup_fn=None, masks=None, train_mode=True, cosub=False, accum_iter=1,
-                    first_step=0, logger=None, after_step=None, print_freq=10):
+                    clip_grad=None, ema=None, batch_transform=None, masks=None, train_mode=True, cosub=False,
+                    accum_iter=1, first_step=0, logger=None, after_step=None, print_freq=10):
     """Trains for one pass over `loader` and returns the mean of each metric over all processes.
 
     model: maps images (batch, 3, height, width) to logits (batch, classes), or to a pair of them; may be in DDP.
     criterion: called with the images, what the model gave for them, and the targets.
+    batch_transform: called with images and targets on the device, returns what the model is trained on.
     cosub: the model is given every image twice, for `losses.CosubLoss`.
     amp_dtype: torch.bfloat16 or torch.float16 to run the forward pass under autocast, None for float32.
     masks: has `apply_to_grads()` and `apply()` and keeps pruned weights at zero; None trains dense.
@@ -50,8 +51,8 @@ def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=
         utils.seed_everything(utils.STEP, seed, epoch, batch, utils.rank())
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
-        if mixup_fn is not None:
-            images, targets = mixup_fn(images, targets)
+        if batch_transform is not None:
+            images, targets = batch_transform(images, targets)
         if place == 0:
             optimizer.zero_grad()
         # Processes exchange their gradients once a step.

@@ -18,12 +18,14 @@ import timm.layers
 import torch
 import torch.distributed as dist
 from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 import utils
 from arguments import mixes, parse_args
+from augment import BatchTransform
 from datasets import build_dataset
 from engine import DivergedError, check_finite, evaluate, train_one_epoch
 from losses import CosubLoss, DistillationLoss
@@ -69,7 +71,8 @@ def main(args) -> dict[str, float]:
                 state.start(masks, pruner)
                 state.resume(checkpoint, args.resume)
             accuracy = state.accuracy
-            criterion, mixup_fn = build_criterion(args, num_classes, device)
+            batch_transform = build_batch_transform(args, num_classes, device)
+            criterion = build_criterion(args, num_classes, device)
         results = open_results(args, pruner, 0 if args.eval else state.epoch, train_loader, val_loader, device)
         checkpoint = None  # from here on it would only take memory
 
@@ -95,7 +98,7 @@ def main(args) -> dict[str, float]:
         if not args.eval:
             if not resumes:
                 state.start(masks, pruner)
-            finetuned = train(state, train_loader, criterion, mixup_fn, test, stop, device, amp_dtype, results)
+            finetuned = train(state, train_loader, batch_transform, criterion, test, stop, device, amp_dtype, results)
             accuracy = {**accuracy, "finetuned" if masks else "trained": finetuned}
         if masks is not None:
             check_masks(model.state_dict(), masks.masks, pruner)
@@ -224,26 +227,33 @@ def pruner_in_words(pruner: dict | None) -> str:
     return f"--pruner {pruner.get('name')} " + ("--custom-config" if sparsity is None else f"--sparsity {sparsity}")
 
 
-def build_criterion(args, num_classes, device):
-    """The training loss, called with images, outputs and targets, and what mixes the images of a batch (or None)."""
-    # Binary cross-entropy asks of each class whether the image shows it: every class that is mixed in counts fully, and
-    # smoothing, which gives every class a share, would make that every class.
-    smoothing = 0.0 if args.bce_loss else args.smoothing
-    mixup_fn = None
+def build_batch_transform(args, num_classes: int, device: torch.device) -> BatchTransform:
+    """DeiT's transforms of a training batch on its device; 3-Augment comes without random erasing."""
+    erase = mixup = None
+    if args.reprob and not args.ThreeAugment:
+        erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
     if mixes(args):
-        mixup_fn = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
-                         args.mixup_mode, label_smoothing=smoothing, num_classes=num_classes)
+        # Binary cross-entropy asks of each class whether the image shows it: every class that is mixed in counts fully,
+        # and smoothing, which gives every class a share, would make that every class.
+        mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
+                      args.mixup_mode, label_smoothing=0.0 if args.bce_loss else args.smoothing,
+                      num_classes=num_classes)
+    return BatchTransform(device, erase, mixup)
+
+
+def build_criterion(args, num_classes, device):
+    """The training loss, called with images, outputs and targets."""
     if args.cosub:
-        return CosubLoss(binary=args.bce_loss), mixup_fn
+        return CosubLoss(binary=args.bce_loss)
     if args.bce_loss:
         criterion = BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)
     else:
-        criterion = SoftTargetCrossEntropy() if mixup_fn else LabelSmoothingCrossEntropy(args.smoothing)
+        criterion = SoftTargetCrossEntropy() if mixes(args) else LabelSmoothingCrossEntropy(args.smoothing)
     teacher = None
     if args.distillation_type != "none":
         teacher = prepare_teacher(args, num_classes).to(device)
     return DistillationLoss(criterion, teacher, args.distillation_type, args.distillation_alpha,
-                            args.distillation_tau), mixup_fn
+                            args.distillation_tau)
 
 
 def prepare_teacher(args, num_classes) -> torch.nn.Module:
@@ -254,7 +264,7 @@ def prepare_teacher(args, num_classes) -> torch.nn.Module:
     return teacher.eval().requires_grad_(False)
 
 
-def train(state, loader, criterion, mixup_fn, test, stop, device, amp_dtype, results) -> float:
+def train(state, loader, batch_transform, criterion, test, stop, device, amp_dtype, results) -> float:
     """Trains to the last epoch, evaluating and writing checkpoints after each; returns the last top-1 accuracy."""
     args, network = state.args, state.model
     if utils.world_size() > 1:
@@ -277,9 +287,9 @@ def train(state, loader, criterion, mixup_fn, test, stop, device, amp_dtype, res
             began, images = time.time(), len(loader) * args.batch_size * utils.world_size()
             train_stats = train_one_epoch(
                 network, criterion, loader, state.optimizer, device, state.epoch, seed=args.seed, amp_dtype=amp_dtype,
-                scaler=state.scaler, clip_grad=args.clip_grad, ema=state.ema, mixup_fn=mixup_fn, masks=state.masks,
-                train_mode=args.train_mode, cosub=args.cosub, accum_iter=args.accum_iter, first_step=state.epoch_step,
-                logger=state.logger, after_step=after_step, print_freq=args.print_freq)
+                scaler=state.scaler, clip_grad=args.clip_grad, ema=state.ema, batch_transform=batch_transform,
+                masks=state.masks, train_mode=args.train_mode, cosub=args.cosub, accum_iter=args.accum_iter,
+                first_step=state.epoch_step, logger=state.logger, after_step=after_step, print_freq=args.print_freq)
             speed = images / (time.time() - began)
             test_stats = {"test": test()}
             if state.ema:

@@ -29,7 +29,7 @@ import plots
 import utils
 from arguments import get_args_parser, parse_args
 from engine import DivergedError, evaluate
-from main import build_criterion, build_loaders, exit_status, prepare_model, train
+from main import build_batch_transform, build_criterion, build_loaders, exit_status, prepare_model, train
 from output import OutputDir
 from results import Results, versions
 from sparsity_factory import PRUNERS, Masks, PruningError, compute_masks, prunable_weights
@@ -163,7 +163,8 @@ class Workbench:
         self.model = prepare_model(args, num_classes, checkpoint, self.device)
         self.dense = {name: value.clone() for name, value in self.model.state_dict().items()}
         if args.epochs:
-            self.criterion, self.mixup_fn = build_criterion(args, num_classes, self.device)
+            self.batch_transform = build_batch_transform(args, num_classes, self.device)
+            self.criterion = build_criterion(args, num_classes, self.device)
             self._state(args)  # a mistake in the arguments of the optimizer shows at once
 
     def outcome(self, task: Task) -> Outcome:
@@ -197,7 +198,7 @@ class Workbench:
         state = self._state(argparse.Namespace(**{**vars(self.args), "seed": seed}))
         state.start(masks, None)
         self.train_loader.sampler.set_seed(seed)
-        return train(state, self.train_loader, self.criterion, self.mixup_fn, self.test, self.stop, self.device,
+        return train(state, self.train_loader, self.batch_transform, self.criterion, self.test, self.stop, self.device,
                      self.amp_dtype, Results("", {}))
 
     def _state(self, args) -> TrainingState:

@@ -258,16 +258,17 @@ def inputs() -> list[dict]:
             coarse.resize((500, 375), Image.Resampling.BICUBIC).save(f"{folder}/train/one/{number}.jpg", quality=90)
         coarse.save(f"{folder}/val/one/0.jpg")
         args = parse_args(["--data-path", folder, "--model", "deit_small_patch16_224", "--num_workers", "2",
-                           "--no-repeated-aug"])
+                           "--no-repeated-aug", "--mixup", "0", "--cutmix", "0"])
         loaders = {"ours": main.build_loaders(args, CPU)[0]}  # first, as it repairs timm's posterize for both
+        finish = {"ours": main.build_batch_transform(args, 1, CPU), "plain": lambda *batch: batch}
         transform = create_transform(224, is_training=True, color_jitter=args.color_jitter, auto_augment=args.aa,
                                      interpolation="bicubic", re_prob=0.25, re_mode="pixel", re_count=1)
         loaders["plain"] = DataLoader(ImageFolder(f"{folder}/train", transform), 64, shuffle=True, num_workers=2,
                                       drop_last=True, persistent_workers=True)
-        for _ in tqdm(range(4), "inputs"):
+        for _ in tqdm(range(16), "inputs"):  # many short ones in turns, since the speed of the machine drifts
             for kind, loader in loaders.items():
                 start = time.perf_counter()
-                images = sum(len(images) for images, _ in loader)
+                images = sum(len(finish[kind](*batch)[0]) for batch in loader)
                 rates[kind].append(images / (time.perf_counter() - start))
     quick, plain = (float(np.median(rates[kind][1:])) for kind in ("ours", "plain"))
     return [row("input pipeline, JPEG of 500 x 375, DeiT's training transforms, 2 workers",

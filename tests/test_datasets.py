@@ -1,4 +1,5 @@
 import gzip
+import io
 import json
 from argparse import Namespace
 
@@ -7,15 +8,17 @@ import pytest
 import torch
 from conftest import write_idx
 from PIL import Image
+from torchvision.io import decode_jpeg
 
-from datasets import SAMPLE_PATH, FashionMNIST, build_dataset, build_transform
-from utils import UserError
+from datasets import SAMPLE_PATH, FashionMNIST, build_dataset, build_transform, load_image
+from utils import BadImageError, UserError
 
 
 def options(**changes):
     defaults = dict(data_set="IMNET", data_path="", input_size=28, color_jitter=0.3, aa="rand-m9-mstd0.5-inc1",
                     train_interpolation="bicubic", reprob=0.25, remode="pixel", recount=1, eval_crop_ratio=0.875,
-                    ThreeAugment=False, src=False, crop_padding=4, inat_category="name")
+                    ThreeAugment=False, src=False, crop_padding=4, inat_category="name", train_split="train",
+                    val_split="val", num_classes=None, batch_size=1, seed=0)
     return Namespace(**{**defaults, **changes})
 
 
@@ -79,6 +82,61 @@ def test_part_of_imagenet_keeps_the_labels_of_imagenet(tmp_path):
     data, num_classes = build_dataset(False, options(data_path=str(tmp_path)))
     assert num_classes == 1000
     assert [data[i][1] for i in range(3)] == [0, 217, 701]
+
+
+def jpeg(image, **options):
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+NOISE = Image.fromarray(np.random.RandomState(0).randint(0, 256, (45, 61, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("content", [
+    jpeg(NOISE), jpeg(NOISE, quality=20, subsampling=0), jpeg(NOISE, progressive=True, subsampling=1),
+    jpeg(NOISE.convert("L")), jpeg(NOISE.convert("CMYK"))], ids=["jpeg", "coarse", "progressive", "grey", "cmyk"])
+def test_pixels_are_those_of_pillow(tmp_path, content):
+    (tmp_path / "a.jpg").write_bytes(content)
+    pixels, image = load_image(tmp_path / "a.jpg", as_pixels=True), load_image(tmp_path / "a.jpg")
+    expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    assert np.array_equal(image, expected)
+    if isinstance(pixels, Image.Image):  # what is not in colour is left to Pillow
+        assert np.array_equal(pixels, expected)
+    else:
+        assert np.array_equal(pixels.permute(1, 2, 0), expected)
+
+
+def test_pillow_decodes_where_torchvision_no_longer_does(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.decode_jpeg", None)
+    (tmp_path / "a.jpg").write_bytes(jpeg(NOISE))
+    assert isinstance(load_image(tmp_path / "a.jpg", as_pixels=True), Image.Image)
+
+
+@pytest.mark.parametrize("as_pixels", [False, True])
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-200], lambda content: content[:20],
+                                    lambda content: content.replace(b"\0\x2d\0\x3d", b"\xff\xff\xff\xff")],
+                         ids=["empty", "cut", "header", "bomb"])
+def test_a_damaged_jpeg_is_named(tmp_path, damage, as_pixels):
+    (tmp_path / "a.jpg").write_bytes(damage(jpeg(NOISE)))
+    with pytest.raises(BadImageError, match="a.jpg: cannot be read as an image"):
+        load_image(tmp_path / "a.jpg", as_pixels)
+
+
+@pytest.mark.parametrize("data_set", ["IMNET", "timm:folder"])
+def test_training_images_are_decoded_to_pixels_where_the_first_step_crops(tmp_path, monkeypatch, data_set):
+    decoded = []
+    monkeypatch.setattr("datasets.decode_jpeg", lambda content: decoded.append(1) or decode_jpeg(content))
+    for split in ("train", "val"):
+        (tmp_path / split / "one").mkdir(parents=True)
+        (tmp_path / split / "one/a.jpg").write_bytes(jpeg(NOISE))
+    for is_train, size, count in ((True, 48, 1), (True, 28, 0), (False, 48, 0)):
+        data, _ = build_dataset(is_train, options(data_path=str(tmp_path), data_set=data_set, input_size=size))
+        decoded.clear()
+        image, _ = data[0]
+        assert image.shape == (3, size, size)
+        assert image.dtype == (torch.uint8 if is_train else torch.float32)
+        assert len(decoded) == count
 
 
 def save_inaturalist(root, year):

@@ -47,13 +47,14 @@ def rates(*flags, epochs=10):
 
 def augmented(*flags, image=None, count=20):
     """Training images of the transform, each made with a seed of its own; the same ones for the same arguments."""
-    transform = build_transform(True, options("--input-size", "48", *flags))
+    args = options("--input-size", "48", "--mixup", "0", "--cutmix", "0", *flags)
+    transform, batch_transform = build_transform(True, args), main.build_batch_transform(args, 10, CPU)
     image = image or Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
     results = []
     for seed in range(count):
         utils.seed_everything(utils.SAMPLE, seed)
-        results.append(transform(image))
-    return torch.stack(results)
+        results.append(batch_transform(transform(image)[None], None)[0])
+    return torch.cat(results)
 
 
 def read(folder):
@@ -249,7 +250,7 @@ def test_cooldown_epochs_add_nothing_to_the_training_as_in_deit():
 
 
 def loss_of(*flags, logits, targets):
-    criterion, _ = main.build_criterion(options("--mixup", "0", "--cutmix", "0", *flags), 10, CPU)
+    criterion = main.build_criterion(options("--mixup", "0", "--cutmix", "0", *flags), 10, CPU)
     return criterion(None, logits, targets).item()
 
 
@@ -265,7 +266,7 @@ def test_smoothing_and_bce_choose_the_loss():
 
 
 def test_bce_counts_every_class_that_is_mixed_in_fully():
-    criterion, _ = main.build_criterion(options("--bce-loss"), 10, CPU)
+    criterion = main.build_criterion(options("--bce-loss"), 10, CPU)
     logits, mixed = torch.randn(1, 10), torch.zeros(1, 10)
     mixed[0, 2], mixed[0, 5] = 0.9, 0.1
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, mixed.gt(0).float())
@@ -273,13 +274,13 @@ def test_bce_counts_every_class_that_is_mixed_in_fully():
 
 
 def test_bce_is_not_told_by_smoothing_that_every_class_is_there():
-    criterion, mixup_fn = main.build_criterion(options("--bce-loss", "--smoothing", "0.1"), 10, CPU)
-    _, targets = mixup_fn(torch.zeros(8, 3, 16, 16), torch.arange(8))
+    mixup = main.build_batch_transform(options("--bce-loss", "--smoothing", "0.1"), 10, CPU).mixup
+    _, targets = mixup(torch.zeros(8, 3, 16, 16), torch.arange(8))
     assert (targets > 0).sum(1).max() <= 2
 
 
 def test_cosub_is_its_own_loss():
-    assert isinstance(main.build_criterion(options("--cosub"), 10, CPU)[0], CosubLoss)
+    assert isinstance(main.build_criterion(options("--cosub"), 10, CPU), CosubLoss)
 
 
 @pytest.mark.parametrize("flags", [[], ["--mixup", "0", "--cutmix", "0"], ["--bce-loss"]])
@@ -304,10 +305,10 @@ def test_distributed_and_world_size_insist_on_processes(run_main, tiny):
 
 
 def mix(*flags):
-    _, mixup_fn = main.build_criterion(options(*flags), 10, CPU)
+    mixup = main.build_batch_transform(options(*flags), 10, CPU).mixup
     images = torch.arange(8.0).reshape(8, 1, 1, 1).expand(8, 3, 16, 16).clone()
     utils.seed_everything(utils.STEP, 1)
-    return mixup_fn(images, torch.arange(8))
+    return mixup(images, torch.arange(8))
 
 
 def test_mixup_blends_whole_images_and_cutmix_pastes_boxes():
@@ -321,7 +322,7 @@ def test_mixup_blends_whole_images_and_cutmix_pastes_boxes():
 
 
 def test_without_mixup_and_cutmix_nothing_is_mixed():
-    assert main.build_criterion(options("--mixup", "0", "--cutmix", "0"), 10, CPU)[1] is None
+    assert main.build_batch_transform(options("--mixup", "0", "--cutmix", "0"), 10, CPU).mixup is None
 
 
 def test_cutmix_minmax_bounds_the_side_of_the_box():
@@ -372,7 +373,7 @@ def test_distillation_trains_a_student_with_two_heads(run_main, tiny, tmp_path, 
 
 def test_distillation_alpha_tau_and_type_reach_the_loss(teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    criterion, _ = main.build_criterion(options("--distillation-type", "soft", "--distillation-alpha", "0.3",
+    criterion = main.build_criterion(options("--distillation-type", "soft", "--distillation-alpha", "0.3",
                                                 "--distillation-tau", "4", *teacher), 10, CPU)
     assert (criterion.distillation_type, criterion.alpha, criterion.tau) == ("soft", 0.3, 4.0)
     assert not any(parameter.requires_grad for parameter in criterion.teacher_model.parameters())

@@ -5,12 +5,14 @@ import pytest
 import timm
 import torch
 from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from augment import BatchTransform
 from engine import DivergedError, evaluate, train_one_epoch
 from losses import DistillationLoss
 from sparsity_factory import Masks, compute_masks, prunable_weights
@@ -161,9 +163,11 @@ def test_no_training_step_waits_for_the_device_but_those_with_a_log_line(meta):
                           for name, weight in prunable_weights(model).items()})
     ema, reads = ModelEmaV3(tiny_vit()), []
     ema.module.to(meta)
+    transform = BatchTransform(meta, RandomErasing(1.0, mode="pixel", device=meta), Mixup(0.8, 1.0, num_classes=10))
+    loader = [(images.byte(), targets) for images, targets in batches(25)]
     with HostReads() as host:
-        train_one_epoch(model, DistillationLoss(SoftTargetCrossEntropy()), batches(25), adamw(model), meta, 0,
-                        mixup_fn=Mixup(0.8, 1.0, num_classes=10), masks=masks, ema=ema, clip_grad=1.0,
+        train_one_epoch(model, DistillationLoss(SoftTargetCrossEntropy()), loader, adamw(model), meta, 0,
+                        batch_transform=transform, masks=masks, ema=ema, clip_grad=1.0,
                         after_step=lambda _: reads.append(host.count))
     # A line is logged after steps 0, 10 and 20, and what it has read is counted with the next step.
     assert [step for step in range(1, 25) if reads[step] > reads[step - 1]] == [1, 11, 21]
