@@ -74,7 +74,7 @@ class BatchTransform:
         Returns float32 images, and the labels or, with mixup, a target for each class (batch, classes).
         """
         with one_thread():
-            if images.device.type == "cpu":  # numpy asks the system for large pages, which is quicker than torch's small
+            if images.device.type == "cpu":  # new memory of numpy is in large pages, and takes less time than torch's
                 images = torch.from_numpy(np.empty(images.shape, np.float32)).copy_(images)
             images = images.float().sub_(self.mean).div_(self.std)
             if self.erase is not None:

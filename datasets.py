@@ -152,8 +152,8 @@ class INaturalist(Dataset):
 def load_image(path, as_pixels: bool = False, content: bytes | None = None) -> Image.Image | torch.Tensor:
     """The image of a file in RGB; `content` is what the file holds, where it has been read already.
 
-    as_pixels: gives a JPEG in colour as uint8 pixels (3, height, width), where torchvision decodes them: the same pixels
-        in two thirds of Pillow's time.
+    as_pixels: a JPEG in colour is decoded by torchvision, which takes two thirds of Pillow's time for the same pixels,
+        and given as a uint8 tensor (3, height, width).
     Raises BadImageError naming the file when it cannot be read.
     """
     try:

@@ -10,7 +10,8 @@ from conftest import ROOT, start_main
 LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]
 # The tiny data set has 48 training images: three steps of 16, or of 8 in each of two processes.
 # Fresh weights show whether all processes start from the same ones.
-PLAIN = ["--drop-path", "0", "--mixup", "0", "--cutmix", "0", "--no-pretrained"]
+# Drop path, erasing and mixing draw random numbers by batch, and so by process.
+PLAIN = ["--drop-path", "0", "--reprob", "0", "--mixup", "0", "--cutmix", "0", "--no-pretrained"]
 
 
 def test_all_processes_have_the_masks_of_the_first(tmp_path):
