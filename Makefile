@@ -14,9 +14,10 @@ sweep: .venv/run
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 sweep.py --device cpu \
 		--sparsities 0.65 0.8 0.9 0.95 --finetune-epochs 1 --seeds 0 1 2
 
+# Two tests at a time, of one thread each.
 test: .venv/dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: .venv/run
 	$(BIN)/python benchmarks/run.py

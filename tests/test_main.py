@@ -210,7 +210,7 @@ def test_every_run_preset_is_valid():
 
 
 def test_accumulated_batches_train_as_larger_ones_do_with_the_same_learning_rate(run_main, tiny, tmp_path):
-    plain = [*tiny, *LAMP, "--drop-path", "0", "--mixup", "0", "--cutmix", "0"]
+    plain = [*tiny, *LAMP, "--drop-path", "0", "--mixup", "0", "--cutmix", "0", "--reprob", "0"]
     run_main(*plain, "--batch-size", "16", "--output_dir", "whole")
     run_main(*plain, "--batch-size", "8", "--accum-iter", "2", "--output_dir", "parts")
     whole, parts = (read(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
