@@ -6,8 +6,8 @@ A pruner is an *allocation*: it decides how many weights each layer keeps. It is
 
 from the scores of every prunable weight (parameter name to tensor of the weight's shape, finite, non-negative, on the
 weight's device, in model order) and the share of weights to remove, to the number of weights each layer keeps. What it
-is given is a `Scores`, which also knows how they are distributed. Within a layer the largest scores are kept, which
-`patterns.py` does. To add a pruner, write such a function and name it in `PRUNERS`.
+is given is a `Scores`, which also knows the shapes and how the scores are distributed. Within a layer the largest are
+kept, which `patterns.py` does. To add a pruner, write such a function and name it in `PRUNERS`.
 
 Sizes: N prunable weights in all, n of them in a layer. The global budget is round(N (1 - sparsity)), half to even.
 """
@@ -76,10 +76,14 @@ class Scores(Mapping[str, Tensor]):
     Another pass over the weights costs less time than touching the memory for a copy of them all, and no such memory.
     All scores have one dtype, so that they compare: float64 when some weight has it, else float32 (half precision is
     exact in it).
+
+    Attributes:
+        shapes: parameter name to shape; asking for it computes no score.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], score: Callable[[Tensor], Tensor]):
         self._weights, self._score = weights, score
+        self.shapes = {name: weight.shape for name, weight in weights.items()}
         wide = any(weight.dtype == torch.float64 for weight in weights.values())
         self._dtype = torch.float64 if wide else torch.float32
         self._finite: set[str] = set()
@@ -116,12 +120,12 @@ class Scores(Mapping[str, Tensor]):
         return len(self._weights)
 
 
-def unif(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
+def unif(scores: Scores, sparsity: float) -> dict[str, int]:
     """Uniform: every layer has the same sparsity and keeps n - round(sparsity n)."""
-    return {name: _remaining(score.numel(), sparsity) for name, score in scores.items()}
+    return {name: _remaining(n, sparsity) for name, n in _sizes(scores).items()}
 
 
-def unifplus(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
+def unifplus(scores: Scores, sparsity: float) -> dict[str, int]:
     """Uniform+: the first and the last prunable layer stay dense, the others share the sparsity that meets the target.
 
     Gale et al. 2019, arXiv:1902.09574.
@@ -150,7 +154,7 @@ def glob(scores: Scores, sparsity: float) -> dict[str, int]:
     return _fill(scores, at_least[:, border + 1], undecided, budget)
 
 
-def erk(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
+def erk(scores: Scores, sparsity: float) -> dict[str, int]:
     """Erdos-Renyi kernel: a layer keeps a number of weights proportional to fan_in + fan_out.
 
     A layer that would keep more than it has stays dense, and the rest of the budget is shared again. Each layer's share
@@ -159,7 +163,7 @@ def erk(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
     Evci et al. 2020, arXiv:1911.11134.
     """
     sizes = _sizes(scores)
-    fans = {name: sum(score.shape) for name, score in scores.items()}
+    fans = {name: sum(shape) for name, shape in scores.shapes.items()}
     kept = {}
     left = sum(sizes.values()) * (1 - sparsity)
     while len(kept) < len(sizes):
@@ -214,13 +218,13 @@ def lamp(scores: Scores, sparsity: float) -> dict[str, int]:
     return _fill(scores, kept, undecided, budget)
 
 
-def custom(scores: Mapping[str, Tensor], config: str | PathLike | Mapping) -> dict[str, int | tuple[int, int]]:
+def custom(scores: Scores, config: str | PathLike | Mapping) -> dict[str, int | tuple[int, int]]:
     """What the configuration says, per layer: the number of weights kept, or (n, m) for n of every m.
 
     Raises:
         PruningError: see `config.resolve_levels`.
     """
-    return resolve_levels(config, {name: score.shape for name, score in scores.items()})
+    return resolve_levels(config, scores.shapes)
 
 
 PRUNERS: dict[str, Callable] = {pruner.__name__: pruner for pruner in (lamp, glob, unif, unifplus, erk, custom)}
@@ -285,11 +289,11 @@ def _check_request(pruner: str, sparsity, custom_config) -> None:
         raise PruningError(f"sparsity {sparsity!r}: expected a number in [0, 1)")
 
 
-def _sizes(scores: Mapping[str, Tensor]) -> dict[str, int]:
-    return {name: score.numel() for name, score in scores.items()}
+def _sizes(scores: Scores) -> dict[str, int]:
+    return {name: shape.numel() for name, shape in scores.shapes.items()}
 
 
-def _budget(scores: Mapping[str, Tensor], sparsity: float) -> int:
+def _budget(scores: Scores, sparsity: float) -> int:
     return round(sum(_sizes(scores).values()) * (1 - sparsity))
 
 
