@@ -94,6 +94,7 @@ class Scores(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if self._latest and self._latest[0] == name:
             return self._latest[1]
+        self._latest = None  # so that its memory is used again: fresh memory takes longer
         score = self._score(self._weights[name].detach().to(self._dtype))
         if name not in self._finite and not score.amax().isfinite():
             raise PruningError(f"{name} has a weight that is NaN or infinite")
@@ -150,7 +151,7 @@ def glob(scores: Scores, sparsity: float) -> dict[str, int]:
     budget = _budget(scores, sparsity)
     at_least = torch.stack([scores.at_least(name) for name in scores])
     border = patterns.border_bin(at_least.sum(0), budget)
-    undecided = [patterns.distinct(score, border, border + 1) for score in scores.values()]
+    undecided = [patterns.distinct(scores[name], border, border + 1) for name in scores]
     return _fill(scores, at_least[:, border + 1], undecided, budget)
 
 
@@ -189,7 +190,7 @@ def lamp(scores: Scores, sparsity: float) -> dict[str, int]:
     Lee et al. 2021, arXiv:2010.07611.
     """
     budget = _budget(scores, sparsity)
-    layers = [_LampBins(score, scores.at_least(name)) for name, score in scores.items()]
+    layers = [_LampBins(scores[name], scores.at_least(name)) for name in scores]
     at_least = torch.stack([layer.at_least for layer in layers])
     floor = torch.stack([layer.floor for layer in layers])
 
@@ -212,8 +213,8 @@ def lamp(scores: Scores, sparsity: float) -> dict[str, int]:
     high = first_sure(math.nextafter(_largest_threshold(reaches_budget(last_possible)), 2))
     kept = at_least.gather(1, high).squeeze(1)
     undecided = [
-        layer.candidates(score, int(start), int(stop))
-        for layer, score, start, stop in zip(layers, scores.values(), low, high, strict=True)
+        layer.candidates(scores[name], int(start), int(stop))
+        for name, layer, start, stop in zip(scores, layers, low, high, strict=True)
     ]
     return _fill(scores, kept, undecided, budget)
 
