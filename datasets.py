@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_dataset, create_transform
 from torch.utils.data import Dataset
 from torchvision import io, transforms
@@ -164,7 +164,8 @@ def load_image(path, as_pixels: bool = False, content: bytes | None = None) -> I
                 return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         return image.convert("RGB")
     except Exception as error:  # damaged files raise whatever the byte that is wrong leads to
-        raise BadImageError(f"{path}: cannot be read as an image ({first_line(error)})") from None
+        reason = "in no known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        raise BadImageError(f"{path}: cannot be read as an image ({reason})") from None
 
 
 def loader_for(transform):
