@@ -149,15 +149,16 @@ class INaturalist(Dataset):
         return self.transform(self.loader(path)), label
 
 
-def load_image(path, as_pixels: bool = False, content: bytes | None = None) -> Image.Image | torch.Tensor:
-    """The image of a file in RGB; `content` is what the file holds, where it has been read already.
+def load_image(path, as_pixels: bool = False, file=None) -> Image.Image | torch.Tensor:
+    """The image of a file in RGB; `file` is what to read it from, where it is open already.
 
     as_pixels: a JPEG in colour is decoded by torchvision, which takes two thirds of Pillow's time for the same pixels,
         and given as a uint8 tensor (3, height, width).
     Raises BadImageError naming the file when it cannot be read.
     """
     try:
-        content = Path(path).read_bytes() if content is None else content
+        with file or open(path, "rb") as source:
+            content = source.read()
         image = Image.open(BytesIO(content))  # reads no more than the header
         if as_pixels and decode_jpeg and (image.format, image.mode) == ("JPEG", "RGB"):
             with contextlib.suppress(RuntimeError):  # Pillow then says what is wrong with it
@@ -186,9 +187,7 @@ class ReaderImages(Dataset):
 
     def __getitem__(self, index: int):
         file, label = self.reader[index]
-        with file:
-            content = file.read()
-        return self.transform(self.loader(self.reader.filename(index, absolute=True), content=content)), label
+        return self.transform(self.loader(self.reader.filename(index, absolute=True), file=file)), label
 
 
 def _timm(path, is_train, transform, args):

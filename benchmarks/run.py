@@ -323,7 +323,7 @@ def machine() -> str:
 
 def page(results: dict) -> str:
     lines = ["# Performance", "", "Made by `make bench`, which measures each figure and what it is compared with in "
-             "one run: seconds are the shortest of several, rates the median.", "",
+             "one run: the shortest of several times, and for the input pipeline the median.", "",
              f"Machine: {results['machine']}.", "", "| what | target | measured | met |", "| --- | --- | --- | --- |"]
     rows = [found for group in GROUPS if group != "growth" for found in results.get(group, [])]
     lines += [f"| {found['what']} | {found['target']} | {found['found']} | "

@@ -124,6 +124,12 @@ def test_a_damaged_jpeg_is_named(tmp_path, damage, as_pixels):
     assert "BytesIO" not in str(error.value)
 
 
+def test_a_file_that_cannot_be_read_to_its_end_is_named():
+    packed = gzip.compress(jpeg(NOISE))[:-20]
+    with pytest.raises(BadImageError, match="a.jpg: cannot be read as an image"):
+        load_image("a.jpg", file=gzip.GzipFile(fileobj=io.BytesIO(packed)))
+
+
 @pytest.mark.parametrize("data_set", ["IMNET", "timm:folder"])
 def test_training_images_are_decoded_to_pixels_where_the_first_step_crops(tmp_path, monkeypatch, data_set):
     decoded = []

@@ -374,7 +374,7 @@ def test_distillation_trains_a_student_with_two_heads(run_main, tiny, tmp_path, 
 def test_distillation_alpha_tau_and_type_reach_the_loss(teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     criterion = main.build_criterion(options("--distillation-type", "soft", "--distillation-alpha", "0.3",
-                                                "--distillation-tau", "4", *teacher), 10, CPU)
+                                             "--distillation-tau", "4", *teacher), 10, CPU)
     assert (criterion.distillation_type, criterion.alpha, criterion.tau) == ("soft", 0.3, 4.0)
     assert not any(parameter.requires_grad for parameter in criterion.teacher_model.parameters())
 
