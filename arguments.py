@@ -11,14 +11,20 @@ from pathlib import Path
 from datasets import DATA_SETS, TIMM
 from sparsity_factory import PRUNERS, PruningError, read_yaml
 from trackers import require
-from utils import UserError
+from utils import UserError, log
 
 SAMPLE_PRESET = Path(__file__).resolve().parent / "configs" / "run" / "sample.yaml"
+
+
+#: What a sweep makes of an argument: its runs share it, and two starts of one sweep have to agree on it; or two starts
+#: may differ, since it changes no result; or the sweep has a flag of its own, or none, in its place.
+SHARED, FREE, REFUSED = "shared", "free", "refused"
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The arguments of `argv`, over the defaults of `--config`, over the sample's where no data set is given.
 
+    `given` in the result lists the arguments that `argv` or `--config` set, and `command` is the command line.
     Raises UserError for anything that can be seen to be wrong before a file of the data set or a model is touched.
     """
     args = get_args_parser().parse_args(argv)
@@ -32,7 +38,35 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             args = get_args_parser({**sample, **config}).parse_args(argv)
     check_args(args)
     args.command = shlex.join(["main.py", *argv])
+    args.given = sorted(_given(argv) | config.keys())
     return args
+
+
+def continued_args(args: argparse.Namespace, saved, source: str) -> argparse.Namespace:
+    """The arguments of a run that goes on from the checkpoint `source`, which was written with the arguments `saved`.
+
+    Epochs, optimizer and schedule are those of the checkpoint, except where they are given: then a line says what
+    changed. Raises UserError for another optimizer or schedule, and for saved values that no run can have.
+    """
+    saved = saved if isinstance(saved, dict) else getattr(saved, "__dict__", {})  # DeiT's own have a Namespace
+    continued, changed = dict(vars(args)), []
+    for action in get_args_parser()._actions:
+        name = action.dest
+        if not getattr(action, "continues", False) or name not in saved:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        value = _preset_value(action, saved[name], f"{source}: {name}")
+        if name not in args.given:
+            continued[name] = value
+        elif value != continued[name]:
+            if name in ("opt", "sched"):
+                raise UserError(f"{flag} {continued[name]}: {source} is of a run with {flag} {value}")
+            changed.append(f"{flag} {continued[name]} instead of {value}")
+    if changed:
+        log(f"The run goes on with {', '.join(changed)}")
+    result = argparse.Namespace(**continued)
+    check_args(result)
+    return result
 
 
 def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
@@ -40,63 +74,86 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     parser = _Parser("main.py", description="Prunes a vision transformer and finetunes it, with DeiT's recipe.",
                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
-    def switch(group, name, default, text):
-        destination = name.replace("-", "_")
-        group.add_argument(f"--{name}", action="store_true", dest=destination, default=default, help=text)
-        group.add_argument(f"--no-{name}", action="store_false", dest=destination, default=default, help="the opposite")
+    def group_of(title, continues=False):
+        """Functions that add an argument, and a pair of on and off, to a new group of this title.
 
-    add = parser.add_argument_group("run").add_argument
-    add("--config", metavar="FILE", help="YAML file of defaults for any of these arguments; flags win")
+        sweep: see `SHARED`; instead: the flag of the sweep that takes the place of a refused one. continues: a resumed
+        run has the checkpoint's value, unless the flag is given.
+        """
+        group = parser.add_argument_group(title)
+
+        def add(*flags, sweep=SHARED, instead="", continues=continues, **options):
+            action = group.add_argument(*flags, **options)
+            action.sweep, action.instead, action.continues = sweep, instead, continues
+
+        def switch(name, default, text, **options):
+            options |= {"dest": name.replace("-", "_"), "default": default}
+            add(f"--{name}", action="store_true", help=text, **options)
+            add(f"--no-{name}", action="store_false", help="the opposite", **options)
+
+        return add, switch
+
+    add, switch = group_of("run")
+    add("--config", sweep=FREE, metavar="FILE", help="YAML file of defaults for any of these arguments; flags win")
     add("--batch-size", type=int, default=64, help="images a batch, for each process")
     add("--accum-iter", type=int, default=1, metavar="N",
         help="optimizer steps take the mean gradient of N batches; the scaling of --lr counts their images")
-    add("--epochs", type=int, default=300, help="passes over the training images")
-    add("--output_dir", default="", metavar="DIR",
+    add("--epochs", continues=True, sweep=REFUSED, instead="--finetune-epochs", type=int, default=300,
+        help="passes over the training images")
+    add("--output_dir", sweep=FREE, default="", metavar="DIR",
         help="where checkpoints, log.txt, tables and pictures go; empty writes nothing")
-    add("--print-freq", type=int, default=10, metavar="STEPS",
+    add("--print-freq", sweep=FREE, type=int, default=10, metavar="STEPS",
         help="steps between two lines of the log; on a terminal a bar takes their place")
-    add("--quiet", action="store_true", help="print nothing but the accuracies at the end, and errors")
-    add("--tensorboard", action="store_true", help="log to tensorboard/ in --output_dir as well; needs its package")
-    add("--wandb", action="store_true", help="log to Weights & Biases as well; needs its package")
-    add("--device", default="auto", help="auto (cuda where there is one, else cpu), cuda or cpu")
+    add("--quiet", sweep=FREE, action="store_true", help="print nothing but the accuracies at the end, and errors")
+    add("--tensorboard", sweep=REFUSED, action="store_true",
+        help="log to tensorboard/ in --output_dir as well; needs its package")
+    add("--wandb", sweep=REFUSED, action="store_true", help="log to Weights & Biases as well; needs its package")
+    add("--device", sweep=FREE, default="auto", help="auto (cuda where there is one, else cpu), cuda or cpu")
     add("--amp", choices=["auto", "bfloat16", "float16", "off"], default="auto",
         help="precision of the forward pass; auto takes the fastest one that the device has in hardware")
     add("--compile", action="store_true", help="torch.compile the model: takes minutes at first, needs a C++ compiler")
     add("--seed", type=int, default=0, help="decides every random choice")
-    add("--resume", default="", metavar="FILE",
+    add("--resume", sweep=REFUSED, default="", metavar="FILE",
         help="checkpoint (file or URL) of a run to continue or evaluate; auto takes the newest in --output_dir, if any")
-    add("--checkpoint-every", type=int, default=0, metavar="STEPS",
+    add("--checkpoint-every", sweep=FREE, type=int, default=0, metavar="STEPS",
         help="write a checkpoint each so many steps as well as after each epoch; 0 for after each epoch only")
-    add("--audit", default="", metavar="FILE",
+    add("--audit", sweep=REFUSED, default="", metavar="FILE",
         help="only print what a checkpoint keeps of each layer and check that its weights obey its masks")
+    add("--timeout", sweep=FREE, type=int, default=1800, metavar="SECONDS",
+        help="how long processes wait for each other, as for one that writes a checkpoint")
     add("--start_epoch", type=int, default=0, help="first epoch; --resume sets it")
-    add("--eval", action="store_true", help="only evaluate, after pruning where a pruner is given")
-    add("--dist-eval", action="store_true", help="share the evaluation among the processes")
-    add("--dist_url", default="env://", help="how the processes find each other")
-    add("--distributed", action="store_true", help="insist on more than one process, as torchrun or SLURM starts them")
-    add("--world_size", type=int, default=1, help="insist on this many processes, where it is more than one")
+    add("--eval", sweep=REFUSED, action="store_true", help="only evaluate, after pruning where a pruner is given")
+    switch("dist-eval", True, "share the evaluation among the processes; its figures do not depend on it", sweep=FREE)
+    add("--dist_url", sweep=FREE, default="env://", help="how the processes find each other")
+    add("--distributed", sweep=FREE, action="store_true",
+        help="insist on more than one process, as torchrun or SLURM starts them")
+    add("--world_size", sweep=FREE, type=int, default=1,
+        help="insist on this many processes, where it is more than one")
 
-    add = parser.add_argument_group("pruning").add_argument
-    add("--pruner", choices=list(PRUNERS), help="how the sparsity is shared among layers; without it nothing is pruned")
-    add("--sparsity", type=float, help="fraction of the prunable weights to remove, in [0, 1)")
-    add("--custom-config", metavar="FILE", help="YAML file with the sparsity of each layer, for --pruner custom")
+    add, _ = group_of("pruning")
+    add("--pruner", sweep=REFUSED, instead="--pruners", choices=list(PRUNERS),
+        help="how the sparsity is shared among layers; without it nothing is pruned")
+    add("--sparsity", sweep=REFUSED, instead="--sparsities", type=float,
+        help="fraction of the prunable weights to remove, in [0, 1)")
+    add("--custom-config", sweep=REFUSED, instead="--custom-configs", metavar="FILE",
+        help="YAML file with the sparsity of each layer, for --pruner custom")
 
-    group = parser.add_argument_group("model")
-    add = group.add_argument
+    add, switch = group_of("model")
     add("--model", default="deit_base_patch16_224", help="any vision transformer of timm")
     add("--input-size", type=int, default=224, help="side of the images, in pixels")
     add("--drop", type=float, default=0.0, help="dropout rate")
     add("--drop-path", type=float, default=0.1, help="drop path rate")
     add("--finetune", default="", metavar="FILE", help="checkpoint (file or URL) to take the weights from")
-    switch(group, "pretrained", True, "start from timm's weights, unless --finetune or --resume gives some")
+    switch("pretrained", True, "start from timm's weights, unless --finetune or --resume gives some")
     add("--attn-only", action="store_true", help="train only attention, position embedding and head")
-    switch(group, "train-mode", True, "train with drop path and dropout on")
-    switch(group, "model-ema", True, "keep a moving average of the weights")
+    switch("train-mode", True, "train with drop path and dropout on")
+    switch("model-ema", True, "keep a moving average of the weights")
+    add("--use-ema", action="store_true",
+        help="with --finetune, or with --resume and --eval: take the moving average of the checkpoint")
     add("--model-ema-decay", type=float, default=0.99996, help="decay of the moving average")
     add("--model-ema-force-cpu", action="store_true", help="keep the moving average in the CPU's memory")
 
-    group = parser.add_argument_group("optimizer and schedule")
-    add = group.add_argument
+    add, _ = group_of("optimizer and schedule", continues=True)
     add("--opt", default="adamw", help="any optimizer of timm")
     add("--opt-eps", type=float, default=1e-8, help="epsilon of the optimizer")
     add("--opt-betas", type=float, nargs="+", help="betas of the optimizer; its own by default")
@@ -119,7 +176,7 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--smoothing", type=float, default=0.1, help="label smoothing")
     add("--bce-loss", action="store_true", help="binary cross-entropy for each class")
 
-    add = parser.add_argument_group("distillation").add_argument
+    add, _ = group_of("distillation")
     add("--distillation-type", choices=["none", "soft", "hard"], default="none",
         help="what a distilled model's second head learns from the teacher: its logits, or its first class")
     add("--teacher-model", default="regnety_160", help="any model of timm")
@@ -128,8 +185,7 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
     add("--cosub", action="store_true", help="co-train two submodels under drop path; with binary cross-entropy")
 
-    group = parser.add_argument_group("data and augmentation")
-    add = group.add_argument
+    add, switch = group_of("data and augmentation")
     add("--data-path", default="", metavar="DIR", help="the data set; without it the built-in sample is used")
     add("--data-set", default="IMNET",
         help=f"what is in --data-path: {', '.join(DATA_SETS)}; or timm:folder, timm:torch/NAME or timm:wds/NAME, read "
@@ -139,11 +195,11 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--num-classes", type=int, help="with --data-set timm:..., the number of classes, where the data do not tell")
     add("--inat-category", default="name", help="rank of the taxonomy that labels iNaturalist's images",
         choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"])
-    add("--num_workers", type=int, default=10, help="processes that load images, for each training process")
+    add("--num_workers", sweep=FREE, type=int, default=10, help="processes that load images, for each training process")
     add("--skip-bad-images", type=int, default=0, metavar="N",
         help="replace up to N training images that cannot be read, each by the next one, and name them")
-    switch(group, "pin-mem", True, "copy batches to the GPU from pinned memory")
-    switch(group, "repeated-aug", True, "show each drawn image three times an epoch, augmented differently")
+    switch("pin-mem", True, "copy batches to the GPU from pinned memory", sweep=FREE)
+    switch("repeated-aug", True, "show each drawn image three times an epoch, augmented differently")
     add("--crop-padding", type=int, default=4, help="pixels around images of 32 x 32 and less, before a random crop")
     add("--color-jitter", type=float, default=0.3, help="strength of colour jitter, where --aa none leaves room for it")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation, or none")
@@ -214,7 +270,7 @@ def _preset_value(action, value, where):
 
 
 def brief(value) -> str:
-    """What an error message shows of anybody's value."""
+    """A value as an error message shows it, never long."""
     try:
         return reprlib.repr(value)
     except ValueError:
@@ -230,7 +286,7 @@ def check_args(args) -> None:
         if not good:
             raise UserError(f"{flag} {value_of(flag)}: expected {wanted}")
 
-    for flag in ("--batch-size", "--accum-iter", "--epochs", "--input-size", "--recount", "--print-freq"):
+    for flag in ("--batch-size", "--accum-iter", "--epochs", "--input-size", "--recount", "--print-freq", "--timeout"):
         expect(value_of(flag) >= 1, flag, "at least 1")
     for flag in ("--num_workers", "--crop-padding", "--seed", "--start_epoch", "--warmup-epochs",
                  "--checkpoint-every", "--skip-bad-images", "--cooldown-epochs",
@@ -259,6 +315,8 @@ def check_args(args) -> None:
         raise UserError("--src: expected --ThreeAugment beside it")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto: expected --output_dir beside it")
+    if args.use_ema and not (args.finetune or args.resume and args.eval):
+        raise UserError("--use-ema: expected --finetune FILE, or --resume FILE and --eval, beside it")
     compiler = os.environ.get("CXX", "g++")
     if args.compile and not shutil.which(compiler):
         raise UserError(f"--compile: torch.compile needs a C++ compiler, and there is no {compiler}; CXX may name one")
@@ -322,6 +380,14 @@ def check_pruning(args) -> None:
 def mixes(args) -> bool:
     """Whether training images are mixed, by mixup or cutmix."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def _given(argv: list[str]) -> set[str]:
+    """The destinations that the command line sets."""
+    parser = get_args_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,11 +2,16 @@
 
 import contextlib
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
+from timm.utils import ModelEmaV3
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
+from sparsity_factory import Sparsifier
 from utils import MetricLogger, SmoothedValue
 
 
@@ -14,90 +19,154 @@ class DivergedError(RuntimeError):
     """The training loss is no longer a finite number."""
 
 
-def train_one_epoch(model, criterion, loader, optimizer, device, epoch, *, seed=0, amp_dtype=None, scaler=None,
-                    clip_grad=None, ema=None, batch_transform=None, masks=None, train_mode=True, cosub=False,
-                    accum_iter=1, first_step=0, logger=None, after_step=None, print_freq=10):
-    """Trains for one pass over `loader` and returns the mean of each metric over all processes.
+def training_logger() -> MetricLogger:
+    """An empty logger for the metrics of `train_one_epoch`."""
+    logger = MetricLogger()
+    logger.add_meter("lr", SmoothedValue(window=1, fmt="{value:.6f}"))
+    return logger
 
-    model: maps images (batch, 3, height, width) to logits (batch, classes), or to a pair of them; may be in DDP.
-    criterion: called with the images, what the model gave for them, and the targets.
-    batch_transform: called with images and targets on the device, returns what the model is trained on.
-    cosub: the model is given every image twice, for `losses.CosubLoss`.
+
+@dataclass
+class Learner:
+    """What is trained.
+
+    network: maps images (batch, 3, height, width) to logits (batch, classes), or to a pair of them; may be in DDP.
+    sparsifier: keeps pruned weights at zero and changes the masks; None trains dense.
+    ema: the moving average of the weights, or None.
+    scaler: the loss scaler of float16; by default the loss is not scaled.
+    """
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    sparsifier: Sparsifier | None = None
+    ema: ModelEmaV3 | None = None
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
+
+    def __post_init__(self):
+        self.sparsifier = self.sparsifier or Sparsifier(self.model)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network without its DDP wrapper."""
+        return self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How a training step is made.
+
+    criterion: called with the images, the outputs of the network for them, and the targets; returns the loss.
+    batch_transform: called with images and targets on the device, returns those that the network is trained on.
     amp_dtype: torch.bfloat16 or torch.float16 to run the forward pass under autocast, None for float32.
-    masks: has `apply_to_grads()` and `apply()` and keeps pruned weights at zero; None trains dense.
-    ema: has `update(model)` and is given the model without its DDP wrapper.
+    clip_grad: the largest norm of the gradients, None to leave them as they are.
     accum_iter: an optimizer step takes the mean gradient of so many batches; the last one of an epoch may have fewer.
-    first_step: the number of the first optimizer step, where a resumed epoch had earlier ones.
-    logger: a `utils.MetricLogger` with the metrics of those earlier steps.
-    after_step: called after each optimizer step with the number of them done in the epoch.
+    train_mode: drop path and dropout are on.
+    cosub: the network is given every image twice, for `losses.CosubLoss`.
+    """
+
+    criterion: Callable
+    device: torch.device
+    batch_transform: Callable | None = None
+    amp_dtype: torch.dtype | None = None
+    clip_grad: float | None = None
+    accum_iter: int = 1
+    train_mode: bool = True
+    cosub: bool = False
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    epoch: the epoch to train next, or in training. epoch_step, images: the optimizer steps and the images (of all
+    processes) of that epoch so far, and logger their metrics. step: optimizer steps in all.
+    """
+
+    seed: int = 0
+    epoch: int = 0
+    epoch_step: int = 0
+    images: int = 0
+    step: int = 0
+    logger: MetricLogger = field(default_factory=training_logger)
+
+    def end_step(self, images: int) -> None:
+        self.epoch_step, self.images, self.step = self.epoch_step + 1, self.images + images, self.step + 1
+
+    def end_epoch(self) -> None:
+        self.epoch, self.epoch_step, self.images, self.logger = self.epoch + 1, 0, 0, training_logger()
+
+
+def train_one_epoch(learner: Learner, options: StepOptions, loader, progress: Progress, *, after_step=None,
+                    print_freq: int = 10) -> dict[str, float]:
+    """Trains on the batches of `loader`, the rest of an epoch, and returns the mean of each metric over all processes.
+
+    after_step: called after each optimizer step.
     print_freq: batches between two lines of the log.
     Raises DivergedError when the loss is not finite; looked at only where a line is logged, since looking waits
     for the device.
     """
-    model.train(train_mode)
-    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
-    plain_model = model.module if isinstance(model, DistributedDataParallel) else model
+    network, model, optimizer, scaler = learner.network, learner.model, learner.optimizer, learner.scaler
+    sparsifier, logger, device, accum_iter = learner.sparsifier, progress.logger, options.device, options.accum_iter
+    network.train(options.train_mode)
     second_order = getattr(optimizer, "is_second_order", False)
-    logger = training_logger() if logger is None else logger
-    first_batch = first_step * accum_iter
+    first_batch, seen = progress.epoch_step * accum_iter, 0
     num_batches = first_batch + len(loader)
-    batches = logger.log_every(loader, print_freq, f"Epoch: [{epoch}]", first_batch)
+    batches = logger.log_every(loader, print_freq, f"Epoch: [{progress.epoch}]", first_batch)
     for batch, (images, targets) in enumerate(batches, first_batch):
         step, place = divmod(batch, accum_iter)
         group = min(accum_iter, num_batches - step * accum_iter)  # batches of this step
         completes_step = place == group - 1
         if batch % print_freq == 1 % print_freq:  # just after a log line, which has waited for the device anyway
-            check_finite(logger, epoch, step)
-        utils.seed_everything(utils.STEP, seed, epoch, batch, utils.rank())
+            check_finite(progress)
+        utils.seed_everything(utils.STEP, progress.seed, progress.epoch, batch, utils.rank())
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
-        if batch_transform is not None:
-            images, targets = batch_transform(images, targets)
+        seen += len(images) * utils.world_size()
+        if options.batch_transform is not None:
+            images, targets = options.batch_transform(images, targets)
         if place == 0:
             optimizer.zero_grad()
+            sparsifier.begin_step()
         # Processes exchange their gradients once a step.
-        with model.no_sync() if model is not plain_model and not completes_step else contextlib.nullcontext():
-            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-                outputs = model(torch.cat([images, images]) if cosub else images)
-                loss = criterion(images, outputs, targets)
+        with network.no_sync() if network is not model and not completes_step else contextlib.nullcontext():
+            with options.autocast():
+                outputs = network(torch.cat([images, images]) if options.cosub else images)
+                loss = options.criterion(images, outputs, targets)
             scaler.scale(loss / group).backward(create_graph=second_order)
         logger.update(loss=loss.detach().float(), lr=optimizer.param_groups[0]["lr"])
         if not completes_step:
             continue
-        if masks is not None:
-            masks.apply_to_grads()
-        if clip_grad is not None:
+        sparsifier.end_backward()
+        if options.clip_grad is not None:
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+            torch.nn.utils.clip_grad_norm_(network.parameters(), options.clip_grad)
         scaler.step(optimizer)
         scaler.update()
-        if masks is not None:
-            masks.apply()
-        if ema is not None:
-            ema.update(plain_model)
+        sparsifier.end_step()
+        if learner.ema is not None:
+            learner.ema.update(model)
+        progress.end_step(seen)
+        seen = 0
         if after_step is not None:
-            after_step(step + 1)
-    check_finite(logger, epoch, math.ceil(num_batches / accum_iter), plain_model)
+            after_step()
+    check_finite(progress, model)
     logger.synchronize()
     utils.log(f"Averaged stats: {logger}", only=utils.LINES)
     return logger.averages()
-
-
-def training_logger() -> MetricLogger:
-    """What `train_one_epoch` gathers its metrics in."""
-    logger = MetricLogger()
-    logger.add_meter("lr", SmoothedValue(window=1, fmt="{value:.6f}"))
-    return logger
 
 
 @torch.no_grad()
 def evaluate(loader, model, device, *, amp_dtype=None, shared=False, after_batch=None, print_freq=10):
     """Evaluates `model` on the images of `loader`, each counted once.
 
-    shared: each process has a part of the images, and the counts of all are added up.
+    shared: each process has a part of the images, and the counts of all are added up. Otherwise each process has all
+        images, and the figures are those of the first: rounding may differ, and what follows from them must not.
     after_batch: called after each batch.
     Returns `acc1` and `acc5` in percent (`acc5` over as many classes as there are, where there are fewer than five)
-    and the mean cross-entropy `loss`.
+    and the mean cross-entropy `loss`, the same on every process.
     """
     model.eval()
     logger = MetricLogger()
@@ -115,18 +184,19 @@ def evaluate(loader, model, device, *, amp_dtype=None, shared=False, after_batch
         if after_batch is not None:
             after_batch()
     totals = totals.tolist()
-    top1, top5, loss, count = utils.sum_over_processes(totals) if shared else totals
+    counts = shared or utils.is_main_process()
+    top1, top5, loss, count = utils.sum_over_processes(totals if counts else [0.0] * 4)
     stats = {"acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "loss": loss / count}
     utils.log(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}", only=utils.LINES)
     return stats
 
 
 @torch.no_grad()
-def check_finite(logger, epoch, step, model=None) -> None:
+def check_finite(progress: Progress, model: nn.Module | None = None) -> None:
     """Raises DivergedError on every process when the loss of any, or a weight of `model`, is not finite."""
-    total = float(logger.meters["loss"].total)
+    total = float(progress.logger.meters["loss"].total)
     if model is not None:
         total += float(torch.stack([(0 * weight).sum() for weight in model.parameters()]).sum())
     if not math.isfinite(utils.sum_over_processes([total])[0]):
-        raise DivergedError(f"the loss is not finite in epoch {epoch}, at or before step {step}; "
-                            "try --amp bfloat16 or off, a lower --lr, or --clip-grad 1")
+        raise DivergedError(f"the loss is not finite in epoch {progress.epoch}, at or before step "
+                            f"{progress.epoch_step}; try --amp bfloat16 or off, a lower --lr, or --clip-grad 1")

@@ -15,24 +15,25 @@ import torchvision
 
 import plots
 import utils
-from output import CHECKPOINT, OutputDir, read_log
-from sparsity_factory import LayerSparsity, multiply_adds, sparse_multiply_adds, sparsity_csv, sparsity_yaml
+from run_folder import CHECKPOINT, RunFolder, read_log
+from sparsity_factory import LayerSparsity, Recipe, multiply_adds, sparse_multiply_adds, sparsity_csv, sparsity_yaml
 from sparsity_factory.multiply_adds import ATTENTION
+from state import TrainingState
 from trackers import Tracker, build_trackers
 
-CSV, YAML, BARS, CURVES, SUMMARY = "sparsity.csv", "sparsity.yaml", "sparsity.png", "training.png", "summary.md"
+SPARSITY_CSV, SPARSITY_YAML, SPARSITY_PNG = "sparsity.csv", "sparsity.yaml", "sparsity.png"
+TRAINING_PNG, SUMMARY = "training.png", "summary.md"
 REDRAW_AFTER = 60  # seconds: the picture of the training follows a long run, and a short one draws it once
 
 
-def open_results(args, pruner: Mapping | None, epoch: int, train_loader, val_loader, device) -> "Results":
+def open_results(args, recipe: Recipe, state: TrainingState | None, train_loader, val_loader, device) -> "Results":
     """The results of a run: its folder, locked, and its trackers, both on the first process only.
 
-    pruner: what checkpoints say of what made the masks. epoch: the one that the run starts with.
+    state: None for an evaluation.
     Raises UserError when the folder cannot be had.
     """
-    processes, pruner = utils.world_size(), pruner if isinstance(pruner, dict) else {}  # it may be anybody's
-    target = pruner.get("sparsity") if isinstance(pruner.get("sparsity"), float) else None
-    title = f"{args.model}, {pruner.get('name', 'dense')}" + ("" if target is None else f" at {100 * target:g} %")
+    processes, target, epoch = utils.world_size(), recipe.sparsity, state.progress.epoch if state else 0
+    title = f"{args.model}, {recipe.pruner or 'dense'}" + ("" if target is None else f" at {100 * target:g} %")
     launcher = "python" if processes == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
     facts = {"command": f"{launcher} {args.command}", "model": f"{args.model}, {args.input_size} x {args.input_size}",
              "data": f"{args.data_path or 'the built-in sample'}, {images_in(train_loader):,} training and "
@@ -46,7 +47,7 @@ def open_results(args, pruner: Mapping | None, epoch: int, train_loader, val_loa
         if args.output_dir and args.eval and Path(args.output_dir, CHECKPOINT).exists():
             utils.log(f"{args.output_dir} holds a training run: the results of this evaluation are not written")
         elif args.output_dir:
-            results.folder = OutputDir(args.output_dir)
+            results.folder = RunFolder(args.output_dir)
         results.trackers = build_trackers(args, epoch)
 
     utils.on_first_process(open_both)
@@ -58,8 +59,8 @@ def images_in(loader) -> int:
     return stream.reader.num_samples if stream else len(loader.dataset)
 
 
-def on_first_process(method):
-    """For a method that every process calls and the first one runs; its errors are raised on all."""
+def first_process_only(method):
+    """Decorates a method that every process calls and the first one runs; its errors are raised on all."""
     @functools.wraps(method)
     def call(*args):
         utils.on_first_process(lambda: method(*args))
@@ -67,7 +68,7 @@ def on_first_process(method):
 
 
 class Results:
-    """Writes the files and tells the trackers. Every process calls the methods; only the first has a folder.
+    """Writes the files and reports to the trackers. Every process calls the methods; only the first has a folder.
 
     Everything is made from the model, its masks, log.txt and the accuracies that a checkpoint holds: a run that was
     interrupted leaves the same as one that was not.
@@ -78,11 +79,11 @@ class Results:
 
     def __init__(self, title: str, facts: Mapping[str, str], target: float | None = None, epoch: int = 0):
         self.title, self.facts, self.target, self.epoch = title, facts, target, epoch
-        self.folder: OutputDir | None = None
+        self.folder: RunFolder | None = None
         self.trackers: list[Tracker] = []
         self._drawn = time.monotonic()
 
-    @on_first_process
+    @first_process_only
     def start(self, model, rows: list[LayerSparsity], accuracy: dict[str, float], image: torch.Tensor) -> None:
         """Takes what is known before the training, and writes what is kept of each layer.
 
@@ -92,7 +93,7 @@ class Results:
         self.rows, self.accuracy, pruned = rows, accuracy, rows[-2].kept < rows[-2].total
         if self.folder:
             self.multiply_adds = multiply_adds(model, image)
-            for name in (CSV, YAML, BARS, CURVES, SUMMARY):  # of an earlier run
+            for name in (SPARSITY_CSV, SPARSITY_YAML, SPARSITY_PNG, TRAINING_PNG, SUMMARY):  # of an earlier run
                 (self.folder.path / name).unlink(missing_ok=True)
             if pruned:
                 self._write_sparsity()
@@ -100,9 +101,9 @@ class Results:
         values |= {f"sparsity/{row.name}": row.sparsity for row in rows[:-1] if pruned}
         self._track(values, self.epoch)
 
-    @on_first_process
+    @first_process_only
     def log_epoch(self, line: dict[str, float], images_per_second: float) -> None:
-        """Adds an epoch to log.txt, and tells the trackers."""
+        """Adds an epoch to log.txt, and reports it to the trackers."""
         values = {re.sub("^(train|test|test_ema)_(?!ema_)", r"\1/", name): value for name, value in line.items()}
         self._track({**values, "images_per_second": images_per_second}, values.pop("epoch"))
         if self.folder:
@@ -110,10 +111,10 @@ class Results:
             if time.monotonic() - self._drawn > REDRAW_AFTER:
                 self._draw_training()
 
-    @on_first_process
+    @first_process_only
     def finish(self, accuracy: dict[str, float]) -> None:
         """Writes the picture of the training and the summary. accuracy: all that was measured."""
-        captions = {BARS: "Sparsity of each layer", CURVES: "Loss, accuracy and learning rate by epoch"}
+        captions = {SPARSITY_PNG: "Sparsity of each layer", TRAINING_PNG: "Loss, accuracy and learning rate by epoch"}
         pictures = []
         if self.folder:
             self._draw_training()
@@ -130,14 +131,14 @@ class Results:
         label = f"all layers, {100 * overall:.4g} %" if target is None else f"target, {100 * target:.4g} %"
         comment = (f"{self.title}: the fraction of each layer that is pruned, or n:m as [n, m].\n"
                    "With --pruner custom --custom-config and this file, each layer keeps as many weights again.")
-        self._write(CSV, sparsity_csv(self.rows, self.multiply_adds).encode())
-        self._write(YAML, sparsity_yaml(self.rows, comment).encode())
-        self._write(BARS, plots.png(plots.sparsity_bars(layers, overall if target is None else target, label,
+        self._write(SPARSITY_CSV, sparsity_csv(self.rows, self.multiply_adds).encode())
+        self._write(SPARSITY_YAML, sparsity_yaml(self.rows, comment).encode())
+        self._write(SPARSITY_PNG, plots.png(plots.sparsity_bars(layers, overall if target is None else target, label,
                                                         self.title)))
 
     def _draw_training(self) -> None:
         if lines := read_log(self.folder.path):
-            self._write(CURVES, plots.png(plots.training_curves(lines, self.accuracy, self.title)))
+            self._write(TRAINING_PNG, plots.png(plots.training_curves(lines, self.accuracy, self.title)))
             self._drawn = time.monotonic()
 
     def _summary(self, accuracy: dict[str, float], pictures: dict[str, str]) -> str:

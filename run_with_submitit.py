@@ -8,6 +8,7 @@ resumes from its last checkpoint. Needs `pip install submitit`.
 
 import argparse
 import os
+import runpy
 import sys
 import uuid
 from pathlib import Path
@@ -42,13 +43,12 @@ class Trainer:
         self.dist_url = (job_dir.resolve() / f".meet_{uuid.uuid4().hex}").as_uri()
 
     def __call__(self) -> None:
-        import main
-
         job = submitit.JobEnvironment()
         os.environ.update(RANK=str(job.global_rank), WORLD_SIZE=str(job.num_tasks), LOCAL_RANK=str(job.local_rank))
         checkpoint = self.job_dir / "checkpoint.pth"
         resume = ["--resume", "auto"] if checkpoint.exists() else []
-        status = main.run([*self.argv, "--output_dir", str(self.job_dir), "--dist_url", self.dist_url, *resume])
+        run = runpy.run_path(str(Path(__file__).with_name("main.py")))["run"]
+        status = run([*self.argv, "--output_dir", str(self.job_dir), "--dist_url", self.dist_url, *resume])
         if status:
             raise RuntimeError(f"main.py ended with status {status}")
 

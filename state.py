@@ -9,8 +9,9 @@ from timm.scheduler import create_scheduler
 from timm.utils import ModelEmaV3
 
 import utils
-from engine import training_logger
-from utils import UserError, first_line
+from engine import Learner, Progress
+from sparsity_factory import Sparsifier, check_masks
+from utils import UserError, first_line, log
 
 DROPPED_OPTIMIZERS = ("nvnovograd", "fusedmomentum")  # in timm 0.3.2, which DeiT used, and in no current release
 
@@ -18,49 +19,46 @@ DROPPED_OPTIMIZERS = ("nvnovograd", "fusedmomentum")  # in timm 0.3.2, which Dei
 #: scaler need not wait for them.
 FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")
 
+#: Entries of an optimizer's parameter groups that the arguments decide, also of a resumed run.
+SETTINGS = ("lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")
+
+
+#: What the plateau schedule counts, by ReduceLROnPlateau's names.
+COUNTED = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
+
 
 class TrainingState:
-    """Model, masks, moving average, optimizer, schedule and loss scaler, and how far the training has come.
+    """What is trained, where the training stands, and the learning-rate schedule.
 
-    Made in two steps, since a mistake in the arguments of the optimizer should show before the model is evaluated and
-    pruned: `start` takes what pruning gave.
-
-    masks: a `sparsity_factory.Masks`, or None for a dense run; `pruner` says what made them.
-    epoch: the epoch to train next, or in training. epoch_step: its steps so far, and logger: their metrics.
-    step: optimizer steps taken in all. max_accuracy: the best top-1 so far, in percent, and best: whose it is, `model`
-    or `model_ema`. bad_images: a bool tensor (images,), the training images that could not be read, or None.
+    learner, progress: see `engine`. max_accuracy: the best top-1 so far, in percent, and best: the weights that had it,
+    `model` or `model_ema`. bad_images: a bool tensor (images,), the training images that could not be read, or None.
     accuracy: top-1 in percent by its name (dense, pruned).
+
+    Raises UserError for an optimizer or a schedule that timm refuses.
     """
 
-    def __init__(self, model, args, device, bad_images=None):
-        self.model, self.args = model, args
-        self.masks = self.pruner = self.ema = None
-        self.epoch, self.epoch_step, self.logger = args.start_epoch, 0, training_logger()
-        self.step, self.max_accuracy, self.best = 0, -1.0, "model"
-        self.accuracy, self.bad_images = {}, bad_images
+    def __init__(self, model, sparsifier: Sparsifier, args, device, bad_images=None):
+        self.args, self.bad_images = args, bad_images
+        self.progress = Progress(args.seed, args.start_epoch)
+        self.max_accuracy, self.best, self.accuracy = -1.0, "model", {}
         lr = args.lr if args.unscale_lr else args.lr * self._images_per_step() / 512
         fused = {"fused": True} if args.opt in FUSED else None
         settings = argparse.Namespace(**{**vars(args), "lr": lr, "opt_args": fused})
         try:
-            self.optimizer = create_optimizer(settings, model)
-            self.lr_scheduler, _ = create_scheduler(settings, self.optimizer)
+            optimizer = create_optimizer(settings, model)
+            self.lr_scheduler, _ = create_scheduler(settings, optimizer)
         except Exception as error:  # every optimizer has its own way to refuse
             dropped = args.opt.rpartition("_")[2] in DROPPED_OPTIMIZERS
             reason = "timm no longer has this optimizer" if dropped else first_line(error)
             raise UserError(f"--opt {args.opt} --sched {args.sched}: {reason}") from None
-        if self.lr_scheduler and self.epoch:
-            self.lr_scheduler.step(self.epoch)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=utils.choose_amp(args.amp, device) == torch.float16)
-
-    def start(self, masks, pruner) -> None:
-        """Begins with the model as it is now: pruned by `masks`, if any."""
-        self.masks, self.pruner = masks, pruner
-        if self.args.model_ema:
-            device = "cpu" if self.args.model_ema_force_cpu else None
-            self.ema = ModelEmaV3(self.model, self.args.model_ema_decay, device=device)
-
-    def end_step(self) -> None:
-        self.epoch_step, self.step = self.epoch_step + 1, self.step + 1
+        if self.lr_scheduler and self.progress.epoch:
+            self.lr_scheduler.step(self.progress.epoch)
+        ema = None
+        if args.model_ema:
+            ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+        scaler = torch.amp.GradScaler(device.type, enabled=utils.choose_amp(args.amp, device) == torch.float16)
+        sparsifier.attach(optimizer, [ema.module] if ema else [])
+        self.learner = Learner(model, optimizer, sparsifier, ema, scaler)
 
     def share_bad_images(self) -> list[int]:
         """The images that any process could not read; from here on, all leave them out. Every process calls it.
@@ -82,39 +80,52 @@ class TrainingState:
 
         accuracies: top-1 in percent of the model and, where there is one, of its moving average.
         """
-        self.epoch, self.epoch_step, self.logger = self.epoch + 1, 0, training_logger()
+        self.progress.end_epoch()
         if self.lr_scheduler:
-            self.lr_scheduler.step(self.epoch, accuracies[0])
+            self.lr_scheduler.step(self.progress.epoch, accuracies[0])
         improved = max(accuracies) > self.max_accuracy
         if improved:
             self.max_accuracy = max(accuracies)
             self.best = ("model", "model_ema")[accuracies.index(self.max_accuracy)]
         return improved
 
+    def weights(self) -> dict[str, dict]:
+        """The state dicts of the model and, where there is one, of its moving average, by their keys in checkpoints."""
+        weights = {"model": self.learner.model.state_dict()}
+        return weights | ({"model_ema": self.learner.ema.module.state_dict()} if self.learner.ema else {})
+
+    def check_masks(self) -> None:
+        """Raises PruningError where a pruned weight is not zero."""
+        sparsifier = self.learner.sparsifier
+        for weights in self.weights().values():
+            check_masks(weights, sparsifier.masks.masks, sparsifier.recipe.custom_config)
+
     def state_dict(self) -> dict:
         """DeiT's keys and this project's, in tensors, numbers, strings and plain containers only.
 
         Every process has to call it, since each has its own part of the metrics.
         """
+        learner, progress = self.learner, self.progress
         state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **self.weights(),
+            "optimizer": learner.optimizer.state_dict(),
             "lr_scheduler": self._scheduler_state(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch - 1,  # the last whole one, as in DeiT
-            "step": self.step,
-            "images": self.epoch_step * self._images_per_step(),  # seen in the epoch that is not whole
-            "metrics": utils.gather_objects(self.logger.state_dict()) if self.epoch_step else [],
+            "scaler": learner.scaler.state_dict(),
+            "epoch": progress.epoch - 1,  # the last whole one, as in DeiT
+            "step": progress.step,
+            "images": progress.images,  # seen in the epoch that is not whole
+            "metrics": utils.gather_objects(progress.logger.state_dict()) if progress.epoch_step else [],
             "bad_images": self.share_bad_images(),
             "max_accuracy": self.max_accuracy,
             "best": self.best,
             "accuracy": self.accuracy,
             "args": vars(self.args),
         }
-        if self.ema:
-            state["model_ema"] = self.ema.module.state_dict()
-        if self.masks:
-            state |= {"masks": self.masks.state_dict(), "pruner": self.pruner}
+        sparsifier = learner.sparsifier
+        if sparsifier.masks.masks:
+            recipe = sparsifier.recipe
+            made_by = {"name": recipe.pruner, "sparsity": recipe.sparsity, "custom_config": recipe.custom_config}
+            state |= {"masks": sparsifier.masks.state_dict(), "pruner": made_by}
         return state
 
     def resume(self, checkpoint: dict, source: str) -> None:
@@ -123,27 +134,21 @@ class TrainingState:
         Within an epoch, a run with other processes or batches goes on after the images that were seen.
         Raises UserError naming `source` when its training state is not of this run's kind.
         """
-        saved = checkpoint.get("args")  # DeiT's own checkpoints have a Namespace
-        saved = saved if isinstance(saved, dict) else getattr(saved, "__dict__", {})
-        for name in ("opt", "sched"):
-            theirs, ours = saved.get(name), getattr(self.args, name)
-            if theirs not in (None, ours):
-                raise UserError(f"--{name} {ours}: {source} is of a run with --{name} {theirs}")
+        learner, progress = self.learner, self.progress
         try:
             self._load_optimizer(checkpoint["optimizer"])
-            if self.lr_scheduler:
-                self._load_scheduler(checkpoint["lr_scheduler"])
-            if self.ema:
-                self.ema.module.load_state_dict(checkpoint.get("model_ema", checkpoint["model"]))
-            if checkpoint.get("scaler"):
-                self.scaler.load_state_dict(checkpoint["scaler"])
-            self.epoch, self.step = int(checkpoint["epoch"]) + 1, int(checkpoint.get("step", 0))
-            self.epoch_step = math.ceil(int(checkpoint.get("images", 0)) / self._images_per_step())
-            if min(self.epoch, self.step, self.epoch_step) < 0:
+            progress.epoch, progress.step = int(checkpoint["epoch"]) + 1, int(checkpoint.get("step", 0))
+            progress.images = int(checkpoint.get("images", 0))
+            progress.epoch_step = math.ceil(progress.images / self._images_per_step())
+            if min(progress.epoch, progress.step, progress.images) < 0:
                 raise ValueError("a negative epoch or step")
-            metrics = checkpoint.get("metrics", [])
-            if len(metrics) == utils.world_size():
-                self.logger.load_state_dict(metrics[utils.rank()])
+            if self.lr_scheduler:
+                self._load_scheduler(checkpoint["lr_scheduler"], checkpoint["optimizer"]["param_groups"])
+            if learner.ema:
+                learner.ema.module.load_state_dict(checkpoint.get("model_ema", checkpoint["model"]))
+            if checkpoint.get("scaler"):
+                learner.scaler.load_state_dict(checkpoint["scaler"])
+            progress.logger.load_state_dict(own_metrics(checkpoint.get("metrics", [])))
             self.max_accuracy = float(checkpoint.get("max_accuracy", -1.0))
             self.best = str(checkpoint.get("best", "model"))
             self.accuracy = {str(name): float(value) for name, value in checkpoint.get("accuracy", {}).items()}
@@ -156,33 +161,62 @@ class TrainingState:
         return self.args.batch_size * self.args.accum_iter * utils.world_size()
 
     def _load_optimizer(self, state: dict) -> None:
-        """Loads the optimizer's state; torch itself looks at the number of parameters only."""
-        _check_alike(state["param_groups"], self.optimizer.state_dict()["param_groups"], "param_groups")
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        """Loads the optimizer's state, except what the arguments decide; torch itself counts the parameters only."""
+        optimizer = self.learner.optimizer
+        own = optimizer.state_dict()["param_groups"]
+        _check_alike(state["param_groups"], own, "param_groups")
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for index, values in state["state"].items():
             shape = parameters[index].shape
             for name, value in values.items():
                 # One value for each weight, or fewer: a count of steps, Adafactor's row and column means.
                 if isinstance(value, torch.Tensor) and value.shape != shape and value.dim() >= max(len(shape), 1):
                     raise ValueError(f"{name} of parameter {index} is {tuple(value.shape)}, expected {tuple(shape)}")
-        self.optimizer.load_state_dict(state)
+        settings = [{name: group[name] for name in SETTINGS if name in group} for group in own]
+        groups = [{**saved, **decided} for saved, decided in zip(state["param_groups"], settings, strict=True)]
+        before, after = state["param_groups"][0].get("initial_lr"), own[0].get("initial_lr")
+        if before is not None and before != after:
+            images = self._images_per_step()
+            log(f"The learning rate is {after:.6g} instead of {before:.6g}, for {images} images a step")
+        optimizer.load_state_dict({**state, "param_groups": groups})
 
     def _scheduler_state(self) -> dict | None:
         if not self.lr_scheduler:
             return None
         state = self.lr_scheduler.state_dict()
-        if plateau := getattr(self.lr_scheduler, "lr_scheduler", None):  # timm leaves out what it has counted
-            counted = {name: value for name, value in plateau.state_dict().items() if isinstance(value, int | float)}
-            state = {**state, "plateau": counted}
+        if plateau := getattr(self.lr_scheduler, "lr_scheduler", None):  # timm leaves out most of what it has counted
+            counted = {name: value for name, value in plateau.state_dict().items() if name in COUNTED}
+            state = {**state, "plateau": counted, "restore_lr": self.lr_scheduler.restore_lr}
         return state
 
-    def _load_scheduler(self, state: dict) -> None:
-        ours = self._scheduler_state()
-        _check_alike(state, ours, "lr_scheduler")
-        state = {**ours, **{name: value for name, value in state.items() if name in ours}}
-        if plateau := getattr(self.lr_scheduler, "lr_scheduler", None):
-            plateau.load_state_dict(state.pop("plateau"))
-        self.lr_scheduler.load_state_dict(state)
+    def _load_scheduler(self, state: dict, groups: list[dict]) -> None:
+        """Sets the rate of the epoch, which the arguments decide; for `plateau` also what it has counted.
+
+        groups: the parameter groups of the saved optimizer.
+        """
+        _check_alike(state, self._scheduler_state(), "lr_scheduler")
+        epoch, plateau = self.progress.epoch, getattr(self.lr_scheduler, "lr_scheduler", None)
+        if plateau:
+            plateau.load_state_dict({name: state["plateau"][name] for name in COUNTED})
+        if not plateau or epoch <= self.lr_scheduler.warmup_t:
+            if epoch:
+                self.lr_scheduler.step(epoch)
+            return
+        own = self.learner.optimizer.param_groups
+        scales = [ours["initial_lr"] / saved["initial_lr"] for ours, saved in zip(own, groups, strict=True)]
+        for group, saved, scale in zip(own, groups, scales, strict=True):
+            group["lr"] = saved["lr"] * scale
+        if state.get("restore_lr"):
+            pairs = zip(state["restore_lr"], scales, strict=True)
+            self.lr_scheduler.restore_lr = [rate * scale for rate, scale in pairs]
+
+
+def own_metrics(parts: list[dict]) -> dict:
+    """What this process goes on with: its own metrics or, where other processes had them, the first one's the sum."""
+    if len(parts) == utils.world_size():
+        return parts[utils.rank()]
+    names = dict.fromkeys(name for part in parts for name in part) if utils.is_main_process() else ()
+    return {name: [sum(part[name][place] for part in parts if name in part) for place in (0, 1)] for name in names}
 
 
 def _check_alike(theirs, ours, where: str) -> None:

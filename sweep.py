@@ -27,23 +27,20 @@ from tqdm import tqdm
 
 import plots
 import utils
-from arguments import get_args_parser, parse_args
-from engine import DivergedError, evaluate
-from main import build_batch_transform, build_criterion, build_loaders, exit_status, prepare_model, train
-from output import OutputDir
+from arguments import FREE, REFUSED, get_args_parser, parse_args
+from builders import build_loaders, build_step_options, prepare_model
+from cli import exit_status
+from engine import DivergedError
 from results import Results, versions
-from sparsity_factory import PRUNERS, Masks, PruningError, compute_masks, prunable_weights
+from run_folder import RunFolder
+from sparsity_factory import PRUNERS, Masks, PruningError, Sparsifier, compute_masks, prunable_weights
 from state import TrainingState
 from stopping import Stopped, StopSignals
+from training import Evaluator, train
 from utils import UserError, first_line
 
 AUTOMATIC = [name for name in PRUNERS if name != "custom"]
 DENSE, ONE_SHOT, FINETUNED, LAYER = "dense", "one-shot", "finetuned", "layer"
-# What may differ between two starts of the same sweep: it changes no result, or is part of each line.
-FREE = {"output_dir", "device", "num_workers", "pin_mem", "print_freq", "quiet", "seed", "dist_url", "distributed",
-        "world_size", "command", "config", "checkpoint_every", "dist_eval"}
-REFUSED = {"pruner": "--pruners", "sparsity": "--sparsities", "custom_config": "--custom-configs", "eval": "",
-           "resume": "", "audit": "", "tensorboard": "", "wandb": ""}
 
 
 class Task(NamedTuple):
@@ -116,12 +113,11 @@ def parse_sweep_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Name
     parser.add_argument("--sensitivity", action="store_true", help="prune one layer at a time, by magnitude")
     parser.add_argument("--output_dir", default="output/sweep", metavar="DIR", help="where the results go")
     options, others = parser.parse_known_args(argv)
-    if "--epochs" in others:
-        raise UserError("--epochs: not with a sweep; --finetune-epochs takes its place")
     args = parse_args([*others, "--output_dir", options.output_dir])
-    for name, instead in REFUSED.items():
-        if getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')}: not with a sweep" + (f"; see {instead}" if instead else ""))
+    for action in get_args_parser()._actions:
+        if getattr(action, "sweep", None) == REFUSED and action.dest in args.given:
+            instead = f"; see {action.instead}" if action.instead else ""
+            raise UserError(f"{action.option_strings[0]}: not with a sweep{instead}")
     for sparsity in options.sparsities:
         if not 0 <= sparsity < 1:
             raise UserError(f"--sparsities {sparsity}: expected numbers in [0, 1)")
@@ -162,28 +158,26 @@ class Workbench:
         checkpoint = utils.load_checkpoint(args.finetune) if args.finetune else {}
         self.model = prepare_model(args, num_classes, checkpoint, self.device)
         self.dense = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.test = Evaluator(self.val_loader, args, self.device, self.amp_dtype, stop, {})
         if args.epochs:
-            self.batch_transform = build_batch_transform(args, num_classes, self.device)
-            self.criterion = build_criterion(args, num_classes, self.device)
-            self._state(args)  # a mistake in the arguments of the optimizer shows at once
+            self.options = build_step_options(args, num_classes, self.device, self.amp_dtype)
+            self._state(args, Sparsifier(self.model))  # a mistake in the arguments of the optimizer shows at once
 
     def outcome(self, task: Task) -> Outcome:
         """Measures what the task asks for; what fails is told in the outcome, since the others may succeed."""
         self.model.load_state_dict(self.dense)
         try:
             if task.kind == DENSE:
-                return Outcome(self.test()["acc1"])
+                return Outcome(self.test(self.model)["acc1"])
             masks = self._masks(task)
-            held = Masks(self.model, masks)
-            accuracy = self._finetune(held, task.seed) if task.kind == FINETUNED else self.test()["acc1"]
+            if task.kind == FINETUNED:
+                accuracy = self._finetune(masks, task.seed)
+            else:
+                Masks(self.model, masks)
+                accuracy = self.test(self.model)["acc1"]
             return Outcome(accuracy, _pruned(masks))
         except (PruningError, DivergedError, torch.OutOfMemoryError) as error:
             return Outcome(None, error=first_line(error))
-
-    def test(self, network=None) -> dict[str, float]:
-        network = network or self.model
-        where = next(network.parameters()).device
-        return evaluate(self.val_loader, network, where, amp_dtype=self.amp_dtype, after_batch=self.stop.check_alone)
 
     def _masks(self, task: Task) -> dict[str, torch.Tensor]:
         if task.kind == LAYER:
@@ -194,15 +188,14 @@ class Workbench:
             return compute_masks(self.model, "custom", custom_config=task.name)
         return compute_masks(self.model, task.name, task.sparsity)
 
-    def _finetune(self, masks: Masks, seed: int) -> float:
-        state = self._state(argparse.Namespace(**{**vars(self.args), "seed": seed}))
-        state.start(masks, None)
+    def _finetune(self, masks: Mapping[str, torch.Tensor], seed: int) -> float:
+        args = argparse.Namespace(**{**vars(self.args), "seed": seed})
+        state = self._state(args, Sparsifier(self.model, masks=masks))
         self.train_loader.sampler.set_seed(seed)
-        return train(state, self.train_loader, self.batch_transform, self.criterion, self.test, self.stop, self.device,
-                     self.amp_dtype, Results("", {}))
+        return train(state, self.options, self.train_loader, self.test, self.stop, Results("", {}))
 
-    def _state(self, args) -> TrainingState:
-        return TrainingState(self.model, args, self.device, self.train_loader.dataset.bad)
+    def _state(self, args, sparsifier: Sparsifier) -> TrainingState:
+        return TrainingState(self.model, sparsifier, args, self.device, self.train_loader.dataset.bad)
 
 
 class Table:
@@ -211,7 +204,8 @@ class Table:
     def __init__(self, folder: str, args):
         """Raises UserError when the folder holds a sweep with other arguments."""
         self.folder, self.path = folder, Path(folder, "sweep.csv")
-        self._settings = json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in FREE}))
+        shared = {action.dest for action in get_args_parser()._actions if getattr(action, "sweep", FREE) != FREE}
+        self._settings = json.loads(json.dumps({k: v for k, v in vars(args).items() if k in shared}))
         self._settings_path = Path(folder, "sweep.json")
         if not self.path.exists() and not self._settings_path.exists():
             return
@@ -232,7 +226,7 @@ class Table:
     def open(self, first: bool) -> None:
         """The first process makes and locks the folder, and writes what the sweep's lines share; the others wait."""
         if first:
-            self._lock = OutputDir(self.folder)
+            self._lock = RunFolder(self.folder)
             self.write(self._settings_path.name, json.dumps(self._settings, indent=1).encode())
         while not self._settings_path.exists():
             time.sleep(0.2)

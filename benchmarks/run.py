@@ -33,12 +33,12 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import main  # noqa: E402
 import utils  # noqa: E402
 from arguments import parse_args  # noqa: E402
-from engine import evaluate, train_one_epoch  # noqa: E402
+from builders import build_batch_transform, build_loaders, prepare_model  # noqa: E402
+from engine import Learner, Progress, StepOptions, evaluate, train_one_epoch  # noqa: E402
 from losses import DistillationLoss  # noqa: E402
-from sparsity_factory import PRUNERS, Masks, compute_masks, prunable_weights  # noqa: E402
+from sparsity_factory import PRUNERS, Masks, Sparsifier, compute_masks, prunable_weights  # noqa: E402
 from state import TrainingState  # noqa: E402
 
 RESULTS = ROOT / "output" / "benchmarks.json"
@@ -165,16 +165,18 @@ def step_seconds(model, optimizer, size: int, amp_dtype, steps: int = 2) -> floa
     """The shortest of some training steps, after a first one that is not counted."""
     marks = []
     with contextlib.redirect_stdout(io.StringIO()):
-        train_one_epoch(model, DistillationLoss(torch.nn.CrossEntropyLoss()), batches(steps + 1, size), optimizer, CPU,
-                        0, amp_dtype=amp_dtype, after_step=lambda _: marks.append(time.perf_counter()))
+        options = StepOptions(DistillationLoss(torch.nn.CrossEntropyLoss()), CPU, amp_dtype=amp_dtype)
+        train_one_epoch(Learner(model, optimizer), options, batches(steps + 1, size), Progress(),
+                        after_step=lambda: marks.append(time.perf_counter()))
     return min(later - earlier for earlier, later in zip(marks[:-1], marks[1:], strict=True))
 
 
-def ours(name: str) -> TrainingState:
+def ours(name: str) -> Learner:
     """A model and its optimizer as main.py makes them."""
     args = parse_args(["--data-path", "unused", "--model", name, "--no-pretrained"])
     with contextlib.redirect_stdout(io.StringIO()):
-        return TrainingState(main.prepare_model(args, 1000, {}, CPU), args, CPU)
+        model = prepare_model(args, 1000, {}, CPU)
+        return TrainingState(model, Sparsifier(model), args, CPU).learner
 
 
 def step() -> list[dict]:
@@ -257,8 +259,11 @@ def evaluation() -> list[dict]:
     quick, plain = taken["quick"], taken["plain"]
     accuracy = []
     for amp in ("auto", "off"):
+        args = parse_args(["--amp", amp])
         with contextlib.redirect_stdout(io.StringIO()):
-            accuracy.append(main.main(parse_args(["--eval", "--amp", amp]))["dense"])
+            _, loader, classes = build_loaders(args, CPU)
+            sample = prepare_model(args, classes, {}, CPU)
+            accuracy.append(evaluate(loader, sample, CPU, amp_dtype=utils.choose_amp(amp, CPU))["acc1"])
     apart = abs(accuracy[0] - accuracy[1])
     return [row("evaluation, DeiT-Small, `--amp auto`", "2.5 times float32 with timm's defaults, accuracy of the "
                 "sample within 0.1 points", f"{plain / quick:.2f} times ({64 / quick:.0f} images/s, {64 / plain:.0f} "
@@ -278,9 +283,9 @@ def inputs() -> list[dict]:
         coarse.save(f"{folder}/val/one/0.jpg")
         args = parse_args(["--data-path", folder, "--model", "deit_small_patch16_224", "--num_workers", "2",
                            "--no-repeated-aug", "--mixup", "0", "--cutmix", "0"])
-        loaders = {"ours": main.build_loaders(args, CPU)[0]}  # first, as it repairs timm's posterize for both
+        loaders = {"ours": build_loaders(args, CPU)[0]}  # first, as it repairs timm's posterize for both
         loaders["workers"] = loaders["ours"]
-        finish = {"ours": main.build_batch_transform(args, 1, CPU)}
+        finish = {"ours": build_batch_transform(args, 1, CPU)}
         transform = create_transform(224, is_training=True, color_jitter=args.color_jitter, auto_augment=args.aa,
                                      interpolation="bicubic", re_prob=0.25, re_mode="pixel", re_count=1)
         loaders["plain"] = DataLoader(ImageFolder(f"{folder}/train", transform), 64, shuffle=True, num_workers=2,

@@ -14,6 +14,7 @@ from .errors import PruningError
 from .masks import Masks, prunable_weights, unpack
 from .multiply_adds import multiply_adds
 from .pruners import PRUNERS, SCORES, compute_masks
+from .recipe import Recipe
 from .report import (
     LayerSparsity,
     checkpoint_table,
@@ -23,6 +24,7 @@ from .report import (
     sparsity_table,
     sparsity_yaml,
 )
+from .sparsifier import Sparsifier
 
 __all__ = [
     "PRUNERS",
@@ -30,6 +32,8 @@ __all__ = [
     "LayerSparsity",
     "Masks",
     "PruningError",
+    "Recipe",
+    "Sparsifier",
     "check_masks",
     "checkpoint_table",
     "compute_masks",

@@ -9,13 +9,13 @@ from .config import resolve_levels
 from .errors import PruningError
 
 
-def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], pruner: Mapping | None = None) -> None:
+def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], config: Mapping | None = None) -> None:
     """Checks a state dict against its masks: pruned weights are zero, and every group holds what n:m allows.
 
     Args:
         weights: parameter name to tensor; names without a mask are not looked at. May be empty.
         masks: parameter name to bool tensor, True where the weight is kept.
-        pruner: what made the masks, as checkpoints have it: a `custom_config` in it says which groups to count.
+        config: the custom configuration that made the masks, if one did: its groups are counted.
 
     Raises:
         PruningError: naming the first weight that does not obey.
@@ -30,7 +30,6 @@ def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], prun
         nonzero = int((weight != 0).logical_and_(mask.logical_not()).count_nonzero())
         if nonzero:
             raise PruningError(f"{name}: {nonzero} of its pruned weights are not zero")
-    config = pruner.get("custom_config") if isinstance(pruner, Mapping) else None
     if config is None:
         return
     if not isinstance(config, Mapping):

@@ -77,6 +77,10 @@ class Masks:
             if weight.grad is not None:
                 _multiply(weight.grad, self.masks[name])
 
+    def __bool__(self) -> bool:
+        """Whether any weight has a mask."""
+        return bool(self.masks)
+
     def sparsity(self) -> float:
         """The fraction of the masked weights that is pruned, in [0, 1]."""
         total = sum(mask.numel() for mask in self.masks.values())

@@ -8,12 +8,15 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.utils import ModelEmaV3
 
-import main
+import builders
+import training
 import utils
 from arguments import parse_args
 from datasets import build_transform
 from losses import CosubLoss
+from sparsity_factory import Sparsifier
 from state import TrainingState
 from utils import UserError
 
@@ -26,21 +29,25 @@ def options(*flags):
 
 
 def model_of(*flags):
-    return main.prepare_model(options(*flags), 10, {}, CPU)
+    return builders.prepare_model(options(*flags), 10, {}, CPU)
+
+
+def state_of(*flags):
+    model = timm.create_model("deit_sample_patch4_28")
+    return TrainingState(model, Sparsifier(model), options(*flags), CPU)
 
 
 def group(*flags):
     """The first parameter group of the optimizer, which has no weight decay, and the second, which has."""
-    return TrainingState(timm.create_model("deit_sample_patch4_28"), options(*flags), CPU).optimizer.param_groups
+    return state_of(*flags).learner.optimizer.param_groups
 
 
 def rates(*flags, epochs=10):
     """The learning rate of each epoch."""
-    state = TrainingState(timm.create_model("deit_sample_patch4_28"),
-                          options("--epochs", epochs, "--unscale-lr", "--lr", "1", *flags), CPU)
+    state = state_of("--epochs", epochs, "--unscale-lr", "--lr", "1", *flags)
     values = []
     for epoch in range(epochs):
-        values.append(state.optimizer.param_groups[0]["lr"])
+        values.append(state.learner.optimizer.param_groups[0]["lr"])
         state.lr_scheduler.step(epoch + 1, metric=50.0)
     return values
 
@@ -48,7 +55,7 @@ def rates(*flags, epochs=10):
 def augmented(*flags, image=None, count=20):
     """Training images of the transform, each made with a seed of its own; the same ones for the same arguments."""
     args = options("--input-size", "48", "--mixup", "0", "--cutmix", "0", *flags)
-    transform, batch_transform = build_transform(True, args), main.build_batch_transform(args, 10, CPU)
+    transform, batch_transform = build_transform(True, args), builders.build_batch_transform(args, 10, CPU)
     image = image or Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
     results = []
     for seed in range(count):
@@ -101,7 +108,7 @@ def test_eval_does_not_train(run_main, tiny):
 
 def test_num_workers_and_pin_mem_reach_the_loader(tiny):
     for flags, workers, pinned in ((["--num_workers", "2"], 2, True), (["--no-pin-mem"], 0, False)):
-        loader, _, _ = main.build_loaders(parse_args([*tiny, *flags]), torch.device("cuda"))
+        loader, _, _ = builders.build_loaders(parse_args([*tiny, *flags]), torch.device("cuda"))
         assert loader.num_workers == workers
         assert loader.pin_memory == pinned
 
@@ -110,8 +117,8 @@ def test_num_workers_and_pin_mem_reach_the_loader(tiny):
 
 
 def test_model_and_input_size_choose_the_architecture():
-    model = main.prepare_model(parse_args(["--data-path", "x", "--model", "deit_tiny_patch16_224", "--input-size", "64",
-                                           "--no-pretrained"]), 7, {}, CPU)
+    args = parse_args(["--data-path", "x", "--model", "deit_tiny_patch16_224", "--input-size", "64", "--no-pretrained"])
+    model = builders.prepare_model(args, 7, {}, CPU)
     assert model.embed_dim == 192
     assert model.patch_embed.grid_size == (4, 4)
     assert model.head.out_features == 7
@@ -140,17 +147,17 @@ def test_model_ema_follows_with_its_decay_and_can_be_left_out(run_main, tiny, tm
 
 
 def test_model_ema_force_cpu_keeps_the_average_in_the_cpus_memory(monkeypatch):
-    asked = []
-    monkeypatch.setattr("state.ModelEmaV3", lambda model, decay, device: asked.append(device))
+    asked, average = [], ModelEmaV3(torch.nn.Linear(2, 2))
+    monkeypatch.setattr("state.ModelEmaV3", lambda model, decay, device: asked.append(device) or average)
     for flags in (["--model-ema-force-cpu"], []):
-        TrainingState(torch.nn.Linear(2, 2), options(*flags), CPU).start(None, None)
+        state_of(*flags)
     assert asked == ["cpu", None]
 
 
 def test_train_mode_reaches_the_training(run_main, tiny, monkeypatch):
-    seen, train = [], main.train_one_epoch
-    monkeypatch.setattr(main, "train_one_epoch", lambda *args, **options: seen.append(options["train_mode"]) or train(
-        *args, **options))
+    seen, train = [], training.train_one_epoch
+    monkeypatch.setattr(training, "train_one_epoch", lambda learner, options, *args, **others: seen.append(
+        options.train_mode) or train(learner, options, *args, **others))
     run_main(*tiny)
     run_main(*tiny, "--no-train-mode")
     assert seen == [True, False]
@@ -219,9 +226,8 @@ def test_step_schedule_decays_by_its_rate_at_its_interval():
 
 def test_start_epoch_begins_at_the_rate_of_that_epoch():
     schedule = rates("--warmup-epochs", "5")
-    state = TrainingState(timm.create_model("deit_sample_patch4_28"),
-                          options("--epochs", "10", "--unscale-lr", "--lr", "1", "--start_epoch", "5"), CPU)
-    assert state.optimizer.param_groups[0]["lr"] == schedule[5]
+    state = state_of("--epochs", "10", "--unscale-lr", "--lr", "1", "--start_epoch", "5")
+    assert state.learner.optimizer.param_groups[0]["lr"] == schedule[5]
 
 
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
@@ -250,7 +256,7 @@ def test_cooldown_epochs_add_nothing_to_the_training_as_in_deit():
 
 
 def loss_of(*flags, logits, targets):
-    criterion = main.build_criterion(options("--mixup", "0", "--cutmix", "0", *flags), 10, CPU)
+    criterion = builders.build_criterion(options("--mixup", "0", "--cutmix", "0", *flags), 10, CPU)
     return criterion(None, logits, targets).item()
 
 
@@ -266,7 +272,7 @@ def test_smoothing_and_bce_choose_the_loss():
 
 
 def test_bce_counts_every_class_that_is_mixed_in_fully():
-    criterion = main.build_criterion(options("--bce-loss"), 10, CPU)
+    criterion = builders.build_criterion(options("--bce-loss"), 10, CPU)
     logits, mixed = torch.randn(1, 10), torch.zeros(1, 10)
     mixed[0, 2], mixed[0, 5] = 0.9, 0.1
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, mixed.gt(0).float())
@@ -274,13 +280,13 @@ def test_bce_counts_every_class_that_is_mixed_in_fully():
 
 
 def test_bce_is_not_told_by_smoothing_that_every_class_is_there():
-    mixup = main.build_batch_transform(options("--bce-loss", "--smoothing", "0.1"), 10, CPU).mixup
+    mixup = builders.build_batch_transform(options("--bce-loss", "--smoothing", "0.1"), 10, CPU).mixup
     _, targets = mixup(torch.zeros(8, 3, 16, 16), torch.arange(8))
     assert (targets > 0).sum(1).max() <= 2
 
 
 def test_cosub_is_its_own_loss():
-    assert isinstance(main.build_criterion(options("--cosub"), 10, CPU), CosubLoss)
+    assert isinstance(builders.build_criterion(options("--cosub"), 10, CPU), CosubLoss)
 
 
 @pytest.mark.parametrize("flags", [[], ["--mixup", "0", "--cutmix", "0"], ["--bce-loss"]])
@@ -305,7 +311,7 @@ def test_distributed_and_world_size_insist_on_processes(run_main, tiny):
 
 
 def mix(*flags):
-    mixup = main.build_batch_transform(options(*flags), 10, CPU).mixup
+    mixup = builders.build_batch_transform(options(*flags), 10, CPU).mixup
     images = torch.arange(8.0).reshape(8, 1, 1, 1).expand(8, 3, 16, 16).clone()
     utils.seed_everything(utils.STEP, 1)
     return mixup(images, torch.arange(8))
@@ -322,7 +328,7 @@ def test_mixup_blends_whole_images_and_cutmix_pastes_boxes():
 
 
 def test_without_mixup_and_cutmix_nothing_is_mixed():
-    assert main.build_batch_transform(options("--mixup", "0", "--cutmix", "0"), 10, CPU).mixup is None
+    assert builders.build_batch_transform(options("--mixup", "0", "--cutmix", "0"), 10, CPU).mixup is None
 
 
 def test_cutmix_minmax_bounds_the_side_of_the_box():
@@ -373,7 +379,7 @@ def test_distillation_trains_a_student_with_two_heads(run_main, tiny, tmp_path, 
 
 def test_distillation_alpha_tau_and_type_reach_the_loss(teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    criterion = main.build_criterion(options("--distillation-type", "soft", "--distillation-alpha", "0.3",
+    criterion = builders.build_criterion(options("--distillation-type", "soft", "--distillation-alpha", "0.3",
                                              "--distillation-tau", "4", *teacher), 10, CPU)
     assert (criterion.distillation_type, criterion.alpha, criterion.tau) == ("soft", 0.3, 4.0)
     assert not any(parameter.requires_grad for parameter in criterion.teacher_model.parameters())
@@ -468,7 +474,7 @@ def test_eval_crop_ratio_is_the_part_of_the_image_that_is_seen():
 
 def test_repeated_aug_shows_an_image_three_times(tiny):
     for flags, repeats in (([], 1), (["--repeated-aug"], 3)):
-        loader, _, _ = main.build_loaders(parse_args([*tiny, *flags]), CPU)
+        loader, _, _ = builders.build_loaders(parse_args([*tiny, *flags]), CPU)
         indices = [index for index, _ in loader.sampler]
         assert len(set(indices)) == len(indices) / repeats
 

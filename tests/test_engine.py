@@ -13,9 +13,10 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from augment import BatchTransform
-from engine import DivergedError, evaluate, train_one_epoch
+from engine import DivergedError, Learner, Progress, StepOptions, evaluate, train_one_epoch
 from losses import DistillationLoss
-from sparsity_factory import Masks, compute_masks, prunable_weights
+from sparsity_factory import Sparsifier, compute_masks, prunable_weights
+from training import distribute
 
 CPU = torch.device("cpu")
 PLAIN = DistillationLoss(torch.nn.CrossEntropyLoss())
@@ -37,10 +38,19 @@ def adamw(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-4)
 
 
+def train(network, loader, optimizer, *, criterion=PLAIN, device=CPU, progress=None, after_step=None, masks=None,
+          ema=None, scaler=None, **options):
+    learner = Learner(network, optimizer, ema=ema)
+    learner.sparsifier = Sparsifier(learner.model, masks=masks)
+    learner.scaler = scaler or learner.scaler
+    return train_one_epoch(learner, StepOptions(criterion, device, **options), loader, progress or Progress(),
+                           after_step=after_step)
+
+
 def test_training_lowers_the_loss():
     model, loader = tiny_vit(), batches(4)
     optimizer = adamw(model)
-    losses = [train_one_epoch(model, PLAIN, loader, optimizer, CPU, epoch)["loss"]
+    losses = [train(model, loader, optimizer, progress=Progress(epoch=epoch))["loss"]
               for epoch in range(5)]
     assert losses[-1] < losses[0] - 0.5
 
@@ -49,13 +59,12 @@ def test_masked_training_follows_the_reparametrised_network():
     """Same masks, data and drop path: AdamW, weight decay, clipping and EMA see what they would with weight * mask."""
     ours, theirs = tiny_vit(drop_path=0.3), tiny_vit(drop_path=0.3)
     chosen = compute_masks(ours, "lamp", 0.7)
-    masks = Masks(ours, chosen)
     for name, mask in chosen.items():
         prune.custom_from_mask(theirs.get_submodule(name.removesuffix(".weight")), "weight", mask)
     ema = ModelEmaV3(ours, decay=0.9)
-    options = {"clip_grad": 0.5, "seed": 5}
-    train_one_epoch(ours, PLAIN, batches(12), adamw(ours), CPU, 0, masks=masks, ema=ema, **options)
-    train_one_epoch(theirs, PLAIN, batches(12), adamw(theirs), CPU, 0, **options)
+    Sparsifier(ema.module, masks=chosen)
+    train(ours, batches(12), adamw(ours), progress=Progress(5), masks=chosen, ema=ema, clip_grad=0.5)
+    train(theirs, batches(12), adamw(theirs), progress=Progress(5), clip_grad=0.5)
     averaged = dict(ema.module.named_parameters())
     for name, weight in prunable_weights(ours).items():
         layer = theirs.get_submodule(name.removesuffix(".weight"))
@@ -71,10 +80,10 @@ def test_a_compiled_model_trains_as_the_plain_one_with_the_same_names():
     compiled.compile(backend="aot_eager")
     states = []
     for model in (plain, compiled):
-        masks, ema = Masks(model, compute_masks(model, "lamp", 0.7)), ModelEmaV3(model, decay=0.9)
-        train_one_epoch(model, PLAIN, batches(3), adamw(model), CPU, 0, masks=masks, ema=ema)
+        masks, ema = compute_masks(model, "lamp", 0.7), ModelEmaV3(model, decay=0.9)
+        train(model, batches(3), adamw(model), masks=masks, ema=ema)
         evaluate(batches(1), model, CPU)
-        for name, mask in masks.masks.items():
+        for name, mask in masks.items():
             assert torch.equal(model.get_parameter(name) != 0, mask)
         states += [model.state_dict(), ema.module.state_dict()]
     for state, expected in zip(states[2:], states[:2], strict=True):
@@ -88,7 +97,7 @@ def test_drop_path_depends_on_seed_epoch_and_step_only():
     for disturbance in (1, 2):
         torch.manual_seed(disturbance)
         model = tiny_vit(drop_path=0.5)
-        train_one_epoch(model, PLAIN, batches(2), adamw(model), CPU, 0, seed=7)
+        train(model, batches(2), adamw(model), progress=Progress(7))
         torch.manual_seed(disturbance)
         results.append(model.head.weight.clone())
     assert torch.equal(*results)
@@ -98,7 +107,7 @@ def test_train_mode_off_turns_drop_path_off():
     results = []
     for seed in (1, 2):
         model = tiny_vit(drop_path=0.5)
-        train_one_epoch(model, PLAIN, batches(2), adamw(model), CPU, 0, seed=seed, train_mode=False)
+        train(model, batches(2), adamw(model), progress=Progress(seed), train_mode=False)
         results.append(model.head.weight.clone())
     assert torch.equal(*results)
 
@@ -107,12 +116,12 @@ def test_accumulated_batches_make_the_steps_of_whole_ones_also_at_the_end_of_an_
     images, targets = batches(1, 24)[0]
     weights, steps = [], []
     for size, accum_iter in ((8, 2), (16, 1)):  # two steps either way, the second of 8 images only
-        model = tiny_vit()
+        model, progress = tiny_vit(), Progress()
         loader = list(zip(images.split(size), targets.split(size), strict=True))
-        train_one_epoch(model, PLAIN, loader, adamw(model), CPU, 0, accum_iter=accum_iter, clip_grad=0.5,
-                        after_step=steps.append)
+        train(model, loader, adamw(model), progress=progress, accum_iter=accum_iter, clip_grad=0.5,
+              after_step=lambda progress=progress: steps.append((progress.step, progress.images)))
         weights.append(torch.nn.utils.parameters_to_vector(model.parameters()))
-    assert steps == [1, 2, 1, 2]
+    assert steps == [(1, 16), (2, 24)] * 2
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
 
 
@@ -128,10 +137,32 @@ def test_processes_exchange_gradients_once_a_step(tmp_path):
             return future
 
         model.register_comm_hook(None, hook)
-        train_one_epoch(model, PLAIN, batches(5), adamw(model), CPU, 0, accum_iter=2)
+        train(model, batches(5), adamw(model.module), accum_iter=2)
     finally:
         torch.distributed.destroy_process_group()
     assert exchanges.count(0) == 3
+
+
+class WithBatchNorm(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = torch.nn.BatchNorm2d(3), torch.nn.Linear(3, 10)
+
+    def forward(self, images):
+        return self.head(self.norm(images).mean((2, 3)))
+
+
+def test_distributing_a_model_leaves_its_statistics_and_gradients_as_they_were(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model = WithBatchNorm().eval()
+        before = copy.deepcopy(model.state_dict())
+        network = distribute(model, StepOptions(PLAIN, CPU), 32, 4)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert network.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 class HostReads(TorchDispatchMode):
@@ -159,16 +190,15 @@ def meta(monkeypatch):
 
 def test_no_training_step_waits_for_the_device_but_those_with_a_log_line(meta):
     model = tiny_vit(drop_path=0.1).to(meta)
-    masks = Masks(model, {name: torch.ones_like(weight, dtype=torch.bool)
-                          for name, weight in prunable_weights(model).items()})
+    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in prunable_weights(model).items()}
     ema, reads = ModelEmaV3(tiny_vit()), []
     ema.module.to(meta)
     transform = BatchTransform(meta, RandomErasing(1.0, mode="pixel", device=meta), Mixup(0.8, 1.0, num_classes=10))
     loader = [(images.byte(), targets) for images, targets in batches(25)]
     with HostReads() as host:
-        train_one_epoch(model, DistillationLoss(SoftTargetCrossEntropy()), loader, adamw(model), meta, 0,
-                        batch_transform=transform, masks=masks, ema=ema, clip_grad=1.0,
-                        after_step=lambda _: reads.append(host.count))
+        train(model, loader, adamw(model), criterion=DistillationLoss(SoftTargetCrossEntropy()), device=meta,
+              batch_transform=transform, masks=masks, ema=ema, clip_grad=1.0,
+              after_step=lambda: reads.append(host.count))
     # A line is logged after steps 0, 10 and 20, and what it has read is counted with the next step.
     assert [step for step in range(1, 25) if reads[step] > reads[step - 1]] == [1, 11, 21]
 
@@ -192,7 +222,7 @@ def test_a_loss_that_is_not_finite_stops_the_training():
         return torch.nn.functional.cross_entropy(logits, targets)
 
     with pytest.raises(DivergedError, match="epoch 3"):
-        train_one_epoch(model, criterion, loader, adamw(model), CPU, 3)
+        train(model, loader, adamw(model), criterion=criterion, progress=Progress(epoch=3))
     assert len(seen) <= 12
 
 
@@ -220,10 +250,9 @@ def test_masked_training_on_a_gpu_keeps_pruned_weights_at_zero(amp_dtype):
     device = torch.device("cuda")
     model = tiny_vit(drop_path=0.1).to(device)
     chosen = compute_masks(model, "lamp", 0.5)
-    masks = Masks(model, chosen)
     scaler = torch.amp.GradScaler("cuda", enabled=amp_dtype == torch.float16)
-    stats = train_one_epoch(model, PLAIN, batches(4), adamw(model), device, 0, amp_dtype=amp_dtype, scaler=scaler,
-                            clip_grad=1.0, masks=masks, ema=ModelEmaV3(model))
+    stats = train(model, batches(4), adamw(model), device=device, amp_dtype=amp_dtype, scaler=scaler, clip_grad=1.0,
+                  masks=chosen, ema=ModelEmaV3(model))
     assert stats["loss"] > 0
     for name, weight in prunable_weights(model).items():
         assert weight.device.type == "cuda"

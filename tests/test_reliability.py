@@ -22,9 +22,11 @@ from torch.utils.data import DataLoader
 
 import utils
 from benchmarks.torture import RECIPE, differences, finish, kill, start, trains_again, wait_until
-from output import OutputDir, newest_checkpoint, read_log
+from engine import Progress
+from loaders import SeededDataset
+from run_folder import RunFolder, newest_checkpoint, read_log
 from samplers import TrainSampler
-from state import TrainingState
+from state import own_metrics
 from stopping import ignore_signals
 
 LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]
@@ -44,14 +46,14 @@ def read(path):
 @pytest.fixture
 def stop_at(monkeypatch):
     """Sends this process a signal during the training step of that number."""
-    end_step = TrainingState.end_step
+    end_step = Progress.end_step
 
     def stop_at(number, signum=signal.SIGTERM):
-        def stop(state):
-            end_step(state)
-            if state.step == number:
+        def stop(progress, images):
+            end_step(progress, images)
+            if progress.step == number:
                 os.kill(os.getpid(), signum)
-        monkeypatch.setattr(TrainingState, "end_step", stop)
+        monkeypatch.setattr(Progress, "end_step", stop)
 
     return stop_at
 
@@ -162,18 +164,32 @@ def test_a_resumed_epoch_loads_no_image_that_it_skips(run_main, tiny, tmp_path, 
     stop_at(2)
     run_main(*recipe, status=143)
     loaded = []
-    from samplers import SeededDataset
     get = SeededDataset.__getitem__
     monkeypatch.setattr(SeededDataset, "__getitem__", lambda self, item: loaded.append(item[1][2]) or get(self, item))
     run_main(*recipe)
     assert loaded == list(range(32, 48))
 
 
-def test_a_run_goes_on_within_an_epoch_with_other_batches(run_main, tiny, tmp_path, stop_at):
+@pytest.mark.parametrize("size, step", [(8, 4), (12, 3)])
+def test_a_run_goes_on_with_other_batches_where_the_images_seen_end(run_main, tiny, stop_at, monkeypatch, size, step):
     stop_at(2)
     run_main(*tiny, *LAMP, "--output_dir", "out", status=143)
-    output = run_main(*tiny, "--output_dir", "out", "--resume", "auto", "--batch-size", "8")
-    assert "going on after step 4 of epoch 0" in output
+    loaded, get = [], SeededDataset.__getitem__
+    monkeypatch.setattr(SeededDataset, "__getitem__", lambda self, item: loaded.append(item[1][2]) or get(self, item))
+    output = run_main(*tiny, "--output_dir", "out", "--resume", "auto", "--batch-size", size)
+    assert f"going on after step {step} of epoch 0" in output
+    assert loaded == list(range(32, 32 + 16 // size * size))
+
+
+def test_other_processes_go_on_with_the_metrics_of_the_first_part(monkeypatch):
+    parts = [{"loss": [3.0, 2], "lr": [1.0, 2]}, {"loss": [5.0, 2], "lr": [1.0, 2]}]
+    monkeypatch.setattr(utils, "world_size", lambda: 4)
+    assert own_metrics(parts) == {"loss": [8.0, 4], "lr": [2.0, 4]}
+    monkeypatch.setattr(utils, "is_main_process", lambda: False)
+    assert own_metrics(parts) == {}
+    monkeypatch.setattr(utils, "world_size", lambda: 2)
+    monkeypatch.setattr(utils, "rank", lambda: 1)
+    assert own_metrics(parts) == parts[1]
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
@@ -331,7 +347,7 @@ def test_a_resumed_run_skips_the_same_images_and_counts_on(run_main, folder_with
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_leaves_no_lock(run_main, tiny, tmp_path):
-    program = f"import time, output\noutput.OutputDir({str(tmp_path / 'out')!r})\nprint(1, flush=True)\ntime.sleep(60)"
+    program = f"import time, output\noutput.RunFolder({str(tmp_path / 'out')!r})\nprint(1, flush=True)\ntime.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", program.replace("output.Out", "held = output.Out")], cwd=ROOT,
                                stdout=subprocess.PIPE)
     process.stdout.readline()
@@ -344,7 +360,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_leaves_no_l
 
 
 def test_log_txt_has_each_epoch_once_whatever_was_in_it(tmp_path):
-    folder = OutputDir(str(tmp_path))
+    folder = RunFolder(str(tmp_path))
     (tmp_path / "log.txt").write_text('{"epoch": 0, "a": 1}\n{"epoch": 1, "a": 2}\n{"epoch": 2}\n{"epo')
     folder.log_epoch({"epoch": 1, "a": 3})
     assert read_log(tmp_path) == [{"epoch": 0, "a": 1}, {"epoch": 1, "a": 3}]

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from samplers import EvalBatchSampler, SeededDataset, TrainSampler
+from loaders import SeededDataset
+from samplers import EvalBatchSampler, TrainSampler
 
 sizes = st.integers(1, 2000)
 worlds = st.integers(1, 9)

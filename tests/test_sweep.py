@@ -11,7 +11,7 @@ from conftest import ROOT, start_main
 from PIL import Image
 
 import sweep as sweeping
-from main import exit_status
+from cli import exit_status
 from utils import UserError
 
 
@@ -166,6 +166,7 @@ def test_the_folder_of_another_sweep_is_refused(run_sweep, tmp_path):
     assert error == ("error: --output_dir output/sweep: holds a sweep with --lr 0.02, not 0.5; choose another "
                      "folder\n")
     assert (tmp_path / "output/sweep/sweep.csv").read_bytes() == before
+    assert "--seed 0, not 7" in run_sweep("--pruners", "lamp", "--sparsities", "0.5", "--seed", "7", status=2)
     path = tmp_path / "output/sweep/sweep.json"
     path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "drop"}))
     run_sweep("--pruners", "lamp", "--sparsities", "0.5")  # made before that argument existed

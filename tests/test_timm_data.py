@@ -16,7 +16,7 @@ from PIL import Image
 from arguments import parse_args
 from benchmarks.torture import differences
 from datasets import SAMPLE_PATH, build_dataset, read_idx
-from samplers import SeededStream, StreamLoader
+from loaders import SeededStream, StreamLoader
 from state import TrainingState
 
 RUN = ["--model", "deit_sample_patch4_28", "--input-size", "28", "--epochs", "1", "--warmup-epochs", "0",

@@ -24,7 +24,7 @@ def save_checkpoint(content: dict, path) -> None:
 def write_atomically(path: Path, write) -> None:
     """Replaces `path` by what `write(file)` writes: a temporary file beside it is synced, then renamed.
 
-    There is one writer to a folder (see `output.OutputDir`), so what a killed one left is simply overwritten.
+    There is one writer to a folder (see `run_folder.RunFolder`), so what a killed one left is simply overwritten.
     Raises WriteError when there is no room, leaving the old file as it was.
     """
     temporary = path.with_name(f".{path.name}.tmp")

@@ -16,7 +16,7 @@ from utils import UserError
 CHECKPOINT, BEST, LOG, LOCK = "checkpoint.pth", "best_checkpoint.pth", "log.txt", ".lock"
 
 
-class OutputDir:
+class RunFolder:
     """Makes and locks the folder of `--output_dir`; the operating system releases the lock when the process ends.
 
     Raises UserError when the folder cannot be written to, or belongs to a run that is going on.

@@ -1,0 +1,181 @@
+"""From arguments to the objects of a run: data loaders, model, sparsifier, teacher, criterion, batch transform."""
+
+import argparse
+
+import timm.layers
+import torch
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch.utils.data import DataLoader, IterableDataset
+
+import utils
+from arguments import continued_args, mixes
+from augment import BatchTransform
+from datasets import build_dataset
+from engine import StepOptions
+from loaders import SeededDataset, SeededStream, StreamLoader
+from losses import CosubLoss, DistillationLoss
+from models import adapt_weights, build_model, load_weights, train_attention_only, train_both_heads
+from run_folder import newest_checkpoint
+from samplers import EvalBatchSampler, TrainSampler
+from sparsity_factory import PruningError, Recipe, Sparsifier, check_masks, read_yaml, unpack
+from state import TrainingState
+from stopping import ignore_signals
+from utils import UserError, log
+
+
+def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
+    """The loaders of the training and the validation images, and the number of classes."""
+    train_set, num_classes = build_dataset(True, args)
+    val_set, _ = build_dataset(False, args)
+    labels = getattr(train_set, "class_to_idx", {})
+    for name, label in getattr(val_set, "class_to_idx", {}).items():
+        if labels.get(name) != label:
+            raise UserError(f"--data-path {args.data_path}: class {name} of val/ is number {label} there, and "
+                            f"{labels.get(name, 'missing')} in train/; expected the same folders in both")
+    rank, world_size = utils.rank(), utils.world_size()
+    share = (rank, world_size) if args.dist_eval else (0, 1)
+    val_batch_size = int(1.5 * args.batch_size)
+    options = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda",
+               "worker_init_fn": ignore_signals}
+    if isinstance(train_set, IterableDataset):
+        train_set, val_set = (SeededStream(stream, args.seed, num_classes) for stream in (train_set, val_set))
+        train_loader = StreamLoader(train_set, args.batch_size, share=(rank, world_size), **options)
+        val_loader = StreamLoader(val_set, val_batch_size, share=share, **options)
+    else:
+        options["persistent_workers"] = args.num_workers > 0
+        sampler = TrainSampler(len(train_set), args.seed, 3 if args.repeated_aug else 1, rank, world_size)
+        train_set = SeededDataset(train_set, args.skip_bad_images)
+        train_loader = DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, **options)
+        val_batches = EvalBatchSampler(len(val_set), val_batch_size, *share)
+        val_loader = DataLoader(val_set, batch_sampler=val_batches, **options)
+    if not len(train_loader) and not args.eval:
+        raise UserError(f"--batch-size {args.batch_size}: more than the training images of each process")
+    return train_loader, val_loader, num_classes
+
+
+def load_start(args) -> tuple[argparse.Namespace, dict]:
+    """The checkpoint that `--resume` or `--finetune` names, or an empty one, and the arguments of a run from there.
+
+    The checkpoint keeps its optimizer only where the training goes on with it.
+    """
+    args = argparse.Namespace(**vars(args))
+    if args.resume == "auto":
+        args.resume = utils.on_first_process(lambda: newest_checkpoint(args.output_dir))
+        log(f"--resume auto: {args.resume or f'no checkpoint in {args.output_dir}, so the run starts from the beginning'}")
+    source = args.resume or args.finetune
+    checkpoint = utils.load_checkpoint(source) if source else {}
+    if source and args.use_ema:
+        if "model_ema" not in checkpoint:
+            raise UserError(f"--use-ema: {source} holds no moving average of the weights")
+        checkpoint["model"] = checkpoint["model_ema"]
+    if not args.resume or args.eval:
+        checkpoint.pop("optimizer", None)
+    if "optimizer" in checkpoint:
+        args = continued_args(args, checkpoint.get("args"), source)
+    return args, checkpoint
+
+
+def build_state(args, model, sparsifier: Sparsifier, checkpoint: dict, device: torch.device,
+                bad_images: torch.Tensor | None) -> TrainingState:
+    """The state that the training starts with, or goes on with where the checkpoint has one."""
+    state = TrainingState(model, sparsifier, args, device, bad_images)
+    if "optimizer" in checkpoint:
+        state.resume(checkpoint, args.resume)
+    return state
+
+
+def prepare_model(args, num_classes: int, checkpoint: dict, device: torch.device) -> torch.nn.Module:
+    """The model on its device, with timm's weights or the checkpoint's."""
+    # On CPUs plain attention is quicker: a training step of the sample in bfloat16 takes half as long as with fused.
+    timm.layers.set_fused_attn(device.type == "cuda")
+    pretrained = args.pretrained and not checkpoint
+    source = args.resume or args.finetune or ("timm, pretrained" if pretrained else "random")
+    log(f"Weights of {args.model}: {source}{', moving average' if args.use_ema else ''}")
+    model = build_model(args.model, num_classes, args.input_size, drop=args.drop, drop_path=args.drop_path,
+                        pretrained=pretrained)
+    if args.resume:
+        load_weights(model, checkpoint["model"], args.resume)
+    elif args.finetune:
+        load_weights(model, adapt_weights(model, checkpoint["model"]), args.finetune)
+    if args.attn_only:
+        train_attention_only(model)
+    if args.distillation_type != "none":
+        train_both_heads(model, args.model)
+    if args.compile:
+        # In place: parameters keep their names, and masks and averages their parameters. A shape is compiled for
+        # itself, since code for any shape is slower.
+        model.compile(dynamic=False)
+    return model.to(device)
+
+
+def build_sparsifier(args, model: torch.nn.Module, checkpoint: dict) -> Sparsifier:
+    """What prunes the model: the masks of the checkpoint, or else a recipe whose masks are not chosen yet.
+
+    A resumed run has the recipe of its checkpoint. With `--finetune`, a pruner that is asked for replaces it.
+    """
+    source = args.resume or args.finetune
+    asked = Recipe(args.pruner, args.sparsity, read_yaml(args.custom_config) if args.custom_config else None)
+    try:
+        stored, masks = Recipe.from_dict(checkpoint.get("pruner")), None
+        if "masks" in checkpoint:
+            masks = unpack(checkpoint["masks"])
+            for kind in ("model", "model_ema"):
+                check_masks(checkpoint.get(kind, {}), masks, stored.custom_config)
+    except PruningError as error:
+        raise UserError(f"{source}: {error}") from None
+    continues = masks is not None or "optimizer" in checkpoint
+    if args.resume and asked.pruner and continues and asked.differences(stored):
+        raise UserError(f"--pruner {args.pruner}: {source} is of a run with {stored.in_words()}; leave the pruning "
+                        "flags out, or prune its weights anew with --finetune")
+    if masks is None or (args.finetune and not args.resume and asked.pruner):
+        return Sparsifier(model, asked, share=utils.on_first_process)
+    try:
+        return Sparsifier(model, stored, masks=masks)
+    except PruningError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def build_step_options(args, num_classes: int, device: torch.device, amp_dtype: torch.dtype | None) -> StepOptions:
+    """How the steps of a run are made."""
+    return StepOptions(build_criterion(args, num_classes, device), device,
+                       build_batch_transform(args, num_classes, device), amp_dtype, args.clip_grad, args.accum_iter,
+                       args.train_mode, args.cosub)
+
+
+def build_batch_transform(args, num_classes: int, device: torch.device) -> BatchTransform:
+    """DeiT's transforms of a training batch on its device; 3-Augment comes without random erasing."""
+    erase = mixup = None
+    if args.reprob and not args.ThreeAugment:
+        erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
+    if mixes(args):
+        # Binary cross-entropy asks of each class whether the image shows it: every class that is mixed in counts fully,
+        # and smoothing, which gives every class a share, would make that every class.
+        mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
+                      args.mixup_mode, label_smoothing=0.0 if args.bce_loss else args.smoothing,
+                      num_classes=num_classes)
+    return BatchTransform(device, erase, mixup)
+
+
+def build_criterion(args, num_classes: int, device: torch.device):
+    """The training loss, called with images, outputs and targets."""
+    if args.cosub:
+        return CosubLoss(binary=args.bce_loss)
+    if args.bce_loss:
+        criterion = BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)
+    else:
+        criterion = SoftTargetCrossEntropy() if mixes(args) else LabelSmoothingCrossEntropy(args.smoothing)
+    teacher = None
+    if args.distillation_type != "none":
+        teacher = prepare_teacher(args, num_classes).to(device)
+    return DistillationLoss(criterion, teacher, args.distillation_type, args.distillation_alpha,
+                            args.distillation_tau)
+
+
+def prepare_teacher(args, num_classes: int) -> torch.nn.Module:
+    """The model that `--distillation-type` learns from, frozen, with the weights of `--teacher-path`."""
+    log(f"Teacher: {args.teacher_model} with the weights of {args.teacher_path}")
+    teacher = build_model(args.teacher_model, num_classes, args.input_size, flag="--teacher-model")
+    load_weights(teacher, utils.load_checkpoint(args.teacher_path)["model"], args.teacher_path)
+    return teacher.eval().requires_grad_(False)

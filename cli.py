@@ -1,0 +1,75 @@
+"""From what a command raises to one line on standard error and an exit status; and `--audit`."""
+
+import logging
+import sys
+
+import torch.distributed as dist
+
+import utils
+from engine import DivergedError
+from sparsity_factory import PruningError, Recipe, check_masks, checkpoint_table, unpack
+from stopping import Stopped
+from utils import UserError, WriteError
+
+
+def exit_status(work) -> int:
+    """The status that `work()` returns, or else 2 with one line on standard error for a mistake of the user."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # an error line here says what its many say
+    try:
+        status = work()
+    except Exception as error:
+        return _report(error)
+    if dist.is_initialized():  # not after an error of this process alone: the others would never come to it
+        dist.destroy_process_group()
+    return status
+
+
+def audit(path: str) -> int:
+    """Prints what a checkpoint keeps of each layer, from the file alone; 1 if its weights do not obey its masks."""
+    checkpoint = utils.load_checkpoint(path)
+    masks = unpack(checkpoint.get("masks", {}))
+    if not masks:
+        raise UserError(f"{path}: holds no masks; expected a checkpoint of a pruned run")
+    recipe = Recipe.from_dict(checkpoint.get("pruner"))
+    print(checkpoint_table(checkpoint["model"], masks))
+    print(f"pruned with {recipe.in_words()}")
+    for kind in ("model", "model_ema"):
+        try:
+            check_masks(checkpoint.get(kind, {}), masks, recipe.custom_config)
+        except PruningError as error:
+            print(f"error: {path}: {kind}: {error}", file=sys.stderr)
+            return 1
+    print("every pruned weight is zero, and every n:m group holds")
+    return 0
+
+
+# ---- helpers, not exported ----
+
+
+def _report(error: Exception) -> int:
+    """Tells the error in one line, on the first process that fails, and returns the exit status; else raises it."""
+    if isinstance(error, UserError | PruningError):
+        status, message = 2, f"error: {error}"
+        error.__traceback__ = None  # it refers to the data workers, which Python then could not end
+    elif isinstance(error, Stopped):
+        status, message = error.status, str(error)
+    elif isinstance(error, DivergedError | WriteError | OSError):  # OSError: a closed pipe, a disk full of output
+        status, message = 1, f"error: {error}"
+    elif isinstance(error, RuntimeError):
+        # The death of a data worker, perhaps for want of memory, shows wherever the run is, while it writes too.
+        cause = error
+        while cause.__context__ and not str(cause).startswith("DataLoader worker"):
+            cause = cause.__context__
+        if not str(cause).startswith("DataLoader worker"):
+            if not dist.is_initialized() or utils.is_first_to_fail():
+                raise error
+            return 1  # another process failed first, and has told why
+        status, message = 1, f"error: {cause}"
+    else:
+        raise error
+    if utils.is_first_to_fail():
+        if "Traceback" in message:  # from a data worker, the error is the last line
+            message = "error: " + message.strip().splitlines()[-1].partition(": ")[2]
+        print(" ".join(message.split()), file=sys.stderr)
+    return status
