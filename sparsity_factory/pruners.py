@@ -12,10 +12,7 @@ kept, which `patterns.py` does. To add a pruner, write such a function and name 
 Sizes: N prunable weights in all, n of them in a layer. The global budget is round(N (1 - sparsity)), half to even.
 """
 
-import math
 import numbers
-import struct
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 
@@ -23,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import patterns
+from . import counting, patterns
 from .config import resolve_levels
 from .errors import PruningError
 from .masks import prunable_weights
@@ -103,16 +100,16 @@ class Scores(Mapping[str, Tensor]):
         return score
 
     def at_least(self, name: str) -> Tensor:
-        """For each bin of `patterns` the scores in it and in all higher bins: counted once, then remembered."""
+        """For each bin of `counting` the scores in it and in all higher bins: counted once, then remembered."""
         if name not in self._at_least:
-            self._at_least[name] = patterns.suffix_sums(patterns.histogram(self[name]))
+            self._at_least[name] = counting.suffix_sums(counting.histogram(self[name]))
         return self._at_least[name]
 
     def mask(self, name: str, kept: int | tuple[int, int]) -> Tensor:
         """The mask of a layer that keeps so many weights, or (n, m) for n of every m."""
         if isinstance(kept, tuple):
             return patterns.n_of_m(self[name], *kept)
-        return patterns.k_largest(self[name], kept, self._at_least.get(name))
+        return counting.k_largest(self[name], kept, self._at_least.get(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
@@ -148,11 +145,7 @@ def unifplus(scores: Scores, sparsity: float) -> dict[str, int]:
 
 def glob(scores: Scores, sparsity: float) -> dict[str, int]:
     """Global: the largest scores over all layers together are kept; on a tie the earlier layer's. Meets the budget."""
-    budget = _budget(scores, sparsity)
-    at_least = torch.stack([scores.at_least(name) for name in scores])
-    border = patterns.border_bin(at_least.sum(0), budget)
-    undecided = [patterns.distinct(scores[name], border, border + 1) for name in scores]
-    return _fill(scores, at_least[:, border + 1], undecided, budget)
+    return counting.largest_overall(scores, _budget(scores, sparsity))
 
 
 def erk(scores: Scores, sparsity: float) -> dict[str, int]:
@@ -189,34 +182,7 @@ def lamp(scores: Scores, sparsity: float) -> dict[str, int]:
 
     Lee et al. 2021, arXiv:2010.07611.
     """
-    budget = _budget(scores, sparsity)
-    layers = [_LampBins(scores[name], scores.at_least(name)) for name in scores]
-    at_least = torch.stack([layer.at_least for layer in layers])
-    floor = torch.stack([layer.floor for layer in layers])
-
-    def first_sure(threshold: float) -> Tensor:
-        """For each layer the lowest bin of which every weight surely scores at least the threshold."""
-        return torch.searchsorted(floor, torch.full((len(floor), 1), threshold, dtype=floor.dtype))
-
-    def last_possible(threshold: float) -> Tensor:
-        """For each layer the lowest bin that may hold a weight that scores at least the threshold.
-
-        It is the next one: weights further below have smaller squares and larger sums than the floor of that bin.
-        """
-        return (first_sure(threshold) - 1).clamp(min=0)
-
-    def reaches_budget(lowest_bin: Callable[[float], Tensor]) -> Callable[[float], bool]:
-        return lambda threshold: int(at_least.gather(1, lowest_bin(threshold)).sum()) >= budget
-
-    # The score of the last weight kept lies between these two thresholds: only the bins between need a closer look.
-    low = last_possible(_largest_threshold(reaches_budget(first_sure)))
-    high = first_sure(math.nextafter(_largest_threshold(reaches_budget(last_possible)), 2))
-    kept = at_least.gather(1, high).squeeze(1)
-    undecided = [
-        layer.candidates(scores[name], int(start), int(stop))
-        for name, layer, start, stop in zip(scores, layers, low, high, strict=True)
-    ]
-    return _fill(scores, kept, undecided, budget)
+    return counting.largest_lamp_scores_overall(scores, _budget(scores, sparsity))
 
 
 def custom(scores: Scores, config: str | PathLike | Mapping) -> dict[str, int | tuple[int, int]]:
@@ -244,37 +210,6 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {score.__name__: score for score
 # ---- helpers, not exported ----
 
 
-class _LampBins:
-    """What the LAMP scores of a layer can be, as far as the bins of its weights tell."""
-
-    def __init__(self, score: Tensor, at_least: Tensor):
-        # A power of two, so exact, that keeps the squares of extreme float64 weights in range.
-        self.scale = math.ldexp(1.0, -max(math.frexp(float(score.max()))[1], -1000))
-        self.at_least = at_least
-        self.squares = patterns.suffix_sums(patterns.histogram(score.cpu(), self._square))  # there, sums have one order
-        # No weight of a bin scores less than its floor. Floors never fall from a bin to the next.
-        self.floor = torch.from_numpy(self._square(patterns.bin_edges(score.dtype)[:-1].numpy())) / self.squares[:-1]
-        self.floor[0] = 0.0  # also in a layer of zeros, where it would be 0 / 0
-
-    def candidates(self, score: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The LAMP scores in bins start to stop - 1, largest first, and how many weights have each."""
-        values, counts = patterns.distinct(score, start, stop)
-        squares = torch.from_numpy(self._square(values.numpy()))
-        sums = self.squares[stop] + (squares * counts).cumsum(0)
-        lamp_scores = torch.where(sums > 0, squares / sums, 0.0)
-        if self.at_least[stop] == 0:  # the largest weight of the layer is among them
-            lamp_scores = torch.cat([torch.ones(1, dtype=lamp_scores.dtype), lamp_scores])
-            counts = torch.cat([counts.new_ones(1), counts[:1] - 1, counts[1:]])
-        return lamp_scores, counts
-
-    def _square(self, values: np.ndarray) -> np.ndarray:
-        squares = values.astype(np.float64)
-        with np.errstate(over="ignore"):  # of bins above the largest weight
-            squares *= self.scale
-            squares *= squares
-        return squares
-
-
 def _check_request(pruner: str, sparsity, custom_config) -> None:
     if pruner == "custom":
         if sparsity is not None:
@@ -300,32 +235,3 @@ def _budget(scores: Scores, sparsity: float) -> int:
 
 def _remaining(n: int, sparsity: float) -> int:
     return n - round(sparsity * n)
-
-
-def _fill(
-    scores: Mapping[str, Tensor], kept: Tensor, undecided: list[tuple[Tensor, Tensor]], budget: int
-) -> dict[str, int]:
-    """Adds to what each layer keeps the best of the undecided weights, until the budget is met.
-
-    `undecided` holds, for each layer, what weights are compared by and how many weights have each value.
-    """
-    layer = torch.repeat_interleave(torch.tensor([len(values) for values, _ in undecided]))
-    values, counts = (torch.cat(column) for column in zip(*undecided, strict=True))
-    best_first = values.argsort(descending=True, stable=True)  # stable: on a tie the earlier layer
-    layer, counts = layer[best_first], counts[best_first]
-    left = budget - kept.sum() - (counts.cumsum(0) - counts)
-    kept = kept.index_add(0, layer, left.clamp(min=0).minimum(counts))
-    return dict(zip(scores, kept.tolist(), strict=True))
-
-
-def _largest_threshold(holds: Callable[[float], bool]) -> float:
-    """The largest float64 in [0, 1] for which `holds`, which is true at 0 and, if false anywhere, false from there on.
-
-    Non-negative floats are ordered as their bit patterns are, so bisecting those takes 62 steps whatever the scale.
-    """
-
-    def threshold(bits: int) -> float:
-        return struct.unpack("<d", struct.pack("<q", bits))[0]
-
-    bits_of_one = struct.unpack("<q", struct.pack("<d", 1.0))[0]
-    return threshold(bisect_left(range(1, bits_of_one + 1), True, key=lambda bits: not holds(threshold(bits))))
