@@ -12,8 +12,10 @@ from .audit import check_masks
 from .config import read_yaml
 from .errors import PruningError
 from .masks import Masks, prunable_weights, unpack
+from .methods import Description, describe
 from .multiply_adds import multiply_adds
-from .pruners import PRUNERS, SCORES, compute_masks
+from .patterns import PATTERNS, parse_pattern, regrow
+from .pruners import PRUNERS, check_request, compute_masks, needs_of
 from .recipe import Recipe
 from .report import (
     LayerSparsity,
@@ -24,22 +26,32 @@ from .report import (
     sparsity_table,
     sparsity_yaml,
 )
+from .scores import SCORES
 from .sparsifier import Sparsifier
+from .statistics import STATISTICS, Statistics, collect_statistics
 
 __all__ = [
+    "PATTERNS",
     "PRUNERS",
     "SCORES",
+    "STATISTICS",
+    "Description",
     "LayerSparsity",
     "Masks",
     "PruningError",
-    "Recipe",
-    "Sparsifier",
+    "Statistics",
     "check_masks",
+    "check_request",
     "checkpoint_table",
+    "collect_statistics",
     "compute_masks",
+    "describe",
     "multiply_adds",
+    "needs_of",
+    "parse_pattern",
     "prunable_weights",
     "read_yaml",
+    "regrow",
     "sparse_multiply_adds",
     "sparsity_csv",
     "sparsity_rows",

@@ -1,37 +1,214 @@
-"""From the scores of one layer to its mask: the k largest, or n of every m.
+"""What may be removed together, and from the scores of one layer to its mask.
 
-Scores are finite and non-negative. Among equal scores the earlier weight in row-major order is kept, so that a mask
-does not depend on the device, the number of threads or the sorting algorithm.
+A pattern knows no allocation. It says
 
-On a CPU the k largest are found by counting instead of sorting. Non-negative floats are ordered as their bit patterns
-are, so the leading 16 bits put every score into one of a few thousand occupied bins, and only the bin in which the k-th
-largest lies has to be sorted. numpy does the passes over the scores: it asks for large pages, and without them the page
-faults of fresh memory take longer than the work itself. A GPU sorts in less time than it would take to copy the scores.
+- `units(shape)`: how many units, things that are kept or removed as one, a weight of that shape has;
+- `score(score)`: the scores of the units from the scores of the weights;
+- `fit(kept, shapes, budget)`: the numbers of units that layers can keep, from those that an allocation wants;
+- `mask(score, kept)`: the mask of a layer from the scores of its units.
+
+To add one, write such a class and name it in `PATTERNS`. Scores are finite and non-negative. Among equal scores the
+earlier weight or block in row-major order is kept.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Mapping, Sequence
+from math import gcd, prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
-BINS = 2**15  # the leading 16 bits of a non-negative float; the sign bit is 0
-CHUNK = 2**18  # scores looked at together, so that what is computed from them stays in the cache
-PAIRWISE_UP_TO = 32  # above this group size, sorting the groups is faster than comparing every pair
+from .counting import k_largest, largest_threshold
+from .errors import PruningError
+from .methods import method
+
+PAIRWISE_UP_TO = 32  # above this group size, partitioning the groups is faster than comparing every pair
+STATES = 2**16  # the totals that are told apart when layers are fitted to a budget
+
+Shapes = Mapping[str, Sequence[int]]
 
 
-def k_largest(score: Tensor, k: int, at_least: Tensor | None = None) -> Tensor:
-    """Mask of the shape of `score`, on its device, that keeps the `k` largest.
+class Pattern:
+    """What all patterns have in common.
 
-    Args:
-        score: a tensor of any shape, float32 or float64.
-        k: from 0 to the number of scores.
-        at_least: `suffix_sums(histogram(score))`, where it is known already.
+    Attributes:
+        name: as it is written on the command line.
+        sparsity: what the pattern itself fixes, else None.
     """
-    if score.device.type != "cpu":
-        return _k_largest_by_sorting(score.flatten(), k).view(score.shape)
-    at_least = suffix_sums(histogram(score)) if at_least is None else at_least
-    return _k_largest_by_counting(score.flatten(), k, at_least).view(score.shape)
+
+    name: str
+    sparsity: float | None = None
+
+    def check(self, shapes: Shapes) -> None:
+        """Raises a PruningError that names the first layer that the pattern does not fit."""
+
+    def units(self, shape: Sequence[int]) -> int:
+        """How many units a weight has: without more ado, each single weight is one."""
+        return prod(shape)
+
+    def score(self, score: Tensor) -> Tensor:
+        """The scores of the units, from those of the weights, shape (outputs, inputs)."""
+        return score
+
+    def fit(self, kept: dict[str, int], shapes: Shapes, budget: int) -> dict[str, int]:
+        """The numbers of units that layers keep, where an allocation wants `kept` and all have `budget` together."""
+        return kept
+
+    def mask(self, score: Tensor, kept: int, at_least: Tensor | None = None) -> Tensor:
+        """Bool tensor of the weight's shape that keeps `kept` units.
+
+        at_least: `counting.suffix_sums(counting.histogram(score))`, where it is known already.
+        """
+        raise NotImplementedError
+
+
+@method()
+class Unstructured(Pattern):
+    """Single weights; each layer keeps as many as the allocation says."""
+
+    form = name = "unstructured"
+
+    @classmethod
+    def parse(cls, name: str) -> "Unstructured | None":
+        return cls() if name == cls.form else None
+
+    def mask(self, score, kept, at_least=None):
+        return k_largest(score, kept, at_least)
+
+
+class _Groups(Pattern):
+    """n of every m consecutive weights along the inputs, with 1 <= n <= m.
+
+    m: the size of a group; None for whole rows.
+    """
+
+    def __init__(self, name: str, m: int | None):
+        self.name, self.m = name, m
+
+    def check(self, shapes):
+        for name, (outputs, inputs) in shapes.items():
+            if self.m and inputs % self.m:
+                raise PruningError(f"pattern {self.name}: expected a group size that divides the {inputs} inputs of "
+                                   f"{name} ({outputs} x {inputs})")
+
+    def fit(self, kept, shapes, budget):
+        """All layers together keep as much of the budget as whole n allow, and never more than it.
+
+        Among the ways to do so, it is the one that stays nearest to what the allocation wants.
+        """
+        m = {name: self.m or shape[1] for name, shape in shapes.items()}
+        groups = {name: prod(shape) // m[name] for name, shape in shapes.items()}
+        least = sum(groups.values())
+        if least > budget:
+            most = 1 - least / sum(map(prod, shapes.values()))
+            group = f"every {self.m} weights" if self.m else "each row"
+            raise PruningError(f"pattern {self.name} keeps at least one of {group}: "
+                               f"expected a sparsity of at most {_down(most)}")
+        n = _nearest_steps(np.array(list(kept.values())), np.array(list(groups.values())), np.array(list(m.values())),
+                           budget)
+        return {name: int(n) * groups[name] for name, n in zip(kept, n, strict=True)}
+
+    def mask(self, score, kept, at_least=None):
+        m = self.m or score.shape[1]
+        return n_of_m(score, kept * m // score.numel(), m)
+
+
+@method("Sun et al. 2024, arXiv:2306.11695")
+class Row(_Groups):
+    """Each output row of a layer keeps the same number of weights, at least one: as Wanda compares."""
+
+    form = "row"
+
+    @classmethod
+    def parse(cls, name: str) -> "Row | None":
+        return cls(name, None) if name == cls.form else None
+
+
+@method("Mishra et al. 2021, arXiv:2104.08378")
+class NOfM(_Groups):
+    """n of every m consecutive weights along the inputs, such as 2:4, in every layer; takes no sparsity."""
+
+    form = "n:m"
+
+    def __init__(self, name: str, n: int, m: int):
+        super().__init__(name, m)
+        self.n, self.sparsity = n, 1 - n / m
+
+    @classmethod
+    def parse(cls, name: str) -> "NOfM | None":
+        if written := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", name):
+            n, m = map(int, written.groups())
+            if not 1 <= n <= m:
+                raise PruningError(f"pattern {name!r}: expected n:m with 1 <= n <= m")
+            return cls(name, n, m)
+
+    def fit(self, kept, shapes, budget):
+        return {name: prod(shape) // self.m * self.n for name, shape in shapes.items()}
+
+
+@method("Sun et al. 2021, DominoSearch (NeurIPS)")
+class AnyOfM(_Groups):
+    """n of every m, such as x:4, with an n for each layer that the allocation decides, from 1 to m."""
+
+    form = "x:m"
+
+    @classmethod
+    def parse(cls, name: str) -> "AnyOfM | None":
+        if written := re.fullmatch(r"x:([0-9]{1,9})", name):
+            if not int(written[1]):
+                raise PruningError(f"pattern {name!r}: expected x:m with m of at least 1")
+            return cls(name, int(written[1]))
+
+
+@method("Gray et al. 2017, block-sparse kernels")
+class Block(Pattern):
+    """Blocks of R outputs by C inputs, such as block:16x16; the score of a block is the sum over its weights."""
+
+    form = "block:RxC"
+
+    def __init__(self, name: str, rows: int, columns: int):
+        self.name, self.rows, self.columns = name, rows, columns
+
+    @classmethod
+    def parse(cls, name: str) -> "Block | None":
+        if written := re.fullmatch(r"block:([0-9]{1,9})x([0-9]{1,9})", name):
+            rows, columns = map(int, written.groups())
+            if not rows or not columns:
+                raise PruningError(f"pattern {name!r}: expected block:RxC with R and C of at least 1")
+            return cls(name, rows, columns)
+
+    def check(self, shapes):
+        for name, (outputs, inputs) in shapes.items():
+            if outputs % self.rows or inputs % self.columns:
+                raise PruningError(f"pattern {self.name}: expected blocks that divide {name} ({outputs} x {inputs})")
+
+    def units(self, shape):
+        return prod(shape) // (self.rows * self.columns)
+
+    def score(self, score):
+        blocks = score.unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows))
+        return blocks.sum((1, 3), dtype=torch.float64).to(score.dtype)  # so that rounding depends on no device
+
+    def mask(self, score, kept, at_least=None):
+        mask = k_largest(score, kept, at_least)
+        return mask.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
+
+
+PATTERNS: dict[str, type[Pattern]] = {pattern.form: pattern for pattern in (Unstructured, Row, NOfM, AnyOfM, Block)}
+
+
+def parse_pattern(name: str) -> Pattern:
+    """The pattern of that name: one of the forms in `PATTERNS`, with numbers for their capital and small letters.
+
+    Raises:
+        PruningError: no form fits, or its numbers are out of range.
+    """
+    for pattern in PATTERNS.values():
+        if found := pattern.parse(name) if isinstance(name, str) else None:
+            return found
+    raise PruningError(f"unknown pattern {str(name)[:100]!r}: expected unstructured, row, n:m such as 2:4, x:m such as "
+                       "x:4, or block:RxC such as block:16x16")
 
 
 def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
@@ -42,10 +219,9 @@ def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
         n: from 1 to `m`.
     """
     groups = score.reshape(-1, m)
-    mask = torch.zeros(groups.shape, dtype=torch.bool, device=score.device)
     if m > PAIRWISE_UP_TO:
-        best_first = groups.argsort(dim=1, descending=True, stable=True)
-        return mask.scatter_(1, best_first[:, :n], True).view(score.shape)
+        return _n_of_large_groups(groups, n).view(score.shape)
+    mask = torch.zeros(groups.shape, dtype=torch.bool, device=score.device)
     # The rank of a weight is the number of weights that go before it in its group: to begin with, all earlier ones.
     ranks = [torch.full((len(groups),), place, dtype=torch.uint8, device=score.device) for place in range(m)]
     for later in range(m):
@@ -58,69 +234,97 @@ def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
     return mask.view(score.shape)
 
 
-# ---- counting scores by size, which the pruners use too; not exported ----
+def regrow(weight: Tensor, mask: Tensor, growth: Tensor, count: int) -> Tensor:
+    """Drops the smallest of the kept weights, and grows as many of all that are then not kept, dropped ones included.
 
+    Among equals the earlier weight in row-major order is kept, and grown.
 
-def histogram(score: Tensor, weight_of: Callable[[np.ndarray], np.ndarray] | None = None) -> Tensor:
-    """The number of scores in each bin, or the sum of their weights; shape (BINS,), on the CPU.
+    Args:
+        weight: the `count` smallest magnitudes that the mask keeps are dropped.
+        mask: bool tensor of the weight's shape, True where the weight is kept.
+        growth: of the weight's shape, finite and non-negative: the `count` largest are grown.
+        count: from 0 to the number of weights that the mask keeps.
 
-    weight_of: from some of the scores, as an array, to their weights; for scores on the CPU only.
+    Returns:
+        A mask that keeps as many weights as the given one.
+
+    Raises:
+        PruningError: a count that is out of range.
     """
-    bits, dropped = _LAYOUT[score.dtype]
-    flat = score.flatten()
-    if score.device.type != "cpu":
-        return torch.bincount(flat.view(bits) >> dropped, minlength=BINS).cpu()
-    total = 0
-    for chunk in flat.split(CHUNK):
-        bins = (chunk.view(bits) >> dropped).numpy()
-        total = total + np.bincount(bins, weight_of and weight_of(chunk.numpy()), minlength=BINS)
-    return torch.from_numpy(total)
+    kept = int(mask.count_nonzero())
+    if not 0 <= count <= kept:
+        raise PruningError(f"{count} weights to drop and grow: expected 0 to the {kept} that are kept")
+    left = k_largest(_positive_where(mask, weight.detach().abs()), kept - count)
+    return left | k_largest(_positive_where(~left, growth), count)
 
 
-def distinct(score: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """The distinct scores in bins start to stop - 1, largest first, and how many there are of each; on the CPU."""
-    edges = bin_edges(score.dtype)
-    low, high = edges[start].item(), edges[stop].item()
-    if score.device.type == "cpu":
-        flat = score.flatten().numpy()
-        inside = torch.from_numpy(flat[(flat >= low) & (flat < high)])
-    else:
-        inside = score[(score >= low) & (score < high)]
-    values, counts = torch.unique(inside.cpu(), return_counts=True)
-    return values.flip(0), counts.flip(0)
+# ---- helpers, not exported ----
 
 
-def bin_edges(dtype: torch.dtype) -> Tensor:
-    """The smallest score of each bin, shape (BINS + 1,); infinity for the bins past every finite score."""
-    bits, dropped = _LAYOUT[dtype]
-    edges = (torch.arange(BINS + 1, dtype=bits).clamp(max=BINS - 1) << dropped).view(dtype)
-    return edges.nan_to_num(nan=torch.inf, posinf=torch.inf)
+def _positive_where(mask: Tensor, values: Tensor) -> Tensor:
+    """Values in the same order, and above 0 where the mask is True; 0 elsewhere."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.nextafter(values.new_tensor(torch.inf)).masked_fill(~mask, 0)
 
 
-def suffix_sums(values: Tensor) -> Tensor:
-    """For each bin the sum over it and all higher bins, and a final 0; shape (BINS + 1,)."""
-    return torch.cat([values, values.new_zeros(1)]).flip(0).cumsum(0).flip(0)
-
-
-def border_bin(at_least: Tensor, k: int) -> int:
-    """The bin of the k-th largest score: those in higher bins are fewer than k, those in it complete them."""
-    return int((at_least[:BINS] >= k).count_nonzero()) - 1
-
-
-_LAYOUT = {torch.float32: (torch.int32, 16), torch.float64: (torch.int64, 48)}  # same-size integer, bits to drop
-
-
-def _k_largest_by_counting(flat: Tensor, k: int, at_least: Tensor) -> Tensor:
-    edges, border = bin_edges(flat.dtype), border_bin(at_least, k)
-    flat = flat.numpy()
-    mask = flat >= edges[border + 1].item()
-    undecided = np.flatnonzero((flat >= edges[border].item()) ^ mask)
-    best_first = np.argsort(-flat[undecided], kind="stable")
-    mask[undecided[best_first[: k - int(at_least[border + 1])]]] = True
+def _n_of_large_groups(groups: Tensor, n: int) -> Tensor:
+    if groups.device.type != "cpu":
+        best_first = groups.argsort(dim=1, descending=True, stable=True)
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best_first[:, :n], True)
+    groups = groups.numpy()
+    last_kept = np.partition(groups, -n, axis=1)[:, -n, None]
+    mask, ties = groups > last_kept, groups == last_kept
+    missing = n - mask.sum(1, keepdims=True)
+    mask |= ties & (ties.cumsum(1, dtype=np.int32) <= missing)
     return torch.from_numpy(mask)
 
 
-def _k_largest_by_sorting(flat: Tensor, k: int) -> Tensor:
-    mask = torch.zeros_like(flat, dtype=torch.bool)
-    mask[flat.argsort(descending=True, stable=True)[:k]] = True
-    return mask
+def _down(sparsity: float) -> str:
+    """To four digits, towards zero, so that what is printed can be met."""
+    return f"{int(sparsity * 10_000) / 10_000:g}"
+
+
+def _nearest_steps(wanted: np.ndarray, step: np.ndarray, most: np.ndarray, budget: int) -> np.ndarray:
+    """How many steps each layer takes, from 1 to `most`.
+
+    The total is the largest that does not pass the budget; among the ways to reach it, the one of the least squared
+    distance to shares of the budget that are proportional to what is wanted. All ways are searched in which no layer is
+    more than 32 steps from its share; fewer steps, or rounded totals, where layers have so many sizes that their sums
+    are more than STATES.
+
+    wanted, step: numbers of weights.
+    """
+
+    def shares(scale: float) -> np.ndarray:
+        return np.clip(4 * scale * wanted / step, 1, most)
+
+    share = shares(largest_threshold(lambda scale: (shares(scale) * step).sum() <= budget))
+    unit = gcd(*step.tolist())
+    for window in (32, 8, 2):
+        low = np.maximum(np.floor(share).astype(int) - window, 1)
+        spare = budget - int(low @ step)
+        if spare <= STATES * unit:
+            break
+    high = np.minimum(np.floor(share).astype(int) + window, most)
+    unit = max(unit, -(-spare // STATES))
+    cost, total = -(-step // unit), spare // unit  # rounded such that the budget is never passed
+
+    # best[t]: the least distance of the later layers if they and those before them spend t beyond their lowest.
+    best = np.where(np.arange(total + 1) == 0, 0.0, np.inf)
+    choices = []
+    for layer in reversed(range(len(step))):
+        reached, choice = np.full(total + 1, np.inf), np.zeros(total + 1, np.int64)
+        for n in range(high[layer], low[layer] - 1, -1):  # from above: on a tie the earlier layer keeps more
+            spent = (n - low[layer]) * cost[layer]
+            if spent <= total:
+                distance = best[: total + 1 - spent] + step[layer] * (n - share[layer]) ** 2
+                better = distance < reached[spent:]
+                reached[spent:][better], choice[spent:][better] = distance[better], n
+        best = reached
+        choices.append(choice)
+    left = int(np.flatnonzero(np.isfinite(best))[-1])
+    steps = []
+    for choice, lowest, cost_of_one in zip(reversed(choices), low, cost, strict=True):
+        steps.append(int(choice[left]))
+        left -= (steps[-1] - int(lowest)) * int(cost_of_one)
+    return np.array(steps)

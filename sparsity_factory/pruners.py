@@ -1,32 +1,38 @@
-"""Every supported pruning algorithm, and `compute_masks`, which runs one on a model.
+"""Allocations: how the global budget is shared among layers; and `compute_masks`, which prunes a model with one.
 
-A pruner is an *allocation*: it decides how many weights each layer keeps. It is a function
+A pruner is the name of an allocation. An allocation is a function
 
-    def pruner(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]
+    def allocation(scores: Scores, sparsity: float) -> dict[str, int]
 
-from the scores of every prunable weight (parameter name to tensor of the weight's shape, finite, non-negative, on the
-weight's device, in model order) and the share of weights to remove, to the number of weights each layer keeps. What it
-is given is a `Scores`, which also knows the shapes and how the scores are distributed. Within a layer the largest are
-kept, which `patterns.py` does. To add a pruner, write such a function and name it in `PRUNERS`.
+from the scores of every prunable weight, in model order, and the share of weights to remove, to the number of weights
+that each layer keeps. An allocation knows no pattern: within a layer the largest scores are kept as `patterns.py` has
+it, and where the pattern removes blocks, an allocation is given the scores of blocks and counts blocks. To add one,
+write such a function and name it in `PRUNERS`.
 
-Sizes: N prunable weights in all, n of them in a layer. The global budget is round(N (1 - sparsity)), half to even.
+N: prunable weights in all; n: those of a layer. The global budget is round(N (1 - sparsity)), half to even.
 """
 
 import math
 import numbers
-import struct
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import patterns
+from . import counting
 from .config import resolve_levels
 from .errors import PruningError
 from .masks import prunable_weights
+from .methods import method
+from .patterns import n_of_m, parse_pattern
+from .scores import SCORES, Scores, wanda
+from .statistics import Statistics
+
+OUTLIER = 5  # M of OWL: a weight is an outlier above so many times the mean of its layer
+OWL_RANGE = 0.08  # lambda of OWL: how far the density of a layer may be from that of the model
+ALPHA_RANGE = 0.2  # tau of AlphaPruning: the sparsity of a layer is 0.8 to 1.2 of one value for the model
 
 
 def compute_masks(
@@ -35,97 +41,106 @@ def compute_masks(
     sparsity: float | None = None,
     custom_config: str | PathLike | Mapping | None = None,
     score: str = "magnitude",
+    *,
+    pattern: str = "unstructured",
+    statistics: Statistics | None = None,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Decides which prunable weights of a model to keep. The model is not changed.
 
     Args:
         model: any module with linear layers; see `prunable_weights` for which of its weights are prunable.
-        pruner: a name in `PRUNERS`.
-        sparsity: the fraction of the prunable weights to remove, in [0, 1); for every pruner but `custom`.
+        pruner: a name in `PRUNERS`: how the budget is shared among layers.
+        sparsity: the fraction of the prunable weights to remove, in [0, 1); not for `custom`, nor for a pattern such as
+            2:4 that has its own.
         custom_config: path of a YAML file, or what such a file parses to; for `custom` only.
         score: a name in `SCORES`: how much a weight matters.
+        pattern: one of the forms in `PATTERNS`, such as `2:4`: what may be removed together.
+        statistics: what `collect_statistics` returned for the model, where `needs_of(pruner, score)` is not empty.
+        seed: of scores that are drawn.
 
     Returns:
         Parameter name to bool tensor of the weight's shape, on its device, True where the weight is kept; in model
         order.
 
     Raises:
-        PruningError: an unknown name, a sparsity or configuration that is wrong, missing or superfluous, a model
-            without prunable weights, a weight that is not finite.
+        PruningError: whatever `check_request` refuses, statistics that are missing or lack something, a model without
+            prunable weights, one that the pattern does not fit, a weight or score that is not finite.
+    """
+    check_request(pruner, sparsity, custom_config, score, pattern=pattern)
+    weights = prunable_weights(model)
+    if not weights:
+        raise PruningError(f"{type(model).__name__} has no prunable weights: no nn.Linear besides the classifier")
+    _check_statistics(statistics, weights, pruner, score)
+    pattern = parse_pattern(pattern)
+    pattern.check({name: weight.shape for name, weight in weights.items()})
+    scores = Scores(weights, SCORES[score], pattern, statistics, seed)
+    if pruner == "custom":
+        return {name: _mask(scores, name, level) for name, level in custom(scores, custom_config).items()}
+    sparsity = float(sparsity) if pattern.sparsity is None else pattern.sparsity
+    allocation = PRUNERS[pruner](scores, sparsity)
+    for name, units in scores.sizes.items():
+        kept = allocation.get(name)
+        if kept is None or not 0 <= kept <= units:
+            raise PruningError(f"pruner {pruner} keeps {kept} of {name}: expected 0 to {units} weights")
+    budget = _budget({name: weight.numel() for name, weight in weights.items()}, sparsity)
+    allocation = pattern.fit({name: allocation[name] for name in weights}, scores.shapes, budget)
+    return {name: scores.mask(name, allocation[name]) for name in weights}
+
+
+def check_request(
+    pruner: str,
+    sparsity: float | None = None,
+    custom_config: str | PathLike | Mapping | None = None,
+    score: str = "magnitude",
+    *,
+    pattern: str = "unstructured",
+) -> None:
+    """Refuses what no model could be pruned with: unknown names, values out of range, choices that exclude each other.
+
+    Raises:
+        PruningError: in one line.
     """
     if pruner not in PRUNERS:
         raise PruningError(f"unknown pruner {pruner!r}: expected one of {', '.join(PRUNERS)}")
     if score not in SCORES:
         raise PruningError(f"unknown score {score!r}: expected one of {', '.join(SCORES)}")
-    _check_request(pruner, sparsity, custom_config)
-    weights = prunable_weights(model)
-    if not weights:
-        raise PruningError(f"{type(model).__name__} has no prunable weights: no nn.Linear besides the classifier")
-    scores = Scores(weights, SCORES[score])
-    allocation = PRUNERS[pruner](scores, custom_config if pruner == "custom" else float(sparsity))
-    for name, weight in weights.items():
-        kept = allocation.get(name)
-        if not isinstance(kept, tuple) and (kept is None or not 0 <= kept <= weight.numel()):
-            raise PruningError(f"pruner {pruner} keeps {kept} of {name}: expected 0 to {weight.numel()} weights")
-    return {name: scores.mask(name, allocation[name]) for name in weights}
+    fixed = parse_pattern(pattern).sparsity is not None
+    if pruner == "custom":
+        if sparsity is not None:
+            raise PruningError("pruner custom takes its sparsity from the configuration: expected no sparsity")
+        if pattern != "unstructured":
+            raise PruningError(f"pruner custom takes its patterns from the configuration: expected no {pattern!r} too")
+        if custom_config is None:
+            raise PruningError("pruner custom needs a configuration: expected a YAML file")
+        return
+    if custom_config is not None:
+        raise PruningError(f"pruner {pruner} takes no custom configuration: expected a sparsity only")
+    if fixed:
+        if sparsity is not None:
+            raise PruningError(f"pattern {pattern} is a sparsity of its own: expected no sparsity beside it")
+        if pruner != "unif":
+            raise PruningError(f"pattern {pattern} prunes every layer alike: expected pruner unif, got {pruner}")
+        return
+    if sparsity is None:
+        raise PruningError(f"pruner {pruner} needs a sparsity: expected a number in [0, 1)")
+    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real) or not 0 <= sparsity < 1:
+        raise PruningError(f"sparsity {sparsity!r}: expected a number in [0, 1)")
 
 
-class Scores(Mapping[str, Tensor]):
-    """Scores by parameter name, on the device of the weight, computed when asked for; and how they are distributed.
-
-    Another pass over the weights costs less time than touching the memory for a copy of them all, and no such memory.
-    All scores have one dtype, so that they compare: float64 when some weight has it, else float32 (half precision is
-    exact in it).
-
-    Attributes:
-        shapes: parameter name to shape; asking for it computes no score.
-    """
-
-    def __init__(self, weights: Mapping[str, Tensor], score: Callable[[Tensor], Tensor]):
-        self._weights, self._score = weights, score
-        self.shapes = {name: weight.shape for name, weight in weights.items()}
-        wide = any(weight.dtype == torch.float64 for weight in weights.values())
-        self._dtype = torch.float64 if wide else torch.float32
-        self._finite: set[str] = set()
-        self._at_least: dict[str, Tensor] = {}
-        self._latest: tuple[str, Tensor] | None = None  # what one layer is asked for comes in a row
-
-    @torch.no_grad()
-    def __getitem__(self, name: str) -> Tensor:
-        if self._latest and self._latest[0] == name:
-            return self._latest[1]
-        self._latest = None  # so that its memory is used again: fresh memory takes longer
-        score = self._score(self._weights[name].detach().to(self._dtype))
-        if name not in self._finite and not score.amax().isfinite():
-            raise PruningError(f"{name} has a weight that is NaN or infinite")
-        self._finite.add(name)
-        self._latest = name, score
-        return score
-
-    def at_least(self, name: str) -> Tensor:
-        """For each bin of `patterns` the scores in it and in all higher bins: counted once, then remembered."""
-        if name not in self._at_least:
-            self._at_least[name] = patterns.suffix_sums(patterns.histogram(self[name]))
-        return self._at_least[name]
-
-    def mask(self, name: str, kept: int | tuple[int, int]) -> Tensor:
-        """The mask of a layer that keeps so many weights, or (n, m) for n of every m."""
-        if isinstance(kept, tuple):
-            return patterns.n_of_m(self[name], *kept)
-        return patterns.k_largest(self[name], kept, self._at_least.get(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
+def needs_of(pruner: str | None = None, score: str = "magnitude") -> frozenset[str]:
+    """The names in `STATISTICS` that `compute_masks` needs for these choices: what to collect. Often empty."""
+    found = [PRUNERS.get(pruner), SCORES.get(score)]
+    return frozenset().union(*(getattr(function, "needs", ()) for function in found))
 
 
+@method()
 def unif(scores: Scores, sparsity: float) -> dict[str, int]:
     """Uniform: every layer has the same sparsity and keeps n - round(sparsity n)."""
-    return {name: _remaining(n, sparsity) for name, n in _sizes(scores).items()}
+    return {name: _remaining(n, sparsity) for name, n in scores.sizes.items()}
 
 
+@method("Gale et al. 2019, arXiv:1902.09574")
 def unifplus(scores: Scores, sparsity: float) -> dict[str, int]:
     """Uniform+: the first and the last prunable layer stay dense, the others share the sparsity that meets the target.
 
@@ -134,7 +149,7 @@ def unifplus(scores: Scores, sparsity: float) -> dict[str, int]:
     Raises:
         PruningError: the target is out of reach with those two layers dense.
     """
-    sizes = _sizes(scores)
+    sizes = scores.sizes
     total, middle = sum(sizes.values()), sum(list(sizes.values())[1:-1])
     if sparsity * total >= middle and sparsity > 0:
         limit = f"less than {middle / total:.4f}" if middle else "0"
@@ -146,15 +161,13 @@ def unifplus(scores: Scores, sparsity: float) -> dict[str, int]:
     return {name: n if name in dense else _remaining(n, shared) for name, n in sizes.items()}
 
 
+@method()
 def glob(scores: Scores, sparsity: float) -> dict[str, int]:
     """Global: the largest scores over all layers together are kept; on a tie the earlier layer's. Meets the budget."""
-    budget = _budget(scores, sparsity)
-    at_least = torch.stack([scores.at_least(name) for name in scores])
-    border = patterns.border_bin(at_least.sum(0), budget)
-    undecided = [patterns.distinct(scores[name], border, border + 1) for name in scores]
-    return _fill(scores, at_least[:, border + 1], undecided, budget)
+    return counting.largest_overall(scores, _budget(scores.sizes, sparsity))
 
 
+@method("Evci et al. 2020, arXiv:1911.11134")
 def erk(scores: Scores, sparsity: float) -> dict[str, int]:
     """Erdos-Renyi kernel: a layer keeps a number of weights proportional to fan_in + fan_out.
 
@@ -163,7 +176,7 @@ def erk(scores: Scores, sparsity: float) -> dict[str, int]:
 
     Evci et al. 2020, arXiv:1911.11134.
     """
-    sizes = _sizes(scores)
+    sizes = scores.sizes
     fans = {name: sum(shape) for name, shape in scores.shapes.items()}
     kept = {}
     left = sum(sizes.values()) * (1 - sparsity)
@@ -176,6 +189,7 @@ def erk(scores: Scores, sparsity: float) -> dict[str, int]:
     return {name: kept[name] for name in sizes}
 
 
+@method("Lee et al. 2021, arXiv:2010.07611")
 def lamp(scores: Scores, sparsity: float) -> dict[str, int]:
     """Layer-adaptive magnitude pruning: the largest LAMP scores over all layers together are kept.
 
@@ -189,36 +203,54 @@ def lamp(scores: Scores, sparsity: float) -> dict[str, int]:
 
     Lee et al. 2021, arXiv:2010.07611.
     """
-    budget = _budget(scores, sparsity)
-    layers = [_LampBins(scores[name], scores.at_least(name)) for name in scores]
-    at_least = torch.stack([layer.at_least for layer in layers])
-    floor = torch.stack([layer.floor for layer in layers])
-
-    def first_sure(threshold: float) -> Tensor:
-        """For each layer the lowest bin of which every weight surely scores at least the threshold."""
-        return torch.searchsorted(floor, torch.full((len(floor), 1), threshold, dtype=floor.dtype))
-
-    def last_possible(threshold: float) -> Tensor:
-        """For each layer the lowest bin that may hold a weight that scores at least the threshold.
-
-        It is the next one: weights further below have smaller squares and larger sums than the floor of that bin.
-        """
-        return (first_sure(threshold) - 1).clamp(min=0)
-
-    def reaches_budget(lowest_bin: Callable[[float], Tensor]) -> Callable[[float], bool]:
-        return lambda threshold: int(at_least.gather(1, lowest_bin(threshold)).sum()) >= budget
-
-    # The score of the last weight kept lies between these two thresholds: only the bins between need a closer look.
-    low = last_possible(_largest_threshold(reaches_budget(first_sure)))
-    high = first_sure(math.nextafter(_largest_threshold(reaches_budget(last_possible)), 2))
-    kept = at_least.gather(1, high).squeeze(1)
-    undecided = [
-        layer.candidates(scores[name], int(start), int(stop))
-        for name, layer, start, stop in zip(scores, layers, low, high, strict=True)
-    ]
-    return _fill(scores, kept, undecided, budget)
+    return counting.largest_lamp_scores_overall(scores, _budget(scores.sizes, sparsity))
 
 
+@method("Yin et al. 2024, arXiv:2310.05175", needs=wanda.needs)
+def owl(scores: Scores, sparsity: float) -> dict[str, int]:
+    """Outlier-weighed: a layer keeps more, the more of its weights have an outlying Wanda score.
+
+    A weight is an outlier where abs(w_ij) norm2(x_j) is more than 5 times its mean over the layer, whatever the score
+    that then chooses within the layer. With r the share of outliers in a layer, R that in the whole model, and D = 1 -
+    sparsity, the layer has the density D + 0.08 (r - R) / max over layers of abs(r - R).
+
+    The budget is met exactly: densities outside of [one weight, 1] stop there, and the others move by one amount. A
+    layer is a prunable weight here, and a transformer block in the paper. The paper asks for densities within 0.08 of
+    D, as here; its public code spreads them over 0.16 around their mean, so that some can be further from it.
+
+    Yin et al. 2024, arXiv:2310.05175.
+    """
+    sizes = np.array(list(scores.sizes.values()), float)
+    outliers = np.array([_outlier_ratio(wanda(scores.weight(name), scores.layer(name))) for name in scores])
+    deviation = outliers - outliers @ sizes / sizes.sum()
+    density = 1 - sparsity + OWL_RANGE * deviation / (np.abs(deviation).max() or 1)
+    return _meet_budget(scores, sparsity, lambda share: density + 2 * share - 1)
+
+
+@method("Lu et al. 2024, arXiv:2410.10912")
+def alpha(scores: Scores, sparsity: float) -> dict[str, int]:
+    """AlphaPruning: a layer keeps more, the heavier the tail of its spectrum, which says that it is better trained.
+
+    The tail is the upper half of the eigenvalues of W^T W that are not zero, e_1 the smallest of its k. Its exponent is
+    estimated after Hill as alpha = 1 + k / sum(ln(e_i / e_1)). The sparsity of a layer is c (0.8 + 0.4 (alpha - min) /
+    (max - min)), with the minimum and maximum of alpha over layers, and one c for all. A layer without an exponent,
+    such as one of zeros, is given the maximum.
+
+    The budget is met exactly: sparsities that would leave less than one weight stop there, and c grows for the others.
+    Eigenvalues are computed in float64 on the CPU, so that the counts depend on no device. As in the public code for
+    vision transformers, each prunable weight has its own sparsity; language models there have one a block.
+
+    Lu et al. 2024, arXiv:2410.10912.
+    """
+    exponents = np.array([_hill_exponent(scores.weight(name)) for name in scores])
+    largest = exponents[np.isfinite(exponents)].max(initial=0)
+    exponents = np.minimum(exponents, largest)
+    position = (exponents - exponents.min()) / (np.ptp(exponents) or 1)
+    relative = 1 - ALPHA_RANGE + 2 * ALPHA_RANGE * position
+    return _meet_budget(scores, sparsity, lambda share: 1 - 2 * (1 - share) * relative)
+
+
+@method()
 def custom(scores: Scores, config: str | PathLike | Mapping) -> dict[str, int | tuple[int, int]]:
     """What the configuration says, per layer: the number of weights kept, or (n, m) for n of every m.
 
@@ -228,104 +260,75 @@ def custom(scores: Scores, config: str | PathLike | Mapping) -> dict[str, int | 
     return resolve_levels(config, scores.shapes)
 
 
-PRUNERS: dict[str, Callable] = {pruner.__name__: pruner for pruner in (lamp, glob, unif, unifplus, erk, custom)}
-
-
-def magnitude(weight: Tensor) -> Tensor:
-    """The absolute value of each weight."""
-    if weight.device.type == "cpu":  # numpy asks for large pages; page faults are most of the time that torch takes
-        return torch.from_numpy(np.abs(weight.numpy()))
-    return weight.abs()
-
-
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {score.__name__: score for score in (magnitude,)}
+PRUNERS: dict[str, Callable] = {
+    allocation.__name__: allocation for allocation in (lamp, glob, unif, unifplus, erk, owl, alpha, custom)
+}
 
 
 # ---- helpers, not exported ----
 
 
-class _LampBins:
-    """What the LAMP scores of a layer can be, as far as the bins of its weights tell."""
-
-    def __init__(self, score: Tensor, at_least: Tensor):
-        # A power of two, so exact, that keeps the squares of extreme float64 weights in range.
-        self.scale = math.ldexp(1.0, -max(math.frexp(float(score.max()))[1], -1000))
-        self.at_least = at_least
-        self.squares = patterns.suffix_sums(patterns.histogram(score.cpu(), self._square))  # there, sums have one order
-        # No weight of a bin scores less than its floor. Floors never fall from a bin to the next.
-        self.floor = torch.from_numpy(self._square(patterns.bin_edges(score.dtype)[:-1].numpy())) / self.squares[:-1]
-        self.floor[0] = 0.0  # also in a layer of zeros, where it would be 0 / 0
-
-    def candidates(self, score: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The LAMP scores in bins start to stop - 1, largest first, and how many weights have each."""
-        values, counts = patterns.distinct(score, start, stop)
-        squares = torch.from_numpy(self._square(values.numpy()))
-        sums = self.squares[stop] + (squares * counts).cumsum(0)
-        lamp_scores = torch.where(sums > 0, squares / sums, 0.0)
-        if self.at_least[stop] == 0:  # the largest weight of the layer is among them
-            lamp_scores = torch.cat([torch.ones(1, dtype=lamp_scores.dtype), lamp_scores])
-            counts = torch.cat([counts.new_ones(1), counts[:1] - 1, counts[1:]])
-        return lamp_scores, counts
-
-    def _square(self, values: np.ndarray) -> np.ndarray:
-        squares = values.astype(np.float64)
-        with np.errstate(over="ignore"):  # of bins above the largest weight
-            squares *= self.scale
-            squares *= squares
-        return squares
+def _check_statistics(statistics: Statistics | None, weights: Mapping[str, Tensor], pruner: str, score: str) -> None:
+    """Refuses what lacks something that the choices need, and says which choice needs it."""
+    for choice, needs in ((f"pruner {pruner}", needs_of(pruner)), (f"score {score}", needs_of(None, score))):
+        if not needs:
+            continue
+        if statistics is None:
+            raise PruningError(f"{choice} looks at data: expected statistics with {', '.join(sorted(needs))}")
+        if missing := needs - statistics.needs:
+            held = ", ".join(sorted(statistics.needs)) or "nothing"
+            raise PruningError(f"{choice} needs {', '.join(sorted(missing))}: the statistics hold {held}")
+        for name, weight in weights.items():
+            if statistics.shapes.get(name) != weight.shape:
+                raise PruningError(f"the statistics are of another model: {name} of shape {list(weight.shape)} is not "
+                                   "among their weights")
 
 
-def _check_request(pruner: str, sparsity, custom_config) -> None:
-    if pruner == "custom":
-        if sparsity is not None:
-            raise PruningError("pruner custom takes its sparsity from the configuration: expected no sparsity")
-        if custom_config is None:
-            raise PruningError("pruner custom needs a configuration: expected a YAML file")
-        return
-    if custom_config is not None:
-        raise PruningError(f"pruner {pruner} takes no custom configuration: expected a sparsity only")
-    if sparsity is None:
-        raise PruningError(f"pruner {pruner} needs a sparsity: expected a number in [0, 1)")
-    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real) or not 0 <= sparsity < 1:
-        raise PruningError(f"sparsity {sparsity!r}: expected a number in [0, 1)")
+def _mask(scores: Scores, name: str, level: int | tuple[int, int]) -> Tensor:
+    """The mask of a layer from a level of a custom configuration."""
+    return n_of_m(scores[name], *level) if isinstance(level, tuple) else scores.mask(name, level)
 
 
-def _sizes(scores: Scores) -> dict[str, int]:
-    return {name: shape.numel() for name, shape in scores.shapes.items()}
-
-
-def _budget(scores: Scores, sparsity: float) -> int:
-    return round(sum(_sizes(scores).values()) * (1 - sparsity))
+def _budget(sizes: Mapping[str, int], sparsity: float) -> int:
+    return round(sum(sizes.values()) * (1 - sparsity))
 
 
 def _remaining(n: int, sparsity: float) -> int:
     return n - round(sparsity * n)
 
 
-def _fill(
-    scores: Mapping[str, Tensor], kept: Tensor, undecided: list[tuple[Tensor, Tensor]], budget: int
-) -> dict[str, int]:
-    """Adds to what each layer keeps the best of the undecided weights, until the budget is met.
+def _meet_budget(scores: Scores, sparsity: float, density: Callable[[float], np.ndarray]) -> dict[str, int]:
+    """The numbers of weights that are nearest to densities that meet the budget exactly.
 
-    `undecided` holds, for each layer, what weights are compared by and how many weights have each value.
+    Every layer keeps at least one weight; with a budget of fewer weights than layers, the earlier layers do. What
+    rounding down leaves goes to the layers with the largest fractions, on a tie to the earlier ones.
+
+    density: from a number in [0, 1] to the density of each layer, which does not fall as that number grows.
     """
-    layer = torch.repeat_interleave(torch.tensor([len(values) for values, _ in undecided]))
-    values, counts = (torch.cat(column) for column in zip(*undecided, strict=True))
-    best_first = values.argsort(descending=True, stable=True)  # stable: on a tie the earlier layer
-    layer, counts = layer[best_first], counts[best_first]
-    left = budget - kept.sum() - (counts.cumsum(0) - counts)
-    kept = kept.index_add(0, layer, left.clamp(min=0).minimum(counts))
-    return dict(zip(scores, kept.tolist(), strict=True))
+    sizes, budget = np.array(list(scores.sizes.values()), float), _budget(scores.sizes, sparsity)
+    least = np.arange(len(sizes)) < budget
+
+    def wanted(share: float) -> np.ndarray:
+        return np.clip(density(share) * sizes, least, sizes)
+
+    exact = wanted(counting.largest_threshold(lambda share: wanted(share).sum() <= budget))
+    kept = np.floor(exact)
+    by_fraction = np.argsort(kept - exact, kind="stable")
+    kept[by_fraction[: budget - int(kept.sum())]] += 1
+    return dict(zip(scores, kept.astype(int).tolist(), strict=True))
 
 
-def _largest_threshold(holds: Callable[[float], bool]) -> float:
-    """The largest float64 in [0, 1] for which `holds`, which is true at 0 and, if false anywhere, false from there on.
+def _outlier_ratio(score: Tensor) -> float:
+    return int((score > OUTLIER * score.mean(dtype=torch.float64)).count_nonzero()) / score.numel()
 
-    Non-negative floats are ordered as their bit patterns are, so bisecting those takes 62 steps whatever the scale.
-    """
 
-    def threshold(bits: int) -> float:
-        return struct.unpack("<d", struct.pack("<q", bits))[0]
-
-    bits_of_one = struct.unpack("<q", struct.pack("<d", 1.0))[0]
-    return threshold(bisect_left(range(1, bits_of_one + 1), True, key=lambda bits: not holds(threshold(bits))))
+def _hill_exponent(weight: Tensor) -> float:
+    """The exponent of the power law that the upper half of the spectrum of W^T W follows; infinite if it has none."""
+    weight = weight.cpu().double()
+    narrow = weight if weight.shape[0] < weight.shape[1] else weight.T
+    eigenvalues = torch.linalg.eigvalsh(narrow @ narrow.T).numpy()
+    noise = eigenvalues[-1] * len(eigenvalues) * np.finfo(float).eps  # of an eigenvalue that is zero
+    eigenvalues = eigenvalues[eigenvalues > noise]
+    tail = eigenvalues[len(eigenvalues) // 2 :]
+    spread = np.log(tail / tail[0]).mean() if len(tail) else 0.0
+    return 1 + 1 / spread if spread > 1e-6 else math.inf

@@ -14,25 +14,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparsity_factory import PRUNERS, PruningError, compute_masks, prunable_weights
+from made_up import linears, statistics_of
+from sparsity_factory import PRUNERS, PruningError, compute_masks, needs_of, prunable_weights
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "masks_deit_tiny.json").read_text())
 AUTOMATIC = [name for name in PRUNERS if name != "custom"]
 
 
-def linears(*weights) -> nn.Module:
-    """A model with the given weights, each a nested list or a tensor, in linear layers named 0, 1, ..."""
-    model = nn.Sequential()
-    for weight in weights:
-        weight = torch.as_tensor(weight)
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-        layer.weight.data = weight
-        model.append(layer)
-    return model
+def masks_of(model, pruner, sparsity) -> dict:
+    statistics = statistics_of(model, needs_of(pruner)) if needs_of(pruner) else None
+    return compute_masks(model, pruner, sparsity, statistics=statistics)
 
 
 def kept(model, pruner, sparsity) -> list[int]:
-    return [int(mask.sum()) for mask in compute_masks(model, pruner, sparsity).values()]
+    return [int(mask.sum()) for mask in masks_of(model, pruner, sparsity).values()]
 
 
 # ---- the public reference figures ----
@@ -61,6 +56,7 @@ def test_masks_equal_those_of_the_reference_implementations(reference_model, cas
 def test_masks_on_a_gpu_equal_those_on_the_cpu_to_the_bit(reference_model, pruner):
     config = {"sparsity": {"mode": "nxm", "level": {"default": [2, 4]}}} if pruner == "custom" else None
     request = {"sparsity": None if config else 0.65, "custom_config": config}
+    request["statistics"] = statistics_of(reference_model, needs_of(pruner)) if needs_of(pruner) else None
     expected = compute_masks(reference_model, pruner, **request)
     masks = compute_masks(copy.deepcopy(reference_model).cuda(), pruner, **request)
     assert all(torch.equal(mask.cpu(), expected[name]) for name, mask in masks.items())
@@ -90,8 +86,8 @@ def sizes(model) -> list[int]:
 
 
 @any_layers
-@given(models(), sparsities, st.sampled_from(["glob", "lamp"]))
-def test_glob_and_lamp_meet_the_global_budget_exactly(model, sparsity, pruner):
+@given(models(), sparsities, st.sampled_from(["glob", "lamp", "owl", "alpha"]))
+def test_all_but_the_uniform_ones_and_erk_meet_the_global_budget_exactly(model, sparsity, pruner):
     assert sum(kept(model, pruner, sparsity)) == round(sum(sizes(model)) * (1 - sparsity))
 
 
@@ -146,7 +142,7 @@ def test_erk_shares_in_proportion_to_the_fans_up_to_dense_layers(model, sparsity
 @given(models(), sparsities, st.sampled_from(AUTOMATIC))
 def test_within_a_layer_the_largest_magnitudes_are_kept_and_earlier_ones_of_equals(model, sparsity, pruner):
     try:
-        masks = compute_masks(model, pruner, sparsity)
+        masks = masks_of(model, pruner, sparsity)
     except PruningError:
         assume(False)
     for name, weight in prunable_weights(model).items():
@@ -210,7 +206,7 @@ def test_lamp_equals_sorting_every_score_on_layers_of_real_size(sparsity):
 @pytest.mark.parametrize("pruner", AUTOMATIC)
 def test_all_zero_and_one_weight_layers_are_shared_out_like_any_other(pruner):
     model = linears(torch.randn(4, 4), torch.zeros(4, 4), torch.randn(1, 1), torch.randn(4, 4))
-    masks = compute_masks(model, pruner, 0.3)
+    masks = masks_of(model, pruner, 0.3)
     assert sum(int(mask.sum()) for mask in masks.values()) == pytest.approx(49 * 0.7, abs=2)
 
 
@@ -226,7 +222,7 @@ def test_a_weight_that_is_not_finite_is_an_error_that_names_the_layer(pruner, va
     with torch.no_grad():
         model[1].weight[2, 3] = value
     with pytest.raises(PruningError, match=r"^1\.weight .*NaN or infinite"):
-        compute_masks(model, pruner, 0.2)
+        masks_of(model, pruner, 0.2)
 
 
 @pytest.mark.parametrize("pruner", AUTOMATIC)
@@ -234,8 +230,8 @@ def test_a_weight_that_is_not_finite_is_an_error_that_names_the_layer(pruner, va
 def test_half_precision_weights_are_compared_in_float32(pruner, dtype):
     halves = linears(*[torch.randn(16, 16).to(dtype) for _ in range(3)])
     floats = copy.deepcopy(halves).float()
-    expected = compute_masks(floats, pruner, 0.3)
-    for name, mask in compute_masks(halves, pruner, 0.3).items():
+    expected = masks_of(floats, pruner, 0.3)
+    for name, mask in masks_of(halves, pruner, 0.3).items():
         assert torch.equal(mask, expected[name])
 
 
@@ -256,8 +252,8 @@ def test_lamp_does_not_depend_on_the_scale_of_a_layer_even_an_extreme_one(scale)
 def test_non_contiguous_weights_get_the_masks_of_their_contiguous_copies(pruner):
     model = linears(*[torch.randn(6, 10).T for _ in range(3)])
     assert not model[0].weight.is_contiguous()
-    expected = compute_masks(linears(*[layer.weight.detach().contiguous() for layer in model]), pruner, 0.3)
-    for name, mask in compute_masks(model, pruner, 0.3).items():
+    expected = masks_of(linears(*[layer.weight.detach().contiguous() for layer in model]), pruner, 0.3)
+    for name, mask in masks_of(model, pruner, 0.3).items():
         assert torch.equal(mask, expected[name])
 
 
@@ -265,7 +261,7 @@ def test_non_contiguous_weights_get_the_masks_of_their_contiguous_copies(pruner)
 def test_the_model_is_not_changed_and_sparsity_zero_keeps_everything(pruner):
     model = linears(*[torch.randn(5, 7) for _ in range(3)])
     before = copy.deepcopy(model.state_dict())
-    assert all(mask.all() and mask.dtype == torch.bool for mask in compute_masks(model, pruner, 0).values())
+    assert all(mask.all() and mask.dtype == torch.bool for mask in masks_of(model, pruner, 0).values())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -292,7 +288,7 @@ def test_every_kind_of_vision_transformer_is_pruned_except_its_classifier(name):
     assert not any("head" in name or "patch_embed" in name for name in weights)
     total = sum(weight.numel() for weight in weights.values())
     for pruner in AUTOMATIC:
-        masks = compute_masks(model, pruner, 0.4)
+        masks = masks_of(model, pruner, 0.4)
         assert list(masks) == list(weights)
         assert sum(int(mask.sum()) for mask in masks.values()) == pytest.approx(0.6 * total, abs=len(masks))
 
@@ -303,7 +299,7 @@ def test_every_kind_of_vision_transformer_is_pruned_except_its_classifier(name):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"pruner": "lump", "sparsity": 0.5}, "unknown pruner 'lump': .*lamp, glob, unif, unifplus, erk, custom"),
+        ({"pruner": "lump", "sparsity": 0.5}, "unknown pruner 'lump': .*lamp, glob, unif, unifplus, erk, owl, alpha, custom"),
         ({"pruner": "lamp", "sparsity": 0.5, "score": "size"}, "unknown score 'size': .*magnitude"),
         ({"pruner": "lamp"}, "needs a sparsity"),
         *(

@@ -1,0 +1,203 @@
+"""How much a weight matters, and `Scores`, which computes that for every prunable weight of a model.
+
+A score is a function
+
+    def score(weight: Tensor, layer: Layer) -> Tensor
+
+from a weight of shape (outputs, inputs), float32 or float64, and what is known of its layer, to a tensor of the
+weight's shape, dtype and device: finite and non-negative, larger where the weight matters more. It looks at the
+statistics that it `needs`, and no others. To add one, write such a function and name it in `SCORES`.
+
+w_ij: the weight from input j to output i; x: the inputs of the layer over all tokens of the calibration images; g: the
+gradient of the mean loss over them, g_b: over those of batch b.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import counting
+from .errors import PruningError
+from .methods import method
+from .patterns import Pattern, Unstructured
+from .statistics import STATISTICS, Statistics
+
+DAMPING = 0.01  # of the mean of the Gram matrix's diagonal, as SparseGPT has it
+
+
+class Layer:
+    """What is known of a layer besides its weight.
+
+    Attributes:
+        name: of the weight.
+        seed: for scores that are drawn.
+        input_norms, gram, gradient, first_gradient, squared_gradient: as `STATISTICS` says, float64, on the device of
+            the weight.
+    """
+
+    def __init__(self, name: str, seed: int = 0, statistics: Statistics | None = None, device=None):
+        self.name, self.seed = name, seed
+        self._statistics, self._device = statistics, device
+
+    def __getattr__(self, need: str) -> Tensor:
+        if need not in STATISTICS:
+            raise AttributeError(need)
+        if self._statistics is None:
+            raise PruningError(f"{self.name}: {need} of its layer is not known: expected statistics")
+        return self._statistics.value(self.name, need).to(self._device)
+
+    @cached_property
+    def inverse_gram_diagonal(self) -> Tensor:
+        """The diagonal of the inverse of the damped Gram matrix; infinite for an input that is always zero."""
+        diagonal = self.gram.diagonal()
+        dead = diagonal == 0
+        damped = self.gram + torch.diag(DAMPING * diagonal.mean() + dead.to(diagonal.dtype))  # which has an inverse
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        return inverse.diagonal().masked_fill(dead, torch.inf)
+
+
+@method()
+def magnitude(weight: Tensor, layer: Layer) -> Tensor:
+    """abs(w)."""
+    if weight.device.type == "cpu":  # numpy asks for large pages; page faults are most of the time that torch takes
+        return torch.from_numpy(np.abs(weight.detach().numpy()))
+    return weight.abs()
+
+
+@method()
+def random(weight: Tensor, layer: Layer) -> Tensor:
+    """Uniform in [0, 1), a function of the seed and the layer's name."""
+    digest = hashlib.sha256(f"{layer.seed}:{layer.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.rand(weight.shape, generator=generator, dtype=torch.float32).to(weight)
+
+
+@method("Lee et al. 2019, arXiv:1810.02340", needs={"first_gradient"})
+def snip(weight: Tensor, layer: Layer) -> Tensor:
+    """abs(w g), with g of the first batch alone."""
+    return (weight * layer.first_gradient).abs().to(weight)
+
+
+@method("Molchanov et al. 2019, arXiv:1906.10771", needs={"gradient"})
+def taylor(weight: Tensor, layer: Layer) -> Tensor:
+    """abs(w g), with g of all calibration images."""
+    return (weight * layer.gradient).abs().to(weight)
+
+
+@method("LeCun et al. 1990; Theis et al. 2018, arXiv:1801.05787", needs={"squared_gradient"})
+def fisher(weight: Tensor, layer: Layer) -> Tensor:
+    """w^2 mean_b(g_b^2)."""
+    return (weight * (weight * layer.squared_gradient)).to(weight)
+
+
+@method("Sun et al. 2024, arXiv:2306.11695", needs={"input_norms"})
+def wanda(weight: Tensor, layer: Layer) -> Tensor:
+    """abs(w_ij) norm2(x_j)."""
+    return weight.abs() * layer.input_norms.to(weight)
+
+
+@method("Zhang et al. 2024, Plug-and-Play (ICLR)", needs={"input_norms"})
+def ria(weight: Tensor, layer: Layer) -> Tensor:
+    """(abs(w_ij) / sum_i abs(w_ij) + abs(w_ij) / sum_j abs(w_ij)) norm2(x_j)^0.5; a row or column of zeros adds 0."""
+    size = weight.abs()
+    sums = (size.sum(dim, keepdim=True, dtype=torch.float64) for dim in (0, 1))
+    relative = sum(size / total.masked_fill(total == 0, 1) for total in sums)
+    return (relative * layer.input_norms.sqrt()).to(weight)
+
+
+@method("Hassibi and Stork 1993; Frantar and Alistarh 2023, arXiv:2301.00774", needs={"gram"})
+def obs(weight: Tensor, layer: Layer) -> Tensor:
+    """w_ij^2 / [(X^T X + damping)^-1]_jj: what its removal costs if the others make up for it; 0 if x_j is always 0."""
+    return (weight * (weight / layer.inverse_gram_diagonal)).to(weight)
+
+
+SCORES: dict[str, Callable[[Tensor, Layer], Tensor]] = {
+    score.__name__: score for score in (magnitude, random, snip, taylor, fisher, wanda, ria, obs)
+}
+
+
+class Scores(Mapping[str, Tensor]):
+    """Scores by parameter name, on the device of the weight, computed when asked for; and how they are distributed.
+
+    A score is that of a unit, which is what the pattern removes together: a single weight, or a block. Allocations see
+    units and no pattern.
+
+    Another pass over the weights costs less time than touching the memory for a copy of them all, and no such memory.
+    All scores have one dtype, so that they compare: float64 when some weight has it, else float32 (half precision is
+    exact in it).
+
+    Attributes:
+        sizes: parameter name to the number of units.
+        shapes: parameter name to the shape of the weight, (outputs, inputs).
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        score: Callable[[Tensor, Layer], Tensor] = magnitude,
+        pattern: Pattern | None = None,
+        statistics: Statistics | None = None,
+        seed: int = 0,
+    ):
+        self._weights, self._score, self._pattern = weights, score, pattern or Unstructured()
+        self._statistics, self._seed = statistics, seed
+        self.shapes = {name: weight.shape for name, weight in weights.items()}
+        self.sizes = {name: self._pattern.units(shape) for name, shape in self.shapes.items()}
+        wide = any(weight.dtype == torch.float64 for weight in weights.values())
+        self._dtype = torch.float64 if wide else torch.float32
+        self._layers: dict[str, Layer] = {}
+        self._finite: set[str] = set()
+        self._at_least: dict[str, Tensor] = {}
+        self._latest: tuple[str, Tensor] | None = None  # what one layer is asked for comes in a row
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> Tensor:
+        if self._latest and self._latest[0] == name:
+            return self._latest[1]
+        self._latest = None  # so that its memory is used again: fresh memory takes longer
+        weight = self._weights[name].detach().to(self._dtype)
+        score = self._pattern.score(self._score(weight, self.layer(name)))
+        if name not in self._finite and not score.amax().isfinite():
+            self.weight(name)
+            raise PruningError(f"{name} has a {self._score.__name__} score that is NaN or infinite in {self._dtype}")
+        self._finite.add(name)
+        self._latest = name, score
+        return score
+
+    def weight(self, name: str) -> Tensor:
+        """The weight itself, shape (outputs, inputs), in the dtype of all scores.
+
+        Raises:
+            PruningError: it is not finite.
+        """
+        weight = self._weights[name].detach().to(self._dtype)
+        if not weight.isfinite().all():
+            raise PruningError(f"{name} has a weight that is NaN or infinite")
+        return weight
+
+    def layer(self, name: str) -> Layer:
+        """What is known of the layer besides its weight."""
+        if name not in self._layers:
+            device = self._weights[name].device
+            self._layers[name] = Layer(name, self._seed, self._statistics, device)
+        return self._layers[name]
+
+    def at_least(self, name: str) -> Tensor:
+        """For each bin of `counting` the scores in it and in all higher bins: counted once, then remembered."""
+        if name not in self._at_least:
+            self._at_least[name] = counting.suffix_sums(counting.histogram(self[name]))
+        return self._at_least[name]
+
+    def mask(self, name: str, kept: int) -> Tensor:
+        """The mask of a layer that keeps so many units."""
+        return self._pattern.mask(self[name], kept, self._at_least.get(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)

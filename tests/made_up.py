@@ -1,0 +1,35 @@
+"""Models of a few weights, and statistics that no images were needed for."""
+
+import torch
+from torch import nn
+
+from sparsity_factory import STATISTICS, Statistics, prunable_weights
+
+
+def linears(*weights) -> nn.Module:
+    """A model with the given weights, each a nested list or a tensor, in linear layers named 0, 1, ..."""
+    model = nn.Sequential()
+    for weight in weights:
+        weight = torch.as_tensor(weight)
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+        layer.weight.data = weight
+        model.append(layer)
+    return model
+
+
+def statistics_of(model: nn.Module, needs=STATISTICS, seed=0) -> Statistics:
+    """As if each layer had seen 50 random inputs, some of them much larger, and two batches of random gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    statistics = Statistics(prunable_weights(model), needs)
+    state = statistics.state_dict()
+    state["counts"].fill_(1)
+    state["counts"][0] = torch.tensor([20, 2, 10])
+    for name, shape in statistics.shapes.items():
+        inputs = torch.randn(50, shape[1], generator=generator, dtype=torch.float64)
+        inputs *= 1 + 20 * (torch.rand(shape[1], generator=generator) < 0.1)
+        gradients = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+        sums = {"input_norms": inputs.square().sum(0), "gram": inputs.T @ inputs, "gradient": 10 * gradients.sum(0),
+                "first_gradient": 10 * gradients[0], "squared_gradient": gradients.square().sum(0)}
+        for need in statistics.needs:
+            state[f"{name}.{need}"].copy_(sums[need])
+    return statistics
