@@ -11,9 +11,10 @@ This folder needs torch, numpy and yaml, and nothing else of the project around 
 from .audit import check_masks
 from .config import read_yaml
 from .errors import PruningError
-from .masks import Masks, prunable_weights, unpack
+from .masks import Masks, pack, prunable_weights, unpack
 from .multiply_adds import multiply_adds
 from .pruners import PRUNERS, SCORES, compute_masks
+from .recipe import Recipe
 from .report import (
     LayerSparsity,
     checkpoint_table,
@@ -23,17 +24,23 @@ from .report import (
     sparsity_table,
     sparsity_yaml,
 )
+from .schedules import SCHEDULES
+from .sparsifier import Sparsifier
 
 __all__ = [
     "PRUNERS",
+    "SCHEDULES",
     "SCORES",
     "LayerSparsity",
     "Masks",
     "PruningError",
+    "Recipe",
+    "Sparsifier",
     "check_masks",
     "checkpoint_table",
     "compute_masks",
     "multiply_adds",
+    "pack",
     "prunable_weights",
     "read_yaml",
     "sparse_multiply_adds",
