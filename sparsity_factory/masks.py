@@ -157,11 +157,11 @@ class Masks:
 
 
 def select(values: Tensor, mask: Tensor) -> None:
-    """Sets `values` to 0.0 where the bool `mask` of their shape is False, in place; also where they are infinite or NaN.
+    """Sets `values` to 0.0 where the bool `mask` of their shape is False, in place; infinity and NaN too.
 
     A bit pattern times 1 is itself, and times 0 it is that of 0.0, whatever number it stands for. On CPUs this takes a
-    tenth of the time of `masked_fill_`, and as long as a product of floats, which makes NaN of infinity times 0. An int8
-    is multiplied in half the time of a bool, which torch does not vectorise.
+    tenth of the time of `masked_fill_`, and no more than a product of floats, which makes NaN of infinity times 0. As
+    int8 the mask takes half the time of a bool, which torch does not vectorise.
     """
     bits(values).mul_(mask.view(torch.int8))
 

@@ -66,7 +66,7 @@ class Recipe:
             return
         self._check_choices()
         self._expect(self.rewind is None or epochs is None or self.rewind <= self.prune_start * epochs, "rewind",
-                     f"an epoch up to the first round, which --prune-start {self.prune_start:g} of {epochs} epochs sets")
+                     f"an epoch up to the first round, at --prune-start {self.prune_start:g} of {epochs} epochs")
 
     def to_dict(self) -> dict:
         """The fields by name, in plain containers, numbers and strings: for a checkpoint."""
@@ -102,8 +102,8 @@ class Recipe:
     def differences(self, other: "Recipe") -> list[str]:
         """The fields that make the other recipe another one. Those that neither uses do not count.
 
-        Both are as `check` wants them. Custom configurations are compared by what their levels say; a list and a mapping
-        are different, since only the names of the weights would tell.
+        Both are as `check` wants them. Custom configurations are compared by what their levels say; a list differs from
+        a mapping, since only the names of the weights could tell that they say the same.
         """
         return [name for name in self._used() | other._used() if self._meaning(name) != other._meaning(name)]
 
@@ -194,10 +194,11 @@ class Recipe:
         for name, smallest in (("prune_every", 1), ("calibration_images", 1), ("seed", 0)):
             value = getattr(self, name)
             self._expect(_is_integer(value) and smallest <= value < LARGEST, name, f"an integer of at least {smallest}")
-        self._expect(self.rewind is None or _is_integer(self.rewind) and 0 <= self.rewind < LARGEST, "rewind", "an epoch")
+        self._expect(self.rewind is None or _is_integer(self.rewind) and 0 <= self.rewind < LARGEST, "rewind",
+                     "the number of an epoch")
         self._expect(_is_real(self.prune_start) and 0 <= self.prune_start < 1, "prune_start", "a number in [0, 1)")
-        self._expect(_is_real(self.prune_end) and 0 < self.prune_end <= 1, "prune_end", "a number in (0, 1]")
-        self._expect(_is_real(self.drop_fraction) and 0 < self.drop_fraction <= 1, "drop_fraction", "a number in (0, 1]")
+        for name in ("prune_end", "drop_fraction"):
+            self._expect(_is_real(getattr(self, name)) and 0 < getattr(self, name) <= 1, name, "a number in (0, 1]")
         self._expect(_is_real(self.sr_decay) and 0 <= self.sr_decay < math.inf, "sr_decay", "a number of at least 0")
         for name in self._given():
             users = [schedule for schedule in SCHEDULES if name in SCHEDULES[schedule].uses]
@@ -205,7 +206,8 @@ class Recipe:
                 raise PruningError(f"{self._flag(name)}: not with --prune-schedule {self.prune_schedule}; only "
                                    f"{', '.join(users)} {'uses' if len(users) == 1 else 'use'} it")
         if "prune_end" in SCHEDULES[self.prune_schedule].uses:
-            self._expect(self.prune_start < self.prune_end, "prune_end", f"more than --prune-start {self.prune_start:g}")
+            self._expect(self.prune_start < self.prune_end, "prune_end",
+                         f"more than --prune-start {self.prune_start:g}")
 
     def _expect(self, good: bool, name: str, wanted: str) -> None:
         if not good:
@@ -241,7 +243,7 @@ class Recipe:
     def _custom_levels(self) -> list[tuple]:
         """Per entry of the custom configuration its place or pattern, and the sparsity or (n, m) that it asks for."""
         if not isinstance(self.custom_config, Mapping):
-            raise PruningError(f"--custom-config: the configuration is {_short(self.custom_config)}: expected a mapping")
+            raise PruningError(f"custom_config is {_short(self.custom_config)}: expected a mapping")
         level = _level_section(self.custom_config, "custom_config")
         if isinstance(level, Mapping):
             entries = sorted(level.items(), key=lambda entry: entry[0] != "default")  # looked at first, wherever it is

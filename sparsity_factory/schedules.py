@@ -1,7 +1,7 @@
 """When masks are chosen or changed during a training.
 
-A schedule is a class with a few lines. It says at which steps masks change, and asks a `Sparsifier` for the new ones: no
-schedule knows how weights are scored, allocated or grouped, and no pruner knows the training loop. To add one, write
+A schedule is a class of a few lines. It says at which steps masks change, and asks a `Sparsifier` for the new ones. No
+schedule knows how weights are scored, allocated or grouped; no pruner knows the training loop. To add a schedule, write
 such a class and name it in `SCHEDULES`.
 
 Steps are counted from 0. Masks that change at step t are those of step t + 1 on, except that a change at step 0 is made
@@ -72,7 +72,7 @@ class Schedule:
     def every(self, step: int) -> bool:
         """Whether the step is one of every `prune_every` after the start, up to the end."""
         since = step - self.steps.start
-        return 0 < since and step <= self.steps.end and since % self.recipe.prune_every == 0
+        return since > 0 and step <= self.steps.end and since % self.recipe.prune_every == 0
 
     def progress(self, step: int) -> float:
         """0 at the start, 1 from the end on."""
@@ -101,7 +101,7 @@ class Gradual(Schedule):
 
 
 class Iterative(Schedule):
-    description = "--prune-rounds rounds, each prunes the same fraction of what is left; with --rewind, back to that epoch"
+    description = "each of --prune-rounds prunes the same fraction of what is left; --rewind returns to an epoch"
     source = "Han et al. 2015, arXiv:1506.02626; Frankle et al. 2020, arXiv:1912.05671"
     uses = ("prune_start", "prune_end", "prune_rounds", "rewind")
     starts_sparse = False

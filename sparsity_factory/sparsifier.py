@@ -166,8 +166,8 @@ class Sparsifier:
 
         Args:
             scale: from a target sparsity to the one to choose by.
-            among_kept: pruned weights stay pruned. They are zeros with a score of zero, and so are chosen last; where an
-                n:m group has as few other weights of score zero, one may take a pruned one's place.
+            among_kept: pruned weights stay pruned. They are zeros with a score of zero, and so are chosen last. In an
+                n:m group, whose number must hold, one may come back in the place of a kept weight of score zero.
         """
         request = self.recipe.request(self._shapes, self._levels, scale)
         if self.recipe.score != "magnitude":
@@ -311,8 +311,8 @@ class Sparsifier:
         for average in self._averages:
             self.masks.apply_to(average)
 
-    # `ste` and `sr-ste`: the model has the kept weights, `_hidden` has the pruned ones, each zero elsewhere. Weights pass
-    # from one to the other as bit patterns, so that their sum is exact.
+    # `ste` and `sr-ste`: the model has the kept weights and `_hidden` the pruned ones, each with zeros elsewhere. What
+    # passes from one to the other is added as bit patterns, which is exact.
 
     def _hide(self) -> None:
         """Takes the pruned weights out of the model."""
