@@ -87,14 +87,14 @@ class Recipe:
         values = dict(untrusted)
         if "name" in values and "pruner" not in values:
             values["pruner"] = values.pop("name")
+        for name, value in values.items():
+            if not isinstance(value, str | int | float | Mapping | None):
+                raise PruningError(f"the recipe's {_short(name)} is {_short(value)}: expected a number or a word")
         known = {field.name for field in fields(cls)}
         for name in [name for name in values if name not in known]:
             if not isinstance(name, str) or values[name] not in (None, False, "none"):
                 raise PruningError(f"the recipe has {_short(name)}: {_short(values[name])}, which is not known here")
             del values[name]
-        for name, value in values.items():
-            if not isinstance(value, str | int | float | Mapping | None):
-                raise PruningError(f"the recipe's {name} is {_short(value)}: expected a number or a word")
         recipe = cls(**values)
         recipe.check()
         return replace(recipe, custom_config=_plain(recipe.custom_config))
