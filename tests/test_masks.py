@@ -10,7 +10,6 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import clip_grad_norm_, prune
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsity_factory import Masks, PruningError, check_masks, compute_masks, prunable_weights, unpack

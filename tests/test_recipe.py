@@ -65,7 +65,7 @@ REFUSED = {
     "negative decay": (scheduled("sr-ste", sr_decay=-1e-4), "--sr-decay"),
     "infinite decay": (scheduled("sr-ste", sr_decay=float("inf")), "--sr-decay inf"),
     "another schedule's field": (scheduled("ste", sr_decay=0.1), "--sr-decay 0.1: not with --prune-schedule ste; only"),
-    "a time for one-shot": (scheduled("one-shot", prune_end=0.5), "--prune-end 0.5: not with --prune-schedule one-shot"),
+    "a time for one-shot": (scheduled("one-shot", prune_end=0.5), "--prune-end 0.5: not with --prune-schedule one"),
     "no images": (dataclasses.replace(LAMP, calibration_images=0), "--calibration-images 0"),
     "negative seed": (dataclasses.replace(LAMP, seed=-1), "--seed -1"),
     "set with n:m": (Recipe("lamp", pattern="2:4", prune_schedule="set"), "groups would break"),
