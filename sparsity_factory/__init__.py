@@ -11,7 +11,7 @@ This folder needs torch, numpy and yaml, and nothing else of the project around 
 from .audit import check_masks
 from .config import read_yaml
 from .errors import PruningError
-from .masks import Masks, prunable_weights, unpack
+from .masks import Masks, pack, prunable_weights, unpack
 from .methods import Description, describe
 from .multiply_adds import multiply_adds
 from .patterns import PATTERNS, parse_pattern, regrow
@@ -26,6 +26,7 @@ from .report import (
     sparsity_table,
     sparsity_yaml,
 )
+from .schedules import SCHEDULES
 from .scores import SCORES
 from .sparsifier import Sparsifier
 from .statistics import STATISTICS, Statistics, collect_statistics
@@ -33,12 +34,15 @@ from .statistics import STATISTICS, Statistics, collect_statistics
 __all__ = [
     "PATTERNS",
     "PRUNERS",
+    "SCHEDULES",
     "SCORES",
     "STATISTICS",
     "Description",
     "LayerSparsity",
     "Masks",
     "PruningError",
+    "Recipe",
+    "Sparsifier",
     "Statistics",
     "check_masks",
     "check_request",
@@ -48,6 +52,7 @@ __all__ = [
     "describe",
     "multiply_adds",
     "needs_of",
+    "pack",
     "parse_pattern",
     "prunable_weights",
     "read_yaml",

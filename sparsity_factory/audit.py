@@ -14,7 +14,7 @@ def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], conf
 
     Args:
         weights: parameter name to tensor; names without a mask are not looked at. May be empty.
-        masks: parameter name to bool tensor, True where the weight is kept.
+        masks: parameter name to bool tensor, True where the weight is kept; on any device, as the weights are.
         config: the custom configuration that made the masks, if one did: its groups are counted.
 
     Raises:
@@ -24,17 +24,18 @@ def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], conf
         raise PruningError(f"the weights are a {type(weights).__name__}, expected a mapping of names to tensors")
     for name, mask in masks.items() if weights else ():
         weight = weights.get(name)
-        if not isinstance(weight, Tensor) or weight.shape != mask.shape or weight.dim() != 2 or weight.is_meta \
+        if not isinstance(weight, Tensor) or weight.shape != mask.shape or weight.is_meta \
                 or weight.layout != torch.strided:
             raise PruningError(f"mask {name!r}: there is no weight of that name and of shape {list(mask.shape)}")
-        nonzero = int((weight != 0).logical_and_(mask.logical_not()).count_nonzero())
+        nonzero = int((weight != 0).logical_and_(mask.to(weight.device).logical_not()).count_nonzero())
         if nonzero:
             raise PruningError(f"{name}: {nonzero} of its pruned weights are not zero")
     if config is None:
         return
     if not isinstance(config, Mapping):
         raise PruningError(f"custom_config is a {type(config).__name__}, expected a mapping")
-    for name, level in resolve_levels(config, {name: mask.shape for name, mask in masks.items()}).items():
+    shapes = {name: mask.shape for name, mask in masks.items() if mask.dim() == 2}
+    for name, level in resolve_levels(config, shapes).items():
         if isinstance(level, int):
             if int(masks[name].count_nonzero()) != level:
                 raise PruningError(f"{name}: keeps {int(masks[name].count_nonzero())} weights, expected {level}")

@@ -1,38 +1,385 @@
 """`Sparsifier`: a recipe at work on a model that trains."""
 
-from .masks import Masks
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from .errors import PruningError
+from .masks import Change, Masks, bits, pack, prunable_weights, select, unpack
 from .pruners import compute_masks
-from .recipe import Recipe
+from .recipe import LARGEST, Recipe
+from .schedules import SCHEDULES, Steps, regrow
+
+VERSION = 1  # of the state
 
 
 class Sparsifier:
-    """Chooses the masks that a recipe asks for and keeps the model sparse while it trains."""
+    """Chooses the masks of a model by a recipe, keeps them, and changes them when the schedule says so.
 
-    def __init__(self, model, recipe=None, *, masks=None, share=None):
-        self.model, self.recipe, self._share = model, recipe or Recipe(), share or (lambda compute: compute())
-        self.started = masks is not None or self.recipe.pruner is None
+        sparsifier = Sparsifier(model, recipe, total_steps=1000, epoch_steps=100)
+        sparsifier.start()                                   # or load_state_dict, to go on
+        sparsifier.attach(optimizer, [average])
+        for every step of the training:
+            sparsifier.begin_step()
+            loss.backward()
+            sparsifier.end_backward()                        # before gradients are unscaled and clipped
+            optimizer.step()
+            sparsifier.end_step()                            # before an average of the weights is updated
+
+    Between steps the model has its plain parameters, with the pruned ones at zero, whatever the schedule: that is what
+    is evaluated, averaged and saved. A dense recipe does nothing.
+
+    What all schedules keep:
+
+    - Weights that grow start at zero, and so does the optimizer's state of those that are dropped or grown, wherever it
+      has a value for each weight. (`ste` and `sr-ste` train pruned weights all along: their state and values stay.)
+    - A change due at a step whose gradients are not all finite is made at the next step where they are. Only steps with
+      a change look, since looking waits for the device.
+    - A change is a function of the seed, the step, the weights and their gradients, so that a resumed run goes on to
+      the bit. What the first process chooses, all have.
+    - Weights without a gradient neither drop nor grow by `set` and `rigl`.
+    - A rewind takes all parameters and buffers back, and clears the optimizer's state, as a training that begins at
+      that epoch does.
+
+    Args:
+        model: on its device, without DDP's wrapper. It is changed by `start` and, if masks are given, at once.
+        recipe: checked here.
+        total_steps, epoch_steps: optimizer steps of the whole training, and of an epoch.
+        masks: those that the model was pruned with already; then `start` chooses none.
+        statistics: called on every process with what a score needs to know, returns a `Statistics`.
+        share: calls a function on the first process and returns on all what it returned, which is made of plain
+            containers, numbers and tensors on the CPU. Without it, each process calls it.
+
+    Attributes:
+        masks: the `Masks` of the moment, the same object for the whole run.
+        step: the step to train next.
+
+    Raises:
+        PruningError: a recipe, configuration or mask that is wrong or does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        *,
+        total_steps: int,
+        epoch_steps: int,
+        masks: Mapping[str, Tensor] | None = None,
+        statistics: Callable | None = None,
+        share: Callable | None = None,
+    ):
+        recipe.check()
+        self.model, self.recipe = model, recipe
+        self._statistics, self._share = statistics, share
+        self._shapes = {name: tuple(weight.shape) for name, weight in prunable_weights(model).items()}
+        self._levels = recipe.levels(self._shapes)
+        self._parameters = dict(model.named_parameters())
+        self._optimizer, self._averages = None, ()
+        self._plan(recipe.steps(total_steps, epoch_steps))
         self.masks = Masks(model, masks or {})
-        self._averages = ()
+        self.step, self._changed, self._late = 0, -1, False
+        self._due, self._pending = False, None
+        self._hidden: dict[str, Tensor] = {}
+        self._rewind: dict[str, Tensor] = {}
 
-    def attach(self, optimizer, averages=()):
-        self._averages = averages
+    @property
+    def final(self) -> bool:
+        """Whether the model has reached the sparsity and pattern that the recipe asks for."""
+        return self.schedule.is_final(self._changed)
 
-    def start(self):
-        def choose():
-            recipe = self.recipe
-            masks = compute_masks(self.model, recipe.pruner, recipe.sparsity, recipe.custom_config)
-            return {name: mask.cpu() for name, mask in masks.items()}
+    def first_masks(self) -> dict[str, Tensor]:
+        """The masks that the training begins with, without changing the model.
 
-        self.masks = Masks(self.model, self._share(choose))
-        self.started = True
+        The target's masks are chosen in any case, so that what is wrong with them shows before the training.
+        """
+        if not self.recipe.pruner:
+            return {}
+        target = self.choose()
+        if self.schedule.changes_at(0):
+            return self.schedule.masks(0, self)
+        return target if self.schedule.starts_sparse else {name: torch.ones_like(mask) for name, mask in target.items()}
+
+    @torch.no_grad()
+    def start(self, first: Mapping[str, Tensor] | None = None) -> None:
+        """Prunes the model for the first step. `first`: what `first_masks` returned, where it was called already."""
+        if not self.masks.masks:
+            self.masks.update(self.first_masks() if first is None else first)
+            self._changed = 0 if self.schedule.changes_at(0) else -1
+        self._hide() if self.schedule.trains_pruned else self.masks.apply()
+
+    def attach(self, optimizer: torch.optim.Optimizer, averages: Iterable[nn.Module] = ()) -> None:
+        """Names what obeys the masks besides the model.
+
+        Args:
+            optimizer: over parameters of the model.
+            averages: modules with the model's parameter names, such as moving averages of it, on any device.
+        """
+        self._optimizer, self._averages = optimizer, tuple(averages)
         for average in self._averages:
-            Masks(average, self.masks.masks)
+            self.masks.apply_to(average)
 
-    def begin_step(self):
-        pass
+    # ---- the three calls of a training step ----
 
-    def end_backward(self):
-        self.masks.apply_to_grads()
+    def begin_step(self) -> None:
+        """Before the first forward pass of an optimizer step."""
+        if self.step == self.steps.rewind and not self._rewind:
+            state = self.model.state_dict()
+            self._rewind = {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
 
-    def end_step(self):
+    @torch.no_grad()
+    def end_backward(self, scale: float | Tensor = 1.0) -> None:
+        """When the gradients of an optimizer step are complete; before they are unscaled and clipped.
+
+        scale: what the loss was multiplied by: a number, or a tensor of one element on the gradients' device.
+        """
+        self._due = self.step > 0 and (self._late or self.schedule.changes_at(self.step))
+        if self._due:
+            self._late = not self._gradients_are_finite()
+            self._due = not self._late
+            if self._due and self.schedule.looks_at_gradients:
+                self._pending = self.schedule.masks(self.step, self)
+        if self.schedule.trains_pruned:
+            self._reveal(scale)
+        else:
+            self.masks.apply_to_grads()
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """After the optimizer's step, made or skipped; before averages are updated."""
+        if not self.schedule.trains_pruned:
+            self.masks.apply()
+        if self._due:
+            self._change(self.schedule.masks(self.step, self) if self._pending is None else self._pending)
+            self._changed, self._due, self._pending = self.step, False, None
+        elif self.schedule.trains_pruned:
+            self._hide()
+        self.step += 1
+
+    # ---- what schedules ask for ----
+
+    def choose(self, scale: Callable[[float], float] | None = None, among_kept: bool = False) -> dict[str, Tensor]:
+        """The masks of the recipe, for the weights as they are.
+
+        Args:
+            scale: from a target sparsity to the one to choose by.
+            among_kept: pruned weights stay pruned. They are zeros with a score of zero, and so are chosen last. In an
+                n:m group, whose number must hold, one may come back in the place of a kept weight of score zero.
+        """
+        request = self.recipe.request(self._shapes, self._levels, scale)
+        if self.recipe.score != "magnitude":
+            request["seed"] = self.recipe.seed
+        if self.recipe.needs and self._statistics:
+            request["statistics"] = self._statistics(self.recipe.needs)
+        new = self._shared_masks(lambda: compute_masks(self.model, **request))
+        if among_kept:
+            grouped = {name for name in new
+                       if self.recipe.pattern != "unstructured" or isinstance(self._levels.get(name), tuple)}
+            for name, mask in self.masks.masks.items():
+                if name in new and name not in grouped:
+                    new[name] = new[name].to(mask.device) & mask
+        return new
+
+    def dense(self) -> dict[str, Tensor]:
+        """Masks that keep every weight."""
+        return {name: torch.ones_like(mask) for name, mask in self.masks.masks.items()}
+
+    def regrow(self, share: float, growth: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor]:
+        """Masks for which each layer has dropped a share of its weights, rounded down, and grown as many.
+
+        growth: from a weight and the number of its layer to how much its weights deserve to grow.
+        """
+        def compute():
+            new = {}
+            for layer, (name, mask) in enumerate(self.masks.masks.items()):
+                weight = self._parameters[name]
+                if weight.grad is not None:
+                    count = int(share * int(mask.count_nonzero()))
+                    new[name] = regrow(weight, mask, growth(weight, layer), count)
+            return new
+
+        return self._shared_masks(compute)
+
+    # ---- saving and loading ----
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs, between two steps; `torch.load(..., weights_only=True)` reads it.
+
+        Tensors but those of the masks are this object's own, not copies, as torch has it. Every process may call it.
+        """
+        return {
+            "version": VERSION,
+            "recipe": self.recipe.to_dict(),
+            "steps": asdict(self.steps),
+            "step": self.step,
+            "changed": self._changed,
+            "late": self._late,
+            "masks": self.masks.state_dict(),
+            "hidden": dict(self._hidden),
+            "rewind": dict(self._rewind),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, untrusted) -> None:
+        """Goes on where `state_dict` was called, in the place of `start`; the model's weights are loaded already.
+
+        The schedule's steps are the saved ones, also where this run has other steps an epoch.
+
+        Raises:
+            PruningError: a state that is damaged, of another model or of another recipe; nothing is changed then.
+        """
+        state = _Saved(untrusted)
+        recipe = Recipe.from_dict(state.entry("recipe", Mapping))
+        if differences := self.recipe.differences(recipe):
+            raise PruningError(f"the saved run is one with {recipe.in_words()}, not {self.recipe.in_words()}: "
+                               f"{', '.join(differences)} differ")
+        step, changed, late = state.integer("step"), state.integer("changed", -1), state.entry("late", bool)
+        if changed >= max(step, 1):
+            raise PruningError(f"the saved pruning has changed masks at step {changed}, after its step {step}")
+        steps = state.steps(recipe)
+        masks = unpack(state.entry("masks", dict))
+        self.masks.check(masks)
+        expected = self.masks.masks or (self._shapes if self.recipe.pruner else {})
+        for name in expected:
+            if name not in masks and masks.keys() <= expected.keys():  # structured patterns mask other parameters
+                raise PruningError(f"mask {name!r} is missing from the saved masks")
+        hidden = state.tensors("hidden", {name: self._parameters[name] for name in masks}
+                               if self.schedule.trains_pruned else {})
+        for name, values in hidden.items():
+            if bits(values).cpu().mul(masks[name].view(torch.int8)).any():
+                raise PruningError(f"hidden {name!r} of the saved pruning: expected zeros where the weight is kept")
+        has_rewind = steps.rewind is not None and steps.rewind < step
+        rewind = state.tensors("rewind", self.model.state_dict() if has_rewind else {})
+
+        self._plan(steps)
+        self.step, self._changed, self._late = step, changed, late
+        self.masks.update(masks)
         self.masks.apply()
+        self._hidden = {name: values.to(self._parameters[name].device, copy=True) for name, values in hidden.items()}
+        self._rewind = {name: values.to("cpu", copy=True) for name, values in rewind.items()}
+        self._due, self._pending = False, None
+        self._mask_averages()
+
+    # ---- helpers, not exported ----
+
+    def _plan(self, steps: Steps) -> None:
+        self.steps, self.schedule = steps, SCHEDULES[self.recipe.prune_schedule](self.recipe, steps)
+
+    def _gradients_are_finite(self) -> bool:
+        gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+        largest = torch.nn.utils.get_total_norm(gradients, math.inf)
+        return self._shared(lambda: bool(largest.isfinite()))
+
+    def _shared(self, compute: Callable):
+        return self._share(compute) if self._share else compute()
+
+    def _shared_masks(self, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Masks travel as bits."""
+        return unpack(self._share(lambda: pack(compute()))) if self._share else compute()
+
+    def _change(self, new: Mapping[str, Tensor]) -> None:
+        changes = self.masks.update(new)
+        if self.schedule.trains_pruned:
+            self._hide()
+        else:
+            if self._rewind:
+                self.model.load_state_dict(self._rewind)
+                self._optimizer_state().clear()
+            self.masks.apply()
+            self._clear_state(changes)
+        self._mask_averages()
+
+    def _optimizer_state(self) -> dict[Tensor, dict]:
+        optimizer = self._optimizer
+        while inner := getattr(optimizer, "_base_optimizer", None):  # timm's Lookahead
+            optimizer = inner
+        return optimizer.state if optimizer is not None else {}
+
+    def _clear_state(self, changes: Mapping[str, Change]) -> None:
+        states = self._optimizer_state()
+        for name, change in changes.items():
+            weight = self._parameters[name]
+            unchanged = change.dropped.logical_or(change.grown).logical_not_()
+            for value in states.get(weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
+                    select(value, unchanged.to(value.device))
+
+    def _mask_averages(self) -> None:
+        for average in self._averages:
+            self.masks.apply_to(average)
+
+    # `ste` and `sr-ste`: the model has the kept weights and `_hidden` the pruned ones, each with zeros elsewhere. What
+    # passes from one to the other is added as bit patterns, which is exact.
+
+    def _hide(self) -> None:
+        """Takes the pruned weights out of the model."""
+        weights = [self._parameters[name].detach() for name in self.masks.masks]
+        for name, weight in zip(self.masks.masks, weights, strict=True):
+            if name not in self._hidden:
+                self._hidden[name] = torch.empty_like(weight)
+        hidden = list(self._hidden.values())
+        torch._foreach_copy_(hidden, weights)
+        self.masks.apply()
+        torch._foreach_sub_([bits(values) for values in hidden], [bits(weight) for weight in weights])
+
+    def _reveal(self, scale: float | Tensor) -> None:
+        """Puts the pruned weights into the model for the optimizer, and the schedule's decay into their gradients."""
+        hidden = list(self._hidden.values())
+        weights = [self._parameters[name] for name in self._hidden]
+        if self.schedule.decay:
+            trained = [(weight.grad, values) for weight, values in zip(weights, hidden, strict=True)
+                       if weight.grad is not None]
+            for gradient, values in trained:
+                if isinstance(scale, Tensor):
+                    gradient.addcmul_(values, scale.to(values.dtype), value=self.schedule.decay)
+                else:
+                    gradient.add_(values, alpha=self.schedule.decay * scale)
+        torch._foreach_add_([bits(weight) for weight in weights], [bits(values) for values in hidden])
+
+
+class _Saved:
+    """What a checkpoint says of a run's pruning, read entry by entry. Raises PruningError for what cannot be."""
+
+    def __init__(self, untrusted):
+        if not isinstance(untrusted, Mapping):
+            raise PruningError("the saved pruning is not a dictionary")
+        self._entries = untrusted
+        if (version := self.integer("version")) != VERSION:
+            raise PruningError(f"the saved pruning is of version {version}, expected {VERSION}")
+
+    def entry(self, name: str, kind: type, entries: Mapping | None = None):
+        value = (self._entries if entries is None else entries).get(name)
+        if not isinstance(value, kind) or isinstance(value, bool) and kind is int:
+            raise PruningError(f"the saved pruning's {name} is a {type(value).__name__}, expected {kind.__name__}")
+        return value
+
+    def integer(self, name: str, smallest: int = 0, entries: Mapping | None = None) -> int:
+        value = self.entry(name, int, entries)
+        if not smallest <= value < LARGEST:
+            raise PruningError(f"the saved pruning's {name}: expected an integer from {smallest} to 2**53")
+        return value
+
+    def steps(self, recipe: Recipe) -> Steps:
+        found = self.entry("steps", Mapping)
+        rewind = None if recipe.rewind is None else self.integer("rewind", 0, found)
+        steps = Steps(*(self.integer(name, 0, found) for name in ("total", "epoch", "start", "end")), rewind)
+        if not steps.start <= steps.end <= max(steps.total - 1, 0) or not steps.epoch or (rewind or 0) > steps.start:
+            raise PruningError(f"the saved pruning's steps are out of order: {steps}")
+        return steps
+
+    def tensors(self, name: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of exactly the expected names, shapes and dtypes."""
+        found = self.entry(name, Mapping)
+        if found.keys() != expected.keys():
+            raise PruningError(f"the saved pruning's {name} has {len(found)} tensors, expected other names or "
+                               f"{len(expected)}")
+        for key, like in expected.items():
+            value = found[key]
+            if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype \
+                    or value.is_meta or value.layout != torch.strided:
+                raise PruningError(f"the saved pruning's {name} {key!r}: expected a {like.dtype} tensor of shape "
+                                   f"{list(like.shape)}")
+        return dict(found)

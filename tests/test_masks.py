@@ -10,8 +10,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import clip_grad_norm_, prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsity_factory import Masks, PruningError, compute_masks, prunable_weights, unpack
+from sparsity_factory import Masks, PruningError, check_masks, compute_masks, prunable_weights, unpack
+from sparsity_factory.masks import select
 
 
 def two_layers() -> nn.Module:
@@ -172,7 +174,7 @@ def test_masks_work_on_the_device_of_the_weights():
     ("name", "mask"),
     [
         ("1.weight", torch.ones(7, 10, dtype=torch.bool)),
-        ("0.bias", torch.ones(7, dtype=torch.bool)),
+        ("0.bias", torch.ones(8, dtype=torch.bool)),
         ("0.weight", torch.ones(10, 7, dtype=torch.bool)),
         ("0.weight", torch.ones(7, 10)),
         ("0.weight", [[True] * 10] * 7),
@@ -184,6 +186,106 @@ def test_a_mask_that_does_not_fit_is_an_error_that_names_it_and_changes_nothing(
     with pytest.raises(PruningError, match=f"mask '{name}'"):
         Masks(model, {"2.weight": torch.zeros(3, 7, dtype=torch.bool), name: mask})
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_masks_select_whatever_the_values_are(dtype):
+    odd = [torch.inf, -torch.inf, torch.nan, -0.0, -1.0, 6e4]
+    values = torch.tensor(odd * 20, dtype=dtype)
+    mask = torch.arange(len(values)) % 7 < 3
+    expected = [repr(value) if kept else "0.0" for value, kept in zip(values.tolist(), mask.tolist(), strict=True)]
+    select(values, mask)
+    assert [repr(value) for value in values.tolist()] == expected
+
+
+def test_an_infinite_gradient_of_a_pruned_weight_becomes_zero_and_that_of_a_kept_one_stays():
+    model = two_layers()
+    masks = Masks(model, compute_masks(model, "unif", 0.5))
+    model[0].weight.grad = torch.full((7, 10), torch.inf)
+    masks.apply_to_grads()
+    assert torch.equal(model[0].weight.grad, torch.where(masks.masks["0.weight"], torch.inf, 0.0))
+
+
+def test_strided_values_are_selected_in_place():
+    values = torch.ones(4, 6).t()
+    select(values, torch.eye(6, 4, dtype=torch.bool))
+    assert torch.equal(values, torch.eye(6, 4))
+
+
+def test_masks_are_copies_of_what_they_were_made_from():
+    model = two_layers()
+    chosen = compute_masks(model, "unif", 0.5)
+    masks = Masks(model, chosen)
+    kept = int(chosen["0.weight"].sum())
+    chosen["0.weight"].fill_(True)
+    assert int(masks.masks["0.weight"].sum()) == kept
+    masks.update({"0.weight": (new := torch.zeros(7, 10, dtype=torch.bool))})
+    new.fill_(True)
+    assert not masks.masks["0.weight"].any()
+
+
+def test_an_update_changes_masks_in_place_and_tells_what_was_dropped_and_grown():
+    model = nn.Sequential(nn.Linear(3, 1, bias=False))
+    masks = Masks(model, {"0.weight": torch.tensor([[True, True, False]])})
+    held, weight = masks.masks["0.weight"], model[0].weight.detach().clone()
+    change = masks.update({"0.weight": torch.tensor([[True, False, True]])})
+    assert list(change) == ["0.weight"]
+    assert change["0.weight"].dropped.tolist() == [[False, True, False]]
+    assert change["0.weight"].grown.tolist() == [[False, False, True]]
+    assert masks.masks["0.weight"] is held and held.tolist() == [[True, False, True]]
+    assert torch.equal(model[0].weight, weight)  # until they are applied
+    masks.apply()
+    assert model[0].weight.count_nonzero() == 1
+
+
+def test_any_parameter_can_have_a_mask_also_later_and_masks_stay_in_model_order():
+    model = two_layers()
+    masks = Masks(model, {"2.weight": torch.ones(3, 7, dtype=torch.bool)})
+    bias = torch.arange(7) < 5
+    change = masks.update({"0.bias": bias})
+    masks.apply()
+    assert list(masks.masks) == ["0.bias", "2.weight"]
+    assert torch.equal(change["0.bias"].dropped, ~bias)
+    assert torch.equal(model[0].bias != 0, bias)
+    restored = Masks(fresh := two_layers(), unpack(masks.state_dict()))
+    assert torch.equal(restored.masks["0.bias"], bias) and torch.equal(fresh[0].bias, model[0].bias)
+    check_masks(model.state_dict(), masks.masks)
+
+
+def test_an_update_that_does_not_fit_changes_nothing():
+    model = two_layers()
+    masks = Masks(model, compute_masks(model, "unif", 0.5))
+    before = {name: mask.clone() for name, mask in masks.masks.items()}
+    with pytest.raises(PruningError, match="'2.weight'"):
+        masks.update({"0.weight": torch.zeros(7, 10, dtype=torch.bool), "2.weight": torch.zeros(7, 3)})
+    assert all(torch.equal(masks.masks[name], mask) for name, mask in before.items())
+
+
+def test_an_average_obeys_the_masks():
+    model = two_layers()
+    masks = Masks(model, compute_masks(model, "unif", 0.5))
+    average = ModelEmaV3(two_layers())
+    masks.apply_to(average.module)
+    assert torch.equal(average.module[0].weight != 0, masks.masks["0.weight"])
+
+
+class ReadsZero(TorchDispatchMode):
+    """Gives 0 for every number that is read from a fake tensor, which has none."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_average_on_the_cpu_obeys_masks_on_a_gpu_and_is_checked_against_them():
+    with FakeTensorMode(), ReadsZero():
+        layer, average = nn.Linear(10, 7, device="cuda"), nn.Linear(10, 7)
+        masks = Masks(layer, {"weight": torch.ones(7, 10, dtype=torch.bool)})
+        assert masks.masks["weight"].device.type == "cuda"
+        masks.apply_to(average)
+        check_masks(average.state_dict(), masks.masks)
+        assert average.weight.device.type == "cpu"
 
 
 # ---- saving and loading ----

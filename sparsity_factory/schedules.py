@@ -1,0 +1,239 @@
+"""When masks are chosen or changed during a training.
+
+A schedule is a class of a few lines. It says at which steps masks change, and asks a `Sparsifier` for the new ones. No
+schedule knows how weights are scored, allocated or grouped; no pruner knows the training loop. To add a schedule, write
+such a class and name it in `SCHEDULES`.
+
+Steps are counted from 0. Masks that change at step t are those of step t + 1 on, except that a change at step 0 is made
+before the training begins.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import patterns
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The times of a run in steps: in all, of an epoch, and the first and last at which a schedule changes masks.
+
+    rewind: the step whose weights are gone back to, or None.
+    """
+
+    total: int
+    epoch: int
+    start: int
+    end: int
+    rewind: int | None = None
+
+
+class Schedule:
+    """What the schedules have in common.
+
+    Attributes:
+        description, source: for the table of methods.
+        uses: the fields of a recipe that it looks at.
+        starts_sparse: the run begins with the masks of the target; otherwise with a dense network.
+        looks_at_gradients: `masks` is called before the optimizer's step, with the dense gradients in place.
+        trains_pruned: pruned weights are trained as well, though the forward pass does not see them.
+        decay: such weights, times this, are added to their gradients.
+    """
+
+    description = source = ""
+    uses: tuple[str, ...] = ()
+    starts_sparse = True
+    looks_at_gradients = False
+    trains_pruned = False
+    decay = 0.0
+
+    def __init__(self, recipe, steps: Steps):
+        self.recipe, self.steps = recipe, steps
+
+    def changes_at(self, step: int) -> bool:
+        """Whether the masks change at this step."""
+        return False
+
+    def masks(self, step: int, network) -> dict[str, Tensor]:
+        """The masks that a change at this step brings: those of the `Sparsifier` `network` that it chooses or grows.
+
+        A change that is due may be put off for some steps. It is then that of the step at which it is made.
+        """
+        raise NotImplementedError
+
+    def is_final(self, changed: int) -> bool:
+        """Whether the target is reached when the latest change was at step `changed` (-1: none yet)."""
+        return True
+
+    def every(self, step: int) -> bool:
+        """Whether the step is one of every `prune_every` after the start, up to the end."""
+        since = step - self.steps.start
+        return since > 0 and step <= self.steps.end and since % self.recipe.prune_every == 0
+
+    def progress(self, step: int) -> float:
+        """0 at the start, 1 from the end on."""
+        return min((step - self.steps.start) / max(self.steps.end - self.steps.start, 1), 1.0)
+
+
+class OneShot(Schedule):
+    description = "masks are chosen before the training"
+
+
+class Gradual(Schedule):
+    description = "sparsity s (1 - (1 - t)^3) from --prune-start to --prune-end; what is pruned stays so"
+    source = "Zhu and Gupta 2017, arXiv:1710.01878"
+    uses = ("prune_start", "prune_end", "prune_every")
+    starts_sparse = False
+
+    def changes_at(self, step):
+        return self.every(step) or step == self.steps.end
+
+    def masks(self, step, network):
+        left = 1 - self.progress(step) if step < self.steps.end else 0
+        return network.choose(lambda sparsity: sparsity * (1 - left**3), among_kept=True)
+
+    def is_final(self, changed):
+        return changed >= self.steps.end
+
+
+class Iterative(Schedule):
+    description = "each of --prune-rounds prunes the same fraction of what is left; --rewind returns to an epoch"
+    source = "Han et al. 2015, arXiv:1506.02626; Frankle et al. 2020, arXiv:1912.05671"
+    uses = ("prune_start", "prune_end", "prune_rounds", "rewind")
+    starts_sparse = False
+
+    def __init__(self, recipe, steps):
+        super().__init__(recipe, steps)
+        gaps = max(recipe.prune_rounds - 1, 1)
+        self.rounds = [steps.start + (steps.end - steps.start) * i // gaps for i in range(recipe.prune_rounds)]
+
+    def changes_at(self, step):
+        return step in self.rounds
+
+    def masks(self, step, network):
+        share = sum(start <= step for start in self.rounds) / len(self.rounds)
+        return network.choose(lambda sparsity: 1 - (1 - sparsity)**share if share < 1 else sparsity, among_kept=True)
+
+    def is_final(self, changed):
+        return changed >= self.rounds[-1]
+
+
+class Set(Schedule):
+    description = "the smallest kept weights of a layer make room for as many random others, every so many steps"
+    source = "Mocanu et al. 2018, arXiv:1707.04780"
+    uses = ("prune_start", "prune_end", "prune_every", "drop_fraction", "seed")
+    looks_at_gradients = True  # weights without a gradient are not trained, and would not grow
+
+    def changes_at(self, step):
+        return self.every(step) and step < self.steps.end
+
+    def masks(self, step, network):
+        share = self.recipe.drop_fraction / 2 * (1 + math.cos(math.pi * self.progress(step)))
+        return network.regrow(share, lambda weight, layer: self.growth(weight, step, layer))
+
+    def growth(self, weight: Tensor, step: int, layer: int) -> Tensor:
+        """How much each weight of a layer deserves to grow: non-negative, of the weight's shape."""
+        seed = np.random.SeedSequence((self.recipe.seed, step, layer)).generate_state(1, np.uint64).item()
+        return torch.rand(weight.shape, generator=torch.Generator(weight.device).manual_seed(seed),
+                          device=weight.device)
+
+
+class RigL(Set):
+    description = "the smallest kept weights of a layer make room for those of the largest dense gradient"
+    source = "Evci et al. 2020, arXiv:1911.11134"
+    uses = ("prune_start", "prune_end", "prune_every", "drop_fraction")
+
+    def growth(self, weight, step, layer):
+        return weight.grad.abs()
+
+
+class ACDC(Schedule):
+    """From the start to the end, dense and sparse phases of one length, dense first; from the end on, sparse.
+
+    Phases begin with an epoch, except where they would be shorter than one.
+    """
+
+    description = "dense and sparse phases of epochs in turn: --prune-rounds sparse ones, the last from --prune-end on"
+    source = "Peste et al. 2021, arXiv:2106.12379"
+    uses = ("prune_start", "prune_end", "prune_rounds")
+    starts_sparse = False
+
+    def __init__(self, recipe, steps):
+        super().__init__(recipe, steps)
+        phases, span = 2 * recipe.prune_rounds - 1, steps.end - steps.start
+        begins = [steps.start + span * phase // phases for phase in range(1, phases + 1)]
+        if span >= phases * steps.epoch:
+            last_epoch = (steps.total - 1) // steps.epoch
+            begins = [min((2 * step + steps.epoch) // (2 * steps.epoch), last_epoch) * steps.epoch for step in begins]
+        self.begins = begins  # of a sparse, a dense, a sparse ... and at last a sparse phase
+
+    def changes_at(self, step):
+        return step in self.begins
+
+    def masks(self, step, network):
+        return network.choose() if sum(begin <= step for begin in self.begins) % 2 else network.dense()
+
+    def is_final(self, changed):
+        return changed >= self.begins[-1]
+
+
+class STE(Schedule):
+    description = "the forward pass sees masked weights, all are trained, masks are chosen anew every so many steps"
+    source = "Bengio et al. 2013, arXiv:1308.3432"
+    uses = ("prune_start", "prune_end", "prune_every")
+    trains_pruned = True
+
+    def changes_at(self, step):
+        return self.every(step)
+
+    def masks(self, step, network):
+        return network.choose()
+
+
+class SRSTE(STE):
+    description = "ste, with --sr-decay times the masked-out weight added to its gradient"
+    source = "Zhou et al. 2021, arXiv:2102.04010"
+    uses = (*STE.uses, "sr_decay")
+
+    def __init__(self, recipe, steps):
+        super().__init__(recipe, steps)
+        self.decay = recipe.sr_decay
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "one-shot": OneShot, "gradual": Gradual, "iterative": Iterative, "set": Set, "rigl": RigL, "ac-dc": ACDC,
+    "ste": STE, "sr-ste": SRSTE,
+}
+
+
+@torch.no_grad()
+def regrow(weight: Tensor, mask: Tensor, growth: Tensor, count: int) -> Tensor:
+    """Drops the `count` smallest kept magnitudes, then grows the `count` largest `growth` among all then not kept.
+
+    Args:
+        weight: of any shape.
+        mask: bool, of that shape, True where the weight is kept; it is not changed.
+        growth: of that shape, non-negative.
+        count: from 0 to the number of kept weights.
+
+    Returns:
+        The new mask, which keeps as many. On ties the earlier weight is kept, or grown.
+    """
+    new = mask.clone()
+    kept = weight[mask].abs()
+    new[mask] = _largest(kept, len(kept) - count)
+    new[~new] = _largest(growth[~new], count)
+    return new
+
+
+# ---- helpers, not exported ----
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    if values.dtype not in (torch.float32, torch.float64):
+        values = values.float()
+    return patterns.k_largest(values, count)
