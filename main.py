@@ -9,7 +9,6 @@ The first line needs no data set: it uses the sample in this repository.
 """
 
 import datetime
-import logging
 import math
 import sys
 import time
@@ -357,21 +356,15 @@ def run(argv) -> int:
 
 def exit_status(work) -> int:
     """What `work()` returns, or else 2 with one line on standard error for a mistake of the user."""
+    utils.quiet_libraries()
     try:
-        return _exit_status(work)
-    finally:
-        if dist.is_initialized():
+        status = work()
+        if dist.is_initialized():  # after a failure of one process alone, NCCL would wait here for the others
             dist.destroy_process_group()
-
-
-def _exit_status(work) -> int:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # an error line here says what its many say
-    try:
-        return work()
+        return status
     except (UserError, PruningError) as error:
         status, message = 2, f"error: {error}"
-        error.__traceback__ = None  # torch ties one from a data worker into a knot that keeps the workers
+        error.__traceback__ = None  # from a data worker, it makes a reference cycle that keeps the workers alive
     except (DivergedError, WriteError) as error:
         status, message = 1, f"error: {error}"
     except Stopped as stopped:
@@ -379,19 +372,28 @@ def _exit_status(work) -> int:
     except OSError as error:  # a pipe that was closed, a disk that is full where the output goes
         status, message = 1, f"error: {error}"
     except RuntimeError as error:
-        # A data worker that is killed, perhaps for want of memory, shows wherever the run is, while it writes too.
-        while error.__context__ and not str(error).startswith("DataLoader worker"):
-            error = error.__context__
-        if not str(error).startswith("DataLoader worker"):
+        reason = reason_of(error)
+        if not reason:
             if not dist.is_initialized() or utils.is_first_to_fail():
                 raise
-            return 1  # lost another process, which has said why
-        status, message = 1, f"error: {error}"
+            return 1  # the first process to fail has said why
+        status, message = 1, f"error: {reason}"
     if utils.is_first_to_fail():
         if "Traceback" in message:  # from a data worker, the error is the last line
             message = "error: " + message.strip().splitlines()[-1].partition(": ")[2]
         print(" ".join(message.split()), file=sys.stderr)
     return status
+
+
+def reason_of(error) -> str:
+    """Which data worker or process is gone, where an error or one that it came from tells that; else nothing."""
+    while error:
+        if str(error).startswith("DataLoader worker"):
+            return str(error)
+        if failure := utils.exchange_failure(error):
+            return failure
+        error = error.__context__
+    return ""
 
 
 def audit(path: str) -> int:
@@ -413,4 +415,4 @@ def audit(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    utils.end_process(lambda: run(sys.argv[1:]))
