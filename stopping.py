@@ -1,7 +1,10 @@
 """SIGTERM and SIGINT as a request to stop after the current step."""
 
+import ctypes
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -9,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 import utils
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
 
 class Stopped(Exception):
@@ -90,16 +95,19 @@ def ignore_signals(worker_id: int) -> None:
     """For data workers: ignores SIGINT and SIGTERM, which a terminal or a cluster sends to every process of the run.
 
     Only a SIGTERM from the training process ends a worker. A worker that has lost its queues to an error needs it:
-    Python waits for its workers when it exits.
+    Python waits for its workers when it exits. On Linux a worker also ends, whatever it does, when that process does.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal
         return
+    training_process = multiprocessing.parent_process().pid
 
-    def obey_parent():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    def obey_training_process():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training_process:
             pass
         os._exit(0)
 
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=obey_parent, daemon=True).start()
+    threading.Thread(target=obey_training_process, daemon=True).start()

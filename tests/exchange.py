@@ -3,8 +3,8 @@
     exchange.py FOLDER talk     what each received goes to FOLDER
     exchange.py FOLDER killed   the first process is killed while the other waits for it
     exchange.py FOLDER late     the first process takes longer than the time-out
-    exchange.py FOLDER alone    the second process fails in the middle of a step, having a data worker; whoever leaves
-                                the group or the interpreter in order waits forever, as may be with NCCL
+    exchange.py FOLDER alone    the second process fails in the middle of a step, while its data worker loads an image;
+                                to leave the group or the interpreter in order would take minutes, as it may with NCCL
 """
 
 import atexit
@@ -96,12 +96,24 @@ def late():
     wait_for_first(lambda: time.sleep(4), timeout=2)
 
 
+class Slow:
+    """Numbers of which the fifth takes minutes to load."""
+
+    def __len__(self):
+        return 99
+
+    def __getitem__(self, index):
+        if index == 4:
+            time.sleep(600)
+        return torch.ones(1)
+
+
 def alone():
     atexit.register(time.sleep, 600)
     dist.destroy_process_group = lambda: time.sleep(600)
     utils.init_process_group("cpu")
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
-    batches = iter(DataLoader(torch.ones(999, 1), num_workers=1, worker_init_fn=ignore_signals))
+    batches = iter(DataLoader(Slow(), num_workers=1, worker_init_fn=ignore_signals))
     with StopSignals() as stop:
         for step, batch in enumerate(batches):
             loss = model(batch).sum()

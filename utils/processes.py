@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -231,8 +230,6 @@ def end_process(work) -> NoReturn:
         traceback.print_exc()
         status = 1
     if dist.is_initialized():
-        for worker in multiprocessing.active_children():
-            worker.terminate()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
