@@ -154,7 +154,7 @@ def _short(text: str, path: str, line: int) -> str:
     text = textwrap.shorten(text.strip().partition("\n")[0].partition(" (Triggered internally at")[0], SHORT,
                             placeholder=" ...")
     keys = {(path, line), text}
-    if _shown & keys or os.environ.get("RANK", "0") != "0":
+    if _shown & keys or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         return ""
     _shown.update(keys)
     return text
