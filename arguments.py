@@ -11,7 +11,7 @@ from pathlib import Path
 from datasets import DATA_SETS, TIMM
 from sparsity_factory import PRUNERS, PruningError, read_yaml
 from trackers import require
-from utils import UserError, log
+from utils import TIMEOUT, UserError, log
 
 SAMPLE_PRESET = Path(__file__).resolve().parent / "configs" / "run" / "sample.yaml"
 
@@ -119,8 +119,8 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
         help="write a checkpoint each so many steps as well as after each epoch; 0 for after each epoch only")
     add("--audit", sweep=REFUSED, default="", metavar="FILE",
         help="only print what a checkpoint keeps of each layer and check that its weights obey its masks")
-    add("--timeout", sweep=FREE, type=int, default=1800, metavar="SECONDS",
-        help="how long processes wait for each other, as for one that writes a checkpoint")
+    add("--timeout", sweep=FREE, type=float, default=TIMEOUT, metavar="SECONDS",
+        help="how long processes wait for each other, as for one that writes a checkpoint, before the run fails")
     add("--start_epoch", type=int, default=0, help="first epoch; --resume sets it")
     add("--eval", sweep=REFUSED, action="store_true", help="only evaluate, after pruning where a pruner is given")
     switch("dist-eval", True, "share the evaluation among the processes; its figures do not depend on it", sweep=FREE)
@@ -286,7 +286,7 @@ def check_args(args) -> None:
         if not good:
             raise UserError(f"{flag} {value_of(flag)}: expected {wanted}")
 
-    for flag in ("--batch-size", "--accum-iter", "--epochs", "--input-size", "--recount", "--print-freq", "--timeout"):
+    for flag in ("--batch-size", "--accum-iter", "--epochs", "--input-size", "--recount", "--print-freq"):
         expect(value_of(flag) >= 1, flag, "at least 1")
     for flag in ("--num_workers", "--crop-padding", "--seed", "--start_epoch", "--warmup-epochs",
                  "--checkpoint-every", "--skip-bad-images", "--cooldown-epochs",
@@ -303,7 +303,8 @@ def check_args(args) -> None:
     for flag in ("--reprob", "--mixup-prob", "--mixup-switch-prob"):
         expect(0 <= value_of(flag) <= 1, flag, "a number in [0, 1]")
     expect(0 < args.eval_crop_ratio <= 1, "--eval-crop-ratio", "a number in (0, 1]")
-    expect(0 < args.decay_epochs < math.inf, "--decay-epochs", "a number above 0")
+    for flag in ("--decay-epochs", "--timeout"):
+        expect(0 < value_of(flag) < math.inf, flag, "a number above 0")
     sides = args.cutmix_minmax
     expect(sides is None or len(sides) == 2 and 0 <= sides[0] < sides[1] <= 1, "--cutmix-minmax",
            "two numbers in [0, 1], the smaller first")

@@ -37,14 +37,17 @@ def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
     rank, world_size = utils.rank(), utils.world_size()
     share = (rank, world_size) if args.dist_eval else (0, 1)
     val_batch_size = int(1.5 * args.batch_size)
-    options = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda",
+    workers = args.num_workers
+    if "num_workers" not in args.given:
+        workers = min(workers, max(1, utils.available_cores() // utils.processes_here()))
+    options = {"num_workers": workers, "pin_memory": args.pin_mem and device.type == "cuda",
                "worker_init_fn": ignore_signals}
     if isinstance(train_set, IterableDataset):
         train_set, val_set = (SeededStream(stream, args.seed, num_classes) for stream in (train_set, val_set))
         train_loader = StreamLoader(train_set, args.batch_size, share=(rank, world_size), **options)
         val_loader = StreamLoader(val_set, val_batch_size, share=share, **options)
     else:
-        options["persistent_workers"] = args.num_workers > 0
+        options["persistent_workers"] = workers > 0
         sampler = TrainSampler(len(train_set), args.seed, 3 if args.repeated_aug else 1, rank, world_size)
         train_set = SeededDataset(train_set, args.skip_bad_images)
         train_loader = DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, **options)

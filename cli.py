@@ -1,6 +1,5 @@
 """From what a command raises to one line on standard error and an exit status; and `--audit`."""
 
-import logging
 import sys
 
 import torch.distributed as dist
@@ -14,13 +13,12 @@ from utils import UserError, WriteError
 
 def exit_status(work) -> int:
     """The status that `work()` returns, or else 2 with one line on standard error for a mistake of the user."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # an error line here says what its many say
+    utils.quiet_libraries()
     try:
         status = work()
     except Exception as error:
         return _report(error)
-    if dist.is_initialized():  # not after an error of this process alone: the others would never come to it
+    if dist.is_initialized():  # after a failure of this process alone, NCCL would wait here for the others
         dist.destroy_process_group()
     return status
 
@@ -51,21 +49,18 @@ def _report(error: Exception) -> int:
     """Tells the error in one line, on the first process that fails, and returns the exit status; else raises it."""
     if isinstance(error, UserError | PruningError):
         status, message = 2, f"error: {error}"
-        error.__traceback__ = None  # it refers to the data workers, which Python then could not end
+        error.__traceback__ = None  # from a data worker, it makes a reference cycle that keeps the workers alive
     elif isinstance(error, Stopped):
         status, message = error.status, str(error)
     elif isinstance(error, DivergedError | WriteError | OSError):  # OSError: a closed pipe, a disk full of output
         status, message = 1, f"error: {error}"
     elif isinstance(error, RuntimeError):
-        # The death of a data worker, perhaps for want of memory, shows wherever the run is, while it writes too.
-        cause = error
-        while cause.__context__ and not str(cause).startswith("DataLoader worker"):
-            cause = cause.__context__
-        if not str(cause).startswith("DataLoader worker"):
+        reason = _reason_of(error)
+        if not reason:
             if not dist.is_initialized() or utils.is_first_to_fail():
                 raise error
             return 1  # another process failed first, and has told why
-        status, message = 1, f"error: {cause}"
+        status, message = 1, f"error: {reason}"
     else:
         raise error
     if utils.is_first_to_fail():
@@ -73,3 +68,14 @@ def _report(error: Exception) -> int:
             message = "error: " + message.strip().splitlines()[-1].partition(": ")[2]
         print(" ".join(message.split()), file=sys.stderr)
     return status
+
+
+def _reason_of(error: BaseException | None) -> str:
+    """Which data worker or process is gone, where an error or one that it came from tells that; else nothing."""
+    while error:
+        if str(error).startswith("DataLoader worker"):
+            return str(error)
+        if failure := utils.exchange_failure(error):
+            return failure
+        error = error.__context__
+    return ""

@@ -25,7 +25,8 @@ from utils import log
 
 def main(args) -> dict[str, float]:
     """The whole run; returns the top-1 accuracies in percent (dense, pruned, finetuned) that it measured."""
-    device = utils.init_process_group(args.device, args.dist_url, args.distributed, args.world_size)
+    device = utils.init_process_group(args.device, args.dist_url, args.distributed, args.world_size,
+                                      args.timeout)
     amp_dtype = utils.choose_amp(args.amp, device)
     describe(args, device, amp_dtype)
     utils.seed_everything(utils.INIT, args.seed)  # the same on every process, so that fresh weights are the same
@@ -100,4 +101,4 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    utils.end_process(lambda: run(sys.argv[1:]))

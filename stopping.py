@@ -1,7 +1,10 @@
 """SIGTERM and SIGINT as a request to stop after the current step."""
 
+import ctypes
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -9,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 import utils
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
 
 class Stopped(Exception):
@@ -28,18 +33,14 @@ class Stopped(Exception):
 class StopSignals:
     """While it is entered, the first SIGTERM or SIGINT is only noted, and the next one ends the process at once.
 
-    Those that come within a second of the first are taken for the same: a cluster sends one to every process, and
-    torchrun passes its own on to the processes it started. A signal that somebody else handles already (submitit does)
-    is left to them.
+    Signals within a second of the first are taken for the same one: a cluster sends it to every process, and torchrun
+    passes its own on to the processes it started. A signal that has a handler already (submitit's) keeps it.
     """
 
     def __init__(self):
         self.received = 0
         self._pending = None
-        self._group = None
-        if utils.world_size() > 1:
-            # The flags travel between hosts, so that no process waits for its device to learn of a signal.
-            self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        self._together = utils.world_size() > 1
 
     def __enter__(self):
         ours = (signal.SIG_DFL, signal.default_int_handler)
@@ -63,23 +64,25 @@ class StopSignals:
     def check(self) -> None:
         """Raises Stopped once a signal has come. Each process calls it after each step, and all stop at the same one.
 
-        With several processes that is a step later: they exchange what they know beside it, and nobody waits.
+        With several processes that is a step later: the flags travel while the next step is computed, so nobody waits
+        for them. They are tensors on the CPU and travel over gloo, which pairs the exchanges of the processes by their
+        order; so every process has to call this between the same two exchanges.
         """
         received = self.received
-        if self._group:
+        if self._together:
             received = 0
             if self._pending:
                 work, flag = self._pending
                 work.wait()
                 received = int(flag)
             flag = torch.tensor(self.received)
-            self._pending = dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, async_op=True), flag
+            self._pending = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag
         if received:
             raise Stopped(received)
 
     def check_alone(self) -> None:
         """Raises Stopped where no other process has to agree."""
-        if self.received and not self._group:
+        if self.received and not self._together:
             raise Stopped(self.received)
 
     def checks(self, rounds: int):
@@ -89,19 +92,22 @@ class StopSignals:
 
 
 def ignore_signals(worker_id: int) -> None:
-    """For data workers: a signal that is sent to all processes alike is the training process's to answer.
+    """For data workers: ignores SIGINT and SIGTERM, which a terminal or a cluster sends to every process of the run.
 
-    Only the SIGTERM of the training process itself ends a worker: without it, workers that an error cut off from their
-    queues would never end, and Python waits for them when it exits.
+    Only a SIGTERM from the training process ends a worker. A worker that has lost its queues to an error needs it:
+    Python waits for its workers when it exits. On Linux a worker also ends, whatever it does, when that process does.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal
         return
+    training_process = multiprocessing.parent_process().pid
 
-    def obey_parent():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    def obey_training_process():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training_process:
             pass
         os._exit(0)
 
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=obey_parent, daemon=True).start()
+    threading.Thread(target=obey_training_process, daemon=True).start()

@@ -392,4 +392,4 @@ class _Parser(argparse.ArgumentParser):
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(lambda: sweep(sys.argv[1:])))
+    utils.end_process(lambda: exit_status(lambda: sweep(sys.argv[1:])))

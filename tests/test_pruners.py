@@ -12,9 +12,9 @@ import timm
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from made_up import linears, statistics_of
 from torch import nn
 
-from made_up import linears, statistics_of
 from sparsity_factory import PRUNERS, PruningError, compute_masks, needs_of, prunable_weights
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "masks_deit_tiny.json").read_text())

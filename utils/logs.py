@@ -1,9 +1,14 @@
 """What a run tells of its progress, in DeiT's log format or as bars on a terminal."""
 
 import datetime
+import logging
+import os
 import sys
+import textwrap
 import time
+import warnings
 from collections import defaultdict, deque
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +19,9 @@ from .processes import is_main_process, sum_over_processes
 #: How a run tells of its progress: DeiT's lines, bars on a terminal with a line per epoch, or not at all.
 LINES, BARS, QUIET = "lines", "bars", "quiet"
 _display = LINES
+
+PROJECT = Path(__file__).resolve().parent.parent
+SHORT = 120  # characters of what another library warns of
 
 
 def show_progress(quiet: bool = False) -> str:
@@ -28,6 +36,20 @@ def log(*message, only: str = "") -> None:
     if is_main_process() and _display != QUIET and only in ("", _display):
         tqdm.write(" ".join(map(str, message)), file=sys.stdout)
         sys.stdout.flush()
+
+
+def quiet_libraries() -> None:
+    """Shows what other libraries warn of as one short line for each place in their code, on the first process only.
+
+    What this project warns of is shown whole, and so are errors in logs. With `-W` or PYTHONWARNINGS, warnings are
+    shown as Python does.
+    """
+    if not sys.warnoptions:
+        warnings.showwarning = _show_warning
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its many lines end in an error, which says it all
+    for handler in logging.root.handlers + logging.getLogger("torch").handlers:
+        handler.addFilter(_shorten_record)
 
 
 class SmoothedValue:
@@ -120,3 +142,40 @@ class MetricLogger:
         total = time.time() - start
         log(f"{header} Total time: {datetime.timedelta(seconds=int(total))} ({total / max(len(loader), 1):.4f} s / it)",
             only=LINES)
+
+
+# ---- helpers, not exported ----
+
+_shown = set()  # the places and texts of other libraries' warnings so far
+
+
+def _short(text: str, path: str, line: int) -> str:
+    """What is shown of a library's warning; nothing where the same place or text was shown, or on other processes."""
+    text = textwrap.shorten(text.strip().partition("\n")[0].partition(" (Triggered internally at")[0], SHORT,
+                            placeholder=" ...")
+    keys = {(path, line), text}
+    if _shown & keys or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        return ""
+    _shown.update(keys)
+    return text
+
+
+def _is_ours(path: str) -> bool:
+    return Path(path).resolve().is_relative_to(PROJECT) and "site-packages" not in path
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """Takes the place of `warnings.showwarning`."""
+    text = " ".join(str(message).split()) if _is_ours(filename) else _short(str(message), filename, lineno)
+    if text:
+        where = filename.rpartition("site-packages/")[2]
+        print(f"warning: {text} ({where})", file=file or sys.stderr)
+
+
+def _shorten_record(record: logging.LogRecord) -> bool:
+    """A filter of log records: shortens those of other libraries, and drops those that were shown before."""
+    if record.levelno >= logging.ERROR or _is_ours(record.pathname):
+        return True
+    text = _short(record.getMessage(), record.pathname, record.lineno)
+    record.msg, record.args = f"warning: {text} ({record.name})", ()
+    return bool(text)
