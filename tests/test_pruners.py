@@ -299,7 +299,7 @@ def test_every_kind_of_vision_transformer_is_pruned_except_its_classifier(name):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"pruner": "lump", "sparsity": 0.5}, "unknown pruner 'lump': .*lamp, glob, unif, unifplus, erk, owl, alpha, custom"),
+        ({"pruner": "lump", "sparsity": 0.5}, "unknown pruner 'lump': .*lamp, glob, .*owl, alpha, custom"),
         ({"pruner": "lamp", "sparsity": 0.5, "score": "size"}, "unknown score 'size': .*magnitude"),
         ({"pruner": "lamp"}, "needs a sparsity"),
         *(
