@@ -6,12 +6,13 @@ import os
 import reprlib
 import shlex
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 from datasets import DATA_SETS, TIMM
-from sparsity_factory import PRUNERS, PruningError, read_yaml
+from sparsity_factory import PRUNERS, SCHEDULES, SCORES, PruningError, Recipe, parse_pattern, read_yaml
 from trackers import require
-from utils import TIMEOUT, UserError, log
+from utils import TIMEOUT, UserError, available_cores, log, processes_here
 
 SAMPLE_PRESET = Path(__file__).resolve().parent / "configs" / "run" / "sample.yaml"
 
@@ -38,7 +39,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             args = get_args_parser({**sample, **config}).parse_args(argv)
     check_args(args)
     args.command = shlex.join(["main.py", *argv])
-    args.given = sorted(_given(argv) | config.keys())
+    args.given = sorted(given(argv) | config.keys())
+    if "num_workers" not in args.given:
+        args.num_workers = min(args.num_workers, max(1, available_cores() // processes_here()))
     return args
 
 
@@ -133,10 +136,29 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add, _ = group_of("pruning")
     add("--pruner", sweep=REFUSED, instead="--pruners", choices=list(PRUNERS),
         help="how the sparsity is shared among layers; without it nothing is pruned")
+    add("--score", sweep=REFUSED, instead="--scores", choices=list(SCORES), default=Recipe.score,
+        help="how much a weight matters; all but magnitude and random look at training images")
+    add("--pattern", sweep=REFUSED, instead="--patterns", default=Recipe.pattern,
+        help="what goes together: unstructured, row, 2:4 (any n:m, without --sparsity), x:4 (n by layer), block:16x16")
     add("--sparsity", sweep=REFUSED, instead="--sparsities", type=float,
         help="fraction of the prunable weights to remove, in [0, 1)")
     add("--custom-config", sweep=REFUSED, instead="--custom-configs", metavar="FILE",
         help="YAML file with the sparsity of each layer, for --pruner custom")
+    add("--prune-schedule", sweep=REFUSED, instead="--schedules", choices=list(SCHEDULES),
+        default=Recipe.prune_schedule, help="when masks are chosen and changed")
+    add("--prune-start", type=float, default=Recipe.prune_start, metavar="FRACTION",
+        help="when a schedule begins, as a fraction of the training")
+    add("--prune-end", type=float, default=Recipe.prune_end, metavar="FRACTION", help="when its last change is due")
+    add("--prune-every", type=int, default=Recipe.prune_every, metavar="STEPS",
+        help="steps between changes, for gradual, set, rigl, ste and sr-ste")
+    add("--prune-rounds", type=int, default=Recipe.prune_rounds, metavar="N",
+        help="how often iterative prunes, and how many sparse phases ac-dc has")
+    add("--rewind", type=int, metavar="EPOCH", help="the epoch whose weights iterative goes back to after each round")
+    add("--drop-fraction", type=float, default=Recipe.drop_fraction,
+        help="share of the kept weights that set and rigl replace at first")
+    add("--sr-decay", type=float, default=Recipe.sr_decay, help="decay of pruned weights, for sr-ste")
+    add("--calibration-images", type=int, default=Recipe.calibration_images, metavar="N",
+        help="training images that scores and pruners look at, where they look at any")
 
     add, switch = group_of("model")
     add("--model", default="deit_base_patch16_224", help="any vision transformer of timm")
@@ -278,7 +300,7 @@ def brief(value) -> str:
 
 
 def check_args(args) -> None:
-    """Raises UserError for values and combinations that no run can have."""
+    """Raises UserError or PruningError for values and combinations that no run can have."""
     def value_of(flag):
         return getattr(args, flag.lstrip("-").replace("-", "_"))
 
@@ -328,7 +350,7 @@ def check_args(args) -> None:
         if value_of(package):
             require(package)
     check_distillation(args)
-    check_pruning(args)
+    recipe_of(args).check(args.epochs)
 
 
 def check_data_set(args) -> None:
@@ -361,21 +383,14 @@ def check_distillation(args) -> None:
         raise UserError(f"--distillation-tau {args.distillation_tau}: expected a number above 0")
 
 
-def check_pruning(args) -> None:
-    if args.pruner is None and args.sparsity is not None:
-        raise UserError(f"--sparsity {args.sparsity}: expected --pruner beside it, one of {', '.join(PRUNERS)}")
-    if args.custom_config and args.pruner != "custom":
-        raise UserError(f"--custom-config {args.custom_config}: expected --pruner custom beside it")
-    if args.pruner == "custom":
-        if not args.custom_config:
-            raise UserError("--pruner custom: expected --custom-config FILE beside it")
-        if args.sparsity is not None:
-            raise UserError(f"--sparsity {args.sparsity}: not with --pruner custom, whose YAML sets the sparsity")
-    elif args.pruner:
-        if args.sparsity is None:
-            raise UserError(f"--pruner {args.pruner}: expected --sparsity beside it, a number in [0, 1)")
-        if not 0 <= args.sparsity < 1:
-            raise UserError(f"--sparsity {args.sparsity}: expected a number in [0, 1)")
+def recipe_of(args) -> Recipe:
+    """The choices of pruning among the arguments. Raises PruningError for a YAML file that cannot be read."""
+    choices = {field.name: getattr(args, field.name) for field in fields(Recipe)}
+    if args.custom_config:
+        choices["custom_config"] = read_yaml(args.custom_config)
+    if args.pruner is None and parse_pattern(args.pattern).sparsity is not None:
+        choices["pruner"] = "unif"  # n:m says what every layer keeps
+    return Recipe(**choices)
 
 
 def mixes(args) -> bool:
@@ -383,8 +398,8 @@ def mixes(args) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
-def _given(argv: list[str]) -> set[str]:
-    """The destinations that the command line sets."""
+def given(argv: list[str]) -> set[str]:
+    """The destinations that a command line sets."""
     parser = get_args_parser()
     for action in parser._actions:
         action.default = argparse.SUPPRESS

@@ -1,6 +1,7 @@
 """From arguments to the objects of a run: data loaders, model, sparsifier, teacher, criterion, batch transform."""
 
 import argparse
+import math
 
 import timm.layers
 import torch
@@ -10,8 +11,9 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch.utils.data import DataLoader, IterableDataset
 
 import utils
-from arguments import continued_args, mixes
+from arguments import continued_args, mixes, recipe_of
 from augment import BatchTransform
+from calibration import Calibration
 from datasets import build_dataset
 from engine import StepOptions
 from loaders import SeededDataset, SeededStream, StreamLoader
@@ -19,7 +21,7 @@ from losses import CosubLoss, DistillationLoss
 from models import adapt_weights, build_model, load_weights, train_attention_only, train_both_heads
 from run_folder import newest_checkpoint
 from samplers import EvalBatchSampler, TrainSampler
-from sparsity_factory import PruningError, Recipe, Sparsifier, check_masks, read_yaml, unpack
+from sparsity_factory import PruningError, Recipe, Sparsifier, check_masks, unpack
 from state import TrainingState
 from stopping import ignore_signals
 from utils import UserError, log
@@ -37,17 +39,14 @@ def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
     rank, world_size = utils.rank(), utils.world_size()
     share = (rank, world_size) if args.dist_eval else (0, 1)
     val_batch_size = int(1.5 * args.batch_size)
-    workers = args.num_workers
-    if "num_workers" not in args.given:
-        workers = min(workers, max(1, utils.available_cores() // utils.processes_here()))
-    options = {"num_workers": workers, "pin_memory": args.pin_mem and device.type == "cuda",
+    options = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda",
                "worker_init_fn": ignore_signals}
     if isinstance(train_set, IterableDataset):
         train_set, val_set = (SeededStream(stream, args.seed, num_classes) for stream in (train_set, val_set))
         train_loader = StreamLoader(train_set, args.batch_size, share=(rank, world_size), **options)
         val_loader = StreamLoader(val_set, val_batch_size, share=share, **options)
     else:
-        options["persistent_workers"] = workers > 0
+        options["persistent_workers"] = args.num_workers > 0
         sampler = TrainSampler(len(train_set), args.seed, 3 if args.repeated_aug else 1, rank, world_size)
         train_set = SeededDataset(train_set, args.skip_bad_images)
         train_loader = DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, **options)
@@ -58,6 +57,11 @@ def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
     return train_loader, val_loader, num_classes
 
 
+def steps_of_epoch(loader, args) -> int:
+    """Optimizer steps of a whole epoch of the training loader."""
+    return math.ceil(len(loader) / args.accum_iter)
+
+
 def load_start(args) -> tuple[argparse.Namespace, dict]:
     """The checkpoint that `--resume` or `--finetune` names, or an empty one, and the arguments of a run from there.
 
@@ -66,7 +70,8 @@ def load_start(args) -> tuple[argparse.Namespace, dict]:
     args = argparse.Namespace(**vars(args))
     if args.resume == "auto":
         args.resume = utils.on_first_process(lambda: newest_checkpoint(args.output_dir))
-        log(f"--resume auto: {args.resume or f'no checkpoint in {args.output_dir}, so the run starts from the beginning'}")
+        none = f"no checkpoint in {args.output_dir}, so the run starts from the beginning"
+        log(f"--resume auto: {args.resume or none}")
     source = args.resume or args.finetune
     checkpoint = utils.load_checkpoint(source) if source else {}
     if source and args.use_ema:
@@ -113,31 +118,51 @@ def prepare_model(args, num_classes: int, checkpoint: dict, device: torch.device
     return model.to(device)
 
 
-def build_sparsifier(args, model: torch.nn.Module, checkpoint: dict) -> Sparsifier:
-    """What prunes the model: the masks of the checkpoint, or else a recipe whose masks are not chosen yet.
+def build_sparsifier(args, model: torch.nn.Module, checkpoint: dict, epoch_steps: int, device: torch.device,
+                     amp_dtype: torch.dtype | None) -> Sparsifier:
+    """What prunes the model: with the masks of the checkpoint, or else with a recipe whose masks are not chosen yet.
 
-    A resumed run has the recipe of its checkpoint. With `--finetune`, a pruner that is asked for replaces it.
+    A run that goes on has the recipe of its checkpoint, and its place in the schedule. With `--finetune`, a pruner that
+    is asked for replaces both; without one, the masks of the checkpoint stay as they are.
+
+    epoch_steps: optimizer steps an epoch.
     """
-    source = args.resume or args.finetune
-    asked = Recipe(args.pruner, args.sparsity, read_yaml(args.custom_config) if args.custom_config else None)
+    source, goes_on = args.resume or args.finetune, "optimizer" in checkpoint
+    asked = recipe_of(args)
+
+    def sparsifier(recipe: Recipe, masks=None) -> Sparsifier:
+        statistics = Calibration(args, model, device, amp_dtype) if recipe.needs and (goes_on or not masks) else None
+        return Sparsifier(model, recipe, total_steps=max(args.epochs - args.start_epoch, 1) * epoch_steps,
+                          epoch_steps=epoch_steps, masks=masks, statistics=statistics, share=utils.on_first_process)
+
     try:
-        stored, masks = Recipe.from_dict(checkpoint.get("pruner")), None
-        if "masks" in checkpoint:
-            masks = unpack(checkpoint["masks"])
-            for kind in ("model", "model_ema"):
-                check_masks(checkpoint.get(kind, {}), masks, stored.custom_config)
+        stored, masks = stored_pruning(checkpoint)
+        if args.resume and asked.pruner and (masks is not None or goes_on) and asked.differences(stored):
+            raise UserError(f"{asked.in_words()}: {source} is of a run with {stored.in_words()}; leave the pruning "
+                            "flags out, or prune its weights anew with --finetune")
+        if masks is None or (asked.pruner and not args.resume):
+            return sparsifier(asked.one_shot() if args.eval else asked)
+        if not goes_on:
+            return sparsifier(stored.one_shot(), masks)
+        going_on = sparsifier(stored, masks)
+        if "pruning" in checkpoint:
+            going_on.load_state_dict(checkpoint["pruning"])
+        return going_on
     except PruningError as error:
-        raise UserError(f"{source}: {error}") from None
-    continues = masks is not None or "optimizer" in checkpoint
-    if args.resume and asked.pruner and continues and asked.differences(stored):
-        raise UserError(f"--pruner {args.pruner}: {source} is of a run with {stored.in_words()}; leave the pruning "
-                        "flags out, or prune its weights anew with --finetune")
-    if masks is None or (args.finetune and not args.resume and asked.pruner):
-        return Sparsifier(model, asked, share=utils.on_first_process)
-    try:
-        return Sparsifier(model, stored, masks=masks)
-    except PruningError as error:
-        raise UserError(f"{source}: {error}") from None
+        raise UserError(f"{source}: {error}" if source else str(error)) from None
+
+
+def stored_pruning(checkpoint: dict) -> tuple[Recipe, dict[str, torch.Tensor] | None]:
+    """The recipe and the masks of a checkpoint, None where it has none. Raises PruningError for what is wrong in it."""
+    pruning = checkpoint.get("pruning")
+    stored = pruning.get("recipe") if isinstance(pruning, dict) else checkpoint.get("pruner")
+    recipe = Recipe() if stored is None else Recipe.from_dict(stored)
+    if "masks" not in checkpoint:
+        return recipe, None
+    masks = unpack(checkpoint["masks"])
+    for kind in ("model", "model_ema"):
+        check_masks(checkpoint.get(kind, {}), masks, recipe.custom_config)
+    return recipe, masks
 
 
 def build_step_options(args, num_classes: int, device: torch.device, amp_dtype: torch.dtype | None) -> StepOptions:

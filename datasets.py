@@ -28,16 +28,17 @@ decode_jpeg = getattr(io, "decode_jpeg", None)  # deprecated since torchvision 0
 SAMPLE_PATH = Path(__file__).resolve().parent / "sample"
 
 
-def build_dataset(is_train: bool, args) -> tuple[Dataset, int]:
+def build_dataset(is_train: bool, args, transform=None) -> tuple[Dataset, int]:
     """The training or validation images that the arguments ask for, and the number of classes.
 
+    transform: of one image; by default DeiT's for that kind of images.
     Without `--data-path` it is the built-in sample. Raises UserError when files are missing or damaged.
     """
     name, path = (args.data_set, Path(args.data_path)) if args.data_path else ("FASHION", SAMPLE_PATH)
     if not path.is_dir():
         raise UserError(f"--data-path {path}: no such folder")
     build = _timm if name.startswith(TIMM) else DATA_SETS[name]
-    return build(path, is_train, build_transform(is_train, args), args)
+    return build(path, is_train, transform or build_transform(is_train, args), args)
 
 
 def build_transform(is_train: bool, args):

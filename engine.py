@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
-from sparsity_factory import Sparsifier
+from sparsity_factory import Recipe, Sparsifier
 from utils import MetricLogger, SmoothedValue
 
 
@@ -43,7 +43,7 @@ class Learner:
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
 
     def __post_init__(self):
-        self.sparsifier = self.sparsifier or Sparsifier(self.model)
+        self.sparsifier = self.sparsifier or Sparsifier(self.model, Recipe(), total_steps=1, epoch_steps=1)
 
     @property
     def model(self) -> nn.Module:
@@ -112,7 +112,7 @@ def train_one_epoch(learner: Learner, options: StepOptions, loader, progress: Pr
     sparsifier, logger, device, accum_iter = learner.sparsifier, progress.logger, options.device, options.accum_iter
     network.train(options.train_mode)
     second_order = getattr(optimizer, "is_second_order", False)
-    first_batch, seen = progress.epoch_step * accum_iter, 0
+    first_batch, seen, one = progress.epoch_step * accum_iter, 0, torch.ones((), device=device)
     num_batches = first_batch + len(loader)
     batches = logger.log_every(loader, print_freq, f"Epoch: [{progress.epoch}]", first_batch)
     for batch, (images, targets) in enumerate(batches, first_batch):
@@ -139,7 +139,7 @@ def train_one_epoch(learner: Learner, options: StepOptions, loader, progress: Pr
         logger.update(loss=loss.detach().float(), lr=optimizer.param_groups[0]["lr"])
         if not completes_step:
             continue
-        sparsifier.end_backward()
+        sparsifier.end_backward(scaler.scale(one))
         if options.clip_grad is not None:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(network.parameters(), options.clip_grad)

@@ -14,7 +14,15 @@ import torch
 
 import utils
 from arguments import parse_args
-from builders import build_loaders, build_sparsifier, build_state, build_step_options, load_start, prepare_model
+from builders import (
+    build_loaders,
+    build_sparsifier,
+    build_state,
+    build_step_options,
+    load_start,
+    prepare_model,
+    steps_of_epoch,
+)
 from cli import audit, exit_status
 from results import open_results
 from sparsity_factory import LayerSparsity, Sparsifier, sparsity_rows, sparsity_table
@@ -35,7 +43,8 @@ def main(args) -> dict[str, float]:
         train_loader, val_loader, num_classes = build_loaders(args, device)
         args, checkpoint = load_start(args)
         model = prepare_model(args, num_classes, checkpoint, device)
-        sparsifier = build_sparsifier(args, model, checkpoint)
+        sparsifier = build_sparsifier(args, model, checkpoint, steps_of_epoch(train_loader, args), device, amp_dtype)
+        first_masks = {} if sparsifier.masks else sparsifier.first_masks()
         state = options = None
         if not args.eval:  # before any evaluation, so that a mistake shows at once
             options = build_step_options(args, num_classes, device, amp_dtype)
@@ -45,7 +54,7 @@ def main(args) -> dict[str, float]:
         before = "before pruning" if "masks" in checkpoint else "dense"
         checkpoint = None  # from here on it would only take memory
 
-        rows = prune(model, sparsifier, test, before, args.eval)
+        rows = prune(model, sparsifier, first_masks, test, before, args.eval)
         results.start(model, rows, test.accuracy, torch.zeros(1, 3, args.input_size, args.input_size, device=device))
         accuracy = test.accuracy
         if state:
@@ -57,20 +66,21 @@ def main(args) -> dict[str, float]:
     return accuracy
 
 
-def prune(model, sparsifier: Sparsifier, test: Evaluator, before: str, evaluates: bool) -> list[LayerSparsity]:
-    """Chooses the masks that a run does not have yet, and reports what is kept of each layer.
+def prune(model, sparsifier: Sparsifier, first_masks: dict, test: Evaluator, before: str,
+          evaluates: bool) -> list[LayerSparsity]:
+    """Prunes the model by masks that it does not have yet, and reports what is kept of each layer.
 
-    The accuracy is measured before (under the name `before`) and after; with `evaluates` also where masks were there.
+    The accuracy is measured before (under the name `before`) and after; with `evaluates` also of a model as it is.
     """
-    chooses = not sparsifier.started
-    if chooses:
+    if first_masks:
         test.measure(before, model)
-        sparsifier.start()
+        sparsifier.start(first_masks)
     rows = sparsity_rows(model, sparsifier.masks.masks)
-    if sparsifier.masks:
+    pruned = sparsifier.masks.sparsity() > 0
+    if pruned:
         log(sparsity_table(rows))
-    if chooses or evaluates:
-        test.measure("pruned" if sparsifier.masks else "dense", model)
+    if evaluates or first_masks and pruned:
+        test.measure("pruned" if pruned else "dense", model)
     return rows
 
 

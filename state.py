@@ -76,14 +76,14 @@ class TrainingState:
         return bad
 
     def end_epoch(self, accuracies: list[float]) -> bool:
-        """Moves on to the next epoch; true when one of the accuracies is the best so far.
+        """Moves on to the next epoch; true when one of the accuracies is the best so far, at the final sparsity.
 
         accuracies: top-1 in percent of the model and, where there is one, of its moving average.
         """
         self.progress.end_epoch()
         if self.lr_scheduler:
             self.lr_scheduler.step(self.progress.epoch, accuracies[0])
-        improved = max(accuracies) > self.max_accuracy
+        improved = self.learner.sparsifier.final and max(accuracies) > self.max_accuracy
         if improved:
             self.max_accuracy = max(accuracies)
             self.best = ("model", "model_ema")[accuracies.index(self.max_accuracy)]
@@ -122,10 +122,10 @@ class TrainingState:
             "args": vars(self.args),
         }
         sparsifier = learner.sparsifier
-        if sparsifier.masks.masks:
+        if sparsifier.masks:
             recipe = sparsifier.recipe
             made_by = {"name": recipe.pruner, "sparsity": recipe.sparsity, "custom_config": recipe.custom_config}
-            state |= {"masks": sparsifier.masks.state_dict(), "pruner": made_by}
+            state |= {"masks": sparsifier.masks.state_dict(), "pruner": made_by, "pruning": sparsifier.state_dict()}
         return state
 
     def resume(self, checkpoint: dict, source: str) -> None:

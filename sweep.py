@@ -27,13 +27,13 @@ from tqdm import tqdm
 
 import plots
 import utils
-from arguments import FREE, REFUSED, get_args_parser, parse_args
-from builders import build_loaders, build_step_options, prepare_model
+from arguments import FREE, REFUSED, get_args_parser, given, parse_args
+from builders import build_loaders, build_step_options, prepare_model, steps_of_epoch
 from cli import exit_status
 from engine import DivergedError
 from results import Results, versions
 from run_folder import RunFolder
-from sparsity_factory import PRUNERS, Masks, PruningError, Sparsifier, compute_masks, prunable_weights
+from sparsity_factory import PRUNERS, Masks, PruningError, Recipe, Sparsifier, compute_masks, prunable_weights
 from state import TrainingState
 from stopping import Stopped, StopSignals
 from training import Evaluator, train
@@ -113,11 +113,12 @@ def parse_sweep_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Name
     parser.add_argument("--sensitivity", action="store_true", help="prune one layer at a time, by magnitude")
     parser.add_argument("--output_dir", default="output/sweep", metavar="DIR", help="where the results go")
     options, others = parser.parse_known_args(argv)
-    args = parse_args([*others, "--output_dir", options.output_dir])
+    given_here = given(others)
     for action in get_args_parser()._actions:
-        if getattr(action, "sweep", None) == REFUSED and action.dest in args.given:
+        if getattr(action, "sweep", None) == REFUSED and action.dest in given_here:
             instead = f"; see {action.instead}" if action.instead else ""
             raise UserError(f"{action.option_strings[0]}: not with a sweep{instead}")
+    args = parse_args([*others, "--output_dir", options.output_dir])
     for sparsity in options.sparsities:
         if not 0 <= sparsity < 1:
             raise UserError(f"--sparsities {sparsity}: expected numbers in [0, 1)")
@@ -161,7 +162,7 @@ class Workbench:
         self.test = Evaluator(self.val_loader, args, self.device, self.amp_dtype, stop, {})
         if args.epochs:
             self.options = build_step_options(args, num_classes, self.device, self.amp_dtype)
-            self._state(args, Sparsifier(self.model))  # a mistake in the arguments of the optimizer shows at once
+            self._state(args, Recipe())  # a mistake in the arguments of the optimizer shows at once
 
     def outcome(self, task: Task) -> Outcome:
         """Measures what the task asks for; what fails is told in the outcome, since the others may succeed."""
@@ -190,11 +191,13 @@ class Workbench:
 
     def _finetune(self, masks: Mapping[str, torch.Tensor], seed: int) -> float:
         args = argparse.Namespace(**{**vars(self.args), "seed": seed})
-        state = self._state(args, Sparsifier(self.model, masks=masks))
+        state = self._state(args, Recipe(), masks)
         self.train_loader.sampler.set_seed(seed)
         return train(state, self.options, self.train_loader, self.test, self.stop, Results("", {}))
 
-    def _state(self, args, sparsifier: Sparsifier) -> TrainingState:
+    def _state(self, args, recipe: Recipe, masks: Mapping[str, torch.Tensor] | None = None) -> TrainingState:
+        steps = steps_of_epoch(self.train_loader, args)
+        sparsifier = Sparsifier(self.model, recipe, total_steps=args.epochs * steps, epoch_steps=steps, masks=masks)
         return TrainingState(self.model, sparsifier, args, self.device, self.train_loader.dataset.bad)
 
 

@@ -2,13 +2,13 @@
 
 import copy
 import datetime
-import math
 import time
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
+from builders import steps_of_epoch
 from engine import StepOptions, check_finite, evaluate, train_one_epoch
 from results import Results
 from state import TrainingState
@@ -52,7 +52,7 @@ def train(state: TrainingState, options: StepOptions, loader, test: Evaluator, s
     if utils.world_size() > 1:
         learner.network = distribute(learner.model, options, args.input_size, args.batch_size)
     loader.sampler.set_epoch(progress.epoch)
-    steps = math.ceil(len(loader) / args.accum_iter)
+    steps = steps_of_epoch(loader, args)
     log(f"Training epochs {progress.epoch} to {args.epochs - 1}, {steps} steps each"
         + (f"; going on after step {progress.epoch_step} of epoch {progress.epoch}" if progress.epoch_step else ""))
     start, test_stats = time.time(), {}
@@ -123,6 +123,8 @@ def save(state: TrainingState, results: Results, best: bool = False) -> None:
 def epoch_metrics(state: TrainingState, metrics: dict[str, dict[str, float]]) -> dict:
     """The line of log.txt for the epoch that has just ended."""
     line = {f"{kind}_{name}": value for kind, stats in metrics.items() for name, value in stats.items()}
+    if masks := state.learner.sparsifier.masks:
+        line["sparsity"] = masks.sparsity()
     return {**line, "epoch": state.progress.epoch - 1,
             "n_parameters": sum(p.numel() for p in state.learner.model.parameters() if p.requires_grad)}
 

@@ -38,7 +38,7 @@ from arguments import parse_args  # noqa: E402
 from builders import build_batch_transform, build_loaders, prepare_model  # noqa: E402
 from engine import Learner, Progress, StepOptions, evaluate, train_one_epoch  # noqa: E402
 from losses import DistillationLoss  # noqa: E402
-from sparsity_factory import PRUNERS, Masks, Sparsifier, compute_masks, prunable_weights  # noqa: E402
+from sparsity_factory import PRUNERS, Masks, Recipe, Sparsifier, compute_masks, prunable_weights  # noqa: E402
 from state import TrainingState  # noqa: E402
 
 RESULTS = ROOT / "output" / "benchmarks.json"
@@ -176,7 +176,7 @@ def ours(name: str) -> Learner:
     args = parse_args(["--data-path", "unused", "--model", name, "--no-pretrained"])
     with contextlib.redirect_stdout(io.StringIO()):
         model = prepare_model(args, 1000, {}, CPU)
-        return TrainingState(model, Sparsifier(model), args, CPU).learner
+        return TrainingState(model, Sparsifier(model, Recipe(), total_steps=1, epoch_steps=1), args, CPU).learner
 
 
 def step() -> list[dict]:

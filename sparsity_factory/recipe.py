@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from .config import _level_section, _parse, resolve_levels
 from .errors import PruningError
-from .pruners import PRUNERS, SCORES
+from .pruners import PRUNERS, needs_of
 from .schedules import SCHEDULES, Steps
+from .scores import SCORES
 
 LARGEST = 2**53  # of integers: floats count no further, and nothing here is that large
 MOST_ROUNDS = 10_000  # each is a number in a list
@@ -117,7 +118,13 @@ class Recipe:
     @property
     def needs(self) -> set[str]:
         """What score and pruner need to know of the data."""
-        return {need for method in (SCORES[self.score], PRUNERS[self.pruner]) for need in getattr(method, "needs", ())}
+        return set(needs_of(self.pruner, self.score)) if self.pruner else set()
+
+    def one_shot(self) -> "Recipe":
+        """The same choices, made once: for an evaluation, or for masks that stay."""
+        timed = {name for schedule in SCHEDULES.values() for name in schedule.uses} - {"seed"}
+        return replace(self, prune_schedule="one-shot",
+                       **{field.name: field.default for field in fields(self) if field.name in timed})
 
     def steps(self, total: int, epoch: int) -> Steps:
         """The times of the schedule in steps, of a training of `total` steps with `epoch` steps an epoch."""

@@ -110,6 +110,7 @@ class Sparsifier:
             self.masks.update(self.first_masks() if first is None else first)
             self._changed = 0 if self.schedule.changes_at(0) else -1
         self._hide() if self.schedule.trains_pruned else self.masks.apply()
+        self._mask_averages()
 
     def attach(self, optimizer: torch.optim.Optimizer, averages: Iterable[nn.Module] = ()) -> None:
         """Names what obeys the masks besides the model.

@@ -13,6 +13,7 @@ if __name__ == "__main__":
     args = parse_args(["--pruner", "lamp", "--sparsity", "0.65"])
     utils.init_process_group("cpu")
     torch.manual_seed(utils.rank())
-    sparsifier = build_sparsifier(args, build_model(args.model, 10, 28), {})
+    model = build_model(args.model, 10, 28)
+    sparsifier = build_sparsifier(args, model, {}, 1, torch.device("cpu"), None)
     sparsifier.start()
     torch.save(sparsifier.masks.masks, f"{sys.argv[1]}/masks{utils.rank()}.pth")

@@ -16,7 +16,7 @@ import utils
 from arguments import parse_args
 from datasets import build_transform
 from losses import CosubLoss
-from sparsity_factory import Sparsifier
+from sparsity_factory import Recipe, Sparsifier
 from state import TrainingState
 from utils import UserError
 
@@ -34,7 +34,7 @@ def model_of(*flags):
 
 def state_of(*flags):
     model = timm.create_model("deit_sample_patch4_28")
-    return TrainingState(model, Sparsifier(model), options(*flags), CPU)
+    return TrainingState(model, Sparsifier(model, Recipe(), total_steps=1, epoch_steps=1), options(*flags), CPU)
 
 
 def group(*flags):

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from augment import BatchTransform
 from engine import DivergedError, Learner, Progress, StepOptions, evaluate, train_one_epoch
 from losses import DistillationLoss
-from sparsity_factory import Sparsifier, compute_masks, prunable_weights
+from sparsity_factory import Masks, Recipe, Sparsifier, compute_masks, prunable_weights
 from training import distribute
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def adamw(model):
 def train(network, loader, optimizer, *, criterion=PLAIN, device=CPU, progress=None, after_step=None, masks=None,
           ema=None, scaler=None, **options):
     learner = Learner(network, optimizer, ema=ema)
-    learner.sparsifier = Sparsifier(learner.model, masks=masks)
+    learner.sparsifier = Sparsifier(learner.model, Recipe(), total_steps=99, epoch_steps=9, masks=masks)
     learner.scaler = scaler or learner.scaler
     return train_one_epoch(learner, StepOptions(criterion, device, **options), loader, progress or Progress(),
                            after_step=after_step)
@@ -62,7 +62,7 @@ def test_masked_training_follows_the_reparametrised_network():
     for name, mask in chosen.items():
         prune.custom_from_mask(theirs.get_submodule(name.removesuffix(".weight")), "weight", mask)
     ema = ModelEmaV3(ours, decay=0.9)
-    Sparsifier(ema.module, masks=chosen)
+    Masks(ema.module, chosen)
     train(ours, batches(12), adamw(ours), progress=Progress(5), masks=chosen, ema=ema, clip_grad=0.5)
     train(theirs, batches(12), adamw(theirs), progress=Progress(5), clip_grad=0.5)
     averaged = dict(ema.module.named_parameters())

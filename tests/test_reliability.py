@@ -347,9 +347,9 @@ def test_a_resumed_run_skips_the_same_images_and_counts_on(run_main, folder_with
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_leaves_no_lock(run_main, tiny, tmp_path):
-    program = f"import time, run_folder\nrun_folder.RunFolder({str(tmp_path / 'out')!r})\nprint(1, flush=True)\ntime.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", program.replace("run_folder.Run", "held = run_folder.Run")], cwd=ROOT,
-                               stdout=subprocess.PIPE)
+    program = ("import time, run_folder\n"
+               f"held = run_folder.RunFolder({str(tmp_path / 'out')!r})\nprint(1, flush=True)\ntime.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
     process.stdout.readline()
     error = run_main(*tiny, *LAMP, "--output_dir", "out", status=2)
     assert error.startswith(f"error: --output_dir out: in use by process {process.pid} on ")

@@ -4,6 +4,7 @@ from .errors import BadImageError, UserError, WriteError, first_line
 from .files import load_checkpoint, save_checkpoint, write_atomically
 from .logs import BARS, LINES, QUIET, MetricLogger, SmoothedValue, log, quiet_libraries, show_progress
 from .processes import (
+    CALIBRATION,
     INIT,
     ORDER,
     SAMPLE,
@@ -29,9 +30,9 @@ from .processes import (
 )
 
 __all__ = [
-    "BARS", "INIT", "LINES", "ORDER", "QUIET", "SAMPLE", "STEP", "TIMEOUT", "BadImageError", "MetricLogger",
-    "SmoothedValue", "UserError", "WriteError", "available_cores", "choose_amp", "choose_device", "end_process",
-    "exchange_failure", "first_line", "gather_objects", "in_words", "init_process_group", "is_first_to_fail",
+    "BARS", "CALIBRATION", "INIT", "LINES", "ORDER", "QUIET", "SAMPLE", "STEP", "TIMEOUT", "BadImageError",
+    "MetricLogger", "SmoothedValue", "UserError", "WriteError", "available_cores", "choose_amp", "choose_device",
+    "end_process", "exchange_failure", "first_line", "gather_objects", "in_words", "init_process_group", "is_first_to_fail",
     "is_main_process", "load_checkpoint", "local_rank", "log", "on_first_process", "processes_here", "quiet_libraries",
     "rank", "save_checkpoint", "seed_everything", "show_progress", "sum_over_processes", "world_size",
     "write_atomically",

@@ -238,7 +238,7 @@ def end_process(work) -> NoReturn:
 
 
 #: What random numbers are drawn for; first in every key, so that no two purposes share their numbers.
-INIT, ORDER, SAMPLE, STEP = range(4)
+INIT, ORDER, SAMPLE, STEP, CALIBRATION = range(5)
 
 
 def seed_everything(purpose: int, *key: int) -> None:
