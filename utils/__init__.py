@@ -32,8 +32,8 @@ from .processes import (
 __all__ = [
     "BARS", "CALIBRATION", "INIT", "LINES", "ORDER", "QUIET", "SAMPLE", "STEP", "TIMEOUT", "BadImageError",
     "MetricLogger", "SmoothedValue", "UserError", "WriteError", "available_cores", "choose_amp", "choose_device",
-    "end_process", "exchange_failure", "first_line", "gather_objects", "in_words", "init_process_group", "is_first_to_fail",
-    "is_main_process", "load_checkpoint", "local_rank", "log", "on_first_process", "processes_here", "quiet_libraries",
-    "rank", "save_checkpoint", "seed_everything", "show_progress", "sum_over_processes", "world_size",
-    "write_atomically",
+    "end_process", "exchange_failure", "first_line", "gather_objects", "in_words", "init_process_group",
+    "is_first_to_fail", "is_main_process", "load_checkpoint", "local_rank", "log", "on_first_process",
+    "processes_here", "quiet_libraries", "rank", "save_checkpoint", "seed_everything", "show_progress",
+    "sum_over_processes", "world_size", "write_atomically",
 ]
