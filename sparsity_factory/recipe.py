@@ -149,7 +149,7 @@ class Recipe:
     def request(self, shapes: Mapping[str, Sequence[int]], levels: Mapping, scale=None) -> dict:
         """The arguments of `compute_masks`, with every sparsity replaced by `scale(sparsity)`, where that is given.
 
-        Of every m weights, the number kept is the nearest, and no less than the target's n.
+        Of every m weights, the number kept is the nearest; it is the target's n where nothing is scaled.
 
         levels: what `levels(shapes)` returned.
         """
@@ -271,7 +271,7 @@ def _scaled(level: int | tuple[int, int], total: int, scale: Callable[[float], f
     """An entry of a custom configuration for the scaled sparsity of a level, as `resolve_levels` gives it."""
     if isinstance(level, tuple):
         n, m = level
-        return max(n, m - round(m * scale(1 - n / m))), m
+        return m - round(m * scale(1 - n / m)), m
     return min(scale(1 - level / total), math.nextafter(1, 0))  # of a layer that keeps nothing, too
 
 

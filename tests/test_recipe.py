@@ -189,7 +189,7 @@ def test_a_recipe_is_shown_as_the_flags_that_ask_for_it(recipe, words):
 # ---- scaled ----
 
 
-def test_scaled_levels_round_to_the_nearest_n_and_never_below_the_target():
+def test_scaled_levels_round_to_the_nearest_n():
     shapes = {"a": (4, 8), "b": (4, 8), "c": (2, 5)}
     recipe = custom([2, 4], 0.5, "dense", mode="nxm")
     levels = recipe.levels(shapes)

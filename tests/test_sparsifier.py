@@ -9,6 +9,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.optim.lookahead import Lookahead
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsity_factory import SCHEDULES, PruningError, Recipe, Sparsifier, check_masks, compute_masks, pack
 from sparsity_factory.schedules import regrow
@@ -307,6 +308,29 @@ def test_pruned_weights_stay_zero_also_with_an_optimizer_that_moves_them_and_the
             check_masks(model.state_dict(), run.sparsifier.masks.masks)
 
 
+def test_state_from_before_a_weight_was_pruned_is_not_found_again_when_it_grows():
+    run = Run(recipe("rigl"), OPTIMIZERS["momentum"])
+    for _ in range(3):
+        run.step()
+    before, momentum = run.masks()["0.weight"], state_of(run.optimizer, run.model[0].weight)[0]
+    momentum[~before] = 1.0
+    run.step()
+    grown = run.masks()["0.weight"] & ~before
+    assert grown.any() and not momentum[grown].any()
+
+
+def test_a_tie_between_a_pruned_weight_and_a_kept_one_of_zero_brings_nothing_back():
+    run = Run(recipe("gradual"))
+    for _ in range(8):
+        run.step()
+    before = run.masks()
+    assert not before["0.weight"].all()
+    with torch.no_grad():
+        run.model[0].weight.zero_()
+    chosen = run.sparsifier.choose(lambda sparsity: 0.9 * sparsity, among_kept=True)
+    assert not (chosen["0.weight"] & ~before["0.weight"]).any()
+
+
 def test_a_rewind_clears_the_state_of_the_optimizer_and_takes_all_weights_back():
     run = Run(recipe("iterative"), OPTIMIZERS["adamw"])
     for _ in range(EPOCH):
@@ -547,3 +571,30 @@ def test_masks_on_their_way_to_other_processes_are_bits():
     sent = []
     Run(recipe("one-shot"), share=lambda compute: sent.append(compute()) or sent[-1])
     assert sum(entry["bits"].numel() for entry in sent[0].values()) == (12 * 8 + 6 * 12) // 8
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where a number is read from the meta device, which stands for a GPU: to read one is to wait for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "reads a number"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_step_between_changes_waits_for_the_device(schedule):
+    meta = torch.device("meta")
+    model = network().to(meta)
+    every = {"prune_every": 1000} if "prune_every" in SETTINGS[schedule] else {}
+    masks = {name: torch.ones_like(model.get_parameter(name), dtype=torch.bool) for name in ("0.weight", "3.weight")}
+    sparsifier = Sparsifier(model, recipe(schedule, **every), total_steps=1000, epoch_steps=250, masks=masks)
+    sparsifier.start()
+    optimizer = sgd(model)
+    sparsifier.attach(optimizer)
+    with NoHostReads():
+        for _ in range(3):
+            sparsifier.begin_step()
+            model(torch.ones(4, 8, device=meta)).sum().backward()
+            sparsifier.end_backward(torch.ones((), device=meta))
+            optimizer.step()
+            sparsifier.end_step()
