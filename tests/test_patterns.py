@@ -181,6 +181,12 @@ def test_layers_that_are_alike_differ_by_one_step_at_most_and_the_earlier_keep_m
     assert [int(mask.sum()) // 8 for mask in masks] == [2, 2, 2, 1, 1]
 
 
+@pytest.mark.parametrize("pattern", ["x:4", "row"])
+def test_layers_that_the_allocation_keeps_dense_stay_dense_though_others_would_come_nearer_to_the_budget(pattern):
+    first, *_, last = (mask for mask, _ in chosen(random_model(), "unifplus", 0.55, pattern))
+    assert first.all() and last.all()
+
+
 def test_many_layers_of_unlike_sizes_are_fitted_in_no_time_and_closely():
     random = np.random.RandomState(0)
     step = random.randint(500, 5000, 60)  # a row of each, of sizes that have no divisor in common
