@@ -95,7 +95,8 @@ class _Groups(Pattern):
     def fit(self, kept, shapes, budget):
         """All layers together keep as much of the budget as whole n allow, and never more than it.
 
-        Among the ways to do so, it is the one that stays nearest to what the allocation wants.
+        Among the ways to do so, it is the one that stays nearest to what the allocation wants. Layers that it wants
+        dense stay dense, if the budget allows that.
         """
         m = {name: self.m or shape[1] for name, shape in shapes.items()}
         groups = {name: prod(shape) // m[name] for name, shape in shapes.items()}
@@ -287,21 +288,24 @@ def _down(sparsity: float) -> str:
 def _nearest_steps(wanted: np.ndarray, step: np.ndarray, most: np.ndarray, budget: int) -> np.ndarray:
     """How many steps each layer takes, from 1 to `most`.
 
-    The total is the largest that does not pass the budget; among the ways to reach it, the one of the least squared
-    distance to shares of the budget that are proportional to what is wanted. All ways are searched in which no layer is
-    more than 32 steps from its share; fewer steps, or rounded totals, where layers have so many sizes that their sums
-    are more than STATES.
+    A layer that is wanted whole stays so, if the budget allows that for all of those. The total is the largest that
+    does not pass the budget; among the ways to reach it, the one of the least squared distance to shares of the budget
+    that are proportional to what is wanted. All ways are searched in which no layer is more than 32 steps from its
+    share; fewer steps, or rounded totals, where layers have so many sizes that their sums are more than STATES.
 
     wanted, step: numbers of weights.
     """
+    least = np.where(wanted >= most * step, most, 1)
+    if least @ step > budget:
+        least = np.ones_like(most)
 
     def shares(scale: float) -> np.ndarray:
-        return np.clip(4 * scale * wanted / step, 1, most)
+        return np.clip(4 * scale * wanted / step, least, most)
 
     share = shares(largest_threshold(lambda scale: (shares(scale) * step).sum() <= budget))
     unit = gcd(*step.tolist())
     for window in (32, 8, 2):
-        low = np.maximum(np.floor(share).astype(int) - window, 1)
+        low = np.maximum(np.floor(share).astype(int) - window, least)
         spare = budget - int(low @ step)
         if spare <= STATES * unit:
             break

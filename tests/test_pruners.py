@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from made_up import linears, statistics_of
 from torch import nn
 
-from sparsity_factory import PRUNERS, PruningError, compute_masks, needs_of, prunable_weights
+from sparsity_factory import PRUNERS, PruningError, check_request, compute_masks, describe, needs_of, prunable_weights
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "masks_deit_tiny.json").read_text())
 AUTOMATIC = [name for name in PRUNERS if name != "custom"]
@@ -200,6 +200,110 @@ def test_lamp_equals_sorting_every_score_on_layers_of_real_size(sparsity):
     assert kept(linears(*weights), "lamp", sparsity) == np.bincount(best, minlength=4).tolist()
 
 
+# ---- OWL and AlphaPruning against plain definitions ----
+
+
+def sizes_and_budget(model, sparsity):
+    return np.array(sizes(model)), round(sum(sizes(model)) * (1 - sparsity))
+
+
+def small_models(count, seed=0):
+    """Layers of unlike sizes, outliers and spectra."""
+    random = np.random.RandomState(seed)
+    for _ in range(count):
+        weights = []
+        for _ in range(random.randint(2, 6)):
+            outputs, inputs = random.randint(8, 40, 2)
+            tail = random.pareto(random.uniform(1, 6), (outputs, inputs)) + random.uniform(0, 2)
+            weights.append(torch.from_numpy(tail * random.choice([-1, 1], (outputs, inputs))))
+        yield linears(*weights)
+
+
+def outlier_ratio(weight, norms) -> float:
+    wanda = [[abs(w) * norm for w, norm in zip(row, norms, strict=True)] for row in weight]
+    mean = sum(map(sum, wanda)) / (len(wanda) * len(norms))
+    return sum(score > 5 * mean for row in wanda for score in row) / (len(wanda) * len(norms))
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.65])
+def test_owl_moves_densities_by_the_share_of_outliers_within_008(sparsity):
+    for model in small_models(10):
+        statistics = statistics_of(model, {"input_norms"})
+        masks = compute_masks(model, "owl", sparsity, statistics=statistics)
+        n, budget = sizes_and_budget(model, sparsity)
+        ratios = np.array([outlier_ratio(weight.tolist(), statistics.value(name, "input_norms").tolist())
+                           for name, weight in prunable_weights(model).items()])
+        deviation = ratios - sum(ratios * n) / sum(n)
+        expected = (1 - sparsity + 0.08 * deviation / max(abs(deviation))) * n
+        found = np.array([int(mask.sum()) for mask in masks.values()])
+        assert abs(found - expected).max() < 1.01  # each is rounded up or down
+        assert abs(found / n - (1 - sparsity)).max() <= 0.08 + 1 / n.min()
+        assert found.sum() == budget
+
+
+def test_owl_keeps_more_of_a_layer_with_outliers_and_looks_at_the_inputs_for_them():
+    ones = torch.ones(10, 10)
+    spiked = ones.clone()
+    spiked[:, 0] = 1000
+    assert kept_with_norms(linears(ones, spiked, ones), torch.ones(10)) == [46, 58, 46]
+    norms = torch.ones(10)
+    norms[0] = 1 / 1000  # which hides the outliers
+    assert kept_with_norms(linears(ones, spiked, ones), norms) == [50, 50, 50]
+
+
+def kept_with_norms(model, norms):
+    statistics = statistics_of(model, {"input_norms"})
+    for name in statistics.shapes:
+        statistics.state_dict()[f"{name}.input_norms"].copy_(norms.square())
+    return [int(mask.sum()) for mask in compute_masks(model, "owl", 0.5, statistics=statistics).values()]
+
+
+def hill_exponent(weight) -> float:
+    """From singular values, one by one."""
+    eigenvalues = sorted(value**2 for value in torch.linalg.svdvals(weight).tolist())
+    tail = eigenvalues[len(eigenvalues) // 2 :]
+    return 1 + len(tail) / sum(np.log(value / tail[0]) for value in tail)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.65])
+def test_alpha_prunes_in_proportion_to_08_to_12_along_the_exponents(sparsity):
+    for model in small_models(10):
+        n, budget = sizes_and_budget(model, sparsity)
+        exponents = np.array([hill_exponent(weight.detach()) for weight in prunable_weights(model).values()])
+        relative = 0.8 + 0.4 * (exponents - exponents.min()) / (exponents.max() - exponents.min())
+        pruned = relative * (sum(n) - budget) / sum(relative * n)
+        found = np.array(kept(model, "alpha", sparsity))
+        assert abs(found - (1 - pruned) * n).max() < 1.01
+        assert found.sum() == budget
+
+
+def test_alpha_keeps_more_of_a_layer_with_a_heavier_tail():
+    random = np.random.RandomState(0)
+    light, heavy = random.standard_normal((2, 40, 40))
+    heavy += 40 * np.outer(random.standard_normal(40), random.standard_normal(40)) / 40
+    heavy += np.diag(random.pareto(1, 40))
+    assert kept(linears(torch.from_numpy(light), torch.from_numpy(heavy)), "alpha", 0.5) == [640, 960]
+
+
+def test_alpha_prunes_most_where_there_is_no_spectrum():
+    model = linears(torch.randn(10, 10), torch.zeros(10, 10), torch.eye(10))
+    assert kept(model, "alpha", 0.5)[1:] == [50, 50]
+    random = linears(torch.randn(10, 10), torch.rand(10, 10) ** 9, torch.zeros(10, 10), torch.eye(10))
+    counts = kept(random, "alpha", 0.5)
+    assert counts[2] == counts[3] == min(counts) < max(counts)
+
+
+@pytest.mark.parametrize("pruner", ["owl", "alpha"])
+@pytest.mark.parametrize("sparsity", [0.001, 0.03, 0.95, 0.99, 0.999])
+def test_densities_out_of_range_stop_at_one_weight_and_at_all(pruner, sparsity):
+    for model in small_models(5, seed=1):
+        n, budget = sizes_and_budget(model, sparsity)
+        found = np.array(kept(model, pruner, sparsity))
+        assert found.sum() == budget
+        assert (found <= n).all()
+        assert (found >= np.minimum(1, np.arange(len(n)) < budget)).all()
+
+
 # ---- unusual weights ----
 
 
@@ -309,6 +413,14 @@ def test_every_kind_of_vision_transformer_is_pruned_except_its_classifier(name):
         ({"pruner": "custom"}, "needs a configuration"),
         ({"pruner": "custom", "sparsity": 0.5, "custom_config": {}}, "expected no sparsity"),
         ({"pruner": "lamp", "sparsity": 0.5, "custom_config": {}}, "takes no custom configuration"),
+        ({"pruner": "lamp", "sparsity": 0.5, "pattern": "2:4"}, "pattern 2:4 is a sparsity of its own"),
+        ({"pruner": "unif", "sparsity": 0.5, "pattern": "2:4"}, "pattern 2:4 is a sparsity of its own"),
+        ({"pruner": "lamp", "pattern": "2:4"}, "pattern 2:4 prunes every layer alike: expected pruner unif, got lamp"),
+        ({"pruner": "lamp", "pattern": "x:4"}, "pruner lamp needs a sparsity"),
+        ({"pruner": "lamp", "sparsity": 0.5, "pattern": "4:2"}, "pattern '4:2': expected n:m with 1 <= n <= m"),
+        ({"pruner": "custom", "custom_config": {}, "pattern": "2:4"}, "takes its patterns from the configuration"),
+        ({"pruner": "custom", "custom_config": {}, "pattern": "row"}, "expected no 'row' too"),
+        ({"pruner": "owl", "sparsity": 0.5}, "pruner owl looks at data: expected statistics with input_norms"),
         ({"pruner": "unifplus", "sparsity": 0.5}, "expected a sparsity of less than 0.3333"),
     ],
 )
@@ -316,6 +428,37 @@ def test_a_request_that_cannot_be_met_is_a_one_line_error(request_, message):
     with pytest.raises(PruningError, match=message) as error:
         compute_masks(linears(*[torch.randn(2, 2)] * 3), **request_)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("request_", "is_met"),
+    [
+        (("lamp", 0.5), True),
+        (("lamp", 0.5, None, "obs"), True),  # statistics come later
+        (("lump", 0.5), False),
+        (("lamp", 0.5, None, "size"), False),
+        (("lamp", 1.0), False),
+        (("custom", None, "missing.yaml"), True),  # so does the file
+    ],
+)
+def test_a_request_is_checked_before_there_is_a_model(request_, is_met):
+    if is_met:
+        return check_request(*request_)
+    with pytest.raises(PruningError):
+        check_request(*request_)
+
+
+def test_what_a_request_needs_is_that_of_its_allocation_and_score():
+    assert needs_of("lamp") == set()
+    assert needs_of("owl") == {"input_norms"}
+    assert needs_of("owl", "fisher") == {"input_norms", "squared_gradient"}
+    assert needs_of(None, "obs") == {"gram"}
+
+
+def test_every_allocation_describes_itself_in_one_line():
+    for name, allocation in PRUNERS.items():
+        line, source, _ = describe(allocation)
+        assert line[-1] in ".:" and (source or name in ("unif", "glob", "custom"))
 
 
 def test_unifplus_without_a_middle_layer_can_only_be_dense():
