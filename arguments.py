@@ -75,7 +75,7 @@ def continued_args(args: argparse.Namespace, saved, source: str) -> argparse.Nam
 def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     """DeiT's arguments and those of pruning; `defaults` (by destination) replace the ones written here."""
     parser = _Parser("main.py", description="Prunes a vision transformer and finetunes it, with DeiT's recipe.",
-                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                     formatter_class=_Help)
 
     def group_of(title, continues=False):
         """Functions that add an argument, and a pair of on and off, to a new group of this title.
@@ -134,13 +134,15 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
         help="insist on this many processes, where it is more than one")
 
     add, _ = group_of("pruning")
+    add("--list-methods", sweep=REFUSED, action="store_true",
+        help="only print what each score, pruner, pattern and schedule does, and which combinations are refused")
     add("--pruner", sweep=REFUSED, instead="--pruners", choices=list(PRUNERS),
         help="how the sparsity is shared among layers; without it nothing is pruned")
     add("--score", sweep=REFUSED, instead="--scores", choices=list(SCORES), default=Recipe.score,
         help="how much a weight matters; all but magnitude and random look at training images")
     add("--pattern", sweep=REFUSED, instead="--patterns", default=Recipe.pattern,
-        help="what goes together: unstructured, row, 2:4 (any n:m, without --sparsity), x:4 (n by layer), block:16x16")
-    add("--sparsity", sweep=REFUSED, instead="--sparsities", type=float,
+        help="what goes together: unstructured, row, 2:4 (any n:m; without --sparsity), x:4 (n by layer), block:16x16")
+    add("--sparsity", sweep=REFUSED, instead="--sparsities", type=float, metavar="FRACTION",
         help="fraction of the prunable weights to remove, in [0, 1)")
     add("--custom-config", sweep=REFUSED, instead="--custom-configs", metavar="FILE",
         help="YAML file with the sparsity of each layer, for --pruner custom")
@@ -154,9 +156,10 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--prune-rounds", type=int, default=Recipe.prune_rounds, metavar="N",
         help="how often iterative prunes, and how many sparse phases ac-dc has")
     add("--rewind", type=int, metavar="EPOCH", help="the epoch whose weights iterative goes back to after each round")
-    add("--drop-fraction", type=float, default=Recipe.drop_fraction,
+    add("--drop-fraction", type=float, default=Recipe.drop_fraction, metavar="FRACTION",
         help="share of the kept weights that set and rigl replace at first")
-    add("--sr-decay", type=float, default=Recipe.sr_decay, help="decay of pruned weights, for sr-ste")
+    add("--sr-decay", type=float, default=Recipe.sr_decay, metavar="DECAY",
+        help="sr-ste adds so many times the pruned weights to their gradients")
     add("--calibration-images", type=int, default=Recipe.calibration_images, metavar="N",
         help="training images that scores and pruners look at, where they look at any")
 
@@ -404,6 +407,14 @@ def given(argv: list[str]) -> set[str]:
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     return set(vars(parser.parse_args(argv)))
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells a default where there is one."""
+
+    def _get_help_string(self, action):
+        has_default = action.default not in (None, "") and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
 
 
 class _Parser(argparse.ArgumentParser):

@@ -26,6 +26,7 @@ from builders import (
 from cli import audit, exit_status
 from results import open_results
 from sparsity_factory import LayerSparsity, Sparsifier, sparsity_rows, sparsity_table
+from sparsity_factory.menu import menu
 from stopping import StopSignals
 from training import Evaluator, train
 from utils import log
@@ -99,6 +100,9 @@ def describe(args, device: torch.device, amp_dtype: torch.dtype | None) -> None:
 def command(argv: list[str]) -> int:
     """The work of the command line."""
     args = parse_args(argv)
+    if args.list_methods:
+        print(menu())
+        return 0
     if args.audit:
         return audit(args.audit)
     main(args)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from .config import _level_section, _parse, resolve_levels
 from .errors import PruningError
+from .patterns import parse_pattern
 from .pruners import PRUNERS, needs_of
 from .schedules import SCHEDULES, Steps
 from .scores import SCORES
@@ -175,6 +176,7 @@ class Recipe:
         self._expect(isinstance(self.pattern, str), "pattern", "the name of a pattern")
         group = n_of_m(self.pattern)
         self._expect(group is None or 1 <= group[0] <= group[1], "pattern", "n:m with 1 <= n <= m")
+        parse_pattern(self.pattern)
         grouped = self.pattern != "unstructured"
         if self.pruner == "custom":
             self._expect(self.sparsity is None, "sparsity", "none with --pruner custom, whose YAML sets the sparsity")
@@ -193,6 +195,8 @@ class Recipe:
         if grouped and self.prune_schedule in ("set", "rigl"):
             raise PruningError(f"--prune-schedule {self.prune_schedule}: expected unstructured levels only, since it "
                                "moves weights anywhere in their layer, and groups would break")
+        self._expect(not group or self.pruner == "unif", "pruner",
+                     f"unif or none with --pattern {self.pattern}, which prunes every layer alike")
 
     def _check_schedule(self) -> None:
         self._expect(_known(self.prune_schedule, SCHEDULES), "prune_schedule", f"one of {', '.join(SCHEDULES)}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import patterns
+from .methods import method
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,6 @@ class Schedule:
     """What the schedules have in common.
 
     Attributes:
-        description, source: for the table of methods.
         uses: the fields of a recipe that it looks at.
         starts_sparse: the run begins with the masks of the target; otherwise with a dense network.
         looks_at_gradients: `masks` is called before the optimizer's step, with the dense gradients in place.
@@ -44,7 +44,6 @@ class Schedule:
         decay: such weights, times this, are added to their gradients.
     """
 
-    description = source = ""
     uses: tuple[str, ...] = ()
     starts_sparse = True
     looks_at_gradients = False
@@ -79,13 +78,16 @@ class Schedule:
         return min((step - self.steps.start) / max(self.steps.end - self.steps.start, 1), 1.0)
 
 
+@method()
 class OneShot(Schedule):
-    description = "masks are chosen before the training"
+    """Masks are chosen before the training."""
 
 
+
+@method("Zhu and Gupta 2017, arXiv:1710.01878")
 class Gradual(Schedule):
-    description = "sparsity s (1 - (1 - t)^3) from --prune-start to --prune-end; what is pruned stays so"
-    source = "Zhu and Gupta 2017, arXiv:1710.01878"
+    """Sparsity s (1 - (1 - t)^3) from --prune-start to --prune-end; what is pruned stays so."""
+
     uses = ("prune_start", "prune_end", "prune_every")
     starts_sparse = False
 
@@ -100,9 +102,10 @@ class Gradual(Schedule):
         return changed >= self.steps.end
 
 
+@method("Han et al. 2015, arXiv:1506.02626; Frankle et al. 2020, arXiv:1912.05671")
 class Iterative(Schedule):
-    description = "each of --prune-rounds prunes the same fraction of what is left; --rewind returns to an epoch"
-    source = "Han et al. 2015, arXiv:1506.02626; Frankle et al. 2020, arXiv:1912.05671"
+    """Each of --prune-rounds prunes the same fraction of what is left; --rewind takes the weights back to an epoch."""
+
     uses = ("prune_start", "prune_end", "prune_rounds", "rewind")
     starts_sparse = False
 
@@ -122,9 +125,10 @@ class Iterative(Schedule):
         return changed >= self.rounds[-1]
 
 
+@method("Mocanu et al. 2018, arXiv:1707.04780")
 class Set(Schedule):
-    description = "the smallest kept weights of a layer make room for as many random others, every so many steps"
-    source = "Mocanu et al. 2018, arXiv:1707.04780"
+    """Every so many steps the smallest kept weights of a layer make room for as many others at random."""
+
     uses = ("prune_start", "prune_end", "prune_every", "drop_fraction", "seed")
     looks_at_gradients = True  # weights without a gradient are not trained, and would not grow
 
@@ -142,23 +146,24 @@ class Set(Schedule):
                           device=weight.device)
 
 
+@method("Evci et al. 2020, arXiv:1911.11134")
 class RigL(Set):
-    description = "the smallest kept weights of a layer make room for those of the largest dense gradient"
-    source = "Evci et al. 2020, arXiv:1911.11134"
+    """Every so many steps the smallest kept weights of a layer make room for those of the largest dense gradient."""
+
     uses = ("prune_start", "prune_end", "prune_every", "drop_fraction")
 
     def growth(self, weight, step, layer):
         return weight.grad.abs()
 
 
+@method("Peste et al. 2021, arXiv:2106.12379")
 class ACDC(Schedule):
-    """From the start to the end, dense and sparse phases of one length, dense first; from the end on, sparse.
+    """Dense and sparse phases of epochs in turn: --prune-rounds sparse ones, the last from --prune-end on.
 
-    Phases begin with an epoch, except where they would be shorter than one.
+    From the start to the end phases have one length, dense first; from the end on, sparse. Phases begin with an epoch,
+    except where they would be shorter than one.
     """
 
-    description = "dense and sparse phases of epochs in turn: --prune-rounds sparse ones, the last from --prune-end on"
-    source = "Peste et al. 2021, arXiv:2106.12379"
     uses = ("prune_start", "prune_end", "prune_rounds")
     starts_sparse = False
 
@@ -181,9 +186,10 @@ class ACDC(Schedule):
         return changed >= self.begins[-1]
 
 
+@method("Bengio et al. 2013, arXiv:1308.3432")
 class STE(Schedule):
-    description = "the forward pass sees masked weights, all are trained, masks are chosen anew every so many steps"
-    source = "Bengio et al. 2013, arXiv:1308.3432"
+    """The forward pass sees masked weights, all are trained, masks are chosen anew every so many steps."""
+
     uses = ("prune_start", "prune_end", "prune_every")
     trains_pruned = True
 
@@ -194,9 +200,10 @@ class STE(Schedule):
         return network.choose()
 
 
+@method("Zhou et al. 2021, arXiv:2102.04010")
 class SRSTE(STE):
-    description = "ste, with --sr-decay times the masked-out weight added to its gradient"
-    source = "Zhou et al. 2021, arXiv:2102.04010"
+    """As ste, with --sr-decay times the masked-out weight added to its gradient."""
+
     uses = (*STE.uses, "sr_decay")
 
     def __init__(self, recipe, steps):

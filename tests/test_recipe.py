@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from sparsity_factory import SCHEDULES, PruningError, Recipe
+from sparsity_factory import SCHEDULES, PruningError, Recipe, describe
 
 LAMP = Recipe("lamp", 0.65)
 
@@ -22,7 +22,8 @@ def scheduled(schedule: str, **fields) -> Recipe:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_is_accepted_with_its_defaults_and_says_what_it_is(schedule):
     scheduled(schedule).check()
-    assert SCHEDULES[schedule].description and (SCHEDULES[schedule].source or schedule == "one-shot")
+    line, source, needs = describe(SCHEDULES[schedule])
+    assert line.endswith(".") and (source or schedule == "one-shot") and not needs
     assert set(SCHEDULES[schedule].uses) <= {field.name for field in dataclasses.fields(Recipe)}
 
 
@@ -46,6 +47,8 @@ REFUSED = {
     "sparsity beside n:m": (Recipe("lamp", 0.5, pattern="2:4"), "--sparsity 0.5: expected none with --pattern 2:4"),
     "n above m": (Recipe("lamp", pattern="4:2"), "--pattern 4:2"),
     "sparsity beside custom": (custom(0.5, sparsity=0.5), "--sparsity 0.5: expected none with --pruner custom"),
+    "pruner beside n:m": (Recipe("lamp", pattern="2:4"), "--pruner lamp: expected unif or none with --pattern 2:4"),
+    "unknown pattern": (Recipe("lamp", 0.5, pattern="2x4"), "unknown pattern '2x4': expected unstructured, row"),
     "pattern beside custom": (custom(0.5, pattern="row"), "--pattern row: expected none with --pruner custom"),
     "custom without configuration": (Recipe("custom"), "--pruner custom: expected --custom-config"),
     "configuration of no mapping": (Recipe("custom", custom_config=[0.5]), "expected a mapping"),
