@@ -1,0 +1,91 @@
+"""The menu of methods, and docs/methods.md beside it."""
+
+import itertools
+import re
+
+import pytest
+from conftest import ROOT
+
+from sparsity_factory import PATTERNS, PRUNERS, SCHEDULES, SCORES, PruningError, Recipe, describe
+from sparsity_factory.menu import ALONE, CHOICES, EXAMPLES, WIDTH, example, menu, refused_pairs, users_of
+
+PAGE = (ROOT / "docs" / "methods.md").read_text()
+
+
+def rows(flag: str) -> dict[str, list[str]]:
+    """The cells of the page's table of a choice, by the name in the first one."""
+    _, _, table = PAGE.partition(f"\n| `{flag}` |")
+    lines = itertools.takewhile(lambda line: line.startswith("|"), table.splitlines()[2:])
+    cells = [re.split(r" *\| *", line.strip("| ")) for line in lines]
+    return {first.strip("`"): rest for first, *rest in cells}
+
+
+def test_list_methods_prints_every_name_with_its_source_in_lines_of_120(run_main):
+    printed = run_main("--list-methods")
+    assert printed == menu() + "\n"
+    assert max(map(len, printed.splitlines())) <= WIDTH == 120
+    words = " ".join(printed.split())
+    for registry in (SCORES, PRUNERS, PATTERNS, SCHEDULES):
+        for name, entry in registry.items():
+            assert re.search(rf"^{name}  ", printed, re.MULTILINE), name
+            assert describe(entry).source.partition(",")[0].partition(";")[0] in words, name
+
+
+def test_the_page_has_the_menu_as_it_is_printed():
+    assert f"```\n{menu()}\n```" in PAGE, "put what `python main.py --list-methods` prints into docs/methods.md"
+
+
+@pytest.mark.parametrize("flag", CHOICES)
+def test_the_page_has_a_row_for_every_method_with_what_it_needs_and_its_source(flag):
+    registry, found = CHOICES[flag][1], rows(flag)
+    assert list(found) == list(registry)
+    for name, (_, _, needs, _, source, test) in found.items():
+        described = describe(registry[name])
+        assert re.findall(r"`(\w+)`", needs) == sorted(described.needs), name
+        assert re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", source).replace(" (ICLR)", "") == \
+            described.source.replace(", Plug-and-Play (ICLR)", ""), name
+        for number in re.findall(r"arXiv:([\d.]+)", source):
+            assert f"(https://arxiv.org/abs/{number})" in source, name
+        assert "::test_" in test, name
+
+
+def test_every_test_that_the_page_names_is_there():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", PAGE)
+    assert len(named) > 30
+    assert len(named) == PAGE.count("`test_")
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name
+
+
+def test_the_menu_refuses_what_a_recipe_refuses_and_nothing_else():
+    refused = {(one, value, other, beside) for one, values, other, others, _ in refused_pairs()
+               for value in values for beside in others}
+    patterns = [EXAMPLES.get(form, form) for form in PATTERNS]
+    for values in itertools.product(PRUNERS, patterns, SCHEDULES, SCORES):
+        choices = dict(zip(("pruner", "pattern", "prune_schedule", "score"), values, strict=True))
+        pairs = itertools.combinations(choices.items(), 2)
+        if any((*one, *other) in refused for one, other in pairs):
+            with pytest.raises(PruningError):
+                example(**choices).check()
+        else:
+            example(**choices).check()
+
+
+@pytest.mark.parametrize("what", ALONE)
+def test_what_the_menu_says_is_refused_beside_a_choice_is(what):
+    recipe, epochs = ALONE[what]
+    with pytest.raises(PruningError, match="expected"):
+        recipe.check(epochs)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_refuses_the_flags_that_the_menu_gives_to_others(schedule):
+    given = {"prune_start": 0.1, "prune_end": 0.9, "prune_every": 7, "prune_rounds": 3, "rewind": 0,
+             "drop_fraction": 0.1, "sr_decay": 0.1}
+    for name, value in given.items():
+        recipe = Recipe("lamp", 0.5, prune_schedule=schedule, **{name: value})
+        if schedule in users_of(name):
+            recipe.check()
+        else:
+            with pytest.raises(PruningError, match="not with --prune-schedule"):
+                recipe.check()
