@@ -38,7 +38,15 @@ from arguments import parse_args  # noqa: E402
 from builders import build_batch_transform, build_loaders, prepare_model  # noqa: E402
 from engine import Learner, Progress, StepOptions, evaluate, train_one_epoch  # noqa: E402
 from losses import DistillationLoss  # noqa: E402
-from sparsity_factory import PRUNERS, Masks, Recipe, Sparsifier, compute_masks, prunable_weights  # noqa: E402
+from sparsity_factory import (  # noqa: E402
+    SCHEDULES,
+    Masks,
+    Recipe,
+    Sparsifier,
+    collect_statistics,
+    compute_masks,
+    prunable_weights,
+)
 from state import TrainingState  # noqa: E402
 
 RESULTS = ROOT / "output" / "benchmarks.json"
@@ -46,8 +54,11 @@ PAGE = ROOT / "docs" / "performance.md"
 CPU = torch.device("cpu")
 SPARSITY = 0.65
 TWO_OF_FOUR = {"sparsity": {"mode": "nxm", "level": {"default": [2, 4]}}}
-REQUESTS = {name: {"sparsity": SPARSITY} for name in PRUNERS if name != "custom"} | {"2:4": {}}
 LIMITS = {"lamp": (1.0, 10), "glob": (0.5, 25), "unif": (0.6, 10), "unifplus": (0.6, 10), "erk": (0.6, 10)}
+REQUESTS = (*LIMITS, "2:4")
+BATCH = 64  # images of a training step
+CALIBRATION = (2, 32)  # batches that statistics look at, and images in each
+PRUNE_EVERY = 100  # steps between two changes of the masks
 
 
 def seconds(function, repeats: int = 3) -> float:
@@ -217,6 +228,87 @@ def step() -> list[dict]:
     return rows
 
 
+def schedules() -> list[dict]:
+    """What a schedule adds to a training step of DeiT-Small: measured by itself, since steps vary by more than that."""
+    amp_dtype, rows = utils.choose_amp("auto", CPU), []
+    state = ours("deit_small_patch16_224")
+    dense = step_seconds(state.model, state.optimizer, BATCH, amp_dtype)  # leaves gradients and the optimizer's state
+    weights = copy.deepcopy(state.model.state_dict())
+    for schedule in tqdm(SCHEDULES, "schedules"):
+        state.model.load_state_dict(weights)
+        recipe = Recipe("lamp", SPARSITY, prune_schedule=schedule)
+        sparsifier = Sparsifier(state.model, recipe, total_steps=100 * PRUNE_EVERY, epoch_steps=10 * PRUNE_EVERY,
+                                share=utils.on_first_process)
+        sparsifier.start()
+        sparsifier.attach(state.optimizer)
+        changes = [step for step in range(1, sparsifier.steps.total) if sparsifier.schedule.changes_at(step)]
+
+        def calls(step, sparsifier=sparsifier):
+            sparsifier.step = step  # the same one again and again: step 1 has no change
+            sparsifier.begin_step()
+            sparsifier.end_backward()
+            sparsifier.end_step()
+
+        plain = seconds(partial(calls, 1), 10)
+        change = seconds(partial(calls, changes[0]), 3) - plain if changes else 0.0
+        share = 100 * (plain + change / PRUNE_EVERY) / dense
+        copies = sum(values.nbytes for values in sparsifier.state_dict()["hidden"].values())
+        limit = 6 if sparsifier.schedule.trains_pruned else 2
+        rows.append(row(
+            f"schedule `{schedule}`, DeiT-Small, batch {BATCH}", f"at most {limit} % of the dense step",
+            f"{share:.2f} % ({1e3 * plain:.1f} ms each step of {dense:.2f} s"
+            + (f", {1e3 * change:.0f} ms a change, counted each {PRUNE_EVERY} steps" if changes else "")
+            + (f"; {copies / 1e6:.0f} MB for the second copy" if copies else "") + ")", over(share, limit, "%")))
+    return rows + again()
+
+
+def again() -> list[dict]:
+    """Choosing the masks of DeiT-Base once more, as a schedule does."""
+    model = random_model("deit_base_patch16_224")
+    recipe = Recipe("lamp", SPARSITY, prune_schedule="gradual")
+    sparsifier = Sparsifier(model, recipe, total_steps=99, epoch_steps=9, share=utils.on_first_process)
+    sparsifier.start()
+    taken = in_turns({"again": sparsifier.choose, "lamp": partial(choose, model, "lamp")}, 4)
+    ratio = taken["again"] / taken["lamp"]
+    return [row("masks chosen again by a schedule, DeiT-Base", "at most 1.1 times `lamp` masks",
+                f"{ratio:.2f} times ({taken['again']:.2f} s, {taken['lamp']:.2f} s)", over(ratio, 1.1, "times"))]
+
+
+def statistics() -> list[dict]:
+    """Collecting what scores look at, and an evaluation or a training pass of DeiT-Small over the same images."""
+    amp_dtype, data, rows = utils.choose_amp("auto", CPU), batches(*CALIBRATION), []
+    model, loss = ours("deit_small_patch16_224").model, torch.nn.functional.cross_entropy
+
+    def autocast():
+        return torch.autocast("cpu", dtype=amp_dtype, enabled=amp_dtype is not None)
+
+    def evaluation_pass():
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluate(data, model, CPU, amp_dtype=amp_dtype)
+
+    def training_pass():
+        model.train()
+        for images, targets in data:
+            with autocast():
+                outputs = model(images)
+            loss(outputs.float(), targets).backward()
+            model.zero_grad()
+
+    def collected(need):
+        with autocast():
+            collect_statistics(model, data, loss, {need})
+
+    for pass_, name, needs in ((evaluation_pass, "an evaluation", ("input_norms", "gram")),
+                               (training_pass, "a training pass", ("gradient", "squared_gradient"))):
+        taken = in_turns({"pass": pass_, **{need: partial(collected, need) for need in needs}}, 4)
+        for need in needs:
+            ratio = taken[need] / taken["pass"]
+            rows.append(row(f"collecting `{need}`, DeiT-Small", f"at most 1.3 times {name} of the same images",
+                            f"{ratio:.2f} times ({taken[need]:.2f} s, {taken['pass']:.2f} s)",
+                            over(ratio, 1.3, "times")))
+    return rows
+
+
 def products(dtype) -> float:
     """How many times as fast as in float32 the machine multiplies the matrices of DeiT-Small's MLP, batch 16."""
     def product(kind):
@@ -311,7 +403,8 @@ def sample() -> list[dict]:
                 over(taken, 40, "s"))]
 
 
-GROUPS = {group.__name__: group for group in (masks, step, train, evaluation, inputs, sample, growth)}
+GROUPS = {group.__name__: group for group in (
+    masks, step, schedules, statistics, train, evaluation, inputs, sample, growth)}
 
 
 # ---- the page ----

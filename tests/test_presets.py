@@ -1,0 +1,77 @@
+"""The recipes in configs/run/: each is read, says where it comes from, and runs."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+
+from arguments import parse_args, recipe_of
+from sparsity_factory import SCHEDULES, Recipe, Sparsifier
+from state import TrainingState
+
+PRESETS = ROOT / "configs" / "run"
+ADDED = {  # what the command line has to add
+    "gmp": ["--sparsity", "0.9"],
+    "rigl_from_scratch": ["--sparsity", "0.9"],
+    "sr_ste_2_4": [],
+    "ac_dc": ["--sparsity", "0.9"],
+    "imagenet_finetune": ["--pruner", "lamp", "--sparsity", "0.5"],
+}
+
+
+def args_of(name: str, *argv: str):
+    return parse_args(["--config", str(PRESETS / f"{name}.yaml"), "--data-path", "IMAGENET", *ADDED[name], *argv])
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_a_recipe_says_how_to_start_it_its_source_and_what_was_not_run(name):
+    text = (PRESETS / f"{name}.yaml").read_text()
+    command = f"python main.py --config configs/run/{name}.yaml --data-path IMAGENET --output_dir OUT"
+    assert " ".join([command, *ADDED[name]]) in " ".join(text.replace("\\\n#", "").split())
+    assert "arXiv:" in text and "Not run on ImageNet here" in text
+    assert f"`{name}.yaml`" in (ROOT / "docs" / "methods.md").read_text()
+
+
+def steps(name: str, epoch: int = 1000) -> list[int]:
+    """The epochs at which masks change, with so many steps an epoch."""
+    args = args_of(name)
+    recipe = recipe_of(args)
+    schedule = SCHEDULES[recipe.prune_schedule](recipe, recipe.steps(args.epochs * epoch, epoch))
+    return [step / epoch for step in range(args.epochs * epoch) if schedule.changes_at(step)]
+
+
+def test_gmp_prunes_every_100_steps_for_three_quarters_of_the_training():
+    assert steps("gmp") == [step / 10 for step in range(1, 2251)]
+
+
+def test_rigl_moves_weights_every_100_steps_for_three_quarters_of_the_training():
+    assert steps("rigl_from_scratch") == [step / 10 for step in range(1, 2250)]
+
+
+def test_sr_ste_chooses_two_of_four_at_every_step():
+    assert steps("sr_ste_2_4", epoch=10) == [step / 10 for step in range(1, 3000)]
+    assert recipe_of(args_of("sr_ste_2_4")).pattern == "2:4"
+
+
+def test_ac_dc_has_phases_of_five_epochs_after_ten_dense_ones():
+    assert steps("ac_dc") == list(range(10, 81, 5))
+
+
+def test_the_rate_of_the_short_finetuning_falls_in_a_line():
+    args, rates = args_of("imagenet_finetune", "--model", "deit_sample_patch4_28", "--input-size", "28"), []
+    model = torch.nn.Linear(2, 2)
+    state = TrainingState(model, Sparsifier(model, Recipe(), total_steps=1, epoch_steps=1), args, torch.device("cpu"))
+    for epoch in range(args.epochs):
+        state.lr_scheduler.step(epoch)
+        rates.append(state.learner.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-4 - 9e-5 * epoch / 20 for epoch in range(20)])
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_a_recipe_runs_on_the_tiny_data_set(run_main, tiny, tmp_path, name):
+    run_main("--config", PRESETS / f"{name}.yaml", *tiny, *ADDED[name], "--output_dir", "out", "--lr", "1e-4")
+    line = json.loads((tmp_path / "out" / "log.txt").read_text())
+    asked = recipe_of(args_of(name))
+    assert line["sparsity"] == pytest.approx(0.5 if asked.sparsity is None else asked.sparsity, abs=0.01)
+    assert (tmp_path / "out" / "best_checkpoint.pth").exists()
