@@ -89,3 +89,10 @@ def test_a_schedule_refuses_the_flags_that_the_menu_gives_to_others(schedule):
         else:
             with pytest.raises(PruningError, match="not with --prune-schedule"):
                 recipe.check()
+
+
+def test_the_readme_names_every_method_in_its_order():
+    readme = (ROOT / "README.md").read_text()
+    for flag, (_, registry) in CHOICES.items():
+        names = re.search(rf"^\| .* \| `{flag}` \| (.*) \|$", readme, re.MULTILINE)[1]
+        assert [name.split("`")[1] for name in names.split(", ")] == list(registry)
