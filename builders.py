@@ -11,7 +11,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch.utils.data import DataLoader, IterableDataset
 
 import utils
-from arguments import continued_args, mixes, recipe_of
+from arguments import continued_args, mixes, naming_the_config, recipe_of
 from augment import BatchTransform
 from calibration import Calibration
 from datasets import build_dataset
@@ -141,7 +141,8 @@ def build_sparsifier(args, model: torch.nn.Module, checkpoint: dict, epoch_steps
             raise UserError(f"{asked.in_words()}: {source} is of a run with {stored.in_words()}; leave the pruning "
                             "flags out, or prune its weights anew with --finetune")
         if masks is None or (asked.pruner and not args.resume):
-            return sparsifier(asked.one_shot() if args.eval else asked)
+            with naming_the_config(args.custom_config):
+                return sparsifier(asked.one_shot() if args.eval else asked)
         if not goes_on:
             return sparsifier(stored.one_shot(), masks)
         going_on = sparsifier(stored, masks)
@@ -149,7 +150,7 @@ def build_sparsifier(args, model: torch.nn.Module, checkpoint: dict, epoch_steps
             going_on.load_state_dict(checkpoint["pruning"])
         return going_on
     except PruningError as error:
-        raise UserError(f"{source}: {error}" if source else str(error)) from None
+        raise UserError(f"{source}: {error}" if source and not args.custom_config else str(error)) from None
 
 
 def stored_pruning(checkpoint: dict) -> tuple[Recipe, dict[str, torch.Tensor] | None]:

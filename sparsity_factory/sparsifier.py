@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from .errors import PruningError
 from .masks import Change, Masks, bits, pack, prunable_weights, select, unpack
+from .patterns import regrow
 from .pruners import compute_masks
 from .recipe import LARGEST, Recipe
-from .schedules import SCHEDULES, Steps, regrow
+from .schedules import SCHEDULES, Steps
 
 VERSION = 1  # of the state
 
