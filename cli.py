@@ -71,7 +71,7 @@ def _report(error: Exception) -> int:
 
 
 def _reason_of(error: BaseException | None) -> str:
-    """Which data worker or process is gone, where an error or one that it came from tells that; else nothing."""
+    """The data worker or process that is gone, by the message of the error or of one that led to it; else nothing."""
     while error:
         if str(error).startswith("DataLoader worker"):
             return str(error)

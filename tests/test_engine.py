@@ -245,7 +245,8 @@ def test_where_each_process_evaluates_for_itself_all_have_the_figures_of_the_fir
     monkeypatch.setattr(utils, "sum_over_processes", lambda totals: sent.append(totals) or totals)
     evaluate(loader, tiny_vit(), CPU)
     monkeypatch.setattr(utils, "is_main_process", lambda: False)
-    monkeypatch.setattr(utils, "sum_over_processes", lambda totals: [sum(pair) for pair in zip(sent[0], totals, strict=True)])
+    monkeypatch.setattr(utils, "sum_over_processes",
+                        lambda totals: [sum(pair) for pair in zip(sent[0], totals, strict=True)])
     other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))  # another model, which counts otherwise
     assert evaluate(loader, other, CPU) == first
 
