@@ -342,6 +342,17 @@ class Sparsifier:
         torch._foreach_add_([bits(weight) for weight in weights], [bits(values) for values in hidden])
 
 
+def has_reached_target(untrusted) -> bool:
+    """Whether the `state_dict` of a `Sparsifier` is of a model with the sparsity and pattern that its recipe asks for.
+
+    Raises:
+        PruningError: a state that is damaged.
+    """
+    state = _Saved(untrusted)
+    recipe = Recipe.from_dict(state.entry("recipe", Mapping))
+    return SCHEDULES[recipe.prune_schedule](recipe, state.steps(recipe)).is_final(state.integer("changed", -1))
+
+
 class _Saved:
     """What a checkpoint says of a run's pruning, read entry by entry. Raises PruningError for what cannot be."""
 
