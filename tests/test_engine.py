@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import utils
 from augment import BatchTransform
 from engine import DivergedError, Learner, Progress, StepOptions, evaluate, train_one_epoch
 from losses import DistillationLoss
@@ -235,6 +236,19 @@ def test_evaluation_counts_every_image_once_whatever_the_last_batch(classes):
     assert stats["acc1"] == pytest.approx(100 * (logits.argmax(1) == targets).sum().item() / 23)
     assert stats["acc5"] == pytest.approx(100 * (top5 == targets[:, None]).any(1).sum().item() / 23)
     assert stats["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
+
+
+def test_where_each_process_evaluates_for_itself_all_have_the_figures_of_the_first(monkeypatch):
+    loader = [(images, targets) for images, targets in batches(2)]
+    first = evaluate(loader, tiny_vit(), CPU)
+    sent = []
+    monkeypatch.setattr(utils, "sum_over_processes", lambda totals: sent.append(totals) or totals)
+    evaluate(loader, tiny_vit(), CPU)
+    monkeypatch.setattr(utils, "is_main_process", lambda: False)
+    monkeypatch.setattr(utils, "sum_over_processes",
+                        lambda totals: [sum(pair) for pair in zip(sent[0], totals, strict=True)])
+    other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))  # another model, which counts otherwise
+    assert evaluate(loader, other, CPU) == first
 
 
 def test_evaluation_leaves_the_model_as_it_was():
