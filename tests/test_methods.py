@@ -6,6 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
+from arguments import get_args_parser
 from sparsity_factory import PATTERNS, PRUNERS, SCHEDULES, SCORES, PruningError, Recipe, describe
 from sparsity_factory.menu import ALONE, CHOICES, EXAMPLES, WIDTH, example, menu, refused_pairs, users_of
 
@@ -96,3 +97,18 @@ def test_the_readme_names_every_method_in_its_order():
     for flag, (_, registry) in CHOICES.items():
         names = re.search(rf"^\| .* \| `{flag}` \| (.*) \|$", readme, re.MULTILINE)[1]
         assert [name.split("`")[1] for name in names.split(", ")] == list(registry)
+
+
+@pytest.mark.parametrize("schedule", ["gradual", "ac-dc"])
+def test_an_evaluation_prunes_once_and_to_the_target_whatever_the_schedule(run_main, tiny, tmp_path, schedule):
+    choices = ["--pruner", "unif", "--sparsity", "0.75", "--prune-schedule", schedule]
+    run_main(*tiny, *choices, "--eval", "--output_dir", "out")
+    assert ",0.750000," in (tmp_path / "out/sparsity.csv").read_text().splitlines()[-2]
+
+
+def test_the_help_tells_a_default_where_there_is_one(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = get_args_parser().format_help()
+    assert "(default: None)" not in text and "(default: )" not in text and "(default: False)" not in text
+    for told in ("(default: magnitude)", "(default: one-shot)", "(default: 0.75)", "(default: 0.0)"):
+        assert told in text
