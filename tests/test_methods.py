@@ -99,7 +99,7 @@ def test_the_readme_names_every_method_in_its_order():
         assert [name.split("`")[1] for name in names.split(", ")] == list(registry)
 
 
-@pytest.mark.parametrize("schedule", ["gradual", "ac-dc"])
+@pytest.mark.parametrize("schedule", ["gradual", "iterative"])
 def test_an_evaluation_prunes_once_and_to_the_target_whatever_the_schedule(run_main, tiny, tmp_path, schedule):
     choices = ["--pruner", "unif", "--sparsity", "0.75", "--prune-schedule", schedule]
     run_main(*tiny, *choices, "--eval", "--output_dir", "out")
