@@ -319,7 +319,7 @@ def write_results(options, model: str, table: Table, tasks: list[Task], facts: l
     outcomes = {task: outcome for task, outcome in table.outcomes().items() if task in set(tasks)}
     accuracies = {task: outcome.accuracy for task, outcome in outcomes.items() if outcome.accuracy is not None}
     dense, pictures = accuracies.get(Task(DENSE)), []
-    names = labels(task.combination for task in outcomes if task.kind in (ONE_SHOT, FINETUNED))
+    names = labels(task.combination for kind in (FINETUNED, ONE_SHOT) for task in tasks if task.kind == kind)
     if curves := _curves(accuracies, names):
         epochs, seeds = options.finetune_epochs, len(options.seeds)
         finetuned = f"finetuned for {epochs} epoch{'s' * (epochs > 1)}"
@@ -344,12 +344,13 @@ def write_results(options, model: str, table: Table, tasks: list[Task], facts: l
 
 def _curves(accuracies: Mapping[Task, float], names: Mapping[Combination, str]) -> dict[str, dict[str, list]]:
     """By the name of a combination and kind: the sparsities, each with the accuracies of all seeds."""
-    curves = {}
+    curves = {name: {} for name in names.values()}
     for task, accuracy in accuracies.items():
         if task.kind in (ONE_SHOT, FINETUNED):
-            points = curves.setdefault(names[task.combination], {}).setdefault(task.kind, {})
+            points = curves[names[task.combination]].setdefault(task.kind, {})
             points.setdefault(task.sparsity, []).append(accuracy)
-    return {name: {kind: sorted(points.items()) for kind, points in kinds.items()} for name, kinds in curves.items()}
+    return {name: {kind: sorted(points.items()) for kind, points in kinds.items()}
+            for name, kinds in curves.items() if kinds}
 
 
 def _table(outcomes: Mapping[Task, Outcome], names: Mapping[Combination, str], dense: float | None) -> list[str]:
@@ -368,9 +369,8 @@ def _table(outcomes: Mapping[Task, Outcome], names: Mapping[Combination, str], d
             parts.append(f"{sum(tuned) / len(tuned):.2f}{spread}")
         return " → ".join(parts)
 
-    places = dict.fromkeys((task.combination, task.sparsity) for task in outcomes
-                           if task.kind in (ONE_SHOT, FINETUNED))
-    rows = dict.fromkeys(combination for combination, _ in places if not combination.sets_sparsity)
+    places = {(task.combination, task.sparsity) for task in outcomes if task.combination in names}
+    rows = [combination for combination in names if not combination.sets_sparsity]
     sparsities = sorted({sparsity for combination, sparsity in places if combination in rows})
     lines = []
     if rows:
@@ -380,7 +380,8 @@ def _table(outcomes: Mapping[Task, Outcome], names: Mapping[Combination, str], d
                   + " | ".join(cell(combination, sparsity) for sparsity in sparsities) + " |" for combination in rows]
         lines.append("")
     lines += [f"- `{names[combination]}`, {100 * sparsity:.2f} % pruned: {cell(combination, sparsity)}"
-              for combination, sparsity in places if combination not in rows]
+              for combination in names if combination not in rows
+              for place, sparsity in places if place == combination]
     lines += [f"- dense: {dense:.2f}"] if dense is not None else []
     failed = {}  # one line for the sparsities that share a reason
     for task, outcome in outcomes.items():
