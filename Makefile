@@ -12,7 +12,7 @@ demo: .venv/run
 # Two processes of one thread each share the work. Stopped and started again, it goes on where it was.
 sweep: .venv/run
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 sweep.py --device cpu \
-		--sparsities 0.65 0.8 0.9 0.95 --finetune-epochs 1 --seeds 0 1 2
+		--pruners lamp glob unif unifplus erk --sparsities 0.65 0.8 0.9 0.95 --finetune-epochs 1 --seeds 0 1 2
 
 # Two tests at a time, of one thread each.
 test: .venv/dev

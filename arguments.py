@@ -24,10 +24,11 @@ SAMPLE_PRESET = Path(__file__).resolve().parent / "configs" / "run" / "sample.ya
 SHARED, FREE, REFUSED = "shared", "free", "refused"
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str], one_recipe: bool = True) -> argparse.Namespace:
     """The arguments of `argv`, over the defaults of `--config`, over the sample's where no data set is given.
 
     `given` in the result lists the arguments that `argv` or `--config` set, and `command` is the command line.
+    one_recipe: the pruning arguments are those of a run; a sweep makes many recipes of them, and checks those.
     Raises UserError for anything that can be seen to be wrong before a file of the data set or a model is touched.
     """
     args = get_args_parser().parse_args(argv)
@@ -40,6 +41,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             del sample["input_size"]
             args = get_args_parser({**sample, **config}).parse_args(argv)
     check_args(args)
+    if one_recipe:
+        check_recipe(args)
     args.command = shlex.join(["main.py", *argv])
     args.given = sorted(given(argv) | config.keys())
     if "num_workers" not in args.given:
@@ -71,6 +74,7 @@ def continued_args(args: argparse.Namespace, saved, source: str) -> argparse.Nam
         log(f"The run goes on with {', '.join(changed)}")
     result = argparse.Namespace(**continued)
     check_args(result)
+    check_recipe(result)
     return result
 
 
@@ -305,7 +309,7 @@ def brief(value) -> str:
 
 
 def check_args(args) -> None:
-    """Raises UserError or PruningError for values and combinations that no run can have."""
+    """Raises UserError for values and combinations that no run can have, but for those of pruning."""
     def value_of(flag):
         return getattr(args, flag.lstrip("-").replace("-", "_"))
 
@@ -355,8 +359,6 @@ def check_args(args) -> None:
         if value_of(package):
             require(package)
     check_distillation(args)
-    with naming_the_config(args.custom_config):
-        recipe_of(args).check(args.epochs)
 
 
 def check_data_set(args) -> None:
@@ -398,6 +400,12 @@ def recipe_of(args) -> Recipe:
     if args.pruner is None and parse_pattern(args.pattern).sparsity is not None:
         choices["pruner"] = "unif"  # n:m says what every layer keeps
     return Recipe(**choices)
+
+
+def check_recipe(args) -> None:
+    """Raises PruningError for choices of pruning that make no sense."""
+    with naming_the_config(args.custom_config):
+        recipe_of(args).check(args.epochs)
 
 
 @contextlib.contextmanager

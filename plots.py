@@ -22,6 +22,7 @@ STYLE = {
     "grid.color": "#dddddd", "grid.linewidth": 0.7, "legend.frameon": False, "lines.linewidth": 1.8,
     "lines.markersize": 5, "image.cmap": "cividis",
 }
+BESIDE = 24  # characters of a legend that leaves enough room to the lines beside it; a longer one stands below them
 KINDS = ("qkv", "proj", "fc1", "fc2")  # always in the same colours
 
 
@@ -90,15 +91,21 @@ def training_curves(epochs: Sequence[Mapping[str, float]], reference: Mapping[st
 
 def sweep_lines(curves: Mapping[str, Mapping[str, Sequence[tuple[float, Sequence[float]]]]], dense: float | None,
                 title: str, finetuned: str) -> Figure:
-    """Top-1 accuracy against sparsity: a colour for each pruner, one-shot dashed, finetuned solid.
+    """Top-1 accuracy against sparsity: a colour for each combination, one-shot dashed, finetuned solid.
 
-    curves: pruner to kind (`one-shot`, `finetuned`) to points (sparsity, accuracies in percent of all seeds), by
-    sparsity. The line goes through the means, and a band from the lowest to the highest. A single point is a marker.
+    curves: the combination's name to kind (`one-shot`, `finetuned`) to points (sparsity, accuracies in percent of all
+    seeds), by sparsity. The line goes through the means, and a band from the lowest to the highest. A single point is a
+    marker. Where there are more curves than colours, those of the best mean accuracy are drawn, and the title says so.
     dense: the accuracy of the dense model, in percent. finetuned: what the legend says of the solid lines.
     """
+    if len(curves) > len(PALETTE):
+        best = sorted(curves, key=lambda name: _mean_accuracy(curves[name]), reverse=True)[:len(PALETTE)]
+        title += f", the {len(best)} of {len(curves)} combinations with the best mean accuracy"
+        curves = {name: kinds for name, kinds in curves.items() if name in best}
     sparsities = sorted({sparsity for kinds in curves.values() for points in kinds.values() for sparsity, _ in points})
     with matplotlib.rc_context(STYLE):
-        figure = Figure((WIDTH, 4.6), layout="constrained")
+        beside = max(map(len, curves)) <= BESIDE
+        figure = Figure((WIDTH, 4.6 if beside else 6), layout="constrained")
         axes = figure.subplots()
         for number, kinds in enumerate(curves.values()):
             look = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
@@ -111,7 +118,7 @@ def sweep_lines(curves: Mapping[str, Mapping[str, Sequence[tuple[float, Sequence
                 axes.fill_between(x, lowest, highest, color=look["color"], alpha=0.25, linewidth=0)
                 axes.vlines(x, lowest, highest, color=look["color"], linewidth=1)
         handles = [Line2D([], [], color=PALETTE[number % len(PALETTE)], marker=MARKERS[number % len(MARKERS)],
-                          label=pruner) for number, pruner in enumerate(curves)]
+                          label=name) for number, name in enumerate(curves)]
         kinds = {kind for kinds in curves.values() for kind in kinds}
         if "finetuned" in kinds:
             handles.append(Line2D([], [], color="black", label=finetuned))
@@ -127,8 +134,9 @@ def sweep_lines(curves: Mapping[str, Mapping[str, Sequence[tuple[float, Sequence
         axes.minorticks_off()
         axes.set_xlim(1 - (1 - sparsities[0]) * 2**0.15, 1 - (1 - sparsities[-1]) * 2**-0.15)
         axes.set(xlabel="pruned, % of the prunable weights (logarithmic in what is left)", ylabel="top-1 accuracy, %")
-        axes.set_title(title)
-        figure.legend(handles=handles, loc="outside right upper")
+        figure.legend(handles=handles, loc="outside right upper" if beside else "outside lower left",
+                      ncols=1 if beside else 2)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure
 
 
@@ -167,6 +175,11 @@ def sensitivity_map(drops: Mapping[tuple[str, float], float], title: str) -> Fig
 
 
 # ---- helpers, not exported ----
+
+
+def _mean_accuracy(kinds: Mapping[str, Sequence[tuple[float, Sequence[float]]]]) -> float:
+    """Of a curve's points, finetuned where it has been."""
+    return float(np.mean([np.mean(values) for _, values in kinds.get("finetuned") or kinds["one-shot"]]))
 
 
 def _blocks(names) -> list[tuple[str, str, list[str]]]:

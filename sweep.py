@@ -1,88 +1,99 @@
-"""Compares pruners: accuracy against sparsity right after pruning and, if asked for, after finetuning.
+"""Compares recipes: accuracy against sparsity right after pruning and, if asked for, after finetuning.
 
     python sweep.py --pruners lamp glob unif unifplus erk --sparsities 0.5 0.65 0.8 0.9 --finetune-epochs 2
+    python sweep.py --pruners lamp erk --scores magnitude taylor --schedules one-shot gradual --finetune-epochs 2
     python sweep.py --sensitivity --sparsities 0.5 0.8 0.95
     torchrun --nproc_per_node=8 sweep.py --finetune-epochs 30 --model deit_small_patch16_224 --data-path IMAGENET
 
-Takes any argument of main.py beside its own. Data and dense model are loaded once. Each result is a line of sweep.csv
-in `--output_dir`; started again, it computes only what is missing there. Under torchrun the processes share the work,
-each on a GPU of its own.
+Takes any argument of main.py beside its own, and crosses pruners, scores, patterns, schedules, sparsities and seeds.
+Data and dense model are loaded once. Each result is a line of sweep.csv in `--output_dir`; started again, it computes
+only what is missing there. Each finetuning is a run with a folder of its own under runs/, as main.py makes it: started
+again, it goes on from its last checkpoint. The folder stays, with log.txt, checkpoint.pth, best_checkpoint.pth, tables
+and pictures. Under torchrun the processes share the combinations, each on a GPU of its own; with
+`--processes-per-run all` they share the images of one run after another.
 """
 
 import argparse
-import csv
-import io
-import json
 import os
 import shlex
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import plots
 import utils
-from arguments import FREE, REFUSED, get_args_parser, given, parse_args
-from builders import build_loaders, build_step_options, prepare_model, steps_of_epoch
+from arguments import REFUSED as REFUSED_FLAG
+from arguments import get_args_parser, given, parse_args, recipe_of
+from builders import (
+    build_loaders,
+    build_sparsifier,
+    build_state,
+    build_step_options,
+    load_start,
+    prepare_model,
+    steps_of_epoch,
+)
+from calibration import Calibration
 from cli import exit_status
 from engine import DivergedError
-from results import Results, versions
-from run_folder import RunFolder
-from sparsity_factory import PRUNERS, Masks, PruningError, Recipe, Sparsifier, compute_masks, prunable_weights
-from state import TrainingState
+from models import load_weights
+from results import open_results, versions
+from sparsity_factory import (
+    PRUNERS,
+    SCHEDULES,
+    SCORES,
+    Masks,
+    PruningError,
+    Recipe,
+    Sparsifier,
+    compute_masks,
+    needs_of,
+    parse_pattern,
+    prunable_weights,
+    sparsity_rows,
+)
+from sparsity_factory.recipe import timed_fields
 from stopping import Stopped, StopSignals
+from sweep_table import DENSE, FINETUNED, LAYER, ONE_SHOT, REFUSED, Combination, Outcome, Table, Task, labels
 from training import Evaluator, train
 from utils import UserError, first_line
 
 AUTOMATIC = [name for name in PRUNERS if name != "custom"]
-DENSE, ONE_SHOT, FINETUNED, LAYER = "dense", "one-shot", "finetuned", "layer"
-
-
-class Task(NamedTuple):
-    """One accuracy to measure. `name` is a pruner, a YAML file (with the checksum `config`), or a layer."""
-
-    kind: str
-    name: str = ""
-    sparsity: float = 0.0
-    seed: int | None = None
-    config: str = ""
-
-    def __str__(self) -> str:
-        seed = "" if self.seed is None else f", seed {self.seed}"
-        return self.kind + (f", {self.name} at {100 * self.sparsity:.4g} %{seed}" if self.name else "")
-
-
-class Outcome(NamedTuple):
-    """Top-1 accuracy in percent and the fraction of the prunable weights that was pruned; or why there is none."""
-
-    accuracy: float | None
-    pruned: float | None = None
-    error: str = ""
 
 
 def sweep(argv: list[str]) -> int:
     """The command line; returns the exit status."""
     options, args = parse_sweep_args(argv)
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    table = Table(options.output_dir, args)
-    launcher = "python" if processes == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
-    command = shlex.join([*launcher.split(), "sweep.py", *argv])
     utils.show_progress(quiet=True)  # of each training; the sweep has lines of its own
+    if options.processes_per_run == "all":
+        device = utils.init_process_group(args.device, args.dist_url, args.distributed, args.world_size, args.timeout)
+        rank, processes, mine = utils.rank(), utils.world_size(), slice(None)
+    else:  # no process group: each process is one of its own
+        device = utils.choose_device(args.device)
+        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        mine = slice(rank, None, processes)
+    launcher = "python" if processes == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
+    args.command = shlex.join(["sweep.py", *argv])
+    table = Table(options.output_dir, args, utils.world_size())
     with StopSignals() as stop:
         try:
-            bench = Workbench(args, stop)
+            bench = Workbench(args, device, stop)
             tasks = plan(options, bench)
-            table.open(first=rank == 0)
-            done = table.outcomes()
+            bench.check(tasks)
+            utils.on_first_process(lambda: table.open(first=rank == 0))
+            done = utils.on_first_process(table.outcomes)
             progress = Progress(tasks, table, shown=rank == 0 and not args.quiet)
-            for task in tasks[rank::processes]:  # shared out whole: another process may have done some of its own
+            for task in tasks[mine]:  # shared out whole: another process may have done some of its own
                 if task not in done:
-                    table.add(task, bench.outcome(task))
+                    outcome = bench.outcome(task)
+                    utils.on_first_process(lambda task=task, outcome=outcome: table.add(task, outcome))
                     progress.show()
             while rank == 0 and not set(tasks) <= set(table.outcomes()):
                 time.sleep(0.5)  # the other processes are at work
@@ -95,53 +106,90 @@ def sweep(argv: list[str]) -> int:
     if rank == 0:
         progress.close()
         table.sort(tasks)
-        write_results(options, args.model, table, tasks, [f"    {command}", f"- versions: {versions(bench.device)}"])
+        facts = [f"    {launcher} {args.command}", f"- versions: {versions(device)}"]
+        write_results(options, args.model, table, tasks, facts)
     return 0
 
 
 def parse_sweep_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
-    """The options of the sweep, and the arguments of main.py for each of its runs. Raises UserError."""
+    """The options of the sweep, and the arguments of main.py that its runs share. Raises UserError."""
     parser = _Parser("sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                      allow_abbrev=False)
     parser.add_argument("--pruners", nargs="*", choices=AUTOMATIC,
                         help="what to compare; by default all of them, and with --sensitivity none")
+    parser.add_argument("--scores", nargs="+", choices=list(SCORES), help="magnitude by default")
+    parser.add_argument("--patterns", nargs="+", help="unstructured by default; one such as 2:4, which has a sparsity "
+                        "of its own, is crossed with neither pruners nor sparsities")
+    parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES),
+                        help="one-shot by default; only that is also measured right after pruning")
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.65, 0.8, 0.9], help="each in [0, 1)")
     parser.add_argument("--custom-configs", nargs="+", default=[], metavar="FILE",
-                        help="YAML files that take part at the sparsity they reach")
+                        help="YAML files that take part at the sparsity they reach, with each score and schedule")
     parser.add_argument("--finetune-epochs", type=int, default=0, help="epochs of finetuning; 0 for none")
     parser.add_argument("--seeds", nargs="+", type=int, help="finetune once with each; --seed by default")
     parser.add_argument("--sensitivity", action="store_true", help="prune one layer at a time, by magnitude")
+    parser.add_argument("--processes-per-run", choices=["1", "all"], default="1",
+                        help="under torchrun: each process does combinations of its own, or all do each together")
     parser.add_argument("--output_dir", default="output/sweep", metavar="DIR", help="where the results go")
     options, others = parser.parse_known_args(argv)
     given_here = given(others)
     for action in get_args_parser()._actions:
-        if getattr(action, "sweep", None) == REFUSED and action.dest in given_here:
+        if getattr(action, "sweep", None) == REFUSED_FLAG and action.dest in given_here:
             instead = f"; see {action.instead}" if action.instead else ""
             raise UserError(f"{action.option_strings[0]}: not with a sweep{instead}")
-    args = parse_args([*others, "--output_dir", options.output_dir])
+    args = parse_args([*others, "--output_dir", options.output_dir], one_recipe=False)
+    options.seeds = options.seeds or [args.seed]
+    options.scores = options.scores or [args.score]
+    options.patterns = options.patterns or [args.pattern]
+    options.schedules = options.schedules or [args.prune_schedule]
+    if options.pruners is None:
+        options.pruners = [] if options.sensitivity else AUTOMATIC
+    args.epochs = options.finetune_epochs
+    check_options(options, args)
+    return options, args
+
+
+def check_options(options, args) -> None:
+    """Raises UserError for options that no sweep can have, PruningError for a pattern that there is not."""
     for sparsity in options.sparsities:
         if not 0 <= sparsity < 1:
             raise UserError(f"--sparsities {sparsity}: expected numbers in [0, 1)")
-    options.seeds = options.seeds or [args.seed]
     if options.finetune_epochs < 0 or min(options.seeds) < 0:
         raise UserError("--finetune-epochs and --seeds: expected numbers of at least 0")
-    if options.pruners is None:
-        options.pruners = [] if options.sensitivity else AUTOMATIC
-    args.output_dir, args.epochs = "", options.finetune_epochs
-    return options, args
+    for pattern in options.patterns:
+        parse_pattern(pattern)
+    schedules = " ".join(options.schedules)
+    if set(options.schedules) != {"one-shot"} and not options.finetune_epochs:
+        raise UserError(f"--schedules {schedules}: expected --finetune-epochs of at least 1 beside it")
+    used = {name for schedule in options.schedules for name in SCHEDULES[schedule].uses}
+    for name in sorted(timed_fields() - used):
+        if name in args.given:
+            raise UserError(f"--{name.replace('_', '-')}: not with --schedules {schedules}, which do not use it")
 
 
 def plan(options, bench: "Workbench") -> list[Task]:
     """The accuracies to measure, the dense one first. Raises PruningError for a YAML that does not fit the model."""
+    pruners, scores, patterns, schedules, seeds = map(dict.fromkeys, (
+        options.pruners, options.scores, options.patterns, options.schedules, options.seeds))
     sparsities = sorted(set(options.sparsities))
-    allocations = [(name, sparsity, "") for name in dict.fromkeys(options.pruners) for sparsity in sparsities]
+    own = {pattern: parse_pattern(pattern).sparsity for pattern in patterns}
+    places = [(Combination(*choices), sparsity)
+              for *choices, sparsity in product(pruners, scores, patterns, schedules, sparsities)
+              if own[choices[2]] is None]
+    places += [(Combination("unif", score, pattern, schedule), round(own[pattern], 6))
+               for score, pattern, schedule in product(scores, patterns, schedules) if own[pattern] is not None]
     for path in dict.fromkeys(options.custom_configs):
         masks = compute_masks(bench.model, "custom", custom_config=path)
-        allocations.append((path, round(_pruned(masks), 6), f"{zlib.crc32(Path(path).read_bytes()):08x}"))
-    tasks = [Task(DENSE)] + [Task(ONE_SHOT, name, sparsity, None, config) for name, sparsity, config in allocations]
+        config, sparsity = f"{zlib.crc32(Path(path).read_bytes()):08x}", round(_pruned(masks), 6)
+        places += [(Combination(path, score, schedule=schedule, config=config), sparsity)
+                   for score, schedule in product(scores, schedules)]
+
+    def task(kind, combination, sparsity, seed=None):
+        return Task(kind, sparsity=sparsity, seed=seed, **combination._asdict())
+
+    tasks = [Task(DENSE)] + [task(ONE_SHOT, *place) for place in places if place[0].schedule == "one-shot"]
     if options.finetune_epochs:
-        tasks += [Task(FINETUNED, name, sparsity, seed, config) for seed in dict.fromkeys(options.seeds)
-                  for name, sparsity, config in allocations]
+        tasks += [task(FINETUNED, *place, seed) for seed in seeds for place in places]
     if options.sensitivity:
         tasks += [Task(LAYER, name, sparsity) for name in prunable_weights(bench.model) for sparsity in sparsities]
     return tasks
@@ -150,123 +198,94 @@ def plan(options, bench: "Workbench") -> list[Task]:
 class Workbench:
     """The data and the dense model, with which one accuracy after another is measured."""
 
-    def __init__(self, args, stop):
-        self.args, self.stop = args, stop
-        self.device = utils.choose_device(args.device)
-        self.amp_dtype = utils.choose_amp(args.amp, self.device)
+    def __init__(self, args, device: torch.device, stop: StopSignals):
+        self.args, self.device, self.stop = args, device, stop
+        self.amp_dtype = utils.choose_amp(args.amp, device)
         utils.seed_everything(utils.INIT, args.seed)
-        self.train_loader, self.val_loader, num_classes = build_loaders(args, self.device)
-        checkpoint = utils.load_checkpoint(args.finetune) if args.finetune else {}
-        self.model = prepare_model(args, num_classes, checkpoint, self.device)
+        self.train_loader, self.val_loader, num_classes = build_loaders(args, device)
+        args, checkpoint = load_start(args)
+        self.model = prepare_model(args, num_classes, checkpoint, device)
         self.dense = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.test = Evaluator(self.val_loader, args, self.device, self.amp_dtype, stop, {})
+        self.test = Evaluator(self.val_loader, args, device, self.amp_dtype, stop, {})
+        self.epoch_steps = steps_of_epoch(self.train_loader, args)
         if args.epochs:
-            self.options = build_step_options(args, num_classes, self.device, self.amp_dtype)
-            self._state(args, Recipe())  # a mistake in the arguments of the optimizer shows at once
+            self.options = build_step_options(args, num_classes, device, self.amp_dtype)
+            sparsifier = Sparsifier(self.model, Recipe(), total_steps=1, epoch_steps=1)
+            build_state(args, self.model, sparsifier, {}, device, None)  # a mistake of the optimizer shows at once
+
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Raises PruningError where every recipe is refused, UserError where calibration images cannot be had."""
+        runs = [self.arguments(task) for task in tasks if task.kind in (ONE_SHOT, FINETUNED)]
+        reasons = [_refusal(lambda run=run: recipe_of(run).check(run.epochs or None)) for run in runs]
+        if runs and all(reasons):
+            raise PruningError(reasons[0])
+        looking = [run for run, reason in zip(runs, reasons, strict=True) if not reason and recipe_of(run).needs]
+        if looking:
+            Calibration(looking[0], self.model, self.device, self.amp_dtype)
 
     def outcome(self, task: Task) -> Outcome:
         """Measures what the task asks for; what fails is told in the outcome, since the others may succeed."""
         self.model.load_state_dict(self.dense)
+        self.model.zero_grad()
+        # Where one process of several has no memory left, the others wait for it, and nothing can be told.
+        failures = (PruningError, DivergedError) + (() if utils.world_size() > 1 else (torch.OutOfMemoryError,))
         try:
             if task.kind == DENSE:
                 return Outcome(self.test(self.model)["acc1"])
-            masks = self._masks(task)
+            if task.kind == LAYER:
+                level = {"default": "dense", task.name: task.sparsity}
+                return self._one_shot(compute_masks(self.model, "custom", custom_config={
+                    "sparsity": {"mode": "unstructured", "level": level}}))
+            args = self.arguments(task)
+            if reason := _refusal(lambda: self._try(args)):
+                return Outcome(None, error=REFUSED + reason)
             if task.kind == FINETUNED:
-                accuracy = self._finetune(masks, task.seed)
-            else:
-                Masks(self.model, masks)
-                accuracy = self.test(self.model)["acc1"]
-            return Outcome(accuracy, _pruned(masks))
-        except (PruningError, DivergedError, torch.OutOfMemoryError) as error:
+                return self._finetune(args)
+            return self._one_shot(self._sparsifier(args, {}).first_masks())
+        except failures as error:
             return Outcome(None, error=first_line(error))
 
-    def _masks(self, task: Task) -> dict[str, torch.Tensor]:
-        if task.kind == LAYER:
-            level = {"default": "dense", task.name: task.sparsity}
-            return compute_masks(self.model, "custom", custom_config={
-                "sparsity": {"mode": "unstructured", "level": level}})
-        if task.config:
-            return compute_masks(self.model, "custom", custom_config=task.name)
-        return compute_masks(self.model, task.name, task.sparsity)
+    def arguments(self, task: Task) -> argparse.Namespace:
+        """What main.py would be given for a run; what its schedule does not use is at its default."""
+        seed = self.args.seed if task.seed is None else task.seed
+        folder = Path(self.args.output_dir, "runs", task.run)
+        values = {**vars(self.args), **task.choices, "seed": seed, "output_dir": str(folder), "resume": "auto",
+                  "finetune": "", "use_ema": False}  # the dense weights are here already
+        recipe = recipe_of(argparse.Namespace(**values)).with_schedule(task.schedule)
+        return argparse.Namespace(**{**values, **{name: getattr(recipe, name) for name in timed_fields()}})
 
-    def _finetune(self, masks: Mapping[str, torch.Tensor], seed: int) -> float:
-        args = argparse.Namespace(**{**vars(self.args), "seed": seed})
-        state = self._state(args, Recipe(), masks)
-        self.train_loader.sampler.set_seed(seed)
-        return train(state, self.options, self.train_loader, self.test, self.stop, Results("", {}))
+    def _try(self, args) -> None:
+        """Raises PruningError for what recipe or model refuse, whatever the scores: none is computed from images."""
+        recipe = recipe_of(args)
+        recipe.check(args.epochs or None)
+        pruner = "unif" if needs_of(recipe.pruner) else recipe.pruner
+        Sparsifier(self.model, replace(recipe, score="magnitude", pruner=pruner), epoch_steps=self.epoch_steps,
+                   total_steps=max(args.epochs, 1) * self.epoch_steps).first_masks()
 
-    def _state(self, args, recipe: Recipe, masks: Mapping[str, torch.Tensor] | None = None) -> TrainingState:
-        steps = steps_of_epoch(self.train_loader, args)
-        sparsifier = Sparsifier(self.model, recipe, total_steps=args.epochs * steps, epoch_steps=steps, masks=masks)
-        return TrainingState(self.model, sparsifier, args, self.device, self.train_loader.dataset.bad)
+    def _one_shot(self, masks: Mapping[str, torch.Tensor]) -> Outcome:
+        pruned = Masks(self.model, masks).sparsity()
+        return Outcome(self.test(self.model)["acc1"], pruned)
 
+    def _finetune(self, args) -> Outcome:
+        """A run as main.py makes it, from the dense weights or, with a checkpoint in its folder, from there."""
+        args, checkpoint = load_start(args)
+        if checkpoint:
+            load_weights(self.model, checkpoint["model"], args.resume)
+        sparsifier = self._sparsifier(args, checkpoint)
+        first_masks = {} if sparsifier.masks else sparsifier.first_masks()
+        state = build_state(args, self.model, sparsifier, checkpoint, self.device, self.train_loader.dataset.bad)
+        results = open_results(args, sparsifier.recipe, state, self.train_loader, self.val_loader, self.device)
+        if first_masks:
+            sparsifier.start(first_masks)
+        image = torch.zeros(1, 3, args.input_size, args.input_size, device=self.device)
+        results.start(self.model, sparsity_rows(self.model, sparsifier.masks.masks), {}, image)
+        self.train_loader.sampler.set_seed(args.seed)
+        accuracy = train(state, self.options, self.train_loader, self.test, self.stop, results)
+        results.finish({"finetuned": accuracy})
+        return Outcome(accuracy, sparsifier.masks.sparsity())
 
-class Table:
-    """sweep.csv: a line for each outcome, added as it comes, by any process; and beside it what all of them share."""
-
-    def __init__(self, folder: str, args):
-        """Raises UserError when the folder holds a sweep with other arguments."""
-        self.folder, self.path = folder, Path(folder, "sweep.csv")
-        shared = {action.dest for action in get_args_parser()._actions if getattr(action, "sweep", FREE) != FREE}
-        self._settings = json.loads(json.dumps({k: v for k, v in vars(args).items() if k in shared}))
-        self._settings_path = Path(folder, "sweep.json")
-        if not self.path.exists() and not self._settings_path.exists():
-            return
-        try:
-            theirs = json.loads(self._settings_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            theirs = None
-        if not isinstance(theirs, dict):
-            raise UserError(f"--output_dir {folder}: its sweep.json cannot be read; choose another folder")
-        defaults = get_args_parser()
-        for name, ours in self._settings.items():
-            before = theirs.get(name, defaults.get_default(name))  # arguments may have been added since
-            if before != ours:
-                flag = "--finetune-epochs" if name == "epochs" else f"--{name.replace('_', '-')}"
-                raise UserError(f"--output_dir {folder}: holds a sweep with {flag} {before}, not {ours}; choose "
-                                "another folder")
-
-    def open(self, first: bool) -> None:
-        """The first process makes and locks the folder, and writes what the sweep's lines share; the others wait."""
-        if first:
-            self._lock = RunFolder(self.folder)
-            self.write(self._settings_path.name, json.dumps(self._settings, indent=1).encode())
-        while not self._settings_path.exists():
-            time.sleep(0.2)
-
-    def outcomes(self) -> dict[Task, Outcome]:
-        """What the file has; later lines win, and damaged ones are passed over."""
-        try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return {}
-        found = {}
-        for row in csv.reader(lines):
-            try:
-                kind, name, sparsity, seed, config, pruned, accuracy, error = row
-                task = Task(kind, name, float(sparsity), int(seed) if seed else None, config)
-                found[task] = Outcome(float(accuracy) if accuracy else None, float(pruned) if pruned else None, error)
-            except ValueError:  # the header, or half a line
-                continue
-        return found
-
-    def add(self, task: Task, outcome: Outcome) -> None:
-        """Adds a line, whole: a short write in append mode is not mixed with another process's."""
-        try:
-            with open(self.path, "ab", buffering=0) as file:
-                file.write(b"\n" * _torn(self.path) + _csv_lines([(task, outcome)], header=file.tell() == 0))
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise utils.WriteError(f"{self.path}: cannot be written ({error.strerror})") from None
-
-    def sort(self, tasks: Iterable[Task]) -> None:
-        """Writes the file anew: the lines of the tasks in their order, then those of other starts."""
-        found = self.outcomes()
-        order = dict.fromkeys([*(task for task in tasks if task in found), *found])
-        self.write("sweep.csv", _csv_lines([(task, found[task]) for task in order], header=True))
-
-    def write(self, name: str, content: bytes) -> None:
-        utils.write_atomically(Path(self.folder, name), lambda file: file.write(content))
+    def _sparsifier(self, args, checkpoint: dict) -> Sparsifier:
+        return build_sparsifier(args, self.model, checkpoint, self.epoch_steps, self.device, self.amp_dtype)
 
 
 class Progress:
@@ -300,7 +319,8 @@ def write_results(options, model: str, table: Table, tasks: list[Task], facts: l
     outcomes = {task: outcome for task, outcome in table.outcomes().items() if task in set(tasks)}
     accuracies = {task: outcome.accuracy for task, outcome in outcomes.items() if outcome.accuracy is not None}
     dense, pictures = accuracies.get(Task(DENSE)), []
-    if curves := _curves(accuracies):
+    names = labels(task.combination for kind in (FINETUNED, ONE_SHOT) for task in tasks if task.kind == kind)
+    if curves := _curves(accuracies, names):
         epochs, seeds = options.finetune_epochs, len(options.seeds)
         finetuned = f"finetuned for {epochs} epoch{'s' * (epochs > 1)}"
         finetuned += f",\nmean and range of {seeds} seeds" if seeds > 1 else ""
@@ -311,7 +331,7 @@ def write_results(options, model: str, table: Table, tasks: list[Task], facts: l
         title = f"{model}, one layer pruned at a time"
         table.write("sensitivity.png", plots.png(plots.sensitivity_map(drops, title)))
         pictures.append("![Accuracy lost by pruning each layer alone](sensitivity.png)")
-    text = "\n".join(_table(outcomes, dense))
+    text = "\n".join(_table(outcomes, names, dense))
     parts = [f"# {model}, a sweep", facts[0], text, *pictures, facts[1]]
     table.write("sweep.md", "\n\n".join(parts).encode() + b"\n")
     print(text)
@@ -322,66 +342,62 @@ def write_results(options, model: str, table: Table, tasks: list[Task], facts: l
 # ---- helpers, not exported ----
 
 
-def _curves(accuracies: Mapping[Task, float]) -> dict[str, dict[str, list[tuple[float, list[float]]]]]:
-    """By pruner and kind: the sparsities, each with the accuracies of all seeds."""
-    curves = {}
+def _curves(accuracies: Mapping[Task, float], names: Mapping[Combination, str]) -> dict[str, dict[str, list]]:
+    """By the name of a combination and kind: the sparsities, each with the accuracies of all seeds."""
+    curves = {name: {} for name in names.values()}
     for task, accuracy in accuracies.items():
         if task.kind in (ONE_SHOT, FINETUNED):
-            points = curves.setdefault(task.name, {}).setdefault(task.kind, {})
+            points = curves[names[task.combination]].setdefault(task.kind, {})
             points.setdefault(task.sparsity, []).append(accuracy)
-    return {name: {kind: sorted(points.items()) for kind, points in kinds.items()} for name, kinds in curves.items()}
+    return {name: {kind: sorted(points.items()) for kind, points in kinds.items()}
+            for name, kinds in curves.items() if kinds}
 
 
-def _table(outcomes: Mapping[Task, Outcome], dense: float | None) -> list[str]:
-    """Top-1 accuracy in Markdown: pruners by sparsity, then custom configurations, then what failed."""
-    allocations = dict.fromkeys((task.name, task.sparsity, task.config) for task in outcomes
-                                if task.kind in (ONE_SHOT, FINETUNED))
-
-    def cell(*allocation):
-        mine = [(task, outcome.accuracy) for task, outcome in outcomes.items()
-                if (task.name, task.sparsity, task.config) == allocation and task.kind in (ONE_SHOT, FINETUNED)]
-        one_shot = [value for task, value in mine if task.kind == ONE_SHOT and value is not None]
-        tuned = [value for task, value in mine if task.kind == FINETUNED and value is not None]
-        if not mine or not (one_shot or tuned):
-            return "failed" if mine else ""
+def _table(outcomes: Mapping[Task, Outcome], names: Mapping[Combination, str], dense: float | None) -> list[str]:
+    """Top-1 accuracy in Markdown: combinations by sparsity, then those of one sparsity, then what failed."""
+    def cell(combination, sparsity):
+        mine = {task: outcome for task, outcome in outcomes.items()
+                if (task.combination, task.sparsity) == (combination, sparsity) and task.kind != LAYER}
+        one_shot, tuned = ([outcome.accuracy for task, outcome in mine.items()
+                            if task.kind == kind and outcome.accuracy is not None] for kind in (ONE_SHOT, FINETUNED))
+        if not one_shot and not tuned:
+            refused = any(outcome.error.startswith(REFUSED) for outcome in mine.values())
+            return "refused" if refused else "failed" if mine else ""
         parts = [f"{value:.2f}" for value in one_shot]
         if tuned:
             spread = f" ({min(tuned):.2f} to {max(tuned):.2f})" if len(tuned) > 1 else ""
             parts.append(f"{sum(tuned) / len(tuned):.2f}{spread}")
         return " → ".join(parts)
 
+    places = {(task.combination, task.sparsity) for task in outcomes if task.combination in names}
+    rows = [combination for combination in names if not combination.sets_sparsity]
+    sparsities = sorted({sparsity for combination, sparsity in places if combination in rows})
     lines = []
-    sparsities = sorted({sparsity for _, sparsity, config in allocations if not config})
-    if sparsities:
+    if rows:
         lines += ["| top-1 in % | " + " | ".join(f"{100 * sparsity:g} %" for sparsity in sparsities) + " |",
                   "| --- |" + " --- |" * len(sparsities)]
-        for name in dict.fromkeys(name for name, _, config in allocations if not config):
-            lines.append(f"| `{name}` | " + " | ".join(cell(name, sparsity, "") for sparsity in sparsities) + " |")
+        lines += [f"| `{names[combination]}` | "
+                  + " | ".join(cell(combination, sparsity) for sparsity in sparsities) + " |" for combination in rows]
         lines.append("")
-    lines += [f"- `{name}`, {100 * sparsity:.2f} % pruned: {cell(name, sparsity, config)}"
-              for name, sparsity, config in allocations if config]
+    lines += [f"- `{names[combination]}`, {100 * sparsity:.2f} % pruned: {cell(combination, sparsity)}"
+              for combination in names if combination not in rows
+              for place, sparsity in places if place == combination]
     lines += [f"- dense: {dense:.2f}"] if dense is not None else []
-    failed = {(task.name, task.sparsity): outcome.error for task, outcome in outcomes.items() if outcome.error}
-    return lines + [f"- {name} at {100 * sparsity:.4g} %: {error}" for (name, sparsity), error in failed.items()]
+    failed = {}  # one line for the sparsities that share a reason
+    for task, outcome in outcomes.items():
+        if outcome.error:
+            name = names.get(task.combination, task.name)
+            failed.setdefault((name, outcome.error), {})[f"{100 * task.sparsity:.4g}"] = None
+    return lines + [f"- {name} at {', '.join(levels)} %: {error}" for (name, error), levels in failed.items()]
 
 
-def _csv_lines(rows: Iterable[tuple[Task, Outcome]], header: bool) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    if header:
-        writer.writerow(["kind", "name", "sparsity", "seed", "config", "pruned", "accuracy", "error"])
-    for task, outcome in rows:
-        seed = "" if task.seed is None else task.seed
-        pruned = "" if outcome.pruned is None else f"{outcome.pruned:.6f}"
-        accuracy = "" if outcome.accuracy is None else f"{outcome.accuracy:.4f}"
-        writer.writerow([task.kind, task.name, task.sparsity, seed, task.config, pruned, accuracy, outcome.error])
-    return text.getvalue().encode()
-
-
-def _torn(path: Path) -> bool:
-    """Whether the last line was not written whole."""
-    content = path.read_bytes() if path.exists() else b""
-    return bool(content) and not content.endswith(b"\n")
+def _refusal(check) -> str:
+    """Why `check()` refuses, in a line, or nothing."""
+    try:
+        check()
+    except PruningError as error:
+        return first_line(error)
+    return ""
 
 
 def _pruned(masks: Mapping[str, torch.Tensor]) -> float:

@@ -122,9 +122,13 @@ class Recipe:
 
     def one_shot(self) -> "Recipe":
         """The same choices, made once: for an evaluation, or for masks that stay."""
-        timed = {name for schedule in SCHEDULES.values() for name in schedule.uses} - {"seed"}
-        return replace(self, prune_schedule="one-shot",
-                       **{field.name: field.default for field in fields(self) if field.name in timed})
+        return self.with_schedule("one-shot")
+
+    def with_schedule(self, schedule: str) -> "Recipe":
+        """The same choices under another schedule; the times and numbers that it does not use are at their defaults."""
+        unused = timed_fields() - {*SCHEDULES[schedule].uses}
+        return replace(self, prune_schedule=schedule,
+                       **{field.name: field.default for field in fields(self) if field.name in unused})
 
     def steps(self, total: int, epoch: int) -> Steps:
         """The times of the schedule in steps, of a training of `total` steps with `epoch` steps an epoch."""
@@ -259,6 +263,11 @@ class Recipe:
         else:
             raise PruningError(f"custom_config: level is {_short(level)}: expected a list, or a mapping")
         return [(place, parse_level(entry, f"custom_config: level {_short(place)}")) for place, entry in entries]
+
+
+def timed_fields() -> set[str]:
+    """The fields of a recipe that only schedules use."""
+    return {name for schedule in SCHEDULES.values() for name in schedule.uses} - {"seed"}
 
 
 def _scaled(level: int | tuple[int, int], total: int, scale: Callable[[float], float]):

@@ -149,7 +149,8 @@ def test_resume_with_another_optimizer_or_schedule_is_refused(run_main, tiny, pr
 
 
 @pytest.mark.parametrize("key, value", [
-    ("masks", {}), ("masks", {"a": 1}), ("pruner", 3), ("pruning", 3), ("pruning", {}), ("epoch", "x"), ("optimizer", {}), ("lr_scheduler", 1)])
+    ("masks", {}), ("masks", {"a": 1}), ("pruner", 3), ("pruning", 3), ("pruning", {}), ("epoch", "x"),
+    ("optimizer", {}), ("lr_scheduler", 1)])
 def test_a_checkpoint_with_a_damaged_part_is_refused_or_does_without_it(run_main, tiny, pruned, tmp_path, key, value):
     checkpoint = read(tmp_path / pruned)
     if key == "pruner":

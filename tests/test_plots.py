@@ -89,5 +89,16 @@ def test_a_sweep_has_a_line_for_each_pruner_and_kind_and_shows_the_spread():
     assert len(axes.lines) == 6
 
 
+@pytest.mark.parametrize("choices", ["", ", magnitude, block:16x16, one-shot"], ids=["short", "long"])
+def test_a_sweep_of_many_combinations_draws_the_nine_best(choices):
+    curves = {f"pruner{number}{choices}": {"one-shot": [(0.5, [99.0])], "finetuned": [(0.5, [40.0 + number, 50.0])]}
+              for number in (3, 11, 1, 2, 4, 5, 6, 7, 8, 9, 10)}
+    figure = plots.sweep_lines(curves, 92.15, "deit_sample_patch4_28", "finetuned for 2 epochs")
+    assert_readable(figure)
+    labels = [text for text, _ in texts(figure)]
+    assert [name for name in curves if name not in labels] == [f"pruner1{choices}", f"pruner2{choices}"]
+    assert "deit_sample_patch4_28, the 9 of 11 combinations with the best mean accuracy" in labels
+
+
 def test_the_same_figure_gives_the_same_bytes():
     assert len({plots.png(plots.sparsity_bars(layers("deit_sample_patch4_28"), 0.5, "x", "y")) for _ in range(2)}) == 1

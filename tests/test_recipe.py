@@ -205,3 +205,15 @@ def test_scaled_levels_round_to_the_nearest_n():
     assert level(lambda sparsity: sparsity) == [(2, 4), 0.5, 0.0]
     assert Recipe("unif", pattern="2:4").request(shapes, {}, lambda sparsity: sparsity * 0.6)["pattern"] == "3:4"
     assert LAMP.request(shapes, {}, lambda sparsity: sparsity / 2)["sparsity"] == 0.325
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_another_schedule_keeps_what_it_uses_and_drops_the_rest(schedule):
+    asked = Recipe("lamp", 0.65, score="wanda", prune_start=0.1, prune_end=0.5, prune_every=7, prune_rounds=2,
+                   drop_fraction=0.2, sr_decay=1e-3, calibration_images=64, seed=3)
+    recipe = asked.with_schedule(schedule)
+    recipe.check()
+    kept = {"pruner", "sparsity", "score", "calibration_images", "seed", *SCHEDULES[schedule].uses}
+    for field in dataclasses.fields(Recipe):
+        expected = getattr(asked, field.name) if field.name in kept else field.default
+        assert getattr(recipe, field.name) == (schedule if field.name == "prune_schedule" else expected)

@@ -1,18 +1,25 @@
-"""Sweeps over pruners, sparsities and seeds."""
+"""Sweeps over pruners, scores, patterns, schedules, sparsities and seeds."""
 
 import csv
 import json
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, start_main
 from PIL import Image
 
+import builders
 import sweep as sweeping
 from cli import exit_status
-from utils import UserError
+from engine import Progress
+from run_folder import read_log
+from sparsity_factory import PRUNERS
+from sweep_table import Outcome
+from utils import UserError, load_checkpoint
 
 
 @pytest.fixture
@@ -70,6 +77,110 @@ def test_a_sweep_measures_what_single_runs_measure(run_sweep, run_main, tiny):
     assert found["finetuned", "lamp", "0.8", "3"] == pytest.approx(finetuned, abs=0.005)
 
 
+def weights(folder):
+    return load_checkpoint(f"{folder}/checkpoint.pth")["model"]
+
+
+def assert_same_weights(folder, other):
+    ours, theirs = weights(folder), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_every_combination_of_the_choices_is_a_task_once(run_sweep, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(sweeping.Workbench, "outcome", lambda self, task: done.append(task) or Outcome(50.0, 0.5))
+    (tmp_path / "mine.yaml").write_text("sparsity: {mode: unstructured, level: {default: 0.3}}\n")
+    run_sweep("--pruners", "lamp", "erk", "--scores", "magnitude", "taylor", "--patterns", "unstructured", "2:4",
+              "block:16x16", "--schedules", "gradual", "one-shot", "--sparsities", "0.5", "0.9", "--finetune-epochs",
+              "1", "--seeds", "0", "1", "--custom-configs", "mine.yaml", "--calibration-images", "32")
+    crossed = [(name, score, pattern, schedule, sparsity) for name in ("lamp", "erk")
+               for score in ("magnitude", "taylor") for pattern in ("unstructured", "block:16x16")
+               for schedule in ("gradual", "one-shot") for sparsity in ("0.5", "0.9")]
+    others = [(name, score, pattern, schedule, sparsity)
+              for name, pattern, sparsity in (("unif", "2:4", "0.5"), ("mine.yaml", "", "0.3"))
+              for score in ("magnitude", "taylor") for schedule in ("gradual", "one-shot")]
+    expected = [("dense", "", "", "", "", "0.0", "")]
+    expected += [("one-shot", *place, "") for place in crossed + others if place[3] == "one-shot"]
+    expected += [("finetuned", *place, seed) for place in crossed + others for seed in "01"]
+    found = [tuple(row[name] for name in ("kind", "name", "score", "pattern", "schedule", "sparsity", "seed"))
+             for row in rows()]
+    assert sorted((*row[:5], f"{float(row[5]):.4g}" if row[1] else "0.0", row[6]) for row in found) == sorted(expected)
+    text = (tmp_path / "output/sweep/sweep.md").read_text()
+    assert "| `erk, taylor, block:16x16, gradual` | 50.00 (50.00 to 50.00) | 50.00 (50.00 to 50.00) |" in text
+    assert "- `unif, magnitude, 2:4, one-shot`, 50.00 % pruned: 50.00 → 50.00" in text
+    assert "- `mine.yaml, taylor, gradual`, 30.00 % pruned: 50.00" in text
+    assert len({task.run for task in done if task.kind == "finetuned"}) == 2 * len(crossed + others)
+
+
+def test_a_refused_combination_stands_as_refused_and_costs_no_work(run_sweep, tmp_path, monkeypatch):
+    work = []
+    for module, name in ((sweeping, "train"), (builders, "Calibration")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, name=name, original=original: work.append(name)
+                            or original(*args))
+    output = run_sweep("--pruners", "owl", "--scores", "wanda", "--patterns", "row", "x:5", "--schedules", "one-shot",
+                       "rigl", "--sparsities", "0.5", "0.75", "--finetune-epochs", "1", "--drop-fraction", "0.2",
+                       "--prune-every", "1", "--calibration-images", "32")
+    refused = {(row["kind"], row["pattern"], row["schedule"]): row["error"] for row in rows() if not row["accuracy"]}
+    assert set(refused) == {("one-shot", "x:5", "one-shot"), ("finetuned", "x:5", "one-shot"),
+                            ("finetuned", "row", "rigl"), ("finetuned", "x:5", "rigl")}
+    assert all(error.startswith("refused: ") for error in refused.values())
+    assert "divides the 96 inputs" in refused["one-shot", "x:5", "one-shot"]
+    assert sorted(work) == ["Calibration"] * 4 + ["train"] * 2
+    assert "| `owl, x:5, one-shot` | refused | refused |" in output
+    assert "- owl, row, rigl at 50, 75 %: refused: --prune-schedule rigl: expected unstructured" in output
+
+
+def test_a_finetuning_goes_on_from_its_checkpoint(run_sweep, monkeypatch):
+    recipe = ["--pruners", "lamp", "--scores", "taylor", "--schedules", "gradual", "--sparsities", "0.8",
+              "--finetune-epochs", "2", "--prune-every", "2", "--calibration-images", "32", "--model-ema"]
+    run_sweep(*recipe, "--output_dir", "whole")
+    end_step, steps = Progress.end_step, []
+
+    def stop_at_the_fifth(progress, images):
+        end_step(progress, images)
+        steps.append(progress.step)
+        if progress.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Progress, "end_step", stop_at_the_fifth)
+    assert "the same command" in run_sweep(*recipe, "--output_dir", "parts", status=143)
+    run_sweep(*recipe, "--output_dir", "parts")
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert rows("parts") == rows("whole")
+    assert rows("whole")[-1]["accuracy"]
+    name = "runs/lamp_taylor_gradual_0.8_seed0"
+    assert_same_weights(f"parts/{name}", f"whole/{name}")
+    assert [line["epoch"] for line in read_log(Path("parts", name))] == [0, 1]
+
+
+def test_a_sweep_trains_by_a_schedule_as_single_runs_do(run_sweep, run_main, tiny):
+    flags = ["--lr", "0.02", "--no-model-ema", "--prune-every", "2", "--calibration-images", "32"]
+    single = run_main(*tiny, *flags, "--seed", "3", "--pruner", "erk", "--score", "wanda", "--sparsity", "0.8",
+                      "--prune-schedule", "gradual", "--epochs", "2", "--output_dir", "single")
+    run_sweep("--seeds", "3", "--pruners", "erk", "--scores", "wanda", "--schedules", "one-shot", "gradual",
+              "--sparsities", "0.8", "--finetune-epochs", "2", *flags[3:])
+    found = {(row["kind"], row["schedule"]): row for row in rows()}
+    accuracy = float(re.search(r"finetuned ([\d.]+) %", single)[1])
+    assert float(found["finetuned", "gradual"]["accuracy"]) == pytest.approx(accuracy, abs=0.005)
+    assert float(found["finetuned", "gradual"]["pruned"]) == pytest.approx(0.8, abs=1e-4)
+    assert ("one-shot", "gradual") not in found
+    assert_same_weights("single", "output/sweep/runs/erk_wanda_gradual_0.8_seed3")
+
+
+def test_a_table_of_eight_columns_is_read_with_the_defaults(run_sweep, tmp_path):
+    run_sweep("--pruners", "lamp", "--sparsities", "0.5")
+    (tmp_path / "output/sweep/sweep.csv").write_text(
+        "kind,name,sparsity,seed,config,pruned,accuracy,error\n"
+        "dense,,0.0,,,,91.0000,\none-shot,lamp,0.5,,,0.500000,12.3000,\n")
+    run_sweep("--pruners", "lamp", "erk", "--sparsities", "0.5")
+    found = {row["name"]: row for row in rows()}
+    assert [float(found[name]["accuracy"]) for name in ("", "lamp")] == [91, 12.3]
+    assert [(row["score"], row["pattern"], row["schedule"]) for row in rows()] == [
+        ("", "", ""), *[("magnitude", "unstructured", "one-shot")] * 2]
+
+
 def test_started_again_it_does_what_is_missing_only(run_sweep, tmp_path, monkeypatch):
     run_sweep("--pruners", "lamp", "erk", "--sparsities", "0.5")
     path = tmp_path / "output/sweep/sweep.csv"
@@ -99,9 +210,9 @@ def test_a_signal_ends_a_sweep_that_goes_on_where_it_stopped(run_sweep, monkeypa
 
 def test_a_combination_that_fails_is_told_in_the_table_and_the_others_go_on(run_sweep):
     output = run_sweep("--pruners", "unifplus", "unif", "--sparsities", "0.5", "0.95", "--finetune-epochs", "1")
-    assert [row["error"][:14] for row in rows() if not row["accuracy"]] == ["unifplus keeps"] * 2
-    assert re.search(r"\| `unifplus` \| [\d.]+ → [\d.]+ \| failed \|", output)
-    assert "- unifplus at 95 %: unifplus keeps the first and last" in output
+    assert [row["error"][:23] for row in rows() if not row["accuracy"]] == ["refused: unifplus keeps"] * 2
+    assert re.search(r"\| `unifplus` \| [\d.]+ → [\d.]+ \| refused \|", output)
+    assert "- unifplus at 95 %: refused: unifplus keeps the first and last" in output
 
 
 def test_a_training_that_diverges_ends_no_other(run_sweep):
@@ -143,13 +254,38 @@ def test_processes_share_the_combinations(tmp_path, tiny):
     assert result.stdout.count("Written to out") == 1
 
 
+def test_all_processes_share_one_run(tmp_path, tiny):
+    flags = [*tiny, "--lr", "0.02", "--batch-size", "8", "--calibration-images", "40"]
+    place = flags.index("--epochs")
+    single = start_main(*flags, "--pruner", "erk", "--score", "wanda", "--sparsity", "0.5", "--output_dir", "single",
+                        cwd=tmp_path, processes=2)
+    assert single.returncode == 0, single.stderr
+    result = start_main(*flags[:place], *flags[place + 2:], "--pruners", "lamp", "erk", "--scores", "wanda",
+                        "--sparsities", "0.5", "--finetune-epochs", "1", "--processes-per-run", "all", "--output_dir",
+                        "out", cwd=tmp_path, processes=2, script=ROOT / "sweep.py")
+    assert result.returncode == 0, result.stderr
+    assert [row["kind"] for row in rows(tmp_path / "out")] == ["dense", *["one-shot"] * 2, *["finetuned"] * 2]
+    assert len(re.findall(r"^\[\d/5\] ", result.stdout, re.M)) == 5
+    assert f"finetuned {float(rows(tmp_path / 'out')[-1]['accuracy']):.2f} %" in single.stdout
+    assert_same_weights(tmp_path / "single", tmp_path / "out/runs/erk_wanda_0.5_seed0")
+    again = start_main(*flags[:place], *flags[place + 2:], "--finetune-epochs", "1", "--output_dir", "out",
+                       cwd=tmp_path, script=ROOT / "sweep.py")
+    assert "--processes-per-run 2, not 1" in again.stderr
+
+
 @pytest.mark.parametrize("argv, culprit", [
     (["--pruners", "lampp"], "lampp"), (["--pruners", "custom"], "custom"), (["--sparsities", "1.0"], "1.0"),
     (["--sparsities", "0.5", "half"], "half"), (["--finetune-epochs", "-1"], "--finetune-epochs"),
     (["--pruner", "lamp", "--sparsity", "0.5"], "--pruners"), (["--epochs", "3"], "--finetune-epochs"),
     (["--eval"], "--eval"), (["--custom-configs", "missing.yaml"], "missing.yaml"),
     (["--custom-configs", "misfit.yaml"], "blocks.9"), (["--no-such-flag"], "--no-such-flag"),
-    (["--opt", "adamwx", "--finetune-epochs", "1"], "adamwx")], ids=lambda value: " ".join(value))
+    (["--opt", "adamwx", "--finetune-epochs", "1"], "adamwx"), (["--scores", "l1"], "l1"),
+    (["--patterns", "5:4"], "5:4"), (["--schedules", "gradual"], "--finetune-epochs"),
+    (["--score", "snip"], "--scores"),
+    (["--prune-every", "5"], "--prune-every: not with --schedules one-shot"),
+    (["--prune-start", "2", "--schedules", "gradual", "--finetune-epochs", "1"], "--prune-start 2"),
+    (["--scores", "wanda", "--calibration-images", "49"], "--calibration-images 49")],
+    ids=lambda value: " ".join(value))
 def test_a_mistake_is_one_line_before_any_work(run_sweep, tmp_path, argv, culprit):
     (tmp_path / "misfit.yaml").write_text("sparsity:\n  mode: nxm\n  level: {default: 2:4, blocks.9.*: dense}\n")
     error = run_sweep(*argv, status=2)
@@ -176,9 +312,10 @@ def test_the_folder_of_another_sweep_is_refused(run_sweep, tmp_path):
 
 def test_the_parser_takes_the_arguments_of_main_beside_its_own():
     options, args = sweeping.parse_sweep_args(["--finetune-epochs", "3", "--lr", "0.1", "--seed", "7"])
-    every = ["lamp", "glob", "unif", "unifplus", "erk"]
+    every = [name for name in PRUNERS if name != "custom"]
     assert (options.pruners, options.seeds) == (every, [7])
-    assert (args.lr, args.epochs, args.output_dir) == (0.1, 3, "")
+    assert (args.lr, args.epochs, args.output_dir) == (0.1, 3, "output/sweep")
+    assert (options.scores, options.patterns, options.schedules) == (["magnitude"], ["unstructured"], ["one-shot"])
     for flags, pruners in (([], every), (["--custom-configs", "a.yaml"], every), (["--sensitivity"], []),
                            (["--sensitivity", "--pruners", "erk"], ["erk"]), (["--pruners"], [])):
         assert sweeping.parse_sweep_args(flags)[0].pruners == pruners
