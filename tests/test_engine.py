@@ -140,14 +140,18 @@ def test_accumulated_batches_make_the_steps_of_whole_ones_also_at_the_end_of_an_
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["one-shot", "sr-ste"])
 @pytest.mark.parametrize("clip_grad", [None, 0.5])
-def test_the_scale_of_the_loss_changes_no_step_and_gradients_are_clipped_without_it(clip_grad):
-    weights = []
+def test_the_scale_of_the_loss_changes_no_step_and_gradients_are_clipped_without_it(schedule, clip_grad):
+    decay, weights = {"sr_decay": 5.0} if schedule == "sr-ste" else {}, []
     for scale in (None, 2.0**20):
         model, scaler = tiny_vit(), scale and torch.amp.GradScaler("cpu", init_scale=scale)
-        train(model, batches(3), sgd(model), scaler=scaler, clip_grad=clip_grad)
-        weights.append(weights_of(model))
-    assert not torch.equal(weights[0], weights_of(tiny_vit()))
+        sparsifier = Sparsifier(model, Recipe("unif", 0.5, prune_schedule=schedule, **decay), total_steps=9,
+                                epoch_steps=3)
+        sparsifier.start()
+        train(model, batches(3), sgd(model), sparsifier=sparsifier, scaler=scaler, clip_grad=clip_grad)
+        hidden = [values.flatten() for values in sparsifier.state_dict()["hidden"].values()]
+        weights.append(torch.cat([weights_of(model), *hidden]))
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-7)
 
 
