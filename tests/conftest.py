@@ -1,5 +1,7 @@
+import fcntl
 import gzip
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,27 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 
 @pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """Calls a function with a new folder, once for all workers of pytest-xdist; returns the folder."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def folder_of(name: str, make) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
 def tiny_fashion(tmp_path_factory) -> Path:
     """48 training and 61 test images of Fashion-MNIST as idx files, one of them gzipped."""
     folder = tmp_path_factory.mktemp("tiny_fashion")
@@ -32,7 +55,7 @@ def tiny_fashion(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(tiny_fashion) -> list[str]:
     """Arguments for a run of three steps on the tiny data set, in float32."""
     return ["--data-set", "FASHION", "--data-path", str(tiny_fashion), "--model", "deit_sample_patch4_28",
