@@ -13,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import utils
 from augment import BatchTransform
 from engine import DivergedError, Learner, Progress, StepOptions, evaluate, train_one_epoch
-from losses import DistillationLoss
+from losses import CosubLoss, DistillationLoss
 from sparsity_factory import SCHEDULES, Masks, Recipe, Sparsifier, check_masks, compute_masks, prunable_weights
 from training import distribute
 
@@ -105,6 +106,25 @@ def test_a_compiled_model_trains_as_the_plain_one_with_the_same_names():
         assert list(state) == list(expected)
         for name, weight in expected.items():
             torch.testing.assert_close(state[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_co_distillation_gives_the_network_each_image_twice_and_the_two_passes_learn_from_each_other():
+    loader, options = batches(2), StepOptions(CosubLoss(), CPU, cosub=True)
+    ours, theirs = tiny_vit(drop_path=0.5), tiny_vit(drop_path=0.5)
+    train_one_epoch(Learner(ours, sgd(ours)), options, loader, Progress())
+    optimizer, losses = sgd(theirs.train()), []
+    for batch, (images, targets) in enumerate(loader):
+        utils.seed_everything(utils.STEP, 0, 0, batch, 0)  # drop path
+        first, second = theirs(torch.cat([images, images])).chunk(2)
+        assert not torch.equal(first, second)
+        wanted = torch.nn.functional.one_hot(targets, 10).float()
+        pairs = ((first, wanted), (second, wanted), (first, second.detach().sigmoid()),
+                 (second, first.detach().sigmoid()))
+        losses = [torch.nn.functional.binary_cross_entropy_with_logits(*pair) for pair in pairs]
+        optimizer.zero_grad()
+        (sum(losses) / 4).backward()
+        optimizer.step()
+    torch.testing.assert_close(weights_of(ours), weights_of(theirs), rtol=1e-4, atol=1e-6)
 
 
 def test_drop_path_depends_on_seed_epoch_and_step_only():
