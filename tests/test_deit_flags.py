@@ -189,8 +189,8 @@ def test_an_optimizer_moves_the_weights_that_are_kept_and_no_others(opt):
     model = timm.create_model("deit_sample_patch4_28")
     sparsifier = Sparsifier(model, Recipe("unif", 0.5), total_steps=2, epoch_steps=2)
     sparsifier.start()
-    state = TrainingState(model, sparsifier, options("--opt", opt, "--lr", "0.1", "--unscale-lr", "--warmup-epochs", "0"),
-                          CPU)
+    args = options("--opt", opt, "--lr", "0.1", "--unscale-lr", "--warmup-epochs", "0")
+    state = TrainingState(model, sparsifier, args, CPU)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     batches = [(torch.randn(4, 3, 28, 28), torch.arange(4)) for _ in range(2)]
     step = StepOptions(lambda images, logits, targets: torch.nn.functional.cross_entropy(logits, targets), CPU)

@@ -186,7 +186,7 @@ UNMIXED = ["--mixup", "0", "--cutmix", "0"]
     ([], ["--cutmix-minmax", "0.2", "0.8"]), ([], ["--opt", "sgd"]), ([], ["--amp", "bfloat16"]),
     ([], ["--amp", "float16"]), (UNMIXED, ["--smoothing", "0"]), ([], ["--cosub"])],
     ids=lambda flags: " ".join(flags))
-def test_a_flag_that_changes_the_steps_gives_other_weights_of_the_same_masks(run_main, tiny, tmp_path, once, common, flags):
+def test_a_flag_that_changes_the_steps_gives_other_weights(run_main, tiny, tmp_path, once, common, flags):
     recipe = [*tiny, *LAMP, *common, "--no-model-ema", "--output_dir"]
     without = once(f"without_{'mixing' if common else 'flags'}", lambda folder: run_main(*recipe, folder))
     run_main(*recipe, "with", *flags)
