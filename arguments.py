@@ -1,6 +1,7 @@
 """The command line: DeiT's arguments, the pruning ones, and YAML files of defaults."""
 
 import argparse
+import contextlib
 import math
 import os
 import reprlib
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from datasets import DATA_SETS, TIMM
 from sparsity_factory import PRUNERS, SCHEDULES, SCORES, PruningError, Recipe, parse_pattern, read_yaml
+from sparsity_factory.config import level_section
 from trackers import require
 from utils import TIMEOUT, UserError, available_cores, log, processes_here
 
@@ -350,7 +352,8 @@ def check_args(args) -> None:
         if value_of(package):
             require(package)
     check_distillation(args)
-    recipe_of(args).check(args.epochs)
+    with naming_the_config(args.custom_config):
+        recipe_of(args).check(args.epochs)
 
 
 def check_data_set(args) -> None:
@@ -388,9 +391,21 @@ def recipe_of(args) -> Recipe:
     choices = {field.name: getattr(args, field.name) for field in fields(Recipe)}
     if args.custom_config:
         choices["custom_config"] = read_yaml(args.custom_config)
+        level_section(choices["custom_config"], args.custom_config)  # names the file where it is no configuration
     if args.pruner is None and parse_pattern(args.pattern).sparsity is not None:
         choices["pruner"] = "unif"  # n:m says what every layer keeps
     return Recipe(**choices)
+
+
+@contextlib.contextmanager
+def naming_the_config(path: str | None):
+    """An error in a custom configuration names the file that it was read from."""
+    try:
+        yield
+    except PruningError as error:
+        if path and str(error).startswith("custom_config"):
+            raise PruningError(path + str(error).removeprefix("custom_config")) from None
+        raise
 
 
 def mixes(args) -> bool:

@@ -11,7 +11,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch.utils.data import DataLoader, IterableDataset
 
 import utils
-from arguments import continued_args, mixes, recipe_of
+from arguments import continued_args, mixes, naming_the_config, recipe_of
 from augment import BatchTransform
 from calibration import Calibration
 from datasets import build_dataset
@@ -19,9 +19,9 @@ from engine import StepOptions
 from loaders import SeededDataset, SeededStream, StreamLoader
 from losses import CosubLoss, DistillationLoss
 from models import adapt_weights, build_model, load_weights, train_attention_only, train_both_heads
-from run_folder import newest_checkpoint
+from run_folder import newest_checkpoint, read_pruning
 from samplers import EvalBatchSampler, TrainSampler
-from sparsity_factory import PruningError, Recipe, Sparsifier, check_masks, unpack
+from sparsity_factory import PruningError, Recipe, Sparsifier
 from state import TrainingState
 from stopping import ignore_signals
 from utils import UserError, log
@@ -136,12 +136,13 @@ def build_sparsifier(args, model: torch.nn.Module, checkpoint: dict, epoch_steps
                           epoch_steps=epoch_steps, masks=masks, statistics=statistics, share=utils.on_first_process)
 
     try:
-        stored, masks = stored_pruning(checkpoint)
+        stored, masks = read_pruning(checkpoint)
         if args.resume and asked.pruner and (masks is not None or goes_on) and asked.differences(stored):
             raise UserError(f"{asked.in_words()}: {source} is of a run with {stored.in_words()}; leave the pruning "
                             "flags out, or prune its weights anew with --finetune")
         if masks is None or (asked.pruner and not args.resume):
-            return sparsifier(asked.one_shot() if args.eval else asked)
+            with naming_the_config(args.custom_config):
+                return sparsifier(asked.one_shot() if args.eval else asked)
         if not goes_on:
             return sparsifier(stored.one_shot(), masks)
         going_on = sparsifier(stored, masks)
@@ -149,20 +150,7 @@ def build_sparsifier(args, model: torch.nn.Module, checkpoint: dict, epoch_steps
             going_on.load_state_dict(checkpoint["pruning"])
         return going_on
     except PruningError as error:
-        raise UserError(f"{source}: {error}" if source else str(error)) from None
-
-
-def stored_pruning(checkpoint: dict) -> tuple[Recipe, dict[str, torch.Tensor] | None]:
-    """The recipe and the masks of a checkpoint, None where it has none. Raises PruningError for what is wrong in it."""
-    pruning = checkpoint.get("pruning")
-    stored = pruning.get("recipe") if isinstance(pruning, dict) else checkpoint.get("pruner")
-    recipe = Recipe() if stored is None else Recipe.from_dict(stored)
-    if "masks" not in checkpoint:
-        return recipe, None
-    masks = unpack(checkpoint["masks"])
-    for kind in ("model", "model_ema"):
-        check_masks(checkpoint.get(kind, {}), masks, recipe.custom_config)
-    return recipe, masks
+        raise UserError(f"{source}: {error}" if source and not args.custom_config else str(error)) from None
 
 
 def build_step_options(args, num_classes: int, device: torch.device, amp_dtype: torch.dtype | None) -> StepOptions:

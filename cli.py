@@ -6,7 +6,8 @@ import torch.distributed as dist
 
 import utils
 from engine import DivergedError
-from sparsity_factory import PruningError, Recipe, check_masks, checkpoint_table, unpack
+from run_folder import read_pruning
+from sparsity_factory import PruningError, checkpoint_table, unpack
 from stopping import Stopped
 from utils import UserError, WriteError
 
@@ -29,15 +30,13 @@ def audit(path: str) -> int:
     masks = unpack(checkpoint.get("masks", {}))
     if not masks:
         raise UserError(f"{path}: holds no masks; expected a checkpoint of a pruned run")
-    recipe = Recipe.from_dict(checkpoint.get("pruner"))
     print(checkpoint_table(checkpoint["model"], masks))
+    try:
+        recipe, _ = read_pruning(checkpoint)
+    except PruningError as error:
+        print(f"error: {path}: {error}", file=sys.stderr)
+        return 1
     print(f"pruned with {recipe.in_words()}")
-    for kind in ("model", "model_ema"):
-        try:
-            check_masks(checkpoint.get(kind, {}), masks, recipe.custom_config)
-        except PruningError as error:
-            print(f"error: {path}: {kind}: {error}", file=sys.stderr)
-            return 1
     print("every pruned weight is zero, and every n:m group holds")
     return 0
 
@@ -71,7 +70,7 @@ def _report(error: Exception) -> int:
 
 
 def _reason_of(error: BaseException | None) -> str:
-    """Which data worker or process is gone, where an error or one that it came from tells that; else nothing."""
+    """The data worker or process that is gone, by the message of the error or of one that led to it; else nothing."""
     while error:
         if str(error).startswith("DataLoader worker"):
             return str(error)

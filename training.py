@@ -55,6 +55,10 @@ def train(state: TrainingState, options: StepOptions, loader, test: Evaluator, s
     steps = steps_of_epoch(loader, args)
     log(f"Training epochs {progress.epoch} to {args.epochs - 1}, {steps} steps each"
         + (f"; going on after step {progress.epoch_step} of epoch {progress.epoch}" if progress.epoch_step else ""))
+    last = learner.sparsifier.step + (args.epochs - progress.epoch) * steps - progress.epoch_step - 1
+    if not learner.sparsifier.final and last < learner.sparsifier.steps.end:
+        log(f"The target sparsity is not reached: it is due at step {learner.sparsifier.steps.end}, and the last one "
+            f"here is {last}; more --epochs would reach it")
     start, test_stats = time.time(), {}
 
     def after_step():

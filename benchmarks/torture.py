@@ -40,7 +40,7 @@ def start(folder: Path, recipe: list[str], launcher=()) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, folder: Path) -> None:
-    """Waits for a run that nobody disturbs any more."""
+    """Waits for the end of a run."""
     if process.wait() != 0:
         output = (folder / "run.out").read_text()[-2000:]
         raise RuntimeError(f"the run ended with status {process.returncode}:\n{output}")

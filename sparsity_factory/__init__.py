@@ -28,7 +28,7 @@ from .report import (
 )
 from .schedules import SCHEDULES
 from .scores import SCORES
-from .sparsifier import Sparsifier
+from .sparsifier import Sparsifier, has_reached_target
 from .statistics import STATISTICS, Statistics, collect_statistics
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "collect_statistics",
     "compute_masks",
     "describe",
+    "has_reached_target",
     "multiply_adds",
     "needs_of",
     "pack",

@@ -5,17 +5,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .config import resolve_levels
 from .errors import PruningError
+from .patterns import parse_pattern
+from .recipe import Recipe
 
 
-def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], config: Mapping | None = None) -> None:
+def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], recipe: Recipe | None = None) -> None:
     """Checks a state dict against its masks: pruned weights are zero, and every group holds what n:m allows.
 
     Args:
         weights: parameter name to tensor; names without a mask are not looked at. May be empty.
         masks: parameter name to bool tensor, True where the weight is kept; on any device, as the weights are.
-        config: the custom configuration that made the masks, if one did: its groups are counted.
+        recipe: the one that made the masks, where its target is reached: its groups are counted.
 
     Raises:
         PruningError: naming the first weight that does not obey.
@@ -30,12 +31,13 @@ def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], conf
         nonzero = int((weight != 0).logical_and_(mask.to(weight.device).logical_not()).count_nonzero())
         if nonzero:
             raise PruningError(f"{name}: {nonzero} of its pruned weights are not zero")
-    if config is None:
+    if recipe is None:
         return
-    if not isinstance(config, Mapping):
-        raise PruningError(f"custom_config is a {type(config).__name__}, expected a mapping")
     shapes = {name: mask.shape for name, mask in masks.items() if mask.dim() == 2}
-    for name, level in resolve_levels(config, shapes).items():
+    levels, pattern = recipe.levels(shapes), parse_pattern(recipe.pattern)
+    if pattern.sparsity is not None:
+        levels = dict.fromkeys(shapes, (pattern.n, pattern.m))
+    for name, level in levels.items():
         if isinstance(level, int):
             if int(masks[name].count_nonzero()) != level:
                 raise PruningError(f"{name}: keeps {int(masks[name].count_nonzero())} weights, expected {level}")

@@ -47,7 +47,7 @@ def resolve_levels(
     """
     where = "custom_config" if isinstance(source, Mapping) else _path(source)
     config = source if isinstance(source, Mapping) else read_yaml(where)
-    level = _level_section(config, where)
+    level = level_section(config, where)
     if isinstance(level, list | tuple):
         entries = _from_list(level, list(shapes), where)
     elif isinstance(level, Mapping):
@@ -116,7 +116,7 @@ def _refuse_exotic(text: str, path: str) -> None:
             raise PruningError(f"{path}: line {event.start_mark.line + 1}: expected at most {MAX_DEPTH} nested levels")
 
 
-def _level_section(config, where: str):
+def level_section(config, where: str):
     if config is None:
         raise PruningError(f"{where}: is empty: expected a mapping with the key sparsity")
     section = _section(config, ("sparsity",), where, "the file" if where != "custom_config" else "it")["sparsity"]
@@ -179,7 +179,7 @@ def _parse_all(entries, where: str) -> list[tuple]:
     """(entry in words, sparsity or (n, m)) for each entry; says once that entries are in the oldest form."""
     parsed, oldest = [], []
     for label, entry in entries:
-        level = _parse(entry, f"{where}: {label}")
+        level = parse_level(entry, f"{where}: {label}")
         if isinstance(entry, list | tuple) and tuple(entry) != level:
             oldest.append((label, entry, level))
         parsed.append((label, level))
@@ -190,7 +190,7 @@ def _parse_all(entries, where: str) -> list[tuple]:
     return parsed
 
 
-def _parse(entry, label: str) -> float | tuple[int, int]:
+def parse_level(entry, label: str) -> float | tuple[int, int]:
     n, m = 0, 0
     if isinstance(entry, str):
         if entry == "dense":

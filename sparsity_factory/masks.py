@@ -190,7 +190,7 @@ def pack(masks: Mapping[str, Tensor]) -> dict[str, dict]:
 def unpack(state: dict[str, dict]) -> dict[str, Tensor]:
     """The bool masks, on the CPU, from what `pack` or `Masks.state_dict` returned: `Masks(model, unpack(state))`.
 
-    The state may come from anybody's file. Each of its bytes becomes eight mask entries and no more, so memory stays
+    The state may come from an untrusted file. Each of its bytes becomes eight mask entries and no more, so memory stays
     proportional to what was read.
 
     Raises:

@@ -2,13 +2,13 @@
 
 import math
 import numbers
-import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
-from .config import _level_section, _parse, resolve_levels
+from .config import level_section, parse_level, resolve_levels
 from .errors import PruningError
+from .patterns import parse_pattern
 from .pruners import PRUNERS, needs_of
 from .schedules import SCHEDULES, Steps
 from .scores import SCORES
@@ -161,8 +161,8 @@ class Recipe:
         if self.pruner == "custom":
             entries = [_scaled(level, math.prod(shapes[name]), scale) for name, level in levels.items()]
             request["custom_config"] = {"sparsity": {"mode": "nxm", "level": entries}}
-        elif group := n_of_m(self.pattern):
-            request["pattern"] = "{}:{}".format(*_scaled(group, 0, scale))
+        elif (pattern := parse_pattern(self.pattern)).sparsity is not None:
+            request["pattern"] = "{}:{}".format(*_scaled((pattern.n, pattern.m), 0, scale))
         else:
             request["sparsity"] = scale(self.sparsity)
         return request
@@ -172,9 +172,7 @@ class Recipe:
     def _check_choices(self) -> None:
         self._expect(_known(self.pruner, PRUNERS), "pruner", f"one of {', '.join(PRUNERS)}")
         self._expect(_known(self.score, SCORES), "score", f"one of {', '.join(SCORES)}")
-        self._expect(isinstance(self.pattern, str), "pattern", "the name of a pattern")
-        group = n_of_m(self.pattern)
-        self._expect(group is None or 1 <= group[0] <= group[1], "pattern", "n:m with 1 <= n <= m")
+        fixed = parse_pattern(self.pattern).sparsity is not None
         grouped = self.pattern != "unstructured"
         if self.pruner == "custom":
             self._expect(self.sparsity is None, "sparsity", "none with --pruner custom, whose YAML sets the sparsity")
@@ -184,8 +182,10 @@ class Recipe:
             grouped = any(isinstance(level, tuple) and level[0] < level[1] for _, level in self._custom_levels())
         else:
             self._expect(self.custom_config is None, "custom_config", "--pruner custom beside it")
-            if group:
+            if fixed:
                 self._expect(self.sparsity is None, "sparsity", f"none with --pattern {self.pattern}, which sets it")
+                self._expect(self.pruner == "unif", "pruner",
+                             f"unif or none with --pattern {self.pattern}, which prunes every layer alike")
             elif self.sparsity is None:
                 raise PruningError(f"--pruner {self.pruner}: expected --sparsity beside it, a number in [0, 1)")
             else:
@@ -251,20 +251,14 @@ class Recipe:
         """Per entry of the custom configuration its place or pattern, and the sparsity or (n, m) that it asks for."""
         if not isinstance(self.custom_config, Mapping):
             raise PruningError(f"custom_config is {_short(self.custom_config)}: expected a mapping")
-        level = _level_section(self.custom_config, "custom_config")
+        level = level_section(self.custom_config, "custom_config")
         if isinstance(level, Mapping):
             entries = sorted(level.items(), key=lambda entry: entry[0] != "default")  # looked at first, wherever it is
         elif isinstance(level, list | tuple):
             entries = list(enumerate(level))
         else:
             raise PruningError(f"custom_config: level is {_short(level)}: expected a list, or a mapping")
-        return [(place, _parse(entry, f"custom_config: level {_short(place)}")) for place, entry in entries]
-
-
-def n_of_m(pattern: str) -> tuple[int, int] | None:
-    """(n, m) of a pattern that names both, None for others."""
-    found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", pattern)
-    return (int(found[1]), int(found[2])) if found else None
+        return [(place, parse_level(entry, f"custom_config: level {_short(place)}")) for place, entry in entries]
 
 
 def _scaled(level: int | tuple[int, int], total: int, scale: Callable[[float], float]):

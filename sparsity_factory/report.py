@@ -124,7 +124,7 @@ def _pattern(mask: Tensor) -> str:
     inputs = mask.shape[1]
     for m in (m for m in range(2, inputs + 1) if inputs % m == 0):
         n = int(mask[0, :m].count_nonzero())
-        # The first row tells nearly always, and is a small part of the work.
+        # Nearly always the first row decides, at a small part of the work.
         if n and all((part.reshape(-1, m).sum(1) == n).all() for part in (mask[0], mask)):
             return f"{n}:{m}"
     return "unstructured"

@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import patterns
-
 
 @dataclass(frozen=True)
 class Steps:
@@ -208,32 +206,3 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "one-shot": OneShot, "gradual": Gradual, "iterative": Iterative, "set": Set, "rigl": RigL, "ac-dc": ACDC,
     "ste": STE, "sr-ste": SRSTE,
 }
-
-
-@torch.no_grad()
-def regrow(weight: Tensor, mask: Tensor, growth: Tensor, count: int) -> Tensor:
-    """Drops the `count` smallest kept magnitudes, then grows the `count` largest `growth` among all then not kept.
-
-    Args:
-        weight: of any shape.
-        mask: bool, of that shape, True where the weight is kept; it is not changed.
-        growth: of that shape, non-negative.
-        count: from 0 to the number of kept weights.
-
-    Returns:
-        The new mask, which keeps as many. On ties the earlier weight is kept, or grown.
-    """
-    new = mask.clone()
-    kept = weight[mask].abs()
-    new[mask] = _largest(kept, len(kept) - count)
-    new[~new] = _largest(growth[~new], count)
-    return new
-
-
-# ---- helpers, not exported ----
-
-
-def _largest(values: Tensor, count: int) -> Tensor:
-    if values.dtype not in (torch.float32, torch.float64):
-        values = values.float()
-    return patterns.k_largest(values, count)

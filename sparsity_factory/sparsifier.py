@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from .errors import PruningError
 from .masks import Change, Masks, bits, pack, prunable_weights, select, unpack
+from .patterns import regrow
 from .pruners import compute_masks
 from .recipe import LARGEST, Recipe
-from .schedules import SCHEDULES, Steps, regrow
+from .schedules import SCHEDULES, Steps
 
 VERSION = 1  # of the state
 
@@ -339,6 +340,17 @@ class Sparsifier:
                 else:
                     gradient.add_(values, alpha=self.schedule.decay * scale)
         torch._foreach_add_([bits(weight) for weight in weights], [bits(values) for values in hidden])
+
+
+def has_reached_target(untrusted) -> bool:
+    """Whether the `state_dict` of a `Sparsifier` is of a model with the sparsity and pattern that its recipe asks for.
+
+    Raises:
+        PruningError: a state that is damaged.
+    """
+    state = _Saved(untrusted)
+    recipe = Recipe.from_dict(state.entry("recipe", Mapping))
+    return SCHEDULES[recipe.prune_schedule](recipe, state.steps(recipe)).is_final(state.integer("changed", -1))
 
 
 class _Saved:

@@ -198,7 +198,7 @@ def _checked_needs(needs: Iterable[str] | None, loss: Callable | None, first) ->
 
 
 def _look(model: nn.Module, weights: dict, batch, loss: Callable, statistics: Statistics, is_first: bool) -> None:
-    """Adds what one batch tells. Nothing here waits for a GPU."""
+    """Adds the sums of one batch. Nothing here waits for a GPU."""
     images, targets = (*batch, None)[:2] if isinstance(batch, tuple | list) else (batch, None)
     device = next(iter(weights.values())).device
     images = images.to(device, non_blocking=True)

@@ -114,6 +114,15 @@ def test_num_workers_and_pin_mem_reach_the_loader(tiny):
         assert loader.pin_memory == pinned
 
 
+def test_the_default_number_of_workers_is_at_most_the_cores_and_a_flag_is_taken_as_it_is(monkeypatch):
+    monkeypatch.setattr("arguments.available_cores", lambda: 4)
+    monkeypatch.setattr("arguments.processes_here", lambda: 2)
+    assert options().num_workers == 2
+    assert options("--num_workers", "7").num_workers == 7
+    monkeypatch.setattr("arguments.available_cores", lambda: 64)
+    assert options().num_workers == 10
+
+
 # ---- model ----
 
 

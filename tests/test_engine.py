@@ -330,6 +330,19 @@ def test_evaluation_counts_every_image_once_whatever_the_last_batch(classes):
     assert stats["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
 
 
+def test_where_each_process_evaluates_for_itself_all_have_the_figures_of_the_first(monkeypatch):
+    loader = [(images, targets) for images, targets in batches(2)]
+    first = evaluate(loader, tiny_vit(), CPU)
+    sent = []
+    monkeypatch.setattr(utils, "sum_over_processes", lambda totals: sent.append(totals) or totals)
+    evaluate(loader, tiny_vit(), CPU)
+    monkeypatch.setattr(utils, "is_main_process", lambda: False)
+    monkeypatch.setattr(utils, "sum_over_processes",
+                        lambda totals: [sum(pair) for pair in zip(sent[0], totals, strict=True)])
+    other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))  # another model, which counts otherwise
+    assert evaluate(loader, other, CPU) == first
+
+
 def test_evaluation_leaves_the_model_as_it_was():
     model = tiny_vit()
     before = copy.deepcopy(model.state_dict())
@@ -337,7 +350,7 @@ def test_evaluation_leaves_the_model_as_it_was():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])
 def test_masked_training_on_a_gpu_keeps_pruned_weights_at_zero(amp_dtype):
     device = torch.device("cuda")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import utils
 from arguments import read_preset
 from benchmarks.torture import equal
-from sparsity_factory import PruningError, check_masks, compute_masks, unpack
+from sparsity_factory import PruningError, Recipe, check_masks, compute_masks, unpack
 from sparsity_factory.config import resolve_levels
 from utils import UserError, load_checkpoint
 
@@ -53,7 +53,7 @@ def test_any_structure_gives_masks_that_obey_it_or_one_line(config):
         return
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(12, 8), "b": torch.nn.Linear(8, 4)})
     masks = compute_masks(model, "custom", custom_config=config)
-    check_masks({}, masks, {"custom_config": config})
+    check_masks({}, masks, Recipe("custom", custom_config=config))
     for name, level in levels.items():
         kept = level if isinstance(level, int) else masks[name].numel() * level[0] // level[1]
         assert masks[name].count_nonzero() == kept

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -91,8 +92,10 @@ def test_resume_continues_to_the_bit_and_knows_its_masks(run_main, tiny, tmp_pat
 
 
 @pytest.fixture
-def pruned(run_main, tiny):
-    run_main(*tiny, *LAMP, "--output_dir", "pruned")
+def pruned(run_main, tiny, tmp_path, once):
+    """A checkpoint of a pruned run, from the one folder for all tests."""
+    folder = once("pruned", lambda folder: run_main(*tiny, *LAMP, "--output_dir", folder))
+    shutil.copytree(folder, tmp_path / "pruned")
     return "pruned/checkpoint.pth"
 
 
@@ -149,9 +152,13 @@ def test_resume_with_another_optimizer_or_schedule_is_refused(run_main, tiny, pr
 
 
 @pytest.mark.parametrize("key, value", [
-    ("masks", {}), ("masks", {"a": 1}), ("pruner", 3), ("epoch", "x"), ("optimizer", {}), ("lr_scheduler", 1)])
+    ("masks", {}), ("masks", {"a": 1}), ("pruner", 3), ("pruning", 3), ("pruning", {}), ("epoch", "x"),
+    ("optimizer", {}), ("lr_scheduler", 1)])
 def test_a_checkpoint_with_a_damaged_part_is_refused_or_does_without_it(run_main, tiny, pruned, tmp_path, key, value):
-    torch.save({**read(tmp_path / pruned), key: value}, tmp_path / "damaged.pth")
+    checkpoint = read(tmp_path / pruned)
+    if key == "pruner":
+        del checkpoint["pruning"]  # as in a checkpoint of before there was that entry
+    torch.save({**checkpoint, key: value}, tmp_path / "damaged.pth")
     flags = [*tiny, "--resume", "damaged.pth", "--epochs", "2", "--output_dir", "new"]
     if (key, value) == ("masks", {}):
         run_main(*flags)
@@ -355,8 +362,12 @@ def test_use_ema_needs_a_checkpoint_that_has_an_average(run_main, tiny, tmp_path
     assert error == "error: --use-ema: out/checkpoint.pth holds no moving average of the weights\n"
 
 
-def test_a_checkpoint_of_another_release_resumes_with_the_same_flags(run_main, tiny, pruned, tmp_path):
+def test_a_checkpoint_without_the_newer_choices_resumes_with_the_same_flags_and_no_others(
+        run_main, tiny, pruned, tmp_path):
     checkpoint = read(tmp_path / pruned)
-    checkpoint["pruner"] = {"later": 1, **checkpoint["pruner"], "custom_config": None}
-    torch.save(checkpoint, tmp_path / "other.pth")
-    run_main(*tiny, *LAMP, "--resume", "other.pth", "--epochs", "2")
+    del checkpoint["pruning"]
+    checkpoint["pruner"] = {"custom_config": None, "sparsity": 0.65, "name": "lamp"}
+    torch.save(checkpoint, tmp_path / "older.pth")
+    run_main(*tiny, *LAMP, "--resume", "older.pth", "--epochs", "2")
+    error = run_main(*tiny, *LAMP, "--pattern", "row", "--resume", "older.pth", status=2)
+    assert "older.pth is of a run with --pruner lamp --sparsity 0.65" in error

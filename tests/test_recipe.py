@@ -44,7 +44,7 @@ REFUSED = {
     "sparsity of no number": (Recipe("lamp", True), "--sparsity"),
     "sparsity that is NaN": (Recipe("lamp", float("nan")), "--sparsity nan"),
     "sparsity beside n:m": (Recipe("lamp", 0.5, pattern="2:4"), "--sparsity 0.5: expected none with --pattern 2:4"),
-    "n above m": (Recipe("lamp", pattern="4:2"), "--pattern 4:2"),
+    "n above m": (Recipe("unif", pattern="4:2"), "pattern '4:2': expected n:m"),
     "sparsity beside custom": (custom(0.5, sparsity=0.5), "--sparsity 0.5: expected none with --pruner custom"),
     "pattern beside custom": (custom(0.5, pattern="row"), "--pattern row: expected none with --pruner custom"),
     "custom without configuration": (Recipe("custom"), "--pruner custom: expected --custom-config"),
@@ -68,7 +68,8 @@ REFUSED = {
     "a time for one-shot": (scheduled("one-shot", prune_end=0.5), "--prune-end 0.5: not with --prune-schedule one"),
     "no images": (dataclasses.replace(LAMP, calibration_images=0), "--calibration-images 0"),
     "negative seed": (dataclasses.replace(LAMP, seed=-1), "--seed -1"),
-    "set with n:m": (Recipe("lamp", pattern="2:4", prune_schedule="set"), "groups would break"),
+    "lamp with n:m": (Recipe("lamp", pattern="2:4"), "--pruner lamp: expected unif"),
+    "set with n:m": (Recipe("unif", pattern="2:4", prune_schedule="set"), "groups would break"),
     "rigl with x:m": (scheduled("rigl", pattern="x:4"), "groups would break"),
     "rigl with custom n:m": (custom(0.5, [2, 4], prune_schedule="rigl"), "groups would break"),
 }
@@ -200,5 +201,5 @@ def test_scaled_levels_round_to_the_nearest_n():
     assert level(lambda sparsity: 0.0) == [(4, 4), 0.0, 0.0]
     assert level(lambda sparsity: sparsity * 0.6) == [(3, 4), 0.3, 0.0]
     assert level(lambda sparsity: sparsity) == [(2, 4), 0.5, 0.0]
-    assert Recipe("lamp", pattern="2:4").request(shapes, {}, lambda sparsity: sparsity * 0.6)["pattern"] == "3:4"
+    assert Recipe("unif", pattern="2:4").request(shapes, {}, lambda sparsity: sparsity * 0.6)["pattern"] == "3:4"
     assert LAMP.request(shapes, {}, lambda sparsity: sparsity / 2)["sparsity"] == 0.325

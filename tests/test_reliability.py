@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader
 
 import utils
 from benchmarks.torture import RECIPE, differences, finish, kill, start, trains_again, wait_until
-from engine import Progress
 from loaders import SeededDataset
 from run_folder import RunFolder, newest_checkpoint, read_log
 from samplers import TrainSampler
@@ -44,21 +43,6 @@ def short(tiny_fashion):
 
 def read(path):
     return torch.load(path, weights_only=True)
-
-
-@pytest.fixture
-def stop_at(monkeypatch):
-    """Sends this process a signal during the training step of that number."""
-    end_step = Progress.end_step
-
-    def stop_at(number, signum=signal.SIGTERM):
-        def stop(progress, images):
-            end_step(progress, images)
-            if progress.step == number:
-                os.kill(os.getpid(), signum)
-        monkeypatch.setattr(Progress, "end_step", stop)
-
-    return stop_at
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_never_stopped(tmp_path, short):

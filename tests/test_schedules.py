@@ -1,12 +1,9 @@
-"""At which steps masks change, and how `regrow` moves weights."""
+"""At which steps masks change."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sparsity_factory import SCHEDULES, Recipe
-from sparsity_factory.schedules import regrow
 
 
 def changes(name: str, total: int, epoch: int, **fields) -> list[int]:
@@ -89,45 +86,6 @@ def test_the_shortest_runs_reach_the_target_where_they_have_a_step_at_all(name, 
     schedule = SCHEDULES[name](recipe, recipe.steps(total, 3))
     made = [step for step in range(total) if schedule.changes_at(step)]
     assert schedule.is_final(made[-1] if made else -1) or not total
-
-
-# ---- regrow ----
-
-
-def test_regrow_by_hand():
-    weight = torch.tensor([[5.0, -1.0, 0.0, 0.0], [3.0, -2.0, 0.0, 0.0]])
-    mask = torch.tensor([[True, True, False, False], [True, True, False, False]])
-    growth = torch.tensor([[9.0, 0.5, 1.0, 4.0], [9.0, 9.0, 2.0, 0.0]])
-    # -1 and -2 go; 9 (that of the dropped -2) and 4 are the largest of those that are then not kept.
-    assert regrow(weight, mask, growth, 2).int().tolist() == [[1, 0, 0, 1], [1, 1, 0, 0]]
-    assert torch.equal(regrow(weight, mask, growth, 0), mask)
-    assert regrow(weight, mask, growth, 4).int().tolist() == [[1, 0, 0, 1], [1, 1, 0, 0]]
-
-
-def test_regrow_takes_the_earlier_weight_on_a_tie():
-    mask = torch.tensor([True, True, True, False, False, False])
-    assert regrow(torch.ones(6), mask, torch.zeros(6), 1).int().tolist() == [1, 1, 1, 0, 0, 0]
-    assert regrow(torch.ones(6), mask, torch.tensor([0, 0, 0, 0, 1.0, 1.0]), 1).int().tolist() == [1, 1, 0, 0, 1, 0]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**31), st.integers(0, 40), st.integers(0, 40), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_regrow_keeps_the_count_drops_the_smallest_and_grows_the_largest(seed, kept, count, dtype):
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(5, 8, generator=generator).to(dtype)
-    growth = torch.randint(0, 20, (5, 8), generator=generator).to(dtype)  # with ties
-    mask = (torch.randperm(40, generator=generator) < kept).view(5, 8)
-    before, count = mask.clone(), min(count, kept)
-    new = regrow(weight, mask, growth, count)
-    assert torch.equal(mask, before)
-    assert int(new.sum()) == kept
-    dropped, grown, size = mask & ~new, new & ~mask, weight.abs()
-    assert int(dropped.sum()) <= count
-    if dropped.any() and (mask & new).any():
-        # Some of the smallest may have grown again; of the others that are kept, none is smaller than one dropped.
-        assert int((mask & (size < size[dropped].max())).sum()) < count
-    if grown.any() and (~new).any():
-        assert growth[grown].min() >= growth[~new].max()
 
 
 def test_the_growth_of_set_depends_on_seed_step_and_layer_only():

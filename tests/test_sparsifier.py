@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsity_factory import SCHEDULES, PruningError, Recipe, Sparsifier, check_masks, compute_masks, pack
-from sparsity_factory.schedules import regrow
+from sparsity_factory.patterns import regrow
 
 STEPS, EPOCH = 24, 6
 SPARSITY = 0.7
@@ -239,7 +239,7 @@ def test_custom_levels_hold_at_the_end_and_what_is_pruned_on_the_way_stays_so(sc
             assert not any((run.masks()[name] & ~mask).any() for name, mask in before.items())
             before = run.masks()
             assert (groups := before["0.weight"].view(-1, 4).sum(1)).min() == groups.max()  # n goes down together
-    check_masks(run.model.state_dict(), run.sparsifier.masks.masks, {"custom_config": config})
+    check_masks(run.model.state_dict(), run.sparsifier.masks.masks, run.sparsifier.recipe)
 
 
 def test_masks_that_the_model_came_with_are_kept():

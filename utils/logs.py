@@ -1,4 +1,4 @@
-"""What a run tells of its progress, in DeiT's log format or as bars on a terminal."""
+"""The progress of a run, in DeiT's log format or as bars on a terminal."""
 
 import datetime
 import logging
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .processes import is_main_process, sum_over_processes
 
-#: How a run tells of its progress: DeiT's lines, bars on a terminal with a line per epoch, or not at all.
+#: The displays of a run's progress: DeiT's lines, bars on a terminal with a line per epoch, or not at all.
 LINES, BARS, QUIET = "lines", "bars", "quiet"
 _display = LINES
 

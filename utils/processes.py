@@ -196,7 +196,7 @@ def sum_over_processes(values: list[float]) -> list[float]:
 def is_first_to_fail() -> bool:
     """Whether this process is the first to ask, and so the one that says what went wrong.
 
-    Before the processes have met, all make the same mistakes, and the first on each machine tells.
+    Before the processes have met, all make the same mistakes, and the first on each machine reports them.
     """
     if not dist.is_initialized():
         return local_rank() == 0

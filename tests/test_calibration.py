@@ -1,0 +1,59 @@
+"""Which training images calibrate."""
+
+import pytest
+import torch
+
+import calibration
+from arguments import parse_args
+from calibration import Calibration
+from models import build_model
+from utils import UserError
+
+CPU = torch.device("cpu")
+
+
+def calibrate(tiny, *flags):
+    args = parse_args([*tiny, "--calibration-images", "40", *flags])
+    torch.manual_seed(0)
+    return Calibration(args, build_model(args.model, 10, 28), CPU, None)
+
+
+def images(found):
+    return torch.cat([images for images, _ in found.loader])
+
+
+def test_they_are_drawn_by_the_seed_from_the_training_images_under_the_evaluation_transform(tiny):
+    first = images(calibrate(tiny, "--aa", "rand-m9-mstd0.5-inc1"))
+    assert first.shape == (40, 3, 28, 28)
+    assert torch.equal(first, images(calibrate(tiny)))
+    assert not torch.equal(first, images(calibrate(tiny, "--seed", "1")))
+    every = images(calibrate(tiny, "--calibration-images", "48"))
+    assert len({image.numpy().tobytes() for image in every}) == 48
+    assert {image.numpy().tobytes() for image in first} < {image.numpy().tobytes() for image in every}
+
+
+def test_the_batch_size_of_the_training_changes_nothing(tiny):
+    one, two = (calibrate(tiny, "--batch-size", size)({"squared_gradient"}) for size in ("4", "16"))
+    assert all(torch.equal(total, two.state_dict()[name]) for name, total in one.state_dict().items())
+
+
+@pytest.mark.parametrize("needs", [{"input_norms", "gradient"}, {"squared_gradient", "first_gradient"}])
+def test_two_processes_add_up_to_what_one_finds(tiny, monkeypatch, needs):
+    monkeypatch.setattr(calibration, "BATCH_SIZE", 16)  # three batches
+    whole, parts = calibrate(tiny)(needs), []
+    monkeypatch.setattr(calibration.utils, "world_size", lambda: 2)
+    for rank in (1, 0):  # the second call adds the first one's share, as an all-reduce does
+        monkeypatch.setattr(calibration.utils, "rank", lambda rank=rank: rank)
+        others = iter(parts)
+        monkeypatch.setattr(calibration.dist, "all_reduce",
+                            lambda total, others=others: total.add_(next(others, torch.zeros_like(total))))
+        monkeypatch.setattr(calibration.Statistics, "check", lambda statistics: None)
+        found = calibrate(tiny)(needs)
+        parts = [total.clone() for total in found.state_dict().values()]
+    for name, total in whole.state_dict().items():
+        torch.testing.assert_close(total, found.state_dict()[name], rtol=1e-12, atol=0)
+
+
+def test_more_images_than_there_are_is_an_error(tiny):
+    with pytest.raises(UserError, match="--calibration-images 49: there are 48 training images"):
+        calibrate(tiny, "--calibration-images", "49")
