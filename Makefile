@@ -1,10 +1,11 @@
 # `make demo` runs the main job on the built-in sample, `make sweep` compares the pruners on it, `make test` runs the
-# linter and the tests, `make bench` all measurements of docs/performance.md. Each sets up .venv by itself, once.
+# linter and the tests, `make test-gpu` the tests that need a GPU, `make bench` all measurements of
+# docs/performance.md. Each sets up .venv by itself, once.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo sweep test bench clean
+.PHONY: demo sweep test test-gpu bench clean
 
 demo: .venv/run
 	$(BIN)/python main.py --pruner lamp --sparsity 0.65
@@ -18,6 +19,10 @@ sweep: .venv/run
 test: .venv/dev
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# One at a time, since they share the GPU.
+test-gpu: .venv/dev
+	$(BIN)/python -m pytest -m gpu
 
 bench: .venv/run
 	$(BIN)/python benchmarks/run.py

@@ -61,7 +61,7 @@ def main(args) -> dict[str, float]:
         if state:
             trained = train(state, options, train_loader, test, stop, results)
             accuracy = {**accuracy, "finetuned" if sparsifier.masks else "trained": trained}
-    results.finish(accuracy)
+    results.finish(accuracy, sparsity_rows(model, sparsifier.masks.masks))
     if utils.is_main_process():  # also with --quiet
         print("Top-1 accuracy: " + ", ".join(f"{name} {value:.2f} %" for name, value in accuracy.items()))
     return accuracy

@@ -112,11 +112,17 @@ class Results:
                 self._draw_training()
 
     @first_process_only
-    def finish(self, accuracy: dict[str, float]) -> None:
-        """Writes the picture of the training and the summary. accuracy: all that was measured."""
+    def finish(self, accuracy: dict[str, float], rows: list[LayerSparsity]) -> None:
+        """Writes the picture of the training, the summary, and anew what is kept of each layer.
+
+        accuracy: all that was measured. rows: of the model as it is now, since masks may have changed.
+        """
+        self.rows, pruned = rows, rows[-2].kept < rows[-2].total
         captions = {SPARSITY_PNG: "Sparsity of each layer", TRAINING_PNG: "Loss, accuracy and learning rate by epoch"}
         pictures = []
         if self.folder:
+            if pruned:
+                self._write_sparsity()
             self._draw_training()
             pictures = [name for name in captions if (self.folder.path / name).exists()]
             self._write(SUMMARY, self._summary(accuracy, {name: captions[name] for name in pictures}).encode())

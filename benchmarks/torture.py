@@ -3,8 +3,8 @@
     python benchmarks/torture.py --kills 100
 
 The run has everything random that training has: RandAugment, random erasing, mixup, cutmix, drop path, repeated
-augmentation, a moving average, two data workers. Every other kill comes while a checkpoint is being written, the others
-at random moments. Prints what differs in the end: nothing, if all is well.
+augmentation, a moving average, two data workers; its masks change every fifth step. Every other kill comes while a
+checkpoint is being written, the others at random moments. Prints what differs in the end: nothing, if all is well.
 """
 
 import argparse
@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ["--model", "deit_sample_patch4_28", "--pruner", "lamp", "--sparsity", "0.65", "--batch-size", "16",
           "--num_workers", "2", "--warmup-epochs", "1", "--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.25",
           "--mixup", "0.8", "--cutmix", "1.0", "--drop-path", "0.1", "--repeated-aug", "--model-ema",
-          "--model-ema-decay", "0.9", "--clip-grad", "1", "--checkpoint-every", "2", "--resume", "auto"]
+          "--model-ema-decay", "0.9", "--clip-grad", "1", "--checkpoint-every", "2", "--resume", "auto",
+          "--prune-schedule", "rigl", "--prune-every", "5"]
 
 
 def start(folder: Path, recipe: list[str], launcher=()) -> subprocess.Popen:
@@ -85,8 +86,9 @@ def kill(folder: Path, recipe: list[str], writing: bool, moments: random.Random)
 def differences(first: Path, second: Path) -> list[str]:
     """What differs between the outcomes of two runs: parts of the checkpoints, log.txt, tables and pictures."""
     one, two = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (first, second))
-    parts = ["model", "model_ema", "optimizer", "lr_scheduler", "scaler", "masks", "epoch", "step", "best", "accuracy"]
-    different = [part for part in parts if not _equal(one.get(part), two.get(part))]
+    parts = ["model", "model_ema", "optimizer", "lr_scheduler", "scaler", "masks", "pruning", "epoch", "step", "best",
+             "accuracy"]
+    different = [part for part in parts if not equal(one.get(part), two.get(part))]
     for name in ("log.txt", "sparsity.csv", "sparsity.yaml", "sparsity.png", "training.png"):
         contents = [path.read_bytes() if path.exists() else b"" for path in (first / name, second / name)]
         if contents[0] != contents[1]:
@@ -94,13 +96,14 @@ def differences(first: Path, second: Path) -> list[str]:
     return different
 
 
-def _equal(one, two) -> bool:
+def equal(one, two) -> bool:
+    """Whether two structures of containers, numbers and tensors have the same values and types of tensors."""
     if isinstance(one, torch.Tensor):
         return isinstance(two, torch.Tensor) and one.dtype == two.dtype and torch.equal(one, two)
     if isinstance(one, dict):
-        return isinstance(two, dict) and one.keys() == two.keys() and all(_equal(one[key], two[key]) for key in one)
+        return isinstance(two, dict) and one.keys() == two.keys() and all(equal(one[key], two[key]) for key in one)
     if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(_equal, one, two))
+        return len(one) == len(two) and all(map(equal, one, two))
     return one == two
 
 

@@ -1,21 +1,65 @@
+import fcntl
 import gzip
 import os
+import shutil
+import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import main
 from datasets import SAMPLE_PATH, read_idx
+from engine import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
+NO_GPU = "torch sees no CUDA GPU here; `make test-gpu` runs these tests where there is one"
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
     header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
     path.write_bytes(header + array.tobytes())
+
+
+def pytest_collection_modifyitems(items):
+    """Tests with the marker gpu are skipped where there is no GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how many tests were left out, and why."""
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get(
+        "skipped", []) if isinstance(report.longrepr, tuple))
+    for reason, count in reasons.items():
+        terminalreporter.write_line(f"{count} test{'s' * (count > 1)} left out: {reason}")
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """Calls a function with a new folder, once for all workers of pytest-xdist; returns the folder."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def folder_of(name: str, make) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +76,7 @@ def tiny_fashion(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(tiny_fashion) -> list[str]:
     """Arguments for a run of three steps on the tiny data set, in float32."""
     return ["--data-set", "FASHION", "--data-path", str(tiny_fashion), "--model", "deit_sample_patch4_28",
@@ -52,6 +96,21 @@ def run_main(tmp_path, monkeypatch, capfd):
         return captured.err if status else captured.out
 
     return run
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Sends this process a signal during the training step of that number."""
+    end_step = Progress.end_step
+
+    def stop_at(number, signum=signal.SIGTERM):
+        def stop(progress, images):
+            end_step(progress, images)
+            if progress.step == number:
+                os.kill(os.getpid(), signum)
+        monkeypatch.setattr(Progress, "end_step", stop)
+
+    return stop_at
 
 
 def start_main(*argv, cwd, processes=0, script=ROOT / "main.py", env=None,

@@ -75,8 +75,7 @@ def test_random_crops_are_timms_but_for_the_rounding(interpolation, size):
         assert np.array_equal(of_pixels, crops[0])
 
 
-@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU"))])
+@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)])
 def test_a_batch_is_normalized_as_its_images_would_be(device):
     pixels = np.random.RandomState(0).randint(0, 256, (4, 20, 30, 3), dtype=np.uint8)
     one_by_one = transforms.Compose([transforms.ToTensor(),

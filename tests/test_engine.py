@@ -7,6 +7,7 @@ import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
@@ -15,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import utils
 from augment import BatchTransform
 from engine import DivergedError, Learner, Progress, StepOptions, evaluate, train_one_epoch
-from losses import DistillationLoss
-from sparsity_factory import Masks, Recipe, Sparsifier, compute_masks, prunable_weights
+from losses import CosubLoss, DistillationLoss
+from sparsity_factory import SCHEDULES, Masks, Recipe, Sparsifier, check_masks, compute_masks, prunable_weights
 from training import distribute
 
 CPU = torch.device("cpu")
@@ -39,10 +40,24 @@ def adamw(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-4)
 
 
+def sgd(model):
+    """Plain SGD: its steps are as large as the gradients, which AdamW and clipping would hide."""
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def muon(model):
+    """Moves weights whose gradient is zero."""
+    return create_optimizer_v2(model, "muon", lr=0.01, weight_decay=0.1)
+
+
+def weights_of(model):
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
 def train(network, loader, optimizer, *, criterion=PLAIN, device=CPU, progress=None, after_step=None, masks=None,
-          ema=None, scaler=None, **options):
+          sparsifier=None, ema=None, scaler=None, **options):
     learner = Learner(network, optimizer, ema=ema)
-    learner.sparsifier = Sparsifier(learner.model, Recipe(), total_steps=99, epoch_steps=9, masks=masks)
+    learner.sparsifier = sparsifier or Sparsifier(learner.model, Recipe(), total_steps=99, epoch_steps=9, masks=masks)
     learner.scaler = scaler or learner.scaler
     return train_one_epoch(learner, StepOptions(criterion, device, **options), loader, progress or Progress(),
                            after_step=after_step)
@@ -93,6 +108,25 @@ def test_a_compiled_model_trains_as_the_plain_one_with_the_same_names():
             torch.testing.assert_close(state[name], weight, rtol=1e-3, atol=1e-5)
 
 
+def test_co_distillation_gives_the_network_each_image_twice_and_the_two_passes_learn_from_each_other():
+    loader, options = batches(2), StepOptions(CosubLoss(), CPU, cosub=True)
+    ours, theirs = tiny_vit(drop_path=0.5), tiny_vit(drop_path=0.5)
+    train_one_epoch(Learner(ours, sgd(ours)), options, loader, Progress())
+    optimizer, losses = sgd(theirs.train()), []
+    for batch, (images, targets) in enumerate(loader):
+        utils.seed_everything(utils.STEP, 0, 0, batch, 0)  # drop path
+        first, second = theirs(torch.cat([images, images])).chunk(2)
+        assert not torch.equal(first, second)
+        wanted = torch.nn.functional.one_hot(targets, 10).float()
+        pairs = ((first, wanted), (second, wanted), (first, second.detach().sigmoid()),
+                 (second, first.detach().sigmoid()))
+        losses = [torch.nn.functional.binary_cross_entropy_with_logits(*pair) for pair in pairs]
+        optimizer.zero_grad()
+        (sum(losses) / 4).backward()
+        optimizer.step()
+    torch.testing.assert_close(weights_of(ours), weights_of(theirs), rtol=1e-4, atol=1e-6)
+
+
 def test_drop_path_depends_on_seed_epoch_and_step_only():
     results = []
     for disturbance in (1, 2):
@@ -119,11 +153,69 @@ def test_accumulated_batches_make_the_steps_of_whole_ones_also_at_the_end_of_an_
     for size, accum_iter in ((8, 2), (16, 1)):  # two steps either way, the second of 8 images only
         model, progress = tiny_vit(), Progress()
         loader = list(zip(images.split(size), targets.split(size), strict=True))
-        train(model, loader, adamw(model), progress=progress, accum_iter=accum_iter, clip_grad=0.5,
+        train(model, loader, sgd(model), progress=progress, accum_iter=accum_iter,
               after_step=lambda progress=progress: steps.append((progress.step, progress.images)))
-        weights.append(torch.nn.utils.parameters_to_vector(model.parameters()))
+        weights.append(weights_of(model))
     assert steps == [(1, 16), (2, 24)] * 2
-    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["one-shot", "sr-ste"])
+@pytest.mark.parametrize("clip_grad", [None, 0.5])
+def test_the_scale_of_the_loss_changes_no_step_and_gradients_are_clipped_without_it(schedule, clip_grad):
+    decay, weights = {"sr_decay": 5.0} if schedule == "sr-ste" else {}, []
+    for scale in (None, 2.0**20):
+        model, scaler = tiny_vit(), scale and torch.amp.GradScaler("cpu", init_scale=scale)
+        sparsifier = Sparsifier(model, Recipe("unif", 0.5, prune_schedule=schedule, **decay), total_steps=9,
+                                epoch_steps=3)
+        sparsifier.start()
+        train(model, batches(3), sgd(model), sparsifier=sparsifier, scaler=scaler, clip_grad=clip_grad)
+        hidden = [values.flatten() for values in sparsifier.state_dict()["hidden"].values()]
+        weights.append(torch.cat([weights_of(model), *hidden]))
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_that_overflows_in_float16_is_skipped_and_changes_masks_with_the_next_one():
+    # The scale is 2^8 in steps 0 and 2, and in step 1, whose masks are due to change, so large that gradients overflow.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1, growth_factor=2.0**40,
+                                  backoff_factor=2.0**-40)
+    model, seen = tiny_vit(), []
+    sparsifier = Sparsifier(model, Recipe("unif", 0.5, prune_schedule="rigl", prune_every=1), total_steps=9,
+                            epoch_steps=9)
+    sparsifier.start()
+    optimizer = sgd(model)
+    sparsifier.attach(optimizer)
+
+    def after_step():
+        masks = torch.cat([mask.flatten() for mask in sparsifier.masks.masks.values()])
+        seen.append((scaler.get_scale(), weights_of(model), masks))
+
+    train(model, batches(3), optimizer, sparsifier=sparsifier, scaler=scaler, amp_dtype=torch.float16, clip_grad=1.0,
+          after_step=after_step)
+    scales, weights, masks = zip(*seen, strict=True)
+    assert scales == (2.0**48, 2.0**8, 2.0**48)
+    assert torch.equal(weights[0], weights[1]) and torch.equal(masks[0], masks[1])
+    assert not torch.equal(weights[1], weights[2]) and not torch.equal(masks[1], masks[2])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_pruned_weights_are_zero_after_every_step_of_an_optimizer_that_moves_them(schedule):
+    model = tiny_vit()
+    ema = ModelEmaV3(model, decay=0.5)
+    sparsifier = Sparsifier(model, Recipe("unif", 0.5, prune_schedule=schedule), total_steps=9, epoch_steps=3)
+    sparsifier.start()
+    optimizer = muon(model)
+    sparsifier.attach(optimizer, [ema.module])
+    checked = []
+
+    def after_step():
+        for weights in (model.state_dict(), ema.module.state_dict()):
+            check_masks(weights, sparsifier.masks.masks)
+        checked.append(sparsifier.masks.sparsity())
+
+    train(model, batches(9), optimizer, sparsifier=sparsifier, ema=ema, after_step=after_step)
+    assert len(checked) == 9
+    assert checked[-1] == pytest.approx(0.5, abs=0.001)
 
 
 def test_processes_exchange_gradients_once_a_step(tmp_path):
@@ -258,7 +350,7 @@ def test_evaluation_leaves_the_model_as_it_was():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])
 def test_masked_training_on_a_gpu_keeps_pruned_weights_at_zero(amp_dtype):
     device = torch.device("cuda")

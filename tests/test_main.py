@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -91,8 +92,10 @@ def test_resume_continues_to_the_bit_and_knows_its_masks(run_main, tiny, tmp_pat
 
 
 @pytest.fixture
-def pruned(run_main, tiny):
-    run_main(*tiny, *LAMP, "--output_dir", "pruned")
+def pruned(run_main, tiny, tmp_path, once):
+    """A checkpoint of a pruned run, from the one folder for all tests."""
+    folder = once("pruned", lambda folder: run_main(*tiny, *LAMP, "--output_dir", folder))
+    shutil.copytree(folder, tmp_path / "pruned")
     return "pruned/checkpoint.pth"
 
 
@@ -182,16 +185,33 @@ def test_a_custom_yaml_prunes_and_is_remembered(run_main, tiny, tmp_path):
              "out/checkpoint.pth")
 
 
-@pytest.mark.parametrize("flags", [
-    ["--bce-loss"], ["--bce-loss", "--mixup", "0", "--cutmix", "0"], ["--mixup", "0", "--cutmix", "0"],
-    ["--repeated-aug"], ["--mixup-mode", "elem"], ["--cutmix-minmax", "0.2", "0.8"], ["--no-model-ema"],
-    ["--model-ema-force-cpu"], ["--attn-only"], ["--opt", "sgd", "--sched", "step"], ["--amp", "bfloat16"],
-    ["--amp", "float16"], ["--smoothing", "0", "--mixup", "0", "--cutmix", "0"]], ids=" ".join)
-def test_recipes_that_a_flag_changes_run_and_stay_sparse(run_main, tiny, tmp_path, flags):
-    run_main(*tiny, *LAMP, "--output_dir", "out", *flags)
+UNMIXED = ["--mixup", "0", "--cutmix", "0"]
+
+
+@pytest.mark.parametrize("common, flags", [
+    ([], ["--bce-loss"]), (UNMIXED, ["--bce-loss"]), ([], ["--repeated-aug"]), ([], ["--mixup-mode", "elem"]),
+    ([], ["--cutmix-minmax", "0.2", "0.8"]), ([], ["--opt", "sgd"]), ([], ["--amp", "bfloat16"]),
+    ([], ["--amp", "float16"]), (UNMIXED, ["--smoothing", "0"]), ([], ["--cosub"])],
+    ids=lambda flags: " ".join(flags))
+def test_a_flag_that_changes_the_steps_gives_other_weights(run_main, tiny, tmp_path, once, common, flags):
+    recipe = [*tiny, *LAMP, *common, "--no-model-ema", "--output_dir"]
+    without = once(f"without_{'mixing' if common else 'flags'}", lambda folder: run_main(*recipe, folder))
+    run_main(*recipe, "with", *flags)
+    first, second = read(without / "checkpoint.pth"), read(tmp_path / "with/checkpoint.pth")
+    assert same(unpack(first["masks"]), unpack(second["masks"]))
+    for key, mask in unpack(first["masks"]).items():
+        assert torch.equal(second["model"][key] != 0, mask)
+    assert all(not torch.equal(weight, second["model"][key]) for key, weight in first["model"].items())
+
+
+def test_attn_only_leaves_all_but_attention_position_embedding_and_head_as_pruned(run_main, tiny, tmp_path):
+    run_main(*tiny, *LAMP, "--attn-only", "--output_dir", "out")
+    start, masks = timm.create_model("deit_sample_patch4_28", pretrained=True).state_dict(), None
     checkpoint = read(tmp_path / "out/checkpoint.pth")
-    for name, mask in unpack(checkpoint["masks"]).items():
-        assert torch.equal(checkpoint["model"][name] != 0, mask)
+    masks = unpack(checkpoint["masks"])
+    moved = {key for key, weight in checkpoint["model"].items()
+             if not torch.equal(weight, start[key] * masks.get(key, torch.ones(())))}
+    assert moved == {key for key in start if ".attn." in key or key in ("pos_embed", "head.weight", "head.bias")}
 
 
 def test_a_pruned_student_learns_from_a_pruned_teacher_and_resumes(run_main, tiny, tmp_path):

@@ -51,7 +51,7 @@ def test_masks_equal_those_of_the_reference_implementations(reference_model, cas
     assert digest.hexdigest() == case["mask_sha256"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_masks_on_a_gpu_equal_those_on_the_cpu_to_the_bit(reference_model, pruner):
     config = {"sparsity": {"mode": "nxm", "level": {"default": [2, 4]}}} if pruner == "custom" else None

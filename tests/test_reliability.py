@@ -1,5 +1,7 @@
 """What happens to a run costs no more than the work since its last checkpoint, and changes nothing in the outcome."""
 
+import copy
+import csv
 import itertools
 import multiprocessing
 import os
@@ -22,10 +24,10 @@ from torch.utils.data import DataLoader
 
 import utils
 from benchmarks.torture import RECIPE, differences, finish, kill, start, trains_again, wait_until
-from engine import Progress
 from loaders import SeededDataset
 from run_folder import RunFolder, newest_checkpoint, read_log
 from samplers import TrainSampler
+from sparsity_factory import SCHEDULES, unpack
 from state import own_metrics
 from stopping import ignore_signals
 
@@ -43,21 +45,6 @@ def read(path):
     return torch.load(path, weights_only=True)
 
 
-@pytest.fixture
-def stop_at(monkeypatch):
-    """Sends this process a signal during the training step of that number."""
-    end_step = Progress.end_step
-
-    def stop_at(number, signum=signal.SIGTERM):
-        def stop(progress, images):
-            end_step(progress, images)
-            if progress.step == number:
-                os.kill(os.getpid(), signum)
-        monkeypatch.setattr(Progress, "end_step", stop)
-
-    return stop_at
-
-
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_never_stopped(tmp_path, short):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     finish(start(whole, short), whole)
@@ -67,6 +54,80 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_never_stopped(tm
     finish(start(parts, short), parts)
     assert differences(whole, parts) == []
     assert "going on after step" in (parts / "run.out").read_text()
+
+
+#: The flags of each schedule for twelve steps, six an epoch, in which the masks change a few times.
+SCHEDULE_FLAGS = {
+    "one-shot": [], "gradual": ["--prune-every", "2"],
+    "iterative": ["--prune-rounds", "3", "--prune-start", "0.25", "--rewind", "0"],
+    "set": ["--prune-every", "2"], "rigl": ["--prune-every", "2"], "ac-dc": ["--prune-rounds", "2"],
+    "ste": ["--prune-every", "3"], "sr-ste": ["--prune-every", "3", "--sr-decay", "0.1"],
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_goes_on_to_the_bit_after_any_step(run_main, tiny, tmp_path, stop_at, schedule):
+    """Weights, hidden dense weights, masks, optimizer, moving average, log.txt and tables."""
+    recipe = [*tiny, *LAMP, "--prune-schedule", schedule, *SCHEDULE_FLAGS[schedule], "--epochs", "2", "--batch-size",
+              "8", "--model-ema-decay", "0.9", "--clip-grad", "1", "--drop-path", "0.1", "--resume", "auto"]
+    run_main(*recipe, "--output_dir", "whole")
+    steps = sorted(random.sample(range(1, 13), 2))
+    for step in steps:
+        stop_at(step)
+        run_main(*recipe, "--output_dir", "parts", status=143)
+    run_main(*recipe, "--output_dir", "parts")
+    assert differences(tmp_path / "whole", tmp_path / "parts") == [], steps
+    checkpoint = read(tmp_path / "parts/checkpoint.pth")
+    assert len(checkpoint["pruning"]["hidden"]) == (24 if schedule in ("ste", "sr-ste") else 0)
+    assert sum(int(mask.sum()) for mask in unpack(checkpoint["masks"]).values()) == 232243
+    assert len(read_log(tmp_path / "parts")) == 2
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """The contents of all checkpoints that this process writes at the end of an epoch, and whether each is the best."""
+    contents, save = [], RunFolder.save
+
+    def saving(folder, content, best):
+        contents.append((copy.deepcopy(content), best))
+        save(folder, content, best)
+
+    monkeypatch.setattr(RunFolder, "save", saving)
+    return contents
+
+
+def test_the_best_checkpoint_has_the_sparsity_that_was_asked_for_and_log_and_tables_follow_the_masks(
+        run_main, tiny, tmp_path, saved):
+    run_main(*tiny, "--pruner", "lamp", "--sparsity", "0.95", "--prune-schedule", "gradual", "--prune-every", "2",
+             "--epochs", "5", "--output_dir", "out")
+    masks = [unpack(content["masks"]) for content, _ in saved]
+    sparsities = [1 - sum(int(mask.sum()) for mask in of.values()) / 663552 for of in masks]
+    assert sparsities == sorted(sparsities)
+    assert 0.05 < sparsities[0] < sparsities[1] < 0.95 - 1e-3
+    assert sparsities[-1] == pytest.approx(0.95, abs=1e-5)
+    lines = read_log(tmp_path / "out")
+    assert [line["sparsity"] for line in lines] == pytest.approx(sparsities)
+    best = read(tmp_path / "out/best_checkpoint.pth")
+    assert max(lines[0]["test_acc1"], lines[0]["test_ema_acc1"]) > best["max_accuracy"]  # a dense one was better
+    assert sum(int(mask.sum()) for mask in unpack(best["masks"]).values()) == round(0.05 * 663552)
+    with open(tmp_path / "out/sparsity.csv", encoding="utf-8") as file:
+        table = {row["layer"]: int(row["kept"]) for row in csv.DictReader(file)}
+    assert {name: table[name] for name in masks[-1]} == {name: int(mask.sum()) for name, mask in masks[-1].items()}
+    run_main(*tiny, "--eval", "--pruner", "custom", "--custom-config", "out/sparsity.yaml")
+    assert (tmp_path / "out/sparsity.png").exists()
+
+
+def test_every_group_of_four_keeps_two_at_the_end_of_every_epoch_of_sr_ste(run_main, tiny, saved):
+    run_main(*tiny, "--pattern", "2:4", "--prune-schedule", "sr-ste", "--prune-every", "1", "--epochs", "4",
+             "--opt", "sgd", "--lr", "0.1", "--unscale-lr", "--output_dir", "out")
+    assert len(saved) == 4
+    first, *_, last = (unpack(content["masks"]) for content, _ in saved)
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+    for content, _ in saved:
+        for name, mask in unpack(content["masks"]).items():
+            assert (mask.reshape(-1, 4).sum(1) == 2).all(), name
+            for kind in ("model", "model_ema"):
+                assert not content[kind][name][~mask].any(), name
 
 
 def test_processes_under_torchrun_stop_together_restart_together_and_end_as_if_undisturbed(tmp_path, short):
@@ -313,7 +374,7 @@ def test_images_that_cannot_be_read_are_skipped_up_to_a_number(run_main, folder_
     assert read("out/checkpoint.pth")["bad_images"] == [3, 23]
 
 
-def test_what_befalls_one_process_is_told_by_it_and_ends_the_others(folder_with, tmp_path):
+def test_an_error_of_one_process_is_told_once_and_ends_the_others(folder_with, tmp_path):
     index, _ = next(iter(TrainSampler(32, rank=1, world_size=2)))
     recipe = [*folder_with([f"{'ab'[index // 16]}{index % 16}"]), "--num_workers", "1"]
     result = start_main(*recipe, cwd=tmp_path, processes=2, timeout=100)

@@ -8,16 +8,15 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from test_reliability import stop_at  # noqa: F401, a fixture
 
-from results import BARS, CSV, CURVES, SUMMARY, YAML
+from results import SPARSITY_CSV, SPARSITY_PNG, SPARSITY_YAML, SUMMARY, TRAINING_PNG
 from sparsity_factory import unpack
 
 LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]
 
 
 def kept(folder):
-    with open(folder / CSV, encoding="utf-8") as file:
+    with open(folder / SPARSITY_CSV, encoding="utf-8") as file:
         return {row["layer"]: int(row["kept"]) for row in csv.DictReader(file)}
 
 
@@ -27,7 +26,7 @@ def test_a_run_leaves_its_tables_pictures_and_a_summary_with_its_figures(run_mai
     table = kept(tmp_path / "out")
     assert all(table[name] == int(mask.sum()) for name, mask in masks.items())
     assert table["prunable weights"] == 232243
-    for name in (BARS, CURVES):
+    for name in (SPARSITY_PNG, TRAINING_PNG):
         assert Image.open(tmp_path / "out" / name).size[0] == 960
         assert (tmp_path / "out" / name).stat().st_size < 150_000
     summary = (tmp_path / "out" / SUMMARY).read_text()
@@ -36,25 +35,26 @@ def test_a_run_leaves_its_tables_pictures_and_a_summary_with_its_figures(run_mai
     assert "python main.py --data-set FASHION" in summary
     assert "| of these prunable | 663,552 | 232,243 | 35.0% |" in summary
     assert f"torch {torch.__version__}" in summary
-    assert all(f"({name})" in summary for name in (BARS, CURVES))
+    assert all(f"({name})" in summary for name in (SPARSITY_PNG, TRAINING_PNG))
     assert re.search(r"Written to out: .*sparsity.csv.*training.png", output)
 
 
 def test_the_allocation_given_back_unedited_keeps_the_same_numbers_and_edited_others(run_main, tiny, tmp_path):
     run_main(*tiny, *LAMP, "--eval", "--output_dir", "first")
     custom = [*tiny, "--eval", "--pruner", "custom", "--custom-config"]
-    run_main(*custom, f"first/{YAML}", "--output_dir", "second")
+    run_main(*custom, f"first/{SPARSITY_YAML}", "--output_dir", "second")
     assert kept(tmp_path / "second") == kept(tmp_path / "first")
-    text = (tmp_path / "first" / YAML).read_text()
+    text = (tmp_path / "first" / SPARSITY_YAML).read_text()
     (tmp_path / "edited.yaml").write_text(re.sub("(blocks.0.attn.qkv.weight): .*", r"\1: dense", text))
     run_main(*custom, "edited.yaml", "--output_dir", "third")
     assert kept(tmp_path / "third")["blocks.0.attn.qkv.weight"] == 27648
 
 
-def test_an_interrupted_run_leaves_the_same_as_an_undisturbed_one(run_main, tiny, tmp_path, stop_at):  # noqa: F811
+def test_an_interrupted_run_leaves_the_same_as_an_undisturbed_one(run_main, tiny, tmp_path, stop_at):
     recipe = [*tiny, *LAMP, "--epochs", "2", "--output_dir", "out", "--resume", "auto"]
     run_main(*recipe)
-    whole = {name: (tmp_path / "out" / name).read_bytes() for name in (CSV, YAML, BARS, CURVES, SUMMARY)}
+    names = (SPARSITY_CSV, SPARSITY_YAML, SPARSITY_PNG, TRAINING_PNG, SUMMARY)
+    whole = {name: (tmp_path / "out" / name).read_bytes() for name in names}
     for path in (tmp_path / "out").iterdir():
         path.unlink()
     stop_at(4, signal.SIGTERM)
@@ -78,8 +78,8 @@ def test_a_dense_run_leaves_no_table_of_sparsity_not_even_an_earlier_one(run_mai
     run_main(*tiny, *LAMP, "--eval", "--output_dir", "out")
     run_main(*tiny, "--output_dir", "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {CURVES, SUMMARY} <= names
-    assert not {CSV, YAML, BARS} & names
+    assert {TRAINING_PNG, SUMMARY} <= names
+    assert not {SPARSITY_CSV, SPARSITY_YAML, SPARSITY_PNG} & names
     assert "dense" in (tmp_path / "out" / SUMMARY).read_text()
 
 
