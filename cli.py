@@ -53,13 +53,10 @@ def _report(error: Exception) -> int:
         status, message = error.status, str(error)
     elif isinstance(error, DivergedError | WriteError | OSError):  # OSError: a closed pipe, a disk full of output
         status, message = 1, f"error: {error}"
-    elif isinstance(error, RuntimeError):
-        reason = _reason_of(error)
-        if not reason:
-            if not dist.is_initialized() or utils.is_first_to_fail():
-                raise error
-            return 1  # another process failed first, and has told why
+    elif reason := _reason_of(error):
         status, message = 1, f"error: {reason}"
+    elif isinstance(error, RuntimeError) and dist.is_initialized() and not utils.is_first_to_fail():
+        return 1  # another process failed first, and has told why
     else:
         raise error
     if utils.is_first_to_fail():

@@ -281,7 +281,7 @@ class Workbench:
         results.start(self.model, sparsity_rows(self.model, sparsifier.masks.masks), {}, image)
         self.train_loader.sampler.set_seed(args.seed)
         accuracy = train(state, self.options, self.train_loader, self.test, self.stop, results)
-        results.finish({"finetuned": accuracy})
+        results.finish({"finetuned": accuracy}, sparsity_rows(self.model, sparsifier.masks.masks))
         return Outcome(accuracy, sparsifier.masks.sparsity())
 
     def _sparsifier(self, args, checkpoint: dict) -> Sparsifier:

@@ -3,8 +3,6 @@
 import gzip
 import io
 import json
-import os
-import signal
 import tarfile
 
 import numpy as np
@@ -17,7 +15,6 @@ from arguments import parse_args
 from benchmarks.torture import differences
 from datasets import SAMPLE_PATH, build_dataset, read_idx
 from loaders import SeededStream, StreamLoader
-from state import TrainingState
 
 RUN = ["--model", "deit_sample_patch4_28", "--input-size", "28", "--epochs", "1", "--warmup-epochs", "0",
        "--batch-size", "8", "--num_workers", "2", "--no-pretrained", "--amp", "off", "--no-repeated-aug",
@@ -116,20 +113,12 @@ def test_torchvisions_data_sets_are_read(folder):
     assert (len(data), num_classes) == (2000, 10)
 
 
-def test_a_run_on_shards_is_the_same_twice_and_when_it_is_stopped_and_resumed(shards, run_main, tmp_path, monkeypatch):
+def test_a_run_on_shards_is_the_same_twice_and_when_it_is_stopped_and_resumed(shards, run_main, tmp_path, stop_at):
     recipe = [*WDS, "--pruner", "lamp", "--sparsity", "0.5", "--epochs", "2"]
     output = run_main(*recipe, "--output_dir", "whole")
     assert "[5/6]" in output
-    end_step = TrainingState.end_step
-
-    def stop(state):
-        end_step(state)
-        if state.step == 9:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingState, "end_step", stop)
-        run_main(*recipe, "--output_dir", "parts", status=143)
+    stop_at(9)
+    run_main(*recipe, "--output_dir", "parts", status=143)
     run_main(*recipe, "--output_dir", "parts", "--resume", "auto")
     assert differences(tmp_path / "whole", tmp_path / "parts") == []
 
