@@ -1,4 +1,4 @@
-"""Measures every row of docs/performance.md and writes the page; `make bench` runs it whole, in some ten minutes or more.
+"""Measures every row of docs/performance.md and writes the page; `make bench` runs it whole.
 
     python benchmarks/run.py                  # everything, then the page
     python benchmarks/run.py masks step       # some groups only, added to what was measured before, then the page
