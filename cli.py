@@ -7,7 +7,7 @@ import torch.distributed as dist
 import utils
 from engine import DivergedError
 from run_folder import read_pruning
-from sparsity_factory import PruningError, checkpoint_table, unpack
+from sparsity_factory import PruningError, checkpoint_table, has_reached_target, unpack
 from stopping import Stopped
 from utils import UserError, WriteError
 
@@ -37,7 +37,10 @@ def audit(path: str) -> int:
         print(f"error: {path}: {error}", file=sys.stderr)
         return 1
     print(f"pruned with {recipe.in_words()}")
-    print("every pruned weight is zero, and every n:m group holds")
+    if "pruning" in checkpoint and not has_reached_target(checkpoint["pruning"]):
+        print("every pruned weight is zero; its schedule has not reached the target yet")
+    else:
+        print("every pruned weight is zero, and every n:m group holds")
     return 0
 
 

@@ -113,15 +113,15 @@ class Results:
 
     @first_process_only
     def finish(self, accuracy: dict[str, float], rows: list[LayerSparsity]) -> None:
-        """Writes the picture of the training, the summary, and anew what is kept of each layer.
+        """Writes the picture of the training, the summary, and what is kept of each layer, where that has changed.
 
-        accuracy: all that was measured. rows: of the model as it is now, since masks may have changed.
+        accuracy: all that was measured. rows: of the model as it is now.
         """
-        self.rows, pruned = rows, rows[-2].kept < rows[-2].total
+        changed, self.rows = rows != self.rows, rows
         captions = {SPARSITY_PNG: "Sparsity of each layer", TRAINING_PNG: "Loss, accuracy and learning rate by epoch"}
         pictures = []
         if self.folder:
-            if pruned:
+            if changed:
                 self._write_sparsity()
             self._draw_training()
             pictures = [name for name in captions if (self.folder.path / name).exists()]

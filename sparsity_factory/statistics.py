@@ -5,9 +5,9 @@ architectures use a layer's weight without calling the layer.
 
 Each batch gives its part in float32 (float64 for a model in it), and the parts are added up in float64. Sums of
 numbers of 24 bits that lie within a factor of 2**29 of each other are exact in the 53 bits of float64, so the order of
-the batches, and how they are shared out among processes, do not change what comes out. That costs 8 bytes a weight for
-each of `gradient` and `squared_gradient`: 0.7 GB on DeiT-Base. Sums in float32, of half the size, would round
-differently in every order.
+the batches, and how they are shared out among processes, change the sums in their last bits at most. That costs 8
+bytes a weight for each of `gradient` and `squared_gradient`: 0.7 GB on DeiT-Base. Sums in float32, of half the size,
+would round differently in every order.
 """
 
 from collections.abc import Callable, Iterable, Iterator

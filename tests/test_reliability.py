@@ -452,6 +452,13 @@ def test_audit_shows_the_layers_of_a_file_and_finds_weights_that_do_not_obey(run
     assert "holds no masks" in run_main("--audit", "dense/checkpoint.pth", status=2)
 
 
+def test_audit_does_not_claim_a_target_that_a_schedule_has_not_reached(run_main, tiny, tmp_path, stop_at):
+    stop_at(2)
+    run_main(*tiny, "--pattern", "2:4", "--prune-schedule", "gradual", "--prune-every", "1", "--prune-end", "1",
+             "--epochs", "2", "--output_dir", "out", status=143)
+    assert "has not reached the target yet" in run_main("--audit", "out/checkpoint.pth")
+
+
 def test_every_promise_names_a_test_that_there_is():
     named = re.findall(r"`((?:\w+\.py::)?test_\w+)`", (ROOT / "docs/reliability.md").read_text())
     assert len(named) > 20
