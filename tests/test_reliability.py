@@ -48,6 +48,17 @@ def read(path):
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_never_stopped(tmp_path, short):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     finish(start(whole, short), whole)
+
+    def images():  # of an epoch that is not whole, in the checkpoint
+        return read(parts / "checkpoint.pth")["images"] if (parts / "checkpoint.pth").exists() else 0
+
+    for _ in range(5):  # the first kill is surely within an epoch, the others come whenever they do
+        process = start(parts, short)
+        wait_until(images, process)
+        process.kill()
+        process.wait()
+        if images():
+            break
     moments = random.Random()
     killed = [kill(parts, short, writing, moments) for writing in (False, True, False, True, True)]
     assert sum(killed) >= 4, "the run was too short to be killed so often"
