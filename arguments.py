@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from datasets import DATA_SETS, TIMM
-from sparsity_factory import PRUNERS, SCHEDULES, SCORES, PruningError, Recipe, parse_pattern, read_yaml
+from sparsity_factory import PRUNERS, RECONSTRUCTIONS, SCHEDULES, SCORES, PruningError, Recipe, parse_pattern, read_yaml
 from sparsity_factory.config import level_section
 from trackers import require
 from utils import TIMEOUT, UserError, available_cores, log, processes_here
@@ -141,7 +141,7 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
 
     add, _ = group_of("pruning")
     add("--list-methods", sweep=REFUSED, action="store_true",
-        help="only print what each score, pruner, pattern and schedule does, and which combinations are refused")
+        help="only print what each method does, and which combinations are refused")
     add("--pruner", sweep=REFUSED, instead="--pruners", choices=list(PRUNERS),
         help="how the sparsity is shared among layers; without it nothing is pruned")
     add("--score", sweep=REFUSED, instead="--scores", choices=list(SCORES), default=Recipe.score,
@@ -166,8 +166,10 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
         help="share of the kept weights that set and rigl replace at first")
     add("--sr-decay", type=float, default=Recipe.sr_decay, metavar="DECAY",
         help="sr-ste adds so many times the pruned weights to their gradients")
+    add("--reconstruct", sweep=REFUSED, instead="--reconstructions", choices=list(RECONSTRUCTIONS),
+        default=Recipe.reconstruct, help="how the kept weights of a layer make up for the pruned ones")
     add("--calibration-images", type=int, default=Recipe.calibration_images, metavar="N",
-        help="training images that scores and pruners look at, where they look at any")
+        help="training images that score, pruner and reconstruction look at, where they look at any")
 
     add, switch = group_of("model")
     add("--model", default="deit_base_patch16_224", help="any vision transformer of timm")

@@ -131,9 +131,12 @@ def build_sparsifier(args, model: torch.nn.Module, checkpoint: dict, epoch_steps
     asked = recipe_of(args)
 
     def sparsifier(recipe: Recipe, masks=None) -> Sparsifier:
-        statistics = Calibration(args, model, device, amp_dtype) if recipe.needs and (goes_on or not masks) else None
+        data = {}
+        if recipe.looks_at_data and (goes_on or not masks):
+            calibration = Calibration(args, model, device, amp_dtype)
+            data = {"statistics": calibration, "walk": calibration.walk}
         return Sparsifier(model, recipe, total_steps=max(args.epochs - args.start_epoch, 1) * epoch_steps,
-                          epoch_steps=epoch_steps, masks=masks, statistics=statistics, share=utils.on_first_process)
+                          epoch_steps=epoch_steps, masks=masks, share=utils.on_first_process, **data)
 
     try:
         stored, masks = read_pruning(checkpoint)

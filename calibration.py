@@ -1,4 +1,4 @@
-"""Which training images calibrate scores and pruners, and how they are loaded."""
+"""Which training images calibrate scores, pruners and reconstruction, and how they are loaded."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 import utils
 from datasets import build_dataset, build_transform
 from samplers import EvalBatchSampler
-from sparsity_factory import Statistics, collect_statistics
+from sparsity_factory import Inputs, Statistics, collect_statistics, prunable_weights, visit_layers
 from stopping import ignore_signals
 from utils import UserError, log
 
@@ -18,12 +18,13 @@ BATCH_SIZE = 32  # whatever --batch-size is, since the gradient of a batch depen
 
 
 class Calibration:
-    """Called with what is needed, returns the `Statistics` of the model over calibration images.
+    """The calibration images: `--calibration-images` training images under the evaluation transform, drawn by the seed.
 
-    These are `--calibration-images` training images under the evaluation transform, drawn by the seed. Every process
-    calls it: whole batches are shared out, and what they give is added up.
+    Called with what is needed, it returns the `Statistics` of the model over them; `walk` visits the layers. Every
+    process calls it: whole batches are shared out, and what they give is added up.
 
-    Raises UserError for more images than there are, and for a stream of images, out of which none can be drawn.
+    Raises UserError for more images than there are or less than one for each process, and for a stream of images, out
+    of which none can be drawn.
     """
 
     def __init__(self, args, model: torch.nn.Module, device: torch.device, amp_dtype: torch.dtype | None):
@@ -33,19 +34,44 @@ class Calibration:
         data, _ = build_dataset(True, args, build_transform(False, args))
         if isinstance(data, IterableDataset):
             raise UserError(f"--data-set {args.data_set}: calibration images cannot be drawn out of a stream")
-        if self.images > len(data):
-            raise UserError(f"--calibration-images {self.images}: there are {len(data)} training images")
+        if not utils.world_size() <= self.images <= len(data):
+            raise UserError(f"--calibration-images {self.images}: there are {len(data)} training images, for "
+                            f"{utils.world_size()} process(es)")
         drawn = np.random.default_rng((utils.CALIBRATION, args.seed)).permutation(len(data))[:self.images]
-        batches = EvalBatchSampler(self.images, BATCH_SIZE, utils.rank(), utils.world_size())
+        size = min(BATCH_SIZE, self.images // utils.world_size())  # every process has a batch
+        batches = EvalBatchSampler(self.images, size, utils.rank(), utils.world_size())
         self.loader = DataLoader(Subset(data, drawn.tolist()), batch_sampler=batches, num_workers=args.num_workers,
                                  worker_init_fn=ignore_signals)
 
     def __call__(self, needs: set[str], loss: Callable = torch.nn.functional.cross_entropy) -> Statistics:
         log(f"Calibrating on {self.images:,} training images: {', '.join(sorted(needs))}")
-        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
+        with self._autocast():
             found = collect_statistics(self.model, self.loader, loss, needs, share=utils.rank())
-        if utils.world_size() > 1:
-            for total in found.state_dict().values():
-                dist.all_reduce(total)
+        for total in found.state_dict().values():
+            _add_up(total)
         found.check()
         return found
+
+    def walk(self, visit: Callable[[str, Inputs], None]) -> None:
+        """Calls `visit` for each prunable weight, in the order in which they compute: see `visit_layers`."""
+        layers = prunable_weights(self.model)
+        log(f"Reconstructing {len(layers)} layers on {self.images:,} training images")
+        if self.images < (widest := max(weight.shape[1] for weight in layers.values())):
+            log(f"--calibration-images {self.images}: fewer than the {widest} inputs of a layer")
+        logger = iter(utils.MetricLogger().log_every(list(layers), 12, "Layer:"))
+
+        def visit_and_tell(name, inputs):
+            next(logger)
+            visit(name, inputs)
+
+        with self._autocast():
+            visit_layers(self.model, self.loader, visit_and_tell, add_up=_add_up)
+        next(logger, None)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+
+
+def _add_up(total: torch.Tensor) -> None:
+    if utils.world_size() > 1:
+        dist.all_reduce(total)

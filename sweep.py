@@ -5,7 +5,8 @@
     python sweep.py --sensitivity --sparsities 0.5 0.8 0.95
     torchrun --nproc_per_node=8 sweep.py --finetune-epochs 30 --model deit_small_patch16_224 --data-path IMAGENET
 
-Takes any argument of main.py beside its own, and crosses pruners, scores, patterns, schedules, sparsities and seeds.
+Takes any argument of main.py beside its own, and crosses pruners, scores, patterns, schedules, reconstructions,
+sparsities and seeds.
 Data and dense model are loaded once. Each result is a line of sweep.csv in `--output_dir`; started again, it computes
 only what is missing there. Each finetuning is a run with a folder of its own under runs/, as main.py makes it: started
 again, it goes on from its last checkpoint. The folder stays, with log.txt, checkpoint.pth, best_checkpoint.pth, tables
@@ -47,6 +48,7 @@ from models import load_weights
 from results import open_results, versions
 from sparsity_factory import (
     PRUNERS,
+    RECONSTRUCTIONS,
     SCHEDULES,
     SCORES,
     Masks,
@@ -122,6 +124,7 @@ def parse_sweep_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Name
                         "of its own, is crossed with neither pruners nor sparsities")
     parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES),
                         help="one-shot by default; only that is also measured right after pruning")
+    parser.add_argument("--reconstructions", nargs="+", choices=list(RECONSTRUCTIONS), help="none by default")
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.65, 0.8, 0.9], help="each in [0, 1)")
     parser.add_argument("--custom-configs", nargs="+", default=[], metavar="FILE",
                         help="YAML files that take part at the sparsity they reach, with each score and schedule")
@@ -142,6 +145,7 @@ def parse_sweep_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Name
     options.scores = options.scores or [args.score]
     options.patterns = options.patterns or [args.pattern]
     options.schedules = options.schedules or [args.prune_schedule]
+    options.reconstructions = options.reconstructions or [args.reconstruct]
     if options.pruners is None:
         options.pruners = [] if options.sensitivity else AUTOMATIC
     args.epochs = options.finetune_epochs
@@ -169,20 +173,20 @@ def check_options(options, args) -> None:
 
 def plan(options, bench: "Workbench") -> list[Task]:
     """The accuracies to measure, the dense one first. Raises PruningError for a YAML that does not fit the model."""
-    pruners, scores, patterns, schedules, seeds = map(dict.fromkeys, (
-        options.pruners, options.scores, options.patterns, options.schedules, options.seeds))
+    pruners, scores, patterns, schedules, reconstructions, seeds = map(dict.fromkeys, (
+        options.pruners, options.scores, options.patterns, options.schedules, options.reconstructions, options.seeds))
     sparsities = sorted(set(options.sparsities))
     own = {pattern: parse_pattern(pattern).sparsity for pattern in patterns}
     places = [(Combination(*choices), sparsity)
-              for *choices, sparsity in product(pruners, scores, patterns, schedules, sparsities)
+              for *choices, sparsity in product(pruners, scores, patterns, schedules, reconstructions, sparsities)
               if own[choices[2]] is None]
-    places += [(Combination("unif", score, pattern, schedule), round(own[pattern], 6))
-               for score, pattern, schedule in product(scores, patterns, schedules) if own[pattern] is not None]
+    places += [(Combination("unif", *choices), round(own[choices[1]], 6))
+               for choices in product(scores, patterns, schedules, reconstructions) if own[choices[1]] is not None]
     for path in dict.fromkeys(options.custom_configs):
         masks = compute_masks(bench.model, "custom", custom_config=path)
         config, sparsity = f"{zlib.crc32(Path(path).read_bytes()):08x}", round(_pruned(masks), 6)
-        places += [(Combination(path, score, schedule=schedule, config=config), sparsity)
-                   for score, schedule in product(scores, schedules)]
+        places += [(Combination(path, score, schedule=schedule, reconstruct=reconstruct, config=config), sparsity)
+                   for score, schedule, reconstruct in product(scores, schedules, reconstructions)]
 
     def task(kind, combination, sparsity, seed=None):
         return Task(kind, sparsity=sparsity, seed=seed, **combination._asdict())
@@ -219,7 +223,8 @@ class Workbench:
         reasons = [_refusal(lambda run=run: recipe_of(run).check(run.epochs or None)) for run in runs]
         if runs and all(reasons):
             raise PruningError(reasons[0])
-        looking = [run for run, reason in zip(runs, reasons, strict=True) if not reason and recipe_of(run).needs]
+        runs = [run for run, reason in zip(runs, reasons, strict=True) if not reason]
+        looking = [run for run in runs if recipe_of(run).looks_at_data]
         if looking:
             Calibration(looking[0], self.model, self.device, self.amp_dtype)
 
@@ -241,7 +246,9 @@ class Workbench:
                 return Outcome(None, error=REFUSED + reason)
             if task.kind == FINETUNED:
                 return self._finetune(args)
-            return self._one_shot(self._sparsifier(args, {}).first_masks())
+            sparsifier = self._sparsifier(args, {})
+            sparsifier.start()
+            return Outcome(self.test(self.model)["acc1"], sparsifier.masks.sparsity())
         except failures as error:
             return Outcome(None, error=first_line(error))
 

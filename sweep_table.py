@@ -17,8 +17,9 @@ from utils import UserError
 
 DENSE, ONE_SHOT, FINETUNED, LAYER = "dense", "one-shot", "finetuned", "layer"
 REFUSED = "refused: "  # what the error of a combination begins with that recipe or model refuse
-DEFAULTS = (Recipe.score, Recipe.pattern, Recipe.prune_schedule)
-COLUMNS = ("kind", "name", "score", "pattern", "schedule", "sparsity", "seed", "config", "pruned", "accuracy", "error")
+DEFAULTS = (Recipe.score, Recipe.pattern, Recipe.prune_schedule, Recipe.reconstruct)
+COLUMNS = ("kind", "name", "score", "pattern", "schedule", "reconstruct", "sparsity", "seed", "config", "pruned",
+           "accuracy", "error")
 
 
 class Combination(NamedTuple):
@@ -28,12 +29,13 @@ class Combination(NamedTuple):
     score: str = DEFAULTS[0]
     pattern: str = DEFAULTS[1]
     schedule: str = DEFAULTS[2]
+    reconstruct: str = DEFAULTS[3]
     config: str = ""
 
     @property
-    def choices(self) -> tuple[str, str, str]:
-        """Score, pattern and schedule; no pattern where the YAML has its own."""
-        return self.score, "" if self.config else self.pattern, self.schedule
+    def choices(self) -> tuple[str, ...]:
+        """Score, pattern, schedule and reconstruction; no pattern where the YAML has its own."""
+        return self.score, "" if self.config else self.pattern, self.schedule, self.reconstruct
 
     @property
     def sets_sparsity(self) -> bool:
@@ -71,10 +73,11 @@ class Task(NamedTuple):
     score: str = DEFAULTS[0]
     pattern: str = DEFAULTS[1]
     schedule: str = DEFAULTS[2]
+    reconstruct: str = DEFAULTS[3]
 
     @property
     def combination(self) -> Combination:
-        return Combination(self.name, self.score, self.pattern, self.schedule, self.config)
+        return Combination(self.name, self.score, self.pattern, self.schedule, self.reconstruct, self.config)
 
     @property
     def choices(self) -> dict:
@@ -82,7 +85,8 @@ class Task(NamedTuple):
         return {"pruner": "custom" if self.config else self.name,
                 "sparsity": None if self.combination.sets_sparsity else self.sparsity,
                 "custom_config": self.name if self.config else None,
-                "score": self.score, "pattern": self.pattern, "prune_schedule": self.schedule}
+                "score": self.score, "pattern": self.pattern, "prune_schedule": self.schedule,
+                "reconstruct": self.reconstruct}
 
     @property
     def run(self) -> str:
@@ -148,8 +152,9 @@ class Table:
         found = {}
         for row in csv.reader(lines):
             try:
-                if len(row) == 8:  # made before sweeps crossed scores, patterns and schedules
-                    row = [*row[:2], "", "", "", *row[2:]]
+                # Made before sweeps crossed scores, patterns and schedules, or reconstructions:
+                if missing := {8: 4, 11: 1}.get(len(row)):
+                    row = [*row[:6 - missing], *[""] * missing, *row[6 - missing:]]
                 kind, name, *choices, sparsity, seed, config, pruned, accuracy, error = row
                 choices = [choice or default for choice, default in zip(choices, DEFAULTS, strict=True)]
                 task = Task(kind, name, float(sparsity), int(seed) if seed else None, config, *choices)
@@ -189,7 +194,7 @@ def _csv_lines(rows: Iterable[tuple[Task, Outcome]], header: bool) -> bytes:
         seed = "" if task.seed is None else task.seed
         pruned = "" if outcome.pruned is None else f"{outcome.pruned:.6f}"
         accuracy = "" if outcome.accuracy is None else f"{outcome.accuracy:.4f}"
-        choices = ("", "", "") if task.kind == DENSE else task.combination.choices
+        choices = [""] * len(DEFAULTS) if task.kind == DENSE else task.combination.choices
         writer.writerow([task.kind, task.name, *choices, task.sparsity, seed, task.config, pruned, accuracy,
                          outcome.error])
     return text.getvalue().encode()

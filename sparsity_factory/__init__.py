@@ -11,12 +11,14 @@ This folder needs torch, numpy and yaml, and nothing else of the project around 
 from .audit import check_masks
 from .config import read_yaml
 from .errors import PruningError
+from .layerwise import Inputs, visit_layers
 from .masks import Masks, pack, prunable_weights, unpack
 from .methods import Description, describe
 from .multiply_adds import multiply_adds
 from .patterns import PATTERNS, parse_pattern, regrow
 from .pruners import PRUNERS, check_request, compute_masks, needs_of
 from .recipe import Recipe
+from .reconstruction import RECONSTRUCTIONS, obs_prune
 from .report import (
     LayerSparsity,
     checkpoint_table,
@@ -28,16 +30,18 @@ from .report import (
 )
 from .schedules import SCHEDULES
 from .scores import SCORES
-from .sparsifier import Sparsifier, has_reached_target
+from .sparsifier import Sparsifier, has_reached_target, prune
 from .statistics import STATISTICS, Statistics, collect_statistics
 
 __all__ = [
     "PATTERNS",
     "PRUNERS",
+    "RECONSTRUCTIONS",
     "SCHEDULES",
     "SCORES",
     "STATISTICS",
     "Description",
+    "Inputs",
     "LayerSparsity",
     "Masks",
     "PruningError",
@@ -53,9 +57,11 @@ __all__ = [
     "has_reached_target",
     "multiply_adds",
     "needs_of",
+    "obs_prune",
     "pack",
     "parse_pattern",
     "prunable_weights",
+    "prune",
     "read_yaml",
     "regrow",
     "sparse_multiply_adds",
@@ -64,4 +70,5 @@ __all__ = [
     "sparsity_table",
     "sparsity_yaml",
     "unpack",
+    "visit_layers",
 ]

@@ -10,6 +10,7 @@ from .methods import describe
 from .patterns import PATTERNS
 from .pruners import PRUNERS
 from .recipe import Recipe
+from .reconstruction import RECONSTRUCTIONS
 from .schedules import SCHEDULES
 from .scores import SCORES
 
@@ -19,6 +20,7 @@ CHOICES = {
     "--pruner": ("how the budget is shared among layers, which papers call the allocation", PRUNERS),
     "--pattern": ("what may be removed together", PATTERNS),
     "--prune-schedule": ("when masks are chosen and changed", SCHEDULES),
+    "--reconstruct": ("how the kept weights make up for the pruned ones", RECONSTRUCTIONS),
 }
 EXAMPLES = {"n:m": "2:4", "x:m": "x:4", "block:RxC": "block:16x16"}  # of patterns with numbers
 CONFIG = {"sparsity": {"mode": "unstructured", "level": {"default": 0.5}}}
@@ -37,12 +39,14 @@ ALONE = {
     "--prune-end before --prune-start": (
         Recipe("lamp", 0.5, prune_schedule="gradual", prune_start=0.5, prune_end=0.4), None),
     "--rewind beyond the first round": (Recipe("lamp", 0.5, prune_schedule="iterative", rewind=5), 10),
+    "--reconstruct with --rewind": (
+        Recipe("lamp", 0.5, prune_schedule="iterative", rewind=0, reconstruct="obs"), None),
 }
 OF_THE_MODEL = """\
 --pruner unifplus: a sparsity that the layers between the first and the last cannot reach
 --pattern row, x:m: a sparsity that leaves less than one weight of a row or group
 --pattern n:m, x:m, block:RxC: sizes that do not divide the layers
-scores and pruners that look at data: more --calibration-images than training images, and streams (timm:wds/...)
+what looks at data: more --calibration-images than training images, and streams (timm:wds/...)
 """
 
 
@@ -117,7 +121,7 @@ def users_of(name: str) -> list[str]:
 def _values() -> dict[str, Iterable[str]]:
     """By field of a recipe all values of a choice, patterns by example."""
     return {"pruner": PRUNERS, "pattern": [EXAMPLES.get(form, form) for form in PATTERNS], "prune_schedule": SCHEDULES,
-            "score": SCORES}
+            "score": SCORES, "reconstruct": RECONSTRUCTIONS}
 
 
 def _flag(name: str) -> str:

@@ -55,6 +55,14 @@ class Pattern:
         """The numbers of units that layers keep, where an allocation wants `kept` and all have `budget` together."""
         return kept
 
+    def compared_columns(self, block_size: int) -> int:
+        """How many columns are taken together where units are chosen from left to right: about `block_size`."""
+        return block_size
+
+    def share(self, kept: int, shape: Sequence[int], start: int, end: int) -> int:
+        """Of the units that a weight keeps, those that its columns from `start` to `end` keep."""
+        return round(kept * end / shape[1]) - round(kept * start / shape[1])
+
     def mask(self, score: Tensor, kept: int, at_least: Tensor | None = None) -> Tensor:
         """Bool tensor of the weight's shape that keeps `kept` units.
 
@@ -109,6 +117,12 @@ class _Groups(Pattern):
         n = _nearest_steps(np.array(list(kept.values())), np.array(list(groups.values())), np.array(list(m.values())),
                            budget)
         return {name: int(n) * groups[name] for name, n in zip(kept, n, strict=True)}
+
+    def compared_columns(self, block_size):
+        return self.m or block_size
+
+    def share(self, kept, shape, start, end):
+        return shape[0] * super().share(kept // shape[0], shape, start, end)  # the same in each row
 
     def mask(self, score, kept, at_least=None):
         m = self.m or score.shape[1]
@@ -190,6 +204,9 @@ class Block(Pattern):
     def score(self, score):
         blocks = score.unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows))
         return blocks.sum((1, 3), dtype=torch.float64).to(score.dtype)  # so that rounding depends on no device
+
+    def compared_columns(self, block_size):
+        return max(block_size // self.columns, 1) * self.columns
 
     def mask(self, score, kept, at_least=None):
         mask = k_largest(score, kept, at_least)

@@ -10,6 +10,7 @@ from .config import level_section, parse_level, resolve_levels
 from .errors import PruningError
 from .patterns import parse_pattern
 from .pruners import PRUNERS, needs_of
+from .reconstruction import NONE, RECONSTRUCTIONS
 from .schedules import SCHEDULES, Steps
 from .scores import SCORES
 
@@ -34,7 +35,8 @@ class Recipe:
         rewind: the epoch whose weights `iterative` goes back to, at its beginning; None not to go back.
         drop_fraction: of the kept weights, the share that `set` and `rigl` replace at first.
         sr_decay: what `sr-ste` multiplies masked-out weights by and adds to their gradients.
-        calibration_images: how many training images a score may look at.
+        reconstruct: a name in `RECONSTRUCTIONS`: how the kept weights make up for the pruned ones.
+        calibration_images: how many training images score, pruner and reconstruction may look at.
         seed: decides every random choice.
     """
 
@@ -51,6 +53,7 @@ class Recipe:
     rewind: int | None = None
     drop_fraction: float = 0.3
     sr_decay: float = 2e-4
+    reconstruct: str = NONE
     calibration_images: int = 1024
     seed: int = 0
 
@@ -120,6 +123,11 @@ class Recipe:
         """What score and pruner need to know of the data."""
         return set(needs_of(self.pruner, self.score)) if self.pruner else set()
 
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether score, pruner or reconstruction look at calibration images."""
+        return bool(self.needs) or self.reconstruct != NONE
+
     def one_shot(self) -> "Recipe":
         """The same choices, made once: for an evaluation, or for masks that stay."""
         return self.with_schedule("one-shot")
@@ -176,6 +184,7 @@ class Recipe:
     def _check_choices(self) -> None:
         self._expect(_known(self.pruner, PRUNERS), "pruner", f"one of {', '.join(PRUNERS)}")
         self._expect(_known(self.score, SCORES), "score", f"one of {', '.join(SCORES)}")
+        self._expect(_known(self.reconstruct, RECONSTRUCTIONS), "reconstruct", f"one of {', '.join(RECONSTRUCTIONS)}")
         fixed = parse_pattern(self.pattern).sparsity is not None
         grouped = self.pattern != "unstructured"
         if self.pruner == "custom":
@@ -194,6 +203,11 @@ class Recipe:
                 raise PruningError(f"--pruner {self.pruner}: expected --sparsity beside it, a number in [0, 1)")
             else:
                 self._expect(_is_real(self.sparsity) and 0 <= self.sparsity < 1, "sparsity", "a number in [0, 1)")
+        if self.reconstruct != NONE:
+            self._expect(not SCHEDULES[self.prune_schedule].trains_pruned, "reconstruct",
+                         f"none with --prune-schedule {self.prune_schedule}, which trains the pruned weights")
+            self._expect(self.rewind is None, "reconstruct",
+                         "none with --rewind, which takes the weights back to what they were")
         if grouped and self.prune_schedule in ("set", "rigl"):
             raise PruningError(f"--prune-schedule {self.prune_schedule}: expected unstructured levels only, since it "
                                "moves weights anywhere in their layer, and groups would break")
@@ -239,7 +253,7 @@ class Recipe:
             return {"pruner": None}
         unused = {name for schedule in SCHEDULES.values() for name in schedule.uses} | {"calibration_images", "seed"}
         unused -= {*SCHEDULES[self.prune_schedule].uses}
-        if self.needs:
+        if self.looks_at_data:
             unused -= {"calibration_images", "seed"}
         if self.score == "random":
             unused -= {"seed"}

@@ -1,18 +1,23 @@
 """`Sparsifier`: a recipe at work on a model that trains."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from os import PathLike
 
 import torch
 from torch import Tensor, nn
 
+from .config import read_yaml
 from .errors import PruningError
+from .layerwise import visit_layers
 from .masks import Change, Masks, bits, pack, prunable_weights, select, unpack
-from .patterns import regrow
+from .patterns import NOfM, parse_pattern, regrow
 from .pruners import compute_masks
 from .recipe import LARGEST, Recipe
+from .reconstruction import NONE, reconstruct_layers
 from .schedules import SCHEDULES, Steps
+from .statistics import collect_statistics
 
 VERSION = 1  # of the state
 
@@ -42,6 +47,8 @@ class Sparsifier:
     - A change is a function of the seed, the step, the weights and their gradients, so that a resumed run goes on to
       the bit. What the first process chooses, all have.
     - Weights without a gradient neither drop nor grow by `set` and `rigl`.
+    - Whenever masks are chosen by the recipe, its reconstruction changes the weights and, where it chooses itself, the
+      masks. Averages of the weights begin anew from there.
     - A rewind takes all parameters and buffers back, and clears the optimizer's state, as a training that begins at
       that epoch does.
 
@@ -51,6 +58,7 @@ class Sparsifier:
         total_steps, epoch_steps: optimizer steps of the whole training, and of an epoch.
         masks: those that the model was pruned with already; then `start` chooses none.
         statistics: called on every process with what a score needs to know, returns a `Statistics`.
+        walk: called on every process where the recipe reconstructs, with what `visit_layers` calls for each weight.
         share: calls a function on the first process and returns on all what it returned, which is made of plain
             containers, numbers and tensors on the CPU. Without it, each process calls it.
 
@@ -71,11 +79,12 @@ class Sparsifier:
         epoch_steps: int,
         masks: Mapping[str, Tensor] | None = None,
         statistics: Callable | None = None,
+        walk: Callable | None = None,
         share: Callable | None = None,
     ):
         recipe.check()
         self.model, self.recipe = model, recipe
-        self._statistics, self._share = statistics, share
+        self._statistics, self._walk, self._share = statistics, walk, share
         self._shapes = {name: tuple(weight.shape) for name, weight in prunable_weights(model).items()}
         self._levels = recipe.levels(self._shapes)
         self._parameters = dict(model.named_parameters())
@@ -108,7 +117,7 @@ class Sparsifier:
     def start(self, first: Mapping[str, Tensor] | None = None) -> None:
         """Prunes the model for the first step. `first`: what `first_masks` returned, where it was called already."""
         if not self.masks.masks:
-            self.masks.update(self.first_masks() if first is None else first)
+            self.masks.update(self._reconstruct(self.first_masks() if first is None else first))
             self._changed = 0 if self.schedule.changes_at(0) else -1
         self._hide() if self.schedule.trains_pruned else self.masks.apply()
         self._mask_averages()
@@ -155,7 +164,10 @@ class Sparsifier:
         if not self.schedule.trains_pruned:
             self.masks.apply()
         if self._due:
-            self._change(self.schedule.masks(self.step, self) if self._pending is None else self._pending)
+            new = self._pending  # grown weights start at zero, and nothing makes up for the dropped ones
+            if new is None:
+                new = self._reconstruct(self.schedule.masks(self.step, self))
+            self._change(new)
             self._changed, self._due, self._pending = self.step, False, None
         elif self.schedule.trains_pruned:
             self._hide()
@@ -282,6 +294,23 @@ class Sparsifier:
         """Masks travel as bits."""
         return unpack(self._share(lambda: pack(compute()))) if self._share else compute()
 
+    def _reconstruct(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Prunes the weights as the recipe's reconstruction does; the masks that it leaves."""
+        if self.recipe.reconstruct == NONE or all(mask.all() for mask in masks.values()):
+            return masks
+        if self._walk is None:
+            raise PruningError(f"reconstruct {self.recipe.reconstruct} looks at data: expected a walk over the layers")
+        masks = reconstruct_layers(self.model, masks, self.recipe.reconstruct, self._walk, patterns=self._pattern,
+                                   share=self._shared)
+        for average in self._averages:
+            average.load_state_dict(self.model.state_dict())
+        return masks
+
+    def _pattern(self, name: str):
+        """The pattern of a weight's mask."""
+        level = self._levels.get(name)
+        return NOfM("{}:{}".format(*level), *level) if isinstance(level, tuple) else parse_pattern(self.recipe.pattern)
+
     def _change(self, new: Mapping[str, Tensor]) -> None:
         changes = self.masks.update(new)
         if self.schedule.trains_pruned:
@@ -340,6 +369,45 @@ class Sparsifier:
                 else:
                     gradient.add_(values, alpha=self.schedule.decay * scale)
         torch._foreach_add_([bits(weight) for weight in weights], [bits(values) for values in hidden])
+
+
+def prune(
+    model: nn.Module,
+    pruner: str,
+    sparsity: float | None = None,
+    custom_config: str | PathLike | Mapping | None = None,
+    score: str = "magnitude",
+    *,
+    pattern: str = "unstructured",
+    batches: Sequence,
+    loss: Callable | None = None,
+    reconstruct: str = "obs",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Prunes a model in place, and lets the kept weights of each layer make up for the pruned ones.
+
+    The choices are those of `compute_masks`. Layers are taken in the order in which they compute, each with the inputs
+    that the model, pruned so far, gives it.
+
+    Args:
+        batches: yields calibration images, or images and targets, whenever it is iterated over: a list, a loader.
+        loss: from outputs and targets to the mean loss, for scores that need gradients.
+        reconstruct: a name in `RECONSTRUCTIONS`.
+
+    Returns:
+        Parameter name to bool mask, for `Masks(model, masks)`.
+
+    Raises:
+        PruningError: what `compute_masks` refuses, an unknown reconstruction, no batches, or a layer that does not run.
+    """
+    if isinstance(custom_config, str | PathLike):
+        custom_config = read_yaml(custom_config)
+    recipe = Recipe(pruner, sparsity, custom_config, score, pattern, reconstruct=reconstruct, seed=seed)
+    sparsifier = Sparsifier(model, recipe, total_steps=1, epoch_steps=1,
+                            statistics=lambda needs: collect_statistics(model, batches, loss, needs),
+                            walk=lambda visit: visit_layers(model, batches, visit))
+    sparsifier.start()
+    return sparsifier.masks.masks
 
 
 def has_reached_target(untrusted) -> bool:

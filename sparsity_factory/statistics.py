@@ -32,6 +32,7 @@ STATISTICS = {
 }
 OF_INPUTS = frozenset({"input_norms", "gram"})
 OF_GRADIENTS = frozenset(STATISTICS) - OF_INPUTS
+GRAM_COLUMNS = 384  # of a part of a Gram matrix
 
 
 class Statistics:
@@ -166,12 +167,53 @@ def collect_statistics(
     needs = _checked_needs(needs, loss, first)
     statistics = Statistics(weights, needs)
     if first is not None:
-        with _evaluation(model), _with_gradients(weights) if needs & OF_GRADIENTS else torch.no_grad():
+        with evaluation(model), _with_gradients(weights) if needs & OF_GRADIENTS else torch.no_grad():
             for index, batch in enumerate(chain([first], batches)):
                 _look(model, weights, batch, loss, statistics, is_first=index == 0 and not share)
     if share is None:
         statistics.check()
     return statistics
+
+
+# ---- shared with layerwise.py ----
+
+
+def images_of(batch) -> Tensor:
+    """The images of a batch, which may have targets as well."""
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+def linear_operands(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
+    """Inputs and weight of a call of `F.linear`."""
+    return (*args, kwargs.get("weight"))[:2] if args else (kwargs["input"], kwargs["weight"])
+
+
+def add_gram(total: Tensor, inputs: Tensor) -> None:
+    """Adds X^T X of inputs X (tokens, inputs) to `total`; of the symmetric product only a half is computed."""
+    columns = inputs.split(GRAM_COLUMNS, 1)
+    for row, left in enumerate(columns):
+        for column, right in enumerate(columns[row:], row):
+            part = left.T @ right
+            place = total[row * GRAM_COLUMNS:, column * GRAM_COLUMNS:][:part.shape[0], :part.shape[1]]
+            place += part
+            if column > row:
+                total[column * GRAM_COLUMNS:, row * GRAM_COLUMNS:][:part.shape[1], :part.shape[0]] += part.T
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; then each module's own mode again."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
 
 
 # ---- helpers, not exported ----
@@ -199,7 +241,7 @@ def _checked_needs(needs: Iterable[str] | None, loss: Callable | None, first) ->
 
 def _look(model: nn.Module, weights: dict, batch, loss: Callable, statistics: Statistics, is_first: bool) -> None:
     """Adds the sums of one batch. Nothing here waits for a GPU."""
-    images, targets = (*batch, None)[:2] if isinstance(batch, tuple | list) else (batch, None)
+    images, targets = images_of(batch), batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
     device = next(iter(weights.values())).device
     images = images.to(device, non_blocking=True)
     with _Inputs(weights, statistics) if statistics.needs & OF_INPUTS else nullcontext():
@@ -216,7 +258,7 @@ def _look(model: nn.Module, weights: dict, batch, loss: Callable, statistics: St
         if gradient is None:
             continue
         counts[index, 2] += 1
-        gradient = _at_least_float32(gradient)
+        gradient = at_least_float32(gradient)
         parts = {"gradient": (gradient, len(images)), "first_gradient": (gradient, len(images) * is_first)}
         if "squared_gradient" in statistics.needs:
             parts["squared_gradient"] = (gradient.square(), 1)
@@ -238,7 +280,7 @@ class _Inputs(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.linear:
-            inputs, weight = (*args, kwargs.get("weight"))[:2] if args else (kwargs["input"], kwargs["weight"])
+            inputs, weight = linear_operands(args, kwargs)
             if name := self._names.get(id(weight)):
                 self._add(name, inputs.detach())
         return func(*args, **kwargs)
@@ -250,27 +292,11 @@ class _Inputs(TorchFunctionMode):
             self._statistics._counts[self._rows[name], 1] += 1
         totals = self._statistics._sums[name]
         with torch.autocast(inputs.device.type, enabled=False):
-            inputs = _at_least_float32(inputs.flatten(0, -2) if inputs.dim() > 1 else inputs[None])
+            inputs = at_least_float32(inputs.flatten(0, -2) if inputs.dim() > 1 else inputs[None])
             if "input_norms" in totals:
                 totals["input_norms"] += inputs.square().sum(0)
             if "gram" in totals:
-                totals["gram"] += inputs.T @ inputs
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; then each module's own mode again."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
+                add_gram(totals["gram"], inputs)
 
 
 @contextmanager

@@ -1,0 +1,191 @@
+"""Reconstruction: at the moment of pruning, the kept weights of a layer make up for the pruned ones.
+
+A reconstruction is a function
+
+    def reconstruction(weight: Tensor, gram: Tensor, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]
+
+from a weight of shape (outputs, inputs), the Gram matrix of its layer's inputs, the mask that score and allocation have
+chosen, and its pattern, to the new weight, zero where it is pruned, and its mask, which keeps as many weights. To add
+one, write such a function and name it in `RECONSTRUCTIONS`.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .errors import PruningError
+from .layerwise import Inputs
+from .methods import method
+from .patterns import NOfM, Pattern, Unstructured
+
+log = logging.getLogger(__name__)
+
+DAMPING = 0.01  # of the mean of the Gram matrix's diagonal, as SparseGPT has it
+MOST_DAMPING = 1e3  # with so much, the matrix is a diagonal one
+NONE = "none"
+
+
+def obs_prune(
+    weight: Tensor,
+    gram: Tensor,
+    kept: int | tuple[int, int] | Tensor,
+    *,
+    damping: float = DAMPING,
+    block_size: int = 128,
+    pattern: Pattern | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Prunes a weight by Optimal Brain Surgeon, columns from left to right, the kept ones making up for the pruned.
+
+    With H the Gram matrix, to whose diagonal `damping` times its mean is added, and U the upper Cholesky factor of
+    H^-1, the error of each pruned weight, w / U_jj, is spread over the columns to its right by row j of U. What goes is
+    what costs least, w^2 / U_jj^2, of the weights as updated so far.
+
+    Frantar and Alistarh 2023, arXiv:2301.00774 (SparseGPT).
+
+    Args:
+        weight: shape (outputs, inputs); it is not changed.
+        gram: X^T X of the layer's inputs X (tokens, inputs), shape (inputs, inputs); a factor changes nothing. The work
+            is done in its dtype. Weights of an input that is always zero become zero.
+        kept: how many units of the pattern stay: each block of columns keeps its share, and the total is exact. Or
+            (n, m): n of every m, chosen when their group is reached. Or a bool mask of the weight's shape, which stays.
+        damping: raised tenfold, with a line in the log, until the matrix can be factored.
+        block_size: columns among which weights compare.
+        pattern: what is removed together, where `kept` is a number; single weights by default.
+
+    Returns:
+        The new weight in the dtype of the given one, zero where it is pruned; and the mask.
+
+    Raises:
+        PruningError: a weight or Gram matrix that is not finite, or a number, group or mask that does not fit.
+    """
+    outputs, inputs = weight.shape
+    if isinstance(kept, tuple):
+        pattern = NOfM("{}:{}".format(*kept), *kept)
+        kept = pattern.units(weight.shape) * pattern.n // pattern.m
+    pattern = pattern or Unstructured()
+    _check(weight, gram, kept, pattern)
+    width = pattern.compared_columns(block_size)  # a group in which units compare
+    block_size = max(block_size // width, 1) * width
+    factor = _inverse_factor(gram, damping)
+    diagonal = factor.diagonal()
+    columns = weight.detach().to(gram.dtype).T.clone()  # a column of the weight is a row here, so that it lies together
+    columns[gram.diagonal() == 0] = 0
+    mask = torch.empty_like(columns, dtype=torch.bool) if isinstance(kept, int) else kept.T.contiguous()
+    for start in range(0, inputs, block_size):
+        end = min(start + block_size, inputs)
+        errors = torch.empty_like(columns[start:end])
+        for column in range(start, end):
+            if isinstance(kept, int) and (column - start) % width == 0:
+                group = slice(column, min(column + width, end))
+                score = pattern.score((columns[group] / diagonal[group, None]).square_().T)
+                mask[group] = pattern.mask(score, pattern.share(kept, weight.shape, group.start, group.stop)).T
+            torch.mul(columns[column], ~mask[column], out=errors[column - start]).div_(diagonal[column])
+            columns[column + 1:end].addr_(factor[column, column + 1:end], errors[column - start], alpha=-1)
+        columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    columns *= mask
+    return columns.T.to(weight.dtype).contiguous(), mask.T.contiguous()
+
+
+@method()
+def none(weight: Tensor, gram: Tensor, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """Kept weights stay as they are."""
+    return weight * mask, mask
+
+
+@method("Frantar and Alistarh 2023, arXiv:2301.00774", needs={"gram"})
+def obs(weight: Tensor, gram: Tensor, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """Optimal Brain Surgeon chooses which weights of a layer go, as many as the mask prunes, and updates the others."""
+    kept = pattern.units(weight.shape) * int(mask.count_nonzero()) // mask.numel()
+    return obs_prune(weight, gram, kept, pattern=pattern)
+
+
+@method("Frantar and Alistarh 2023, arXiv:2301.00774", needs={"gram"})
+def obs_mask(weight: Tensor, gram: Tensor, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """Optimal Brain Surgeon only updates the kept weights; score and pruner have chosen which those are."""
+    return obs_prune(weight, gram, mask)
+
+
+def reconstruct_layers(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    method: str,
+    walk: Callable,
+    *,
+    patterns: Callable[[str], Pattern],
+    share: Callable = lambda compute: compute(),
+) -> dict[str, Tensor]:
+    """Prunes the weights of a model by masks, layer after layer, and lets the kept ones make up for it.
+
+    Each layer is given the inputs that it has when all before it are pruned. Where it has a bias, the Gram matrix is
+    that of the inputs less their mean, and the mean of what the outputs have lost goes to the bias: the least squares
+    over weights and bias together.
+
+    Args:
+        model: changed in place.
+        masks: of prunable weights; those of others are left to the caller.
+        method: a name in `RECONSTRUCTIONS`.
+        walk: `walk(visit)` calls `visit(name, inputs)` for each prunable weight, as `visit_layers` does.
+        patterns: from the name of a weight to the pattern of its mask.
+        share: calls a function on one process, and returns on all what it returned.
+
+    Returns:
+        The masks of the pruned model, in the order of those given.
+    """
+    parameters, found = dict(model.named_parameters()), dict(masks)
+
+    def visit(name: str, inputs: Inputs) -> None:
+        weight, mask = parameters[name], masks.get(name)
+        if mask is None or mask.all():
+            return
+        bias = parameters.get(f"{name.removesuffix('weight')}bias")
+        gram = inputs.gram if bias is None else inputs.centred_gram
+        pruned = share(lambda: [part.cpu() for part in RECONSTRUCTIONS[method](weight, gram, mask, patterns(name))])
+        new, found[name] = (part.to(weight.device) for part in pruned)
+        if bias is not None:
+            bias += ((weight - new).to(gram) @ inputs.mean).to(bias)
+        weight.copy_(new)
+
+    with torch.no_grad():
+        walk(visit)
+    return found
+
+
+RECONSTRUCTIONS: dict[str, Callable] = {
+    function.__name__.replace("_", "-"): function for function in (none, obs, obs_mask)
+}
+
+
+# ---- helpers, not exported ----
+
+
+def _check(weight: Tensor, gram: Tensor, kept: int | Tensor, pattern: Pattern) -> None:
+    outputs, inputs = weight.shape
+    if gram.shape != (inputs, inputs) or not gram.isfinite().all() or not weight.isfinite().all():
+        raise PruningError(f"expected a finite weight and a finite Gram matrix of {inputs} x {inputs}")
+    if isinstance(kept, Tensor):
+        if kept.shape != weight.shape or kept.dtype != torch.bool:
+            raise PruningError(f"expected a bool mask of shape {outputs} x {inputs}")
+        return
+    pattern.check({"the weight": weight.shape})
+    if not 0 <= kept <= pattern.units(weight.shape):
+        raise PruningError(f"{kept} kept: expected 0 to {pattern.units(weight.shape)}")
+
+
+def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor U of the inverse of the damped Gram matrix: U^T U = (G + damping)^-1."""
+    diagonal = gram.diagonal()
+    scale = diagonal.mean() if diagonal.any() else torch.ones_like(diagonal[0])
+    while True:
+        # An input that is always zero stands alone, whatever the damping.
+        damped = gram + torch.diag(damping * scale + scale * (diagonal == 0))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and factor.isfinite().all():
+            return factor
+        if damping > MOST_DAMPING:
+            raise PruningError("expected the Gram matrix of some inputs: this one has negative eigenvalues")
+        damping = max(10 * damping, 1e-6)
+        log.warning("A Gram matrix of %d inputs cannot be factored: its damping is raised to %g", len(gram), damping)
