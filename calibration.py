@@ -56,7 +56,7 @@ class Calibration:
         found.check()
         return found
 
-    def walk(self, visit: Callable[[str, Inputs], None]) -> None:
+    def walk(self, visit: Callable[[str, Inputs], None], beside: torch.nn.Module | None = None) -> None:
         """Calls `visit` for each prunable weight, in the order in which they compute: see `visit_layers`."""
         layers = prunable_weights(self.model)
         log(f"Reconstructing {len(layers)} layers on {self.images:,} training images")
@@ -69,7 +69,7 @@ class Calibration:
             visit(name, inputs)
 
         with self._autocast():
-            visit_layers(self.model, self._loader_for_all, visit_and_tell, add_up=_add_up)
+            visit_layers(self.model, self._loader_for_all, visit_and_tell, beside=beside, add_up=_add_up)
         next(logger, None)
 
     def _autocast(self) -> torch.autocast:

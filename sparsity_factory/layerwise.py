@@ -9,10 +9,11 @@ the activations that the model passes from one such module to the next.
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,23 +30,32 @@ ROUNDING = 100  # of sums, in the last places of a number
 
 @dataclass
 class Inputs:
-    """Sums over the inputs x of a layer, of all tokens of all images.
+    """Sums over the inputs x of a layer, of all tokens of all images; and over those that it had in another model, y.
 
-    gram: X^T X, shape (inputs, inputs); total: the sum of x, shape (inputs,); both float64 (float32 on a GPU).
-    tokens: how many there are.
+    gram: X^T X, shape (inputs, inputs); total: the sum of x, shape (inputs,); tokens: how many there are. All are
+    float64, on a GPU float32. cross, other: X^T Y and the sum of y; the same as gram and total without another model.
     """
 
     gram: Tensor
     total: Tensor
     tokens: Tensor
+    cross: Tensor
+    other: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor) -> "Inputs":
+    def of(cls, weight: Tensor, with_other: bool = False) -> "Inputs":
         """Sums over nothing yet."""
         dtype = torch.float64 if weight.device.type == "cpu" else torch.float32
         options = {"dtype": dtype, "device": weight.device}
         inputs = weight.shape[1]
-        return cls(torch.zeros(inputs, inputs, **options), torch.zeros(inputs, **options), torch.zeros((), **options))
+        gram, total = torch.zeros(inputs, inputs, **options), torch.zeros(inputs, **options)
+        return cls(gram, total, torch.zeros((), **options), torch.zeros_like(gram) if with_other else gram,
+                   torch.zeros_like(total) if with_other else total)
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """All that is added up, each once."""
+        return list({id(part): part for part in (self.gram, self.total, self.tokens, self.cross, self.other)}.values())
 
     @property
     def mean(self) -> Tensor:
@@ -53,23 +63,36 @@ class Inputs:
         return self.total / self.tokens
 
     @property
-    def centred_gram(self) -> Tensor:
-        """(X - mean)^T (X - mean); zero for an input that varies by no more than the rounding of its sums."""
-        centred = self.gram - torch.outer(self.total, self.mean)
-        varies = centred.diagonal() > ROUNDING * torch.finfo(centred.dtype).eps * self.gram.diagonal()
-        return centred.mul_(varies).mul_(varies[:, None])
+    def other_mean(self) -> Tensor:
+        """The mean of y, shape (inputs,)."""
+        return self.other / self.tokens
 
-    def add(self, inputs: Tensor) -> None:
-        """Counts inputs in, shape (..., inputs)."""
-        inputs = at_least_float32(inputs.reshape(-1, inputs.shape[-1]))
-        shift = inputs.mean(0)  # products in float32 would lose what varies little about a large mean
-        inputs = inputs - shift
-        add_gram(self.gram, inputs)
-        shift, rest, tokens = shift.to(self.gram), inputs.sum(0).to(self.gram), len(inputs)
-        half = rest + tokens / 2 * shift
-        self.gram.addr_(shift, half).addr_(half, shift)
-        self.total += rest + tokens * shift
+    def centred(self) -> "Inputs":
+        """The same of x and y less their means; zero for an x that varies by no more than the rounding of its sums."""
+        gram = self.gram - torch.outer(self.total, self.mean)
+        varies = gram.diagonal() > ROUNDING * torch.finfo(gram.dtype).eps * self.gram.diagonal()
+        gram.mul_(varies).mul_(varies[:, None])
+        cross = gram
+        if self.cross is not self.gram:
+            cross = (self.cross - torch.outer(self.total, self.other_mean)).mul_(varies[:, None])
+        zero = torch.zeros_like(self.total)
+        return Inputs(gram, zero, self.tokens, cross, zero)
+
+    def add(self, inputs: Tensor, other: Tensor | None = None) -> None:
+        """Counts inputs in, shape (..., inputs), and those of the other model."""
+        rest, shift, tokens = _split(inputs)
         self.tokens += tokens
+        add_gram(self.gram, rest)
+        rest_total, shift = rest.sum(0).to(self.gram), shift.to(self.gram)
+        half = rest_total + tokens / 2 * shift
+        self.gram.addr_(shift, half).addr_(half, shift)
+        self.total += (total := rest_total + tokens * shift)
+        if other is not None:
+            other_rest, other_shift, _ = _split(other)
+            other_total, other_shift = other_rest.sum(0).to(self.gram), other_shift.to(self.gram)
+            self.cross += rest.T @ other_rest
+            self.cross.addr_(total, other_shift).addr_(shift, other_total)
+            self.other += other_total + tokens * other_shift
 
 
 @torch.no_grad()
@@ -78,6 +101,7 @@ def visit_layers(
     batches: Iterable,
     visit: Callable[[str, Inputs], None],
     *,
+    beside: nn.Module | None = None,
     add_up: Callable[[Tensor], None] | None = None,
 ) -> None:
     """Calls `visit(name, inputs)` for each prunable weight, in the order in which they compute.
@@ -90,63 +114,103 @@ def visit_layers(
             once in a pass is visited at its first use, with the inputs of that.
         batches: yields images, or tuples that begin with them. All of them are in the walk at once.
         visit: called with the name of the weight and the sums over its inputs.
+        beside: another model of the same layers, such as a copy from before any change; it sees the same images.
         add_up: adds up a tensor of all processes, in place, where each has some of the batches, at least one.
 
     Raises:
         PruningError: no batches, an order that differs, and, naming the weight, one that no image reached.
     """
-    pending = prunable_weights(model)
     device = next(model.parameters()).device
     autocast = partial(torch.autocast, device.type, torch.get_autocast_dtype(device.type),
                        torch.is_autocast_enabled(device.type), cache_enabled=False)  # a cache would have old weights
     batches = [images_of(batch).to(device) for batch in batches]
     if not batches:
         raise PruningError("no calibration images: expected at least one batch")
-    with evaluation(model), torch.autocast(device.type, enabled=False):
-        with autocast():
-            units = _units(model, pending, batches[0][:1])
-        with _stops(set(units.values())) as computed:
-            passes = []
-            try:
-                while batches:  # what is passed on needs no second place here
-                    passes.append(_Pass(model, batches.pop(), autocast))
-                _walk(passes, units, pending, computed, autocast, visit, add_up)
-            finally:
-                for pass_ in passes:
-                    pass_.close()
+    with torch.autocast(device.type, enabled=False), ExitStack() as stack:
+        lanes = []
+        for network in (model,) if beside is None else (model, beside):
+            stack.enter_context(evaluation(network))
+            with autocast():
+                units = _units(network, prunable_weights(network), batches[0][:1])
+            computed = stack.enter_context(_stops(set(units.values())))
+            lanes.append(_Lane(network, prunable_weights(network), units, computed, []))
+        try:
+            while batches:  # what is passed on needs no second place here
+                images = batches.pop()
+                for lane in lanes:
+                    lane.passes.append(_Pass(lane.model, images, autocast))
+                del images
+            _walk(lanes, autocast, visit, add_up)
+        finally:
+            for pass_ in (pass_ for lane in lanes for pass_ in lane.passes):
+                pass_.close()
 
 
 # ---- helpers, not exported ----
 
 
-def _walk(passes: list, units: dict, pending: dict, computed: dict, autocast, visit, add_up) -> None:
+def _split(inputs: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Inputs less their mean, shape (tokens, inputs), the mean, and the number of tokens.
+
+    Products in float32 would lose what varies little about a large mean.
+    """
+    inputs = at_least_float32(inputs.reshape(-1, inputs.shape[-1]))
+    shift = inputs.mean(0)
+    return inputs - shift, shift, len(inputs)
+
+
+class _Lane(NamedTuple):
+    """A model in the walk: its weights and the units where it stops by their names, what computes those, its passes."""
+
+    model: nn.Module
+    weights: dict[str, Tensor]
+    units: dict[str, nn.Module]
+    computed: dict[nn.Module, Callable]
+    passes: list
+
+
+def _walk(lanes: list[_Lane], autocast, visit, add_up) -> None:
+    pending = dict.fromkeys(lanes[0].weights)
+    passes = [pass_ for lane in lanes for pass_ in lane.passes]
     while any(pass_.unit is not None for pass_ in passes):
-        unit = passes[0].unit
-        if any(pass_.unit is not unit for pass_ in passes):
-            raise PruningError("the model calls its layers in an order that depends on the images")
-        while any(units[name] is unit for name in pending):
-            for pass_ in passes:
-                with autocast():
-                    found, values = _next_layer(partial(computed[unit], *pass_.args, **pass_.kwargs), pending)
-                if pass_ is passes[0]:
-                    name, inputs = found, Inputs.of(pending[found]) if found else None
-                if found != name:
-                    raise PruningError(f"the images decide whether {name} or {found} computes first")
-                if found:
-                    inputs.add(values)
+        for lane in lanes:
+            if any(pass_.unit is not lane.passes[0].unit for pass_ in lane.passes):
+                raise PruningError("the model calls its layers in an order that depends on the images")
+        while any(lanes[0].units[name] is lanes[0].passes[0].unit for name in pending):
+            name, inputs = _inputs_of_next(lanes, pending, autocast)
             if not name:
                 break  # a later call of the unit uses it
             if add_up:
-                for total in (inputs.gram, inputs.total, inputs.tokens):
+                for total in inputs.sums:
                     add_up(total)
             visit(name, inputs)
             del pending[name]
-        for pass_ in passes:
-            with autocast():
-                result = computed[unit](*pass_.args, **pass_.kwargs)
-            pass_.go_on(result)
-            del result
+        for lane in lanes:
+            for pass_ in lane.passes:
+                with autocast():
+                    result = lane.computed[pass_.unit](*pass_.args, **pass_.kwargs)
+                pass_.go_on(result)
+                del result
     _expect_none(pending)
+
+
+def _inputs_of_next(lanes: list[_Lane], pending: Iterable[str], autocast) -> tuple[str | None, Inputs | None]:
+    """The weight that computes next, and the sums over its inputs; None where no pending one computes in the units."""
+    name = inputs = None
+    for batch, passes in enumerate(zip(*(lane.passes for lane in lanes), strict=True)):
+        values = []
+        for lane, pass_ in zip(lanes, passes, strict=True):
+            with autocast():
+                found, value = _next_layer(partial(lane.computed[pass_.unit], *pass_.args, **pass_.kwargs),
+                                           {name: lane.weights[name] for name in pending})
+            if not batch and not values:
+                name, inputs = found, Inputs.of(lane.weights[found], len(lanes) > 1) if found else None
+            if found != name:
+                raise PruningError(f"the images decide whether {name} or {found} computes first")
+            values.append(value)
+        if name:
+            inputs.add(*values)
+    return name, inputs
 
 
 class _Pass:

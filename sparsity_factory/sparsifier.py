@@ -405,7 +405,7 @@ def prune(
     recipe = Recipe(pruner, sparsity, custom_config, score, pattern, reconstruct=reconstruct, seed=seed)
     sparsifier = Sparsifier(model, recipe, total_steps=1, epoch_steps=1,
                             statistics=lambda needs: collect_statistics(model, batches, loss, needs),
-                            walk=lambda visit: visit_layers(model, batches, visit))
+                            walk=lambda visit, beside: visit_layers(model, batches, visit, beside=beside))
     sparsifier.start()
     return sparsifier.masks.masks
 
