@@ -128,7 +128,7 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
         help="write a checkpoint each so many steps as well as after each epoch; 0 for after each epoch only")
     add("--audit", sweep=REFUSED, default="", metavar="FILE",
         help="only print what a checkpoint keeps of each layer and check that its weights obey its masks")
-    add("--timeout", sweep=FREE, type=float, default=TIMEOUT, metavar="SECONDS",
+    add("--dist-timeout", sweep=FREE, type=float, default=TIMEOUT, metavar="SECONDS",
         help="how long processes wait for each other, as for one that writes a checkpoint, before the run fails")
     add("--start_epoch", type=int, default=0, help="first epoch; --resume sets it")
     add("--eval", sweep=REFUSED, action="store_true", help="only evaluate, after pruning where a pruner is given")
@@ -334,7 +334,7 @@ def check_args(args) -> None:
     for flag in ("--reprob", "--mixup-prob", "--mixup-switch-prob"):
         expect(0 <= value_of(flag) <= 1, flag, "a number in [0, 1]")
     expect(0 < args.eval_crop_ratio <= 1, "--eval-crop-ratio", "a number in (0, 1]")
-    for flag in ("--decay-epochs", "--timeout"):
+    for flag in ("--decay-epochs", "--dist-timeout"):
         expect(0 < value_of(flag) < math.inf, flag, "a number above 0")
     sides = args.cutmix_minmax
     expect(sides is None or len(sides) == 2 and 0 <= sides[0] < sides[1] <= 1, "--cutmix-minmax",

@@ -34,7 +34,8 @@ from utils import log
 
 def main(args) -> dict[str, float]:
     """The whole run; returns the top-1 accuracies in percent (dense, pruned, finetuned) that it measured."""
-    device = utils.init_process_group(args.device, args.dist_url, args.distributed, args.world_size, args.timeout)
+    device = utils.init_process_group(args.device, args.dist_url, args.distributed, args.world_size,
+                                      args.dist_timeout)
     amp_dtype = utils.choose_amp(args.amp, device)
     describe(args, device, amp_dtype)
     utils.seed_everything(utils.INIT, args.seed)  # the same on every process, so that fresh weights are the same

@@ -73,7 +73,8 @@ def sweep(argv: list[str]) -> int:
     options, args = parse_sweep_args(argv)
     utils.show_progress(quiet=True)  # of each training; the sweep has lines of its own
     if options.processes_per_run == "all":
-        device = utils.init_process_group(args.device, args.dist_url, args.distributed, args.world_size, args.timeout)
+        device = utils.init_process_group(args.device, args.dist_url, args.distributed, args.world_size,
+                                          args.dist_timeout)
         rank, processes, mine = utils.rank(), utils.world_size(), slice(None)
     else:  # no process group: each process is one of its own
         device = utils.choose_device(args.device)
@@ -138,6 +139,10 @@ def parse_sweep_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Name
             instead = f"; see {action.instead}" if action.instead else ""
             raise UserError(f"{action.option_strings[0]}: not with a sweep{instead}")
     args = parse_args([*others, "--output_dir", options.output_dir], one_recipe=False)
+    left = [action.option_strings[0] for action in get_args_parser()._actions
+            if getattr(action, "sweep", None) == REFUSED_FLAG and action.dest in args.given]
+    if left:
+        print(f"--config {args.config}: the sweep has flags of its own for {', '.join(left)}", flush=True)
     options.seeds = options.seeds or [args.seed]
     options.scores = options.scores or [args.score]
     options.patterns = options.patterns or [args.pattern]

@@ -321,3 +321,10 @@ def test_the_parser_takes_the_arguments_of_main_beside_its_own():
         assert sweeping.parse_sweep_args(flags)[0].pruners == pruners
     with pytest.raises(UserError, match="unrecognized"):
         sweeping.parse_sweep_args(["--sparsitie", "0.5"])
+
+
+def test_what_a_preset_says_in_the_place_of_the_sweeps_flags_is_named(capfd, tmp_path):
+    (tmp_path / "run.yaml").write_text("pruner: lamp\nepochs: 3\nlr: 0.5\n")
+    options, args = sweeping.parse_sweep_args(["--config", f"{tmp_path}/run.yaml", "--pruners", "erk"])
+    assert (options.pruners, args.epochs, args.lr) == (["erk"], 0, 0.5)
+    assert capfd.readouterr().out.rstrip().endswith("flags of its own for --epochs, --pruner")

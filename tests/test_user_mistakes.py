@@ -100,7 +100,7 @@ MISTAKES = [
     ([*LAMP, "--prune-schedule", "rigl", "--drop-fraction", "1.5"], "--drop-fraction 1.5", {}),
     ([*LAMP, "--prune-schedule", "sr-ste", "--sr-decay", "-1"], "--sr-decay -1", {}),
     ([*LAMP, "--sr-decay", "1e-3"], "--sr-decay", {}),
-    ([*LAMP, "--timeout", "0"], "--timeout", {}),
+    ([*LAMP, "--dist-timeout", "0"], "--dist-timeout", {}),
 ]
 
 
