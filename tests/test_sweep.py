@@ -172,7 +172,7 @@ def test_a_sweep_trains_by_a_schedule_as_single_runs_do(run_sweep, run_main, tin
 def test_a_sweep_learns_from_the_dense_model_as_single_runs_do_and_goes_on(run_sweep, run_main, tiny, stop_at):
     flags = ["--lr", "0.02", "--no-model-ema", "--dense-teacher", "0.5", "--distillation-tau", "2"]
     run_main(*tiny, *flags, "--pruner", "lamp", "--sparsity", "0.9", "--output_dir", "single")
-    sweep = ["--pruners", "erk", "lamp", "--sparsities", "0.9", "--finetune-epochs", "1", *flags[3:]]
+    sweep = ["--pruners", "lamp", "--sparsities", "0.9", "--finetune-epochs", "1", *flags[3:]]
     stop_at(2)
     run_sweep(*sweep, status=143)
     run_sweep(*sweep)
