@@ -213,7 +213,10 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--teacher-model", default="regnety_160", help="any model of timm")
     add("--teacher-path", default="", metavar="FILE", help="checkpoint (file or URL) of the teacher")
     add("--distillation-alpha", type=float, default=0.5, help="share of the teacher in the loss")
-    add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
+    add("--distillation-tau", continues=True, type=float, default=1.0,
+        help="temperature of soft distillation and of --dense-teacher")
+    add("--dense-teacher", continues=True, type=float, default=0.0, metavar="WEIGHT",
+        help="share of the loss, in [0, 1], that is the divergence from the model as it was before pruning")
     add("--cosub", action="store_true", help="co-train two submodels under drop path; with binary cross-entropy")
 
     add, switch = group_of("data and augmentation")
@@ -379,6 +382,12 @@ def check_data_set(args) -> None:
 
 
 def check_distillation(args) -> None:
+    if not 0 <= args.dense_teacher <= 1:
+        raise UserError(f"--dense-teacher {args.dense_teacher}: expected a number in [0, 1]")
+    if args.dense_teacher and (args.cosub or args.distillation_type != "none"):
+        raise UserError(f"--dense-teacher: not together with {'--cosub' if args.cosub else '--distillation-type'}")
+    if not 0 < args.distillation_tau < math.inf:
+        raise UserError(f"--distillation-tau {args.distillation_tau}: expected a number above 0")
     if args.distillation_type == "none":
         return
     if not args.teacher_path:
@@ -387,8 +396,6 @@ def check_distillation(args) -> None:
         raise UserError(f"{'--cosub' if args.cosub else '--no-train-mode'}: not together with --distillation-type")
     if not 0 <= args.distillation_alpha <= 1:
         raise UserError(f"--distillation-alpha {args.distillation_alpha}: expected a number in [0, 1]")
-    if not 0 < args.distillation_tau < math.inf:
-        raise UserError(f"--distillation-tau {args.distillation_tau}: expected a number above 0")
 
 
 def recipe_of(args) -> Recipe:

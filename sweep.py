@@ -32,6 +32,7 @@ import utils
 from arguments import REFUSED as REFUSED_FLAG
 from arguments import get_args_parser, given, parse_args, recipe_of
 from builders import (
+    build_dense_teacher,
     build_loaders,
     build_sparsifier,
     build_state,
@@ -214,7 +215,8 @@ class Workbench:
         self.test = Evaluator(self.val_loader, args, device, self.amp_dtype, stop, {})
         self.epoch_steps = steps_of_epoch(self.train_loader, args)
         if args.epochs:
-            self.options = build_step_options(args, num_classes, device, self.amp_dtype)
+            self.teacher = build_dense_teacher(args, num_classes, self.model, checkpoint, device)
+            self.options = build_step_options(args, num_classes, device, self.amp_dtype, self.teacher)
             sparsifier = Sparsifier(self.model, Recipe(), total_steps=1, epoch_steps=1)
             build_state(args, self.model, sparsifier, {}, device, None)  # a mistake of the optimizer shows at once
 
@@ -278,7 +280,8 @@ class Workbench:
             load_weights(self.model, checkpoint["model"], args.resume)
         sparsifier = self._sparsifier(args, checkpoint)
         first_masks = {} if sparsifier.masks else sparsifier.first_masks()
-        state = build_state(args, self.model, sparsifier, checkpoint, self.device, self.train_loader.dataset.bad)
+        state = build_state(args, self.model, sparsifier, checkpoint, self.device, self.train_loader.dataset.bad,
+                            self.teacher)
         results = open_results(args, sparsifier.recipe, state, self.train_loader, self.val_loader, self.device)
         if first_masks:
             sparsifier.start(first_masks)
