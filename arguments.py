@@ -128,7 +128,7 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
         help="write a checkpoint each so many steps as well as after each epoch; 0 for after each epoch only")
     add("--audit", sweep=REFUSED, default="", metavar="FILE",
         help="only print what a checkpoint keeps of each layer and check that its weights obey its masks")
-    add("--timeout", sweep=FREE, type=float, default=TIMEOUT, metavar="SECONDS",
+    add("--dist-timeout", sweep=FREE, type=float, default=TIMEOUT, metavar="SECONDS",
         help="how long processes wait for each other, as for one that writes a checkpoint, before the run fails")
     add("--start_epoch", type=int, default=0, help="first epoch; --resume sets it")
     add("--eval", sweep=REFUSED, action="store_true", help="only evaluate, after pruning where a pruner is given")
@@ -215,7 +215,10 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--teacher-model", default="regnety_160", help="any model of timm")
     add("--teacher-path", default="", metavar="FILE", help="checkpoint (file or URL) of the teacher")
     add("--distillation-alpha", type=float, default=0.5, help="share of the teacher in the loss")
-    add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
+    add("--distillation-tau", continues=True, type=float, default=1.0,
+        help="temperature of soft distillation and of --dense-teacher")
+    add("--dense-teacher", continues=True, type=float, default=0.0, metavar="WEIGHT",
+        help="share of the loss, in [0, 1], that is the divergence from the model as it was before pruning")
     add("--cosub", action="store_true", help="co-train two submodels under drop path; with binary cross-entropy")
 
     add, switch = group_of("data and augmentation")
@@ -336,7 +339,7 @@ def check_args(args) -> None:
     for flag in ("--reprob", "--mixup-prob", "--mixup-switch-prob"):
         expect(0 <= value_of(flag) <= 1, flag, "a number in [0, 1]")
     expect(0 < args.eval_crop_ratio <= 1, "--eval-crop-ratio", "a number in (0, 1]")
-    for flag in ("--decay-epochs", "--timeout"):
+    for flag in ("--decay-epochs", "--dist-timeout"):
         expect(0 < value_of(flag) < math.inf, flag, "a number above 0")
     sides = args.cutmix_minmax
     expect(sides is None or len(sides) == 2 and 0 <= sides[0] < sides[1] <= 1, "--cutmix-minmax",
@@ -381,6 +384,12 @@ def check_data_set(args) -> None:
 
 
 def check_distillation(args) -> None:
+    if not 0 <= args.dense_teacher <= 1:
+        raise UserError(f"--dense-teacher {args.dense_teacher}: expected a number in [0, 1]")
+    if args.dense_teacher and (args.cosub or args.distillation_type != "none"):
+        raise UserError(f"--dense-teacher: not together with {'--cosub' if args.cosub else '--distillation-type'}")
+    if not 0 < args.distillation_tau < math.inf:
+        raise UserError(f"--distillation-tau {args.distillation_tau}: expected a number above 0")
     if args.distillation_type == "none":
         return
     if not args.teacher_path:
@@ -389,8 +398,6 @@ def check_distillation(args) -> None:
         raise UserError(f"{'--cosub' if args.cosub else '--no-train-mode'}: not together with --distillation-type")
     if not 0 <= args.distillation_alpha <= 1:
         raise UserError(f"--distillation-alpha {args.distillation_alpha}: expected a number in [0, 1]")
-    if not 0 < args.distillation_tau < math.inf:
-        raise UserError(f"--distillation-tau {args.distillation_tau}: expected a number above 0")
 
 
 def recipe_of(args) -> Recipe:

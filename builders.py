@@ -1,7 +1,10 @@
 """From arguments to the objects of a run: data loaders, model, sparsifier, teacher, criterion, batch transform."""
 
 import argparse
+import copy
+import hashlib
 import math
+from dataclasses import dataclass
 
 import timm.layers
 import torch
@@ -17,14 +20,33 @@ from calibration import Calibration
 from datasets import build_dataset
 from engine import StepOptions
 from loaders import SeededDataset, SeededStream, StreamLoader
-from losses import CosubLoss, DistillationLoss
-from models import adapt_weights, build_model, load_weights, train_attention_only, train_both_heads
+from losses import CosubLoss, DenseTeacherLoss, DistillationLoss
+from models import (
+    adapt_weights,
+    build_model,
+    has_trained_head,
+    load_weights,
+    train_attention_only,
+    train_both_heads,
+)
 from run_folder import newest_checkpoint, read_pruning
 from samplers import EvalBatchSampler, TrainSampler
 from sparsity_factory import PruningError, Recipe, Sparsifier
 from state import TrainingState
 from stopping import ignore_signals
 from utils import UserError, log
+
+
+@dataclass(frozen=True)
+class DenseTeacher:
+    """The model as it was before pruning, frozen and in evaluation mode.
+
+    origin: what a checkpoint keeps of it, to load it again: `file` ("" for timm's weights), whether to `use_ema`, and
+    the `sha256` of the weights.
+    """
+
+    model: torch.nn.Module
+    origin: dict
 
 
 def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
@@ -72,6 +94,8 @@ def load_start(args) -> tuple[argparse.Namespace, dict]:
         args.resume = utils.on_first_process(lambda: newest_checkpoint(args.output_dir))
         none = f"no checkpoint in {args.output_dir}, so the run starts from the beginning"
         log(f"--resume auto: {args.resume or none}")
+    if args.resume and not args.eval:
+        args.use_ema = False  # of the file that the run began with
     source = args.resume or args.finetune
     checkpoint = utils.load_checkpoint(source) if source else {}
     if source and args.use_ema:
@@ -86,12 +110,81 @@ def load_start(args) -> tuple[argparse.Namespace, dict]:
 
 
 def build_state(args, model, sparsifier: Sparsifier, checkpoint: dict, device: torch.device,
-                bad_images: torch.Tensor | None) -> TrainingState:
-    """The state that the training starts with, or goes on with where the checkpoint has one."""
+                bad_images: torch.Tensor | None, teacher: DenseTeacher | None = None) -> TrainingState:
+    """The state that the training starts with, or goes on with where the checkpoint has one.
+
+    Raises UserError where the checkpoint had another dense teacher.
+    """
     state = TrainingState(model, sparsifier, args, device, bad_images)
+    state.dense_teacher = teacher.origin if teacher else None
     if "optimizer" in checkpoint:
+        stored = checkpoint.get("dense_teacher")
+        if teacher and (not isinstance(stored, dict) or stored.get("sha256") != teacher.origin["sha256"]):
+            raise UserError(f"{teacher.origin['file'] or 'timm'}: not the dense weights that {args.resume} learned "
+                            "from; they have changed since")
         state.resume(checkpoint, args.resume)
     return state
+
+
+def build_dense_teacher(args, num_classes: int, model: torch.nn.Module, checkpoint: dict,
+                        device: torch.device) -> DenseTeacher | None:
+    """What `--dense-teacher` learns from, None without it: a copy of `model`, which is not pruned yet.
+
+    A run that goes on has no dense model: it loads one again from where the first came, or from `--finetune`.
+    The teacher is not compiled. Raises UserError where there are no dense weights that a training could learn from.
+    """
+    if args.eval or not args.dense_teacher:
+        return None
+    flag = f"--dense-teacher {args.dense_teacher:g}"
+    log(f"Teacher: the dense model, with {args.dense_teacher:g} of the loss")
+    if "optimizer" in checkpoint:
+        args, checkpoint, teacher = load_dense(args, num_classes, checkpoint, device)
+    else:
+        teacher = copy.deepcopy(model)
+    source = args.resume or args.finetune
+    if "masks" in checkpoint:
+        raise UserError(f"{flag}: {source} is pruned; expected --finetune with a file of dense weights")
+    if not source and not args.pretrained:
+        raise UserError(f"{flag}: random weights teach nothing; expected --finetune FILE, or no --no-pretrained")
+    if not has_trained_head(teacher, checkpoint.get("model")):
+        raise UserError(f"{flag}: {source or 'timm'} has no head for {num_classes} classes, and a fresh one teaches "
+                        "nothing; expected --finetune with a file that has one")
+    for name, weight in teacher.state_dict().items():
+        if not weight.isfinite().all():
+            raise UserError(f"{flag}: {name} of {source or 'timm'} is not finite; expected finite dense weights")
+    # Of the file as it is: a position embedding that was resized may be rounded otherwise on another machine.
+    digest = sha256_of(checkpoint.get("model", teacher.state_dict()))
+    origin = {"file": source, "use_ema": args.use_ema, "sha256": digest}
+    return DenseTeacher(teacher.eval().requires_grad_(False), origin)
+
+
+def load_dense(args, num_classes: int, checkpoint: dict,
+               device: torch.device) -> tuple[argparse.Namespace, dict, torch.nn.Module]:
+    """The dense model that a run began with, by what its checkpoint remembers, and the arguments and file it is from.
+
+    Raises UserError where it remembers nothing, or the file is gone.
+    """
+    stored = checkpoint.get("dense_teacher")
+    if not isinstance(stored, dict) or not isinstance(stored.get("file"), str):
+        raise UserError(f"--dense-teacher {args.dense_teacher:g}: {args.resume} is of a run without it; expected "
+                        "--finetune FILE in place of --resume, to begin another run")
+    first = argparse.Namespace(**{**vars(args), "resume": "", "finetune": args.finetune or stored["file"],
+                                  "use_ema": bool(stored.get("use_ema")), "pretrained": True, "compile": False})
+    try:
+        first, dense = load_start(first)
+        return first, dense, prepare_model(first, num_classes, dense, device)
+    except UserError as error:
+        raise UserError(f"{args.resume}: its dense teacher: {error}; --finetune FILE says where the dense weights are "
+                        "now") from None
+
+
+def sha256_of(weights: dict[str, torch.Tensor]) -> str:
+    """The SHA-256 of the names and the bytes of a state dict, in whatever order."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def prepare_model(args, num_classes: int, checkpoint: dict, device: torch.device) -> torch.nn.Module:
@@ -156,9 +249,10 @@ def build_sparsifier(args, model: torch.nn.Module, checkpoint: dict, epoch_steps
         raise UserError(f"{source}: {error}" if source and not args.custom_config else str(error)) from None
 
 
-def build_step_options(args, num_classes: int, device: torch.device, amp_dtype: torch.dtype | None) -> StepOptions:
+def build_step_options(args, num_classes: int, device: torch.device, amp_dtype: torch.dtype | None,
+                       teacher: DenseTeacher | None = None) -> StepOptions:
     """How the steps of a run are made."""
-    return StepOptions(build_criterion(args, num_classes, device), device,
+    return StepOptions(build_criterion(args, num_classes, device, teacher), device,
                        build_batch_transform(args, num_classes, device), amp_dtype, args.clip_grad, args.accum_iter,
                        args.train_mode, args.cosub)
 
@@ -177,7 +271,7 @@ def build_batch_transform(args, num_classes: int, device: torch.device) -> Batch
     return BatchTransform(device, erase, mixup)
 
 
-def build_criterion(args, num_classes: int, device: torch.device):
+def build_criterion(args, num_classes: int, device: torch.device, dense_teacher: DenseTeacher | None = None):
     """The training loss, called with images, outputs and targets."""
     if args.cosub:
         return CosubLoss(binary=args.bce_loss)
@@ -185,6 +279,8 @@ def build_criterion(args, num_classes: int, device: torch.device):
         criterion = BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)
     else:
         criterion = SoftTargetCrossEntropy() if mixes(args) else LabelSmoothingCrossEntropy(args.smoothing)
+    if dense_teacher:
+        return DenseTeacherLoss(criterion, dense_teacher.model, args.dense_teacher, args.distillation_tau)
     teacher = None
     if args.distillation_type != "none":
         teacher = prepare_teacher(args, num_classes).to(device)

@@ -1,4 +1,4 @@
-"""The losses that training adds to a plain criterion: distillation and co-distillation.
+"""The losses that training adds to a plain criterion: distillation, the dense model as teacher, co-distillation.
 
 Each is called as `loss(images, outputs, targets)` with what the model gave for the images.
 """
@@ -43,6 +43,34 @@ class DistillationLoss(nn.Module):
         else:
             kd_loss = F.cross_entropy(outputs_kd, teacher.argmax(dim=1))
         return loss * (1 - self.alpha) + kd_loss * self.alpha
+
+
+class DenseTeacherLoss(nn.Module):
+    """The criterion on the targets, and what the model before it was pruned says of the images.
+
+    Hinton et al. 2015, arXiv:1503.02531: (1 - weight) * criterion + weight * tau^2 * the mean over images of the
+    Kullback-Leibler divergence KL(teacher || student), both at temperature `tau`. A weight of 1 uses no targets.
+
+    criterion: called with logits (batch, classes) and the targets; whatever targets it takes.
+    teacher: maps the images to logits (batch, classes). It runs without gradients, in the precision of the student.
+    outputs: logits (batch, classes), or a pair of them; then each learns both, and the loss is the mean.
+    """
+
+    def __init__(self, criterion, teacher: nn.Module, weight: float, tau: float = 1.0):
+        super().__init__()
+        self.criterion, self.teacher, self.weight, self.tau = criterion, teacher, weight, tau
+
+    def forward(self, images, outputs, targets):
+        with torch.no_grad():
+            wanted = F.log_softmax(self.teacher(images).float() / self.tau, dim=1)
+
+        def loss(logits):
+            student = F.log_softmax(logits / self.tau, dim=1)
+            loss = self.weight * self.tau**2 * F.kl_div(student, wanted, reduction="batchmean", log_target=True)
+            return loss if self.weight == 1 else loss + (1 - self.weight) * self.criterion(logits, targets)
+
+        heads = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+        return sum(loss(logits.float()) for logits in heads) / len(heads)
 
 
 class CosubLoss(nn.Module):

@@ -15,6 +15,7 @@ import torch
 import utils
 from arguments import parse_args
 from builders import (
+    build_dense_teacher,
     build_loaders,
     build_sparsifier,
     build_state,
@@ -34,7 +35,8 @@ from utils import log
 
 def main(args) -> dict[str, float]:
     """The whole run; returns the top-1 accuracies in percent (dense, pruned, finetuned) that it measured."""
-    device = utils.init_process_group(args.device, args.dist_url, args.distributed, args.world_size, args.timeout)
+    device = utils.init_process_group(args.device, args.dist_url, args.distributed, args.world_size,
+                                      args.dist_timeout)
     amp_dtype = utils.choose_amp(args.amp, device)
     describe(args, device, amp_dtype)
     utils.seed_everything(utils.INIT, args.seed)  # the same on every process, so that fresh weights are the same
@@ -43,12 +45,13 @@ def main(args) -> dict[str, float]:
         train_loader, val_loader, num_classes = build_loaders(args, device)
         args, checkpoint = load_start(args)
         model = prepare_model(args, num_classes, checkpoint, device)
+        teacher = build_dense_teacher(args, num_classes, model, checkpoint, device)  # while the model is dense
         sparsifier = build_sparsifier(args, model, checkpoint, steps_of_epoch(train_loader, args), device, amp_dtype)
         first_masks = {} if sparsifier.masks else sparsifier.first_masks()
         state = options = None
         if not args.eval:  # before any evaluation, so that a mistake shows at once
-            options = build_step_options(args, num_classes, device, amp_dtype)
-            state = build_state(args, model, sparsifier, checkpoint, device, train_loader.dataset.bad)
+            options = build_step_options(args, num_classes, device, amp_dtype, teacher)
+            state = build_state(args, model, sparsifier, checkpoint, device, train_loader.dataset.bad, teacher)
         results = open_results(args, sparsifier.recipe, state, train_loader, val_loader, device)
         test = Evaluator(val_loader, args, device, amp_dtype, stop, state.accuracy if state else {})
         before = "before pruning" if "masks" in checkpoint else "dense"

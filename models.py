@@ -120,6 +120,17 @@ def adapt_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> d
     return weights
 
 
+def has_trained_head(model: torch.nn.Module, weights: dict[str, torch.Tensor] | None = None) -> bool:
+    """Whether the head that `adapt_weights` or timm gave the model is a trained one, and not made for its classes anew.
+
+    weights: those that were adapted; None for timm's pretrained ones.
+    """
+    if weights is None:
+        return model.pretrained_cfg.get("num_classes") == model.num_classes
+    own = model.state_dict()
+    return all(name not in weights or weights[name].shape == own[name].shape for name in _head_parameters(model))
+
+
 def resize_pos_embed(pos_embed: torch.Tensor, num_patches: int, num_tokens: int) -> torch.Tensor:
     """Resizes a position embedding (1, num_tokens + side ** 2, dim) to a square grid of `num_patches` patches."""
     tokens, grid = pos_embed[:, :num_tokens], pos_embed[:, num_tokens:]

@@ -32,7 +32,7 @@ class TrainingState:
 
     learner, progress: see `engine`. max_accuracy: the best top-1 so far, in percent, and best: the weights that had it,
     `model` or `model_ema`. bad_images: a bool tensor (images,), the training images that could not be read, or None.
-    accuracy: top-1 in percent by its name (dense, pruned).
+    accuracy: top-1 in percent by its name (dense, pruned). dense_teacher: the `origin` of the teacher, or None.
 
     Raises UserError for an optimizer or a schedule that timm refuses.
     """
@@ -41,6 +41,7 @@ class TrainingState:
         self.args, self.bad_images = args, bad_images
         self.progress = Progress(args.seed, args.start_epoch)
         self.max_accuracy, self.best, self.accuracy = -1.0, "model", {}
+        self.dense_teacher: dict | None = None
         lr = args.lr if args.unscale_lr else args.lr * self._images_per_step() / 512
         fused = {"fused": True} if args.opt in FUSED else None
         settings = argparse.Namespace(**{**vars(args), "lr": lr, "opt_args": fused})
@@ -121,6 +122,8 @@ class TrainingState:
             "accuracy": self.accuracy,
             "args": vars(self.args),
         }
+        if self.dense_teacher:
+            state["dense_teacher"] = self.dense_teacher
         sparsifier = learner.sparsifier
         if sparsifier.masks:
             recipe = sparsifier.recipe

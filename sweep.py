@@ -33,6 +33,7 @@ import utils
 from arguments import REFUSED as REFUSED_FLAG
 from arguments import get_args_parser, given, parse_args, recipe_of
 from builders import (
+    build_dense_teacher,
     build_loaders,
     build_sparsifier,
     build_state,
@@ -75,7 +76,8 @@ def sweep(argv: list[str]) -> int:
     options, args = parse_sweep_args(argv)
     utils.show_progress(quiet=True)  # of each training; the sweep has lines of its own
     if options.processes_per_run == "all":
-        device = utils.init_process_group(args.device, args.dist_url, args.distributed, args.world_size, args.timeout)
+        device = utils.init_process_group(args.device, args.dist_url, args.distributed, args.world_size,
+                                          args.dist_timeout)
         rank, processes, mine = utils.rank(), utils.world_size(), slice(None)
     else:  # no process group: each process is one of its own
         device = utils.choose_device(args.device)
@@ -141,6 +143,10 @@ def parse_sweep_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Name
             instead = f"; see {action.instead}" if action.instead else ""
             raise UserError(f"{action.option_strings[0]}: not with a sweep{instead}")
     args = parse_args([*others, "--output_dir", options.output_dir], one_recipe=False)
+    left = [action.option_strings[0] for action in get_args_parser()._actions
+            if getattr(action, "sweep", None) == REFUSED_FLAG and action.dest in args.given]
+    if left:
+        print(f"--config {args.config}: the sweep has flags of its own for {', '.join(left)}", flush=True)
     options.seeds = options.seeds or [args.seed]
     options.scores = options.scores or [args.score]
     options.patterns = options.patterns or [args.pattern]
@@ -213,7 +219,8 @@ class Workbench:
         self.test = Evaluator(self.val_loader, args, device, self.amp_dtype, stop, {})
         self.epoch_steps = steps_of_epoch(self.train_loader, args)
         if args.epochs:
-            self.options = build_step_options(args, num_classes, device, self.amp_dtype)
+            self.teacher = build_dense_teacher(args, num_classes, self.model, checkpoint, device)
+            self.options = build_step_options(args, num_classes, device, self.amp_dtype, self.teacher)
             sparsifier = Sparsifier(self.model, Recipe(), total_steps=1, epoch_steps=1)
             build_state(args, self.model, sparsifier, {}, device, None)  # a mistake of the optimizer shows at once
 
@@ -280,7 +287,8 @@ class Workbench:
             load_weights(self.model, checkpoint["model"], args.resume)
         sparsifier = self._sparsifier(args, checkpoint)
         first_masks = {} if sparsifier.masks else sparsifier.first_masks()
-        state = build_state(args, self.model, sparsifier, checkpoint, self.device, self.train_loader.dataset.bad)
+        state = build_state(args, self.model, sparsifier, checkpoint, self.device, self.train_loader.dataset.bad,
+                            self.teacher)
         results = open_results(args, sparsifier.recipe, state, self.train_loader, self.val_loader, self.device)
         if first_masks:
             sparsifier.start(first_masks)

@@ -23,11 +23,13 @@ PLAIN = ["--drop-path", "0", "--reprob", "0", "--mixup", "0", "--cutmix", "0", "
 SGD = [*PLAIN, "--opt", "sgd", "--lr", "0.1", "--unscale-lr", "--smoothing", "0"]
 DISTILLED = ["--model", "deit_tiny_distilled_patch16_224", "--input-size", "32", "--distillation-type", "soft",
              "--distillation-tau", "2", "--teacher-model", "resnet10t", "--teacher-path", "TEACHER"]
+DENSE_TEACHER = ["--pretrained", "--dense-teacher", "0.5", "--distillation-tau", "2"]
 #: The flags of one process, and of each of two that make the same steps.
 SAME_STEPS = {
     "plain": (["--batch-size", "16"], ["--batch-size", "8"]),
     "accumulated": (["--batch-size", "8", "--accum-iter", "4"], ["--batch-size", "4", "--accum-iter", "4"]),
     "distillation": (["--batch-size", "16", *DISTILLED], ["--batch-size", "8", *DISTILLED]),
+    "dense-teacher": (["--batch-size", "16", *DENSE_TEACHER], ["--batch-size", "8", *DENSE_TEACHER]),
     "co-distillation": (["--batch-size", "16", "--cosub"], ["--batch-size", "8", "--cosub"]),
     "attn-only": (["--batch-size", "16", "--attn-only"], ["--batch-size", "8", "--attn-only"]),
     **{schedule: (["--batch-size", "16", *flags], ["--batch-size", "8", *flags]) for schedule, flags in (

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import CosubLoss, DistillationLoss
+from losses import CosubLoss, DenseTeacherLoss, DistillationLoss
 
 torch.manual_seed(0)
 IMAGES, LABELS = torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
@@ -40,6 +40,49 @@ def test_the_teacher_gets_no_gradients():
 def test_distillation_needs_two_heads():
     with pytest.raises(ValueError, match="two heads"):
         DistillationLoss(torch.nn.CrossEntropyLoss(), TEACHER, "hard")(IMAGES, CLASS, LABELS)
+
+
+def dense_taught(weight, tau=1.0, outputs=CLASS, criterion=F.cross_entropy):
+    return DenseTeacherLoss(criterion, TEACHER, weight, tau)(IMAGES, outputs, LABELS)
+
+
+def divergence(logits, tau):
+    """tau^2 times the mean over images of the sum over classes of t (log t - log s), number by number."""
+    total = 0
+    for row, wanted in zip(logits, TEACHER(IMAGES), strict=True):
+        student, teacher = (logit.div(tau).exp() / logit.div(tau).exp().sum() for logit in (row, wanted))
+        total += sum(t * (t.log() - s.log()) for s, t in zip(student, teacher, strict=True))
+    return tau**2 * total / len(logits)
+
+
+@pytest.mark.parametrize("weight, tau", [(0.3, 1.0), (0.3, 4.0), (0.9, 0.5), (0, 2.0), (1, 2.0)])
+def test_the_dense_teacher_has_its_share_of_the_loss_at_its_temperature(weight, tau):
+    expected = (1 - weight) * F.cross_entropy(CLASS, LABELS) + weight * divergence(CLASS, tau)
+    torch.testing.assert_close(dense_taught(weight, tau), expected)
+
+
+def test_a_dense_teacher_with_all_of_the_loss_needs_no_targets():
+    def none(outputs, targets):
+        raise AssertionError
+
+    torch.testing.assert_close(dense_taught(1, 2.0, criterion=none), divergence(CLASS, 2.0))
+    torch.testing.assert_close(dense_taught(1, outputs=TEACHER(IMAGES)), torch.zeros(()))
+
+
+def test_each_of_two_heads_learns_from_the_dense_teacher_and_the_targets():
+    expected = (dense_taught(0.3, 2.0, CLASS) + dense_taught(0.3, 2.0, KD)) / 2
+    torch.testing.assert_close(dense_taught(0.3, 2.0, (CLASS, KD)), expected)
+
+
+def test_the_dense_teacher_gets_no_gradients_and_runs_in_the_precision_of_the_student():
+    ran_in = []
+    hook = TEACHER.register_forward_hook(lambda module, inputs, output: ran_in.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = dense_taught(0.5, 2.0, CLASS.bfloat16())
+    hook.remove()
+    loss.backward()
+    assert (ran_in, loss.dtype) == ([torch.bfloat16], torch.float32)
+    assert all(parameter.grad is None for parameter in TEACHER.parameters())
 
 
 def test_binary_cosub_counts_every_class_with_a_weight_fully():

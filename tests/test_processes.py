@@ -155,7 +155,7 @@ def test_processes_exchange_numbers_objects_errors_and_flags_over_gloo_in_a_grou
 
 @pytest.mark.parametrize("scenario, statuses, line", [
     ("killed", [-9, 1], "error: process 1 lost the connection to another one, which was killed or cannot be reached\n"),
-    ("late", [1, 1], "error: process 1 waited for another one longer than --timeout allows\n")])
+    ("late", [1, 1], "error: process 1 waited for another one longer than --dist-timeout allows\n")])
 def test_whoever_waits_for_a_process_that_is_killed_or_late_ends_by_itself_in_one_line(tmp_path, scenario, statuses,
                                                                                        line):
     def start(rank):

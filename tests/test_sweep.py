@@ -169,6 +169,17 @@ def test_a_sweep_trains_by_a_schedule_as_single_runs_do(run_sweep, run_main, tin
     assert_same_weights("single", "output/sweep/runs/erk_wanda_gradual_0.8_seed3")
 
 
+def test_a_sweep_learns_from_the_dense_model_as_single_runs_do_and_goes_on(run_sweep, run_main, tiny, stop_at):
+    flags = ["--lr", "0.02", "--no-model-ema", "--dense-teacher", "0.5", "--distillation-tau", "2"]
+    run_main(*tiny, *flags, "--pruner", "lamp", "--sparsity", "0.9", "--output_dir", "single")
+    sweep = ["--pruners", "lamp", "--sparsities", "0.9", "--finetune-epochs", "1", *flags[3:]]
+    stop_at(2)
+    run_sweep(*sweep, status=143)
+    run_sweep(*sweep)
+    assert_same_weights("single", "output/sweep/runs/lamp_0.9_seed0")
+    run_main(*tiny, "--resume", "output/sweep/runs/lamp_0.9_seed0/checkpoint.pth", "--epochs", "2")
+
+
 def test_a_table_of_eight_columns_is_read_with_the_defaults(run_sweep, tmp_path):
     run_sweep("--pruners", "lamp", "--sparsities", "0.5")
     (tmp_path / "output/sweep/sweep.csv").write_text(
@@ -321,3 +332,10 @@ def test_the_parser_takes_the_arguments_of_main_beside_its_own():
         assert sweeping.parse_sweep_args(flags)[0].pruners == pruners
     with pytest.raises(UserError, match="unrecognized"):
         sweeping.parse_sweep_args(["--sparsitie", "0.5"])
+
+
+def test_what_a_preset_says_in_the_place_of_the_sweeps_flags_is_named(capfd, tmp_path):
+    (tmp_path / "run.yaml").write_text("pruner: lamp\nepochs: 3\nlr: 0.5\n")
+    options, args = sweeping.parse_sweep_args(["--config", f"{tmp_path}/run.yaml", "--pruners", "erk"])
+    assert (options.pruners, args.epochs, args.lr) == (["erk"], 0, 0.5)
+    assert capfd.readouterr().out.rstrip().endswith("flags of its own for --epochs, --pruner")

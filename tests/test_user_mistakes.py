@@ -100,7 +100,12 @@ MISTAKES = [
     ([*LAMP, "--prune-schedule", "rigl", "--drop-fraction", "1.5"], "--drop-fraction 1.5", {}),
     ([*LAMP, "--prune-schedule", "sr-ste", "--sr-decay", "-1"], "--sr-decay -1", {}),
     ([*LAMP, "--sr-decay", "1e-3"], "--sr-decay", {}),
-    ([*LAMP, "--timeout", "0"], "--timeout", {}),
+    ([*LAMP, "--dist-timeout", "0"], "--dist-timeout", {}),
+    *(([*LAMP, "--dense-teacher", weight], f"--dense-teacher {weight}", {}) for weight in ("-0.1", "1.5", "nan")),
+    ([*LAMP, "--dense-teacher", "0.5", "--distillation-tau", "0"], "--distillation-tau 0", {}),
+    ([*LAMP, "--dense-teacher", "0.5", "--cosub"], "--cosub", {}),
+    ([*LAMP, "--dense-teacher", "0.5", "--distillation-type", "soft"], "not together with --distillation-type", {}),
+    ([*LAMP, "--dense-teacher", "0.5", "--no-pretrained"], "random weights teach nothing", {}),
 ]
 
 

@@ -212,7 +212,7 @@ def exchange_failure(error: BaseException) -> str:
     if not isinstance(error, dist.DistError) and "/gloo/" not in text.partition("]")[0]:  # [.../gloo/...:561] Conn...
         return ""
     if "timed out" in text.lower() or "timeout" in text.lower():
-        return f"process {rank()} waited for another one longer than --timeout allows"
+        return f"process {rank()} waited for another one longer than --dist-timeout allows"
     return f"process {rank()} lost the connection to another one, which was killed or cannot be reached"
 
 
