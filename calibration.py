@@ -42,10 +42,6 @@ class Calibration:
 
     def __call__(self, needs: set[str], loss: Callable = torch.nn.functional.cross_entropy) -> Statistics:
         log(f"Calibrating on {self.images:,} training images: {', '.join(sorted(needs))}")
+        shares = {"share": utils.rank(), "add_up": dist.all_reduce} if utils.world_size() > 1 else {}
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            found = collect_statistics(self.model, self.loader, loss, needs, share=utils.rank())
-        if utils.world_size() > 1:
-            for total in found.state_dict().values():
-                dist.all_reduce(total)
-        found.check()
-        return found
+            return collect_statistics(self.model, self.loader, loss, needs, **shares)
