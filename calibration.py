@@ -49,12 +49,9 @@ class Calibration:
 
     def __call__(self, needs: set[str], loss: Callable = torch.nn.functional.cross_entropy) -> Statistics:
         log(f"Calibrating on {self.images:,} training images: {', '.join(sorted(needs))}")
+        shares = {"share": utils.rank(), "add_up": dist.all_reduce} if utils.world_size() > 1 else {}
         with self._autocast():
-            found = collect_statistics(self.model, self.loader, loss, needs, share=utils.rank())
-        for total in found.state_dict().values():
-            _add_up(total)
-        found.check()
-        return found
+            return collect_statistics(self.model, self.loader, loss, needs, **shares)
 
     def walk(self, visit: Callable[[str, Inputs], None], beside: torch.nn.Module | None = None) -> None:
         """Calls `visit` for each prunable weight, in the order in which they compute: see `visit_layers`."""
@@ -68,14 +65,10 @@ class Calibration:
             next(logger)
             visit(name, inputs)
 
+        add_up = dist.all_reduce if utils.world_size() > 1 else None
         with self._autocast():
-            visit_layers(self.model, self._loader_for_all, visit_and_tell, beside=beside, add_up=_add_up)
+            visit_layers(self.model, self._loader_for_all, visit_and_tell, beside=beside, add_up=add_up)
         next(logger, None)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
-
-
-def _add_up(total: torch.Tensor) -> None:
-    if utils.world_size() > 1:
-        dist.all_reduce(total)

@@ -250,6 +250,18 @@ def alpha(scores: Scores, sparsity: float) -> dict[str, int]:
     return _meet_budget(scores, sparsity, lambda share: 1 - 2 * (1 - share) * relative)
 
 
+@method("Kuznedelev et al. 2023, arXiv:2210.09223", needs=SCORES["cap"].needs)
+def cap(scores: Scores, sparsity: float) -> dict[str, int]:
+    """Correlation-aware: what costs the loss most to remove, the others making up for it, is kept; meets the budget.
+
+    A layer keeps as many weights as it has among the largest `cap` scores over all layers, on a tie the earlier
+    layer's, whatever the score that then chooses within the layer. With the score `cap` these are the paper's masks.
+
+    Kuznedelev et al. 2023, arXiv:2210.09223.
+    """
+    return glob(scores.by(SCORES["cap"]), sparsity)
+
+
 @method()
 def custom(scores: Scores, config: str | PathLike | Mapping) -> dict[str, int | tuple[int, int]]:
     """What the configuration says, per layer: the number of weights kept, or (n, m) for n of every m.
@@ -261,7 +273,7 @@ def custom(scores: Scores, config: str | PathLike | Mapping) -> dict[str, int | 
 
 
 PRUNERS: dict[str, Callable] = {
-    allocation.__name__: allocation for allocation in (lamp, glob, unif, unifplus, erk, owl, alpha, custom)
+    allocation.__name__: allocation for allocation in (lamp, glob, unif, unifplus, erk, owl, alpha, cap, custom)
 }
 
 

@@ -35,8 +35,8 @@ class Layer:
     Attributes:
         name: of the weight.
         seed: for scores that are drawn.
-        input_norms, gram, gradient, first_gradient, squared_gradient: as `STATISTICS` says, float64, on the device of
-            the weight.
+        input_norms, gram, gradient, first_gradient, squared_gradient, removal_costs: as `STATISTICS` says, float64, on
+            the device of the weight.
     """
 
     def __init__(self, name: str, seed: int = 0, statistics: Statistics | None = None, device=None):
@@ -115,8 +115,14 @@ def obs(weight: Tensor, layer: Layer) -> Tensor:
     return (weight * (weight / layer.inverse_gram_diagonal)).to(weight)
 
 
+@method("Kuznedelev et al. 2023, arXiv:2210.09223", needs={"removal_costs"})
+def cap(weight: Tensor, layer: Layer) -> Tensor:
+    """What the loss rises until the weight is gone, the block's least costly going first and the others making up."""
+    return layer.removal_costs.to(weight)
+
+
 SCORES: dict[str, Callable[[Tensor, Layer], Tensor]] = {
-    score.__name__: score for score in (magnitude, random, snip, taylor, fisher, wanda, ria, obs)
+    score.__name__: score for score in (magnitude, random, snip, taylor, fisher, wanda, ria, obs, cap)
 }
 
 
@@ -167,6 +173,12 @@ class Scores(Mapping[str, Tensor]):
         self._finite.add(name)
         self._latest = name, score
         return score
+
+    def by(self, score: Callable[[Tensor, Layer], Tensor]) -> "Scores":
+        """Another score of the same units of the same weights."""
+        if score is self._score:
+            return self
+        return Scores(self._weights, score, self._pattern, self._statistics, self._seed)
 
     def weight(self, name: str) -> Tensor:
         """The weight itself, shape (outputs, inputs), in the dtype of all scores.

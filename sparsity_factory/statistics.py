@@ -1,5 +1,7 @@
 """What scores, allocations and reconstruction need to know of the data: sums over calibration images, in one pass.
 
+More passes, each for some of the layers, are made where the sums would take too much memory at once.
+
 A weight's inputs are seen where a linear function is computed with it, not where its layer is called, since some
 architectures use a layer's weight without calling the layer.
 
@@ -7,11 +9,13 @@ Each batch gives its part in float32 (float64 for a model in it), and the parts 
 numbers of 24 bits that lie within a factor of 2**29 of each other are exact in the 53 bits of float64, so the order of
 the batches, and how they are shared out among processes, change the sums in their last bits at most. That costs 8
 bytes a weight for each of `gradient` and `squared_gradient`: 0.7 GB on DeiT-Base. Sums in float32, of half the size,
-would round differently in every order.
+would round differently in every order. `removal_costs` takes 1,536 bytes a weight for as long as it is summed.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 
 import torch
@@ -21,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import PruningError
 from .masks import prunable_weights
+from .removal import blocks_of, cut, removal_costs
 
 # x: the inputs of the layer over all tokens of all images; g: the gradient of the mean loss over all images.
 STATISTICS = {
@@ -29,9 +34,12 @@ STATISTICS = {
     "gradient": "g, over all images",
     "first_gradient": "g of the first batch alone",
     "squared_gradient": "the mean over batches of their squared gradients",
+    "removal_costs": "what removing the weights of a block one by one costs, by the gradients of single images",
 }
-OF_INPUTS = frozenset({"input_norms", "gram"})
-OF_GRADIENTS = frozenset(STATISTICS) - OF_INPUTS
+OF_INPUTS = frozenset({"input_norms", "gram", "removal_costs"})
+OF_GRADIENTS = frozenset(STATISTICS) - {"input_norms", "gram"}
+BY_REQUEST = frozenset({"gram", "removal_costs"})  # only: they take memory for many numbers a weight
+MEMORY = 4 * 2**30  # bytes of sums that one pass may hold
 GRAM_COLUMNS = 384  # of a part of a Gram matrix
 
 
@@ -53,6 +61,7 @@ class Statistics:
     def __init__(self, weights: dict[str, Tensor], needs: Iterable[str]):
         self.needs = frozenset(needs)
         self.shapes = {name: weight.shape for name, weight in weights.items()}
+        self._weights, self._costs = weights, {}
         device = next(iter(weights.values())).device
         # In the first row images, batches, and images of the first batch; then for each weight the batches in which its
         # inputs were seen, and those in which it had a gradient.
@@ -73,6 +82,9 @@ class Statistics:
     def value(self, name: str, need: str) -> Tensor:
         """One of the `STATISTICS` of a weight, float64, on the device where it was collected.
 
+        The removal costs are those of the weight as it is when they are first asked for. The sums that they are
+        computed from, which are large, are let go then.
+
         Raises:
             PruningError: it was not collected, or not of this weight.
         """
@@ -80,6 +92,11 @@ class Statistics:
             raise PruningError(f"{name} is not among the weights of the statistics")
         if need not in self.needs:
             raise PruningError(f"the statistics lack {need}: they hold {', '.join(sorted(self.needs)) or 'nothing'}")
+        if need == "removal_costs":
+            if name not in self._costs:
+                fisher = self._sums[name].pop(need) / self.images
+                self._costs[name] = removal_costs(self._weights[name], fisher)
+            return self._costs[name]
         total = self._sums[name][need]
         if need == "input_norms":
             return total.sqrt()
@@ -92,8 +109,10 @@ class Statistics:
         """Adds what another share of the batches of the same model gave.
 
         Raises:
-            PruningError: the other holds other statistics, or those of other weights.
+            PruningError: the other holds other statistics, or those of other weights, or either has let sums go.
         """
+        if self._costs or other._costs:
+            raise PruningError("statistics can only be added before their removal costs are looked at")
         if self.needs != other.needs or self.shapes != other.shapes:
             raise PruningError("statistics can only be added to the same statistics of the same weights")
         for total, part in zip(self.state_dict().values(), other.state_dict().values(), strict=True):
@@ -132,6 +151,17 @@ class Statistics:
                 if not total.isfinite().all():
                     raise PruningError(f"{name} has NaN or infinity in its {need} over the calibration images")
 
+    @classmethod
+    def _joined(cls, parts: list["Statistics"]) -> "Statistics":
+        """Those of several groups of weights over the same images, as one; the first takes what the others hold."""
+        whole, *others = parts
+        for part in others:
+            for ours, theirs in ((whole.shapes, part.shapes), (whole._weights, part._weights),
+                                 (whole._sums, part._sums), (whole._costs, part._costs)):
+                ours.update(theirs)
+        whole._counts = torch.cat([whole._counts, *(part._counts[1:] for part in others)])
+        return whole
+
 
 def collect_statistics(
     model: nn.Module,
@@ -140,8 +170,10 @@ def collect_statistics(
     needs: Iterable[str] | None = None,
     *,
     share: int | None = None,
+    add_up: Callable[[Tensor], object] | None = None,
+    memory: int = MEMORY,
 ) -> Statistics:
-    """Looks at calibration images once, and returns sums over them for each prunable weight.
+    """Looks at calibration images, and returns sums over them for each prunable weight.
 
     The model runs in evaluation mode, and is left as it was: modes of its modules, `requires_grad`, gradients. Where no
     gradients are asked for, there is no backward pass; autocast around the call holds for the model, not for the sums.
@@ -149,11 +181,16 @@ def collect_statistics(
 
     Args:
         model: a module whose call takes a batch of images.
-        batches: yields images, or pairs of images and targets; they are brought to the model's device.
+        batches: yields images, or pairs of images and targets; they are brought to the model's device. Read once, or
+            once for each group of layers whose sums fit into the memory; an iterator is read once whatever they take.
         loss: from the model's outputs and the targets to the mean loss over the batch; where gradients are asked for.
-        needs: names in `STATISTICS`; without, all that batches and loss allow but `gram`.
+        needs: names in `STATISTICS`; without, all that batches and loss allow but `gram` and `removal_costs`.
         share: the number of this share, where the batches are shared out whole among several processes. Share 0 has the
-            first batch. Nothing is checked then: add the shares up, and call `Statistics.check`.
+            first batch. Without `add_up` there is one pass and nothing is checked: add the shares up, and call
+            `Statistics.check`.
+        add_up: called on every process with the same sums in the same order, adds those of all in place, as
+            `torch.distributed.all_reduce` does.
+        memory: how many bytes the sums of one pass may take; a pass has one layer at least.
 
     Raises:
         PruningError: an unknown name, no batches, no loss or targets where gradients are asked for, and, naming the
@@ -162,17 +199,27 @@ def collect_statistics(
     weights = prunable_weights(model)
     if not weights:
         raise PruningError(f"{type(model).__name__} has no prunable weights: no nn.Linear besides the classifier")
-    batches = iter(batches)
-    first = next(batches, None)
+    stream = iter(batches)
+    first = next(stream, None)
     needs = _checked_needs(needs, loss, first)
-    statistics = Statistics(weights, needs)
-    if first is not None:
-        with evaluation(model), _with_gradients(weights) if needs & OF_GRADIENTS else torch.no_grad():
-            for index, batch in enumerate(chain([first], batches)):
-                _look(model, weights, batch, loss, statistics, is_first=index == 0 and not share)
-    if share is None:
-        statistics.check()
-    return statistics
+    in_one_pass = stream is batches or (share is not None and add_up is None)
+    stream = chain([] if first is None else [first], stream)
+    groups, found = _groups(weights, needs, math.inf if in_one_pass else memory), []
+    for group in groups:
+        statistics = Statistics(group, needs)
+        with evaluation(model), _with_gradients(group) if needs & OF_GRADIENTS else torch.no_grad():
+            for index, batch in enumerate(batches if found else stream):
+                _look(model, group, batch, loss, statistics, is_first=index == 0 and not share)
+        if add_up:
+            for total in statistics.state_dict().values():
+                add_up(total)
+        if share is None or add_up:
+            statistics.check()
+        if len(groups) > 1 and "removal_costs" in needs:
+            for name in group:
+                statistics.value(name, "removal_costs")  # which makes room for the next group
+        found.append(statistics)
+    return Statistics._joined(found)
 
 
 # ---- shared with layerwise.py ----
@@ -221,13 +268,28 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 def _shape(need: str, weight: Tensor) -> tuple[int, ...]:
     inputs = weight.shape[1]
-    return {"input_norms": (inputs,), "gram": (inputs, inputs)}.get(need, tuple(weight.shape))
+    blocks, size = blocks_of(weight.numel())
+    shapes = {"input_norms": (inputs,), "gram": (inputs, inputs), "removal_costs": (blocks, size, size)}
+    return shapes.get(need, tuple(weight.shape))
+
+
+def _groups(weights: dict[str, Tensor], needs: frozenset[str], memory: float) -> list[dict[str, Tensor]]:
+    """The weights in groups of consecutive ones whose sums fit into the memory; at least one in each."""
+    groups, left = [{}], memory
+    for name, weight in weights.items():
+        size = 8 * sum(math.prod(_shape(need, weight)) for need in needs)
+        if size > left and groups[-1]:
+            groups.append({})
+            left = memory
+        groups[-1][name] = weight
+        left -= size
+    return groups
 
 
 def _checked_needs(needs: Iterable[str] | None, loss: Callable | None, first) -> frozenset[str]:
     has_targets = isinstance(first, tuple | list) and len(first) > 1
     if needs is None:
-        return frozenset(STATISTICS) - {"gram"} - (frozenset() if loss and has_targets else OF_GRADIENTS)
+        return frozenset(STATISTICS) - BY_REQUEST - (frozenset() if loss and has_targets else OF_GRADIENTS)
     needs = frozenset(needs)
     for need in sorted(needs - STATISTICS.keys()):
         raise PruningError(f"unknown statistics {need!r}: expected some of {', '.join(STATISTICS)}")
@@ -244,7 +306,8 @@ def _look(model: nn.Module, weights: dict, batch, loss: Callable, statistics: St
     images, targets = images_of(batch), batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
     device = next(iter(weights.values())).device
     images = images.to(device, non_blocking=True)
-    with _Inputs(weights, statistics) if statistics.needs & OF_INPUTS else nullcontext():
+    seen = _Inputs(weights, statistics, len(images))
+    with seen if statistics.needs & OF_INPUTS else nullcontext():
         outputs = model.forward(images)  # not by a call, which may be a compiled one
     counts = statistics._counts
     for column, count in enumerate((len(images), 1, len(images) * is_first)):
@@ -266,24 +329,48 @@ def _look(model: nn.Module, weights: dict, batch, loss: Callable, statistics: St
             part, times = parts.get(need, (None, 0))
             if times:
                 total.add_(part, alpha=times)
+    for name, of_images in seen.gradients.items():
+        by_block = cut(of_images.double() * len(images)).transpose(0, 1)  # blocks, images, size
+        statistics._sums[name]["removal_costs"].baddbmm_(by_block.mT, by_block)
 
 
 class _Inputs(TorchFunctionMode):
-    """Adds up what every linear function with a prunable weight is given."""
+    """Adds up what every linear function with a prunable weight is given.
 
-    def __init__(self, weights: dict[str, Tensor], statistics: Statistics):
+    Attributes:
+        gradients: where single images matter, after the backward pass, for each weight the gradient of the batch's loss
+            by what it does for each image: shape (images, outputs, inputs).
+    """
+
+    def __init__(self, weights: dict[str, Tensor], statistics: Statistics, images: int):
         super().__init__()
+        self.gradients: dict[str, Tensor] = {}
+        self._images = images
         self._names = {id(weight): name for name, weight in weights.items()}
         self._rows = {name: row for row, name in enumerate(weights, start=1)}
         self._statistics, self._seen = statistics, set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        name = None
         if func is F.linear:
             inputs, weight = linear_operands(args, kwargs)
             if name := self._names.get(id(weight)):
                 self._add(name, inputs.detach())
-        return func(*args, **kwargs)
+        outputs = func(*args, **kwargs)
+        if name and "removal_costs" in self._statistics.needs and outputs.requires_grad:
+            if inputs.dim() == 1 or len(inputs) % self._images:
+                raise PruningError(f"{name} is given inputs of shape {list(inputs.shape)} for {self._images} images: "
+                                   "removal_costs expects those of an image together along the first dimension")
+            outputs = outputs.clone()  # no view: a change of it in place leaves the hook where it is
+            outputs.register_hook(partial(self._add_gradients, name, inputs.detach()))
+        return outputs
+
+    @torch.no_grad()
+    def _add_gradients(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
+        with torch.autocast(inputs.device.type, enabled=False):
+            x, dy = (at_least_float32(rows.reshape(self._images, -1, rows.shape[-1])) for rows in (inputs, gradient))
+            self.gradients[name] = self.gradients.get(name, 0) + dy.mT @ x
 
     @torch.no_grad()
     def _add(self, name: str, inputs: Tensor) -> None:

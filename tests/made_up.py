@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from sparsity_factory import STATISTICS, Statistics, prunable_weights
+from sparsity_factory.removal import cut
 
 
 def linears(*weights) -> nn.Module:
@@ -18,7 +19,10 @@ def linears(*weights) -> nn.Module:
 
 
 def statistics_of(model: nn.Module, needs=STATISTICS, seed=0) -> Statistics:
-    """As if each layer had seen 50 random inputs, some of them much larger, and two batches of random gradients."""
+    """As if each layer had seen 50 random inputs, some of them much larger, and two batches of random gradients.
+
+    Those of the 20 images, for the removal costs, are random by themselves.
+    """
     generator = torch.Generator().manual_seed(seed)
     statistics = Statistics(prunable_weights(model), needs)
     state = statistics.state_dict()
@@ -30,6 +34,9 @@ def statistics_of(model: nn.Module, needs=STATISTICS, seed=0) -> Statistics:
         gradients = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
         sums = {"input_norms": inputs.square().sum(0), "gram": inputs.T @ inputs, "gradient": 10 * gradients.sum(0),
                 "first_gradient": 10 * gradients[0], "squared_gradient": gradients.square().sum(0)}
+        if "removal_costs" in statistics.needs:
+            of_images = cut(torch.randn(20, *shape, generator=generator, dtype=torch.float64)).transpose(0, 1)
+            sums["removal_costs"] = of_images.mT @ of_images
         for need in statistics.needs:
             state[f"{name}.{need}"].copy_(sums[need])
     return statistics

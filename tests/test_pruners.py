@@ -52,7 +52,7 @@ def test_masks_equal_those_of_the_reference_implementations(reference_model, cas
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("pruner", [name for name in PRUNERS if name != "cap"])  # which factors matrices of its own
 def test_masks_on_a_gpu_equal_those_on_the_cpu_to_the_bit(reference_model, pruner):
     config = {"sparsity": {"mode": "nxm", "level": {"default": [2, 4]}}} if pruner == "custom" else None
     request = {"sparsity": None if config else 0.65, "custom_config": config}
@@ -86,7 +86,7 @@ def sizes(model) -> list[int]:
 
 
 @any_layers
-@given(models(), sparsities, st.sampled_from(["glob", "lamp", "owl", "alpha"]))
+@given(models(), sparsities, st.sampled_from(["glob", "lamp", "owl", "alpha", "cap"]))
 def test_all_but_the_uniform_ones_and_erk_meet_the_global_budget_exactly(model, sparsity, pruner):
     assert sum(kept(model, pruner, sparsity)) == round(sum(sizes(model)) * (1 - sparsity))
 
@@ -200,7 +200,7 @@ def test_lamp_equals_sorting_every_score_on_layers_of_real_size(sparsity):
     assert kept(linears(*weights), "lamp", sparsity) == np.bincount(best, minlength=4).tolist()
 
 
-# ---- OWL and AlphaPruning against plain definitions ----
+# ---- OWL, AlphaPruning and CAP against plain definitions ----
 
 
 def sizes_and_budget(model, sparsity):
@@ -291,6 +291,26 @@ def test_alpha_prunes_most_where_there_is_no_spectrum():
     random = linears(torch.randn(10, 10), torch.rand(10, 10) ** 9, torch.zeros(10, 10), torch.eye(10))
     counts = kept(random, "alpha", 0.5)
     assert counts[2] == counts[3] == min(counts) < max(counts)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.9])
+@pytest.mark.parametrize("pattern", ["unstructured", "block:2x2"])
+def test_cap_keeps_what_costs_most_to_remove_over_all_layers_whatever_score_chooses_within(sparsity, pattern):
+    random = np.random.RandomState(0)
+    model = linears(*(random.standard_normal(shape) * scale for shape, scale in (((8, 6), 1), ((4, 10), 3))))
+    statistics = statistics_of(model)
+    costs = [statistics.value(name, "removal_costs") for name in statistics.shapes]
+    if pattern != "unstructured":
+        costs = [cost.unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).sum((1, 3)) for cost in costs]
+    budget = round(sum(cost.numel() for cost in costs) * (1 - sparsity))
+    threshold = torch.cat([cost.flatten() for cost in costs]).sort(descending=True).values[budget - 1]
+    expected = [int((cost >= threshold).sum()) for cost in costs]
+    weights = 1 if pattern == "unstructured" else 4
+    for score in ("magnitude", "wanda", "cap"):
+        masks = compute_masks(model, "cap", sparsity, score=score, pattern=pattern, statistics=statistics)
+        assert [int(mask.sum()) // weights for mask in masks.values()] == expected
+    of_glob = compute_masks(model, "glob", sparsity, score="cap", pattern=pattern, statistics=statistics)
+    assert all(torch.equal(mask, of_glob[name]) for name, mask in masks.items())
 
 
 @pytest.mark.parametrize("pruner", ["owl", "alpha"])
@@ -403,7 +423,7 @@ def test_every_kind_of_vision_transformer_is_pruned_except_its_classifier(name):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"pruner": "lump", "sparsity": 0.5}, "unknown pruner 'lump': .*lamp, glob, .*owl, alpha, custom"),
+        ({"pruner": "lump", "sparsity": 0.5}, "unknown pruner 'lump': .*lamp, glob, .*owl, alpha, cap, custom"),
         ({"pruner": "lamp", "sparsity": 0.5, "score": "size"}, "unknown score 'size': .*magnitude"),
         ({"pruner": "lamp"}, "needs a sparsity"),
         *(

@@ -20,6 +20,7 @@ from sparsity_factory import (
     compute_masks,
     prunable_weights,
 )
+from sparsity_factory.removal import cut, removal_costs
 
 
 class Uncalled(nn.Module):
@@ -111,12 +112,79 @@ def inputs_by_hand_of_shared(model, images):
     return torch.cat([v.detach().flatten(0, 1) for v in (x, y, F.gelu(model.twice(y)))])
 
 
+class InPlace(Uncalled):
+    """What its layers give is changed in place afterwards."""
+
+    def forward(self, x):
+        x = self.first(x)
+        x *= 2
+        x = self.second(F.relu_(x))
+        x += 1
+        return self.head(x.mean(1) + self.twice(x[:, 0]))
+
+
+def small_swin():
+    return timm.create_model("swin_tiny_patch4_window7_224", img_size=56, embed_dim=8, depths=(2, 1), num_heads=(1, 2),
+                             num_classes=3)  # four windows an image, shifted ones, and patches that merge
+
+
+def small_cait():
+    return timm.create_model("cait_xxs24_224", img_size=32, embed_dim=8, depth=1, num_heads=2, num_classes=3)
+
+
+@pytest.mark.parametrize("make", [Uncalled, InPlace, small_swin, small_cait])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_removal_costs_are_summed_from_the_gradients_of_single_images(make, frozen):
+    torch.manual_seed(0)
+    model = make().double().requires_grad_(not frozen)
+    data = batches((4, 3, 1))
+    if make in (small_swin, small_cait):
+        size = 56 if make is small_swin else 32
+        data = [(torch.randn(len(targets), 3, size, size, dtype=torch.float64), targets) for _, targets in data]
+    statistics = collect_statistics(model, data, F.cross_entropy, {"removal_costs"})
+    model.requires_grad_(True)
+    singles = [gradients_by_hand(model, images[i : i + 1], targets[i : i + 1])
+               for images, targets in data for i in range(len(images))]
+    for name, weight in prunable_weights(model).items():
+        fisher = sum(cut(of[name])[:, :, None] * cut(of[name])[:, None, :] for of in singles)
+        torch.testing.assert_close(statistics.state_dict()[f"{name}.removal_costs"], fisher, rtol=1e-9, atol=1e-15)
+        expected = removal_costs(weight, fisher / 8)
+        torch.testing.assert_close(statistics.value(name, "removal_costs"), expected, rtol=1e-6, atol=1e-15)
+
+
+def test_passes_for_some_layers_each_give_what_one_pass_gives(model):
+    data, needs = batches(), {"removal_costs", "squared_gradient", "input_norms", "gram", "first_gradient"}
+    whole = collect_statistics(model, data, F.cross_entropy, needs)
+    of_a_layer = sum(8 * total.numel() for key, total in whole.state_dict().items() if key.startswith("second"))
+    once = collect_statistics(model, iter(data), F.cross_entropy, needs, memory=0)  # an iterator cannot be read again
+    assert all(torch.equal(total, whole.state_dict()[key]) for key, total in once.state_dict().items())
+    for memory, passes in ((0, 3), (of_a_layer, 3), (2 * of_a_layer, 2), (3 * of_a_layer, 1)):
+        loads = []
+
+        class Loader:
+            def __iter__(self, loads=loads):
+                loads.append(1)
+                return iter(data)
+
+        parts = collect_statistics(model, Loader(), F.cross_entropy, needs, memory=memory)
+        assert len(loads) == passes
+        assert (parts.needs, parts.shapes, parts.images) == (whole.needs, whole.shapes, whole.images)
+        assert torch.equal(parts.state_dict()["counts"], whole.state_dict()["counts"])
+        for name in whole.shapes:
+            for need in needs - {"removal_costs"}:
+                assert torch.equal(parts.value(name, need), whole.value(name, need))
+        for pruner in ("cap", "lamp"):
+            masks = compute_masks(model, pruner, 0.5, score="cap", statistics=parts)
+            expected = compute_masks(model, pruner, 0.5, score="cap", statistics=whole)
+            assert all(torch.equal(mask, expected[name]) for name, mask in masks.items())
+
+
 def test_only_what_is_needed_is_collected_and_without_gradients_nothing_runs_backward(model):
     def no_loss(outputs, targets):
         raise AssertionError
 
     assert collect_statistics(model, batches(), no_loss, {"input_norms"}).needs == {"input_norms"}
-    assert collect_statistics(model, batches(), F.cross_entropy).needs == STATISTICS.keys() - {"gram"}
+    assert collect_statistics(model, batches(), F.cross_entropy).needs == STATISTICS.keys() - {"gram", "removal_costs"}
     assert collect_statistics(model, batches()).needs == {"input_norms"}
     assert collect_statistics(model, [images for images, _ in batches()], no_loss).needs == {"input_norms"}
     images, targets = batches()[0]
@@ -193,12 +261,13 @@ def test_nothing_of_a_batch_waits_for_a_gpu_nor_leaves_it(monkeypatch):
 
 
 @pytest.mark.parametrize(("score", "pruner"), [("wanda", "owl"), ("taylor", "lamp"), ("fisher", "glob"),
-                                               ("snip", "unif"), ("obs", "lamp")])
+                                               ("snip", "unif"), ("obs", "lamp"), ("cap", "cap")])
 def test_one_two_and_eight_shares_give_the_same_masks(score, pruner):
     torch.manual_seed(0)
     model = Uncalled()
     data = batches((4, 4, 4, 4, 4, 4, 2), torch.float32)
     whole = collect_statistics(model, data, F.cross_entropy, STATISTICS)
+    sums = {key: total.clone() for key, total in whole.state_dict().items()}
     for count in (2, 3, 8):  # of eight, the last has no batch
         parts = [collect_statistics(model, data[i::count], F.cross_entropy, STATISTICS, share=i) for i in range(count)]
         total = parts[0]
@@ -206,10 +275,37 @@ def test_one_two_and_eight_shares_give_the_same_masks(score, pruner):
             total.add(part)
         total.check()
         for key, value in total.state_dict().items():
-            torch.testing.assert_close(value, whole.state_dict()[key], rtol=1e-14, atol=1e-18)
+            torch.testing.assert_close(value, sums[key], rtol=1e-14, atol=1e-18)
         masks = compute_masks(model, pruner, 0.5, score=score, statistics=total)
         expected = compute_masks(model, pruner, 0.5, score=score, statistics=whole)
         assert all(torch.equal(mask, expected[name]) for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("memory", [0, 2**30])
+def test_processes_that_add_up_their_sums_have_the_same_removal_costs_in_one_pass_and_in_several(memory):
+    torch.manual_seed(0)
+    model, data, others = Uncalled(), batches((4, 4, 4, 2), torch.float32), []
+
+    def collect(share, add_up):
+        return collect_statistics(model, data[share::2], F.cross_entropy, {"removal_costs"}, share=share,
+                                  add_up=add_up, memory=memory)
+
+    collect(1, lambda total: others.append(total.clone()))
+    sums = iter(others)
+    found = collect(0, lambda total: total.add_(next(sums)))
+    whole = collect_statistics(model, data, F.cross_entropy, {"removal_costs"})
+    assert found.images == whole.images
+    for name in whole.shapes:
+        torch.testing.assert_close(found.value(name, "removal_costs"), whole.value(name, "removal_costs"),
+                                   rtol=1e-9, atol=0)
+
+
+def test_sums_that_were_let_go_cannot_be_added(model):
+    one, other = (collect_statistics(model, batches(), F.cross_entropy, {"removal_costs"}) for _ in range(2))
+    one.value("first.weight", "removal_costs")
+    for a, b in ((one, other), (other, one)):
+        with pytest.raises(PruningError, match="before their removal costs are looked at"):
+            a.add(b)
 
 
 def test_sums_of_float32_batches_do_not_depend_on_their_order():
@@ -254,9 +350,16 @@ class Idle(Uncalled):
         self.idle = nn.Linear(8, 8)
 
 
+class TokensFirst(Uncalled):
+    def forward(self, x):
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+
 @pytest.mark.parametrize(
     ("model_", "request_", "message"),
     [
+        (TokensFirst(), {"needs": {"removal_costs"}}, r"^first.weight is given inputs of shape \[5, 4, 6\] for 4"),
+        (Idle(), {"needs": {"removal_costs"}}, "^idle.weight was used on none of the calibration images"),
         (Uncalled(), {"batches": []}, "no calibration images"),
         (Uncalled(), {"needs": {"grams"}}, "unknown statistics 'grams': expected some of input_norms, gram, "),
         (Uncalled(), {"needs": {"gradient"}, "loss": None}, "gradient needs a loss"),
