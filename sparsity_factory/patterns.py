@@ -234,8 +234,10 @@ def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
 
     Args:
         score: a tensor; `m` divides its last dimension.
-        n: from 1 to `m`.
+        n: from 0 to `m`.
     """
+    if not n:
+        return torch.zeros_like(score, dtype=torch.bool)
     groups = score.reshape(-1, m)
     if m > PAIRWISE_UP_TO:
         return _n_of_large_groups(groups, n).view(score.shape)
