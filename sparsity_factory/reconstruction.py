@@ -10,6 +10,7 @@ one, write such a function and name it in `RECONSTRUCTIONS`.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from .errors import PruningError
 from .layerwise import Inputs
 from .methods import method
-from .patterns import NOfM, Pattern, Unstructured
+from .patterns import Pattern, Unstructured, parse_pattern
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +59,17 @@ def obs_prune(
         The new weight in the dtype of the given one, zero where it is pruned; and the mask.
 
     Raises:
-        PruningError: a weight or Gram matrix that is not finite, or a number, group or mask that does not fit.
+        PruningError: a weight or Gram matrix that is not finite, or a number, group or mask that does not fit; damping
+            or block size out of range.
     """
     outputs, inputs = weight.shape
     if isinstance(kept, tuple):
-        pattern = NOfM("{}:{}".format(*kept), *kept)
+        pattern = parse_pattern("{}:{}".format(*kept))
         kept = pattern.units(weight.shape) * pattern.n // pattern.m
     pattern = pattern or Unstructured()
     _check(weight, gram, kept, pattern)
+    if not 0 <= damping < math.inf or block_size < 1:
+        raise PruningError(f"damping {damping:g}, block size {block_size}: expected at least 0 and at least 1")
     width = pattern.compared_columns(block_size)  # a group in which units compare
     block_size = max(block_size // width, 1) * width
     factor = _inverse_factor(gram, damping)
@@ -141,7 +145,15 @@ def reconstruct_layers(
             return
         bias = parameters.get(f"{name.removesuffix('weight')}bias")
         gram = inputs.gram if bias is None else inputs.centred_gram
-        pruned = share(lambda: [part.cpu() for part in RECONSTRUCTIONS[method](weight, gram, mask, patterns(name))])
+
+        def compute():
+            try:
+                new = RECONSTRUCTIONS[method](weight, gram, mask.to(weight.device), patterns(name))
+            except PruningError as error:
+                raise PruningError(f"{name}: {error}") from error
+            return [part.cpu() for part in new]
+
+        pruned = share(compute)
         new, found[name] = (part.to(weight.device) for part in pruned)
         if bias is not None:
             bias += ((weight - new).to(gram) @ inputs.mean).to(bias)
