@@ -7,6 +7,7 @@ the activations that the model passes from one such module to the next.
 """
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from torch.overrides import TorchFunctionMode
 from .errors import PruningError
 from .masks import prunable_weights
 from .statistics import add_gram, at_least_float32, evaluation, images_of, linear_operands
+
+MOST_LAYERS = 4  # that are computed again for each other: an attention has as many
+ROUNDING = 100  # of sums, in the last places of a number
 
 
 @dataclass
@@ -50,15 +54,22 @@ class Inputs:
 
     @property
     def centred_gram(self) -> Tensor:
-        """(X - mean)^T (X - mean)."""
-        return self.gram - torch.outer(self.total, self.mean)
+        """(X - mean)^T (X - mean); zero for an input that varies by no more than the rounding of its sums."""
+        centred = self.gram - torch.outer(self.total, self.mean)
+        varies = centred.diagonal() > ROUNDING * torch.finfo(centred.dtype).eps * self.gram.diagonal()
+        return centred.mul_(varies).mul_(varies[:, None])
 
     def add(self, inputs: Tensor) -> None:
         """Counts inputs in, shape (..., inputs)."""
         inputs = at_least_float32(inputs.reshape(-1, inputs.shape[-1]))
+        shift = inputs.mean(0)  # products in float32 would lose what varies little about a large mean
+        inputs = inputs - shift
         add_gram(self.gram, inputs)
-        self.total += inputs.sum(0)
-        self.tokens += len(inputs)
+        shift, rest, tokens = shift.to(self.gram), inputs.sum(0).to(self.gram), len(inputs)
+        half = rest + tokens / 2 * shift
+        self.gram.addr_(shift, half).addr_(half, shift)
+        self.total += rest + tokens * shift
+        self.tokens += tokens
 
 
 @torch.no_grad()
@@ -93,10 +104,12 @@ def visit_layers(
         raise PruningError("no calibration images: expected at least one batch")
     with evaluation(model), torch.autocast(device.type, enabled=False):
         with autocast():
-            units = _units(model, pending, batches[0])
+            units = _units(model, pending, batches[0][:1])
         with _stops(set(units.values())) as computed:
-            passes = [_Pass(model, batches.pop(), autocast) for _ in range(len(batches))]
+            passes = []
             try:
+                while batches:  # what is passed on needs no second place here
+                    passes.append(_Pass(model, batches.pop(), autocast))
                 _walk(passes, units, pending, computed, autocast, visit, add_up)
             finally:
                 for pass_ in passes:
@@ -107,19 +120,22 @@ def visit_layers(
 
 
 def _walk(passes: list, units: dict, pending: dict, computed: dict, autocast, visit, add_up) -> None:
-    while (unit := passes[0].unit) is not None:
+    while any(pass_.unit is not None for pass_ in passes):
+        unit = passes[0].unit
         if any(pass_.unit is not unit for pass_ in passes):
             raise PruningError("the model calls its layers in an order that depends on the images")
         while any(units[name] is unit for name in pending):
-            name, inputs = None, None
             for pass_ in passes:
                 with autocast():
                     found, values = _next_layer(partial(computed[unit], *pass_.args, **pass_.kwargs), pending)
-                if inputs is None:
-                    name, inputs = found, Inputs.of(pending[found])
+                if pass_ is passes[0]:
+                    name, inputs = found, Inputs.of(pending[found]) if found else None
                 if found != name:
                     raise PruningError(f"the images decide whether {name} or {found} computes first")
-                inputs.add(values)
+                if found:
+                    inputs.add(values)
+            if not name:
+                break  # a later call of the unit uses it
             if add_up:
                 for total in (inputs.gram, inputs.total, inputs.tokens):
                     add_up(total)
@@ -130,6 +146,7 @@ def _walk(passes: list, units: dict, pending: dict, computed: dict, autocast, vi
                 result = computed[unit](*pass_.args, **pass_.kwargs)
             pass_.go_on(result)
             del result
+    _expect_none(pending)
 
 
 class _Pass:
@@ -197,7 +214,8 @@ def _stops(units: set[nn.Module]) -> Iterator[dict[nn.Module, Callable]]:
     own = {unit for unit in units if "forward" in vars(unit)}
 
     def stop(unit, *args, **kwargs):
-        return threading.current_thread().pass_.stand(unit, args, kwargs)
+        pass_ = getattr(threading.current_thread(), "pass_", None)  # another unit may call this one
+        return pass_.stand(unit, args, kwargs) if pass_ else computed[unit](*args, **kwargs)
 
     try:
         for unit in units:
@@ -230,7 +248,12 @@ class _Linears(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _next_layer(compute: Callable[[], object], pending: dict[str, Tensor]) -> tuple[str, Tensor]:
+def _expect_none(unused: Iterable[str]) -> None:
+    for name in unused:
+        raise PruningError(f"{name} was used on none of the calibration images: expected a layer that runs")
+
+
+def _next_layer(compute: Callable[[], object], pending: dict[str, Tensor]) -> tuple[str | None, Tensor | None]:
     """Computes up to the first weight that is pending; returns its name and its inputs."""
     names = {id(weight): name for name, weight in pending.items()}
     found = []
@@ -245,11 +268,12 @@ def _next_layer(compute: Callable[[], object], pending: dict[str, Tensor]) -> tu
             compute()
     except _Found:
         return tuple(found)
-    raise PruningError(f"{next(iter(pending))} was used on none of the calibration images: expected a layer that runs")
+    return None, None
 
 
 def _units(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> dict[str, nn.Module]:
-    """The module to stop at for each weight: the one that calls its layer, if no other unit lies within that."""
+    """The module to stop at for each weight: the one that calls its layer, unless other units lie within that, or it
+    calls many layers; then the layer."""
     names, stack, stacks = {id(weight): name for name, weight in weights.items()}, [model], {}
 
     def look(weight, inputs):
@@ -265,11 +289,11 @@ def _units(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> dict
     finally:
         for hook in hooks:
             hook.remove()
-    for name in weights:
-        if name not in stacks:
-            raise PruningError(f"{name} was used on none of the calibration images: expected a layer that runs")
+    _expect_none(name for name in weights if name not in stacks)
     callers = {name: stack[:-1] if isinstance(stack[-1], nn.Linear) and len(stack) > 1 else stack
                for name, stack in stacks.items()}
-    within = {module for stack in callers.values() for module in stack[:-1]}
+    within = {model, *(module for stack in callers.values() for module in stack[:-1])}
+    within |= {module for module, layers in Counter(stack[-1] for stack in callers.values()).items()
+               if layers > MOST_LAYERS}
     last = {(stacks[name] if stack[-1] in within else stack)[-1] for name, stack in callers.items()}
     return {name: next(module for module in stack if module in last) for name, stack in stacks.items()}
