@@ -38,10 +38,14 @@ class Calibration:
             raise UserError(f"--calibration-images {self.images}: there are {len(data)} training images, for "
                             f"{utils.world_size()} process(es)")
         drawn = np.random.default_rng((utils.CALIBRATION, args.seed)).permutation(len(data))[:self.images]
-        size = min(BATCH_SIZE, self.images // utils.world_size())  # every process has a batch
-        batches = EvalBatchSampler(self.images, size, utils.rank(), utils.world_size())
-        self.loader = DataLoader(Subset(data, drawn.tolist()), batch_sampler=batches, num_workers=args.num_workers,
-                                 worker_init_fn=ignore_signals)
+        drawn = Subset(data, drawn.tolist())
+
+        def loader(batch_size):
+            batches = EvalBatchSampler(self.images, batch_size, utils.rank(), utils.world_size())
+            return DataLoader(drawn, batch_sampler=batches, num_workers=args.num_workers, worker_init_fn=ignore_signals)
+
+        self.loader = loader(BATCH_SIZE)
+        self._loader_for_all = loader(min(BATCH_SIZE, self.images // utils.world_size()))  # each process has a batch
 
     def __call__(self, needs: set[str], loss: Callable = torch.nn.functional.cross_entropy) -> Statistics:
         log(f"Calibrating on {self.images:,} training images: {', '.join(sorted(needs))}")
@@ -65,7 +69,7 @@ class Calibration:
             visit(name, inputs)
 
         with self._autocast():
-            visit_layers(self.model, self.loader, visit_and_tell, add_up=_add_up)
+            visit_layers(self.model, self._loader_for_all, visit_and_tell, add_up=_add_up)
         next(logger, None)
 
     def _autocast(self) -> torch.autocast:
