@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .errors import PruningError
 from .layerwise import Inputs
-from .methods import method
+from .methods import describe, method
 from .patterns import Pattern, Unstructured, parse_pattern
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ ROUNDS = 8  # in which least-squares prunes, with so many steps of conjugate gra
 STEPS, LAST_STEPS = 5, 20  # after 20 the error was that of the exact solution to four digits
 TINY = 1e-30
 NONE = "none"
+DENSE_INPUTS = "dense inputs"  # what those need that look at the model before pruning as well
 
 
 def obs_prune(
@@ -116,7 +117,7 @@ def obs_mask(weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern) -> 
     return obs_prune(weight, inputs.gram, mask)
 
 
-@method("Boža 2024, arXiv:2401.02938; Hassibi and Stork 1993", needs={"gram"})
+@method("Boža 2024, arXiv:2401.02938; this project", needs={"gram", DENSE_INPUTS})
 def least_squares(weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Prunes in rounds by what a weight costs; after each, the kept ones are those whose outputs are next to the dense.
 
@@ -134,7 +135,7 @@ def least_squares(weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern
     return new.to(weight.dtype), mask
 
 
-@method("Boža 2024, arXiv:2401.02938", needs={"gram"})
+@method("Boža 2024, arXiv:2401.02938; this project", needs={"gram", DENSE_INPUTS})
 def least_squares_mask(weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """As least-squares, with the mask that score and pruner have chosen."""
     return _LeastSquares(weight, inputs).solve(weight, mask, LAST_STEPS).to(weight.dtype), mask
@@ -189,7 +190,7 @@ def reconstruct_layers(
         weight.copy_(new)
 
     with torch.no_grad():
-        walk(visit, copy.deepcopy(model) if RECONSTRUCTIONS[method] in LOOK_AT_THE_DENSE else None)
+        walk(visit, copy.deepcopy(model) if DENSE_INPUTS in describe(RECONSTRUCTIONS[method]).needs else None)
     return found
 
 
@@ -197,7 +198,6 @@ RECONSTRUCTIONS: dict[str, Callable] = {
     function.__name__.replace("_", "-"): function
     for function in (none, obs, obs_mask, least_squares, least_squares_mask)
 }
-LOOK_AT_THE_DENSE = (least_squares, least_squares_mask)  # at the inputs that layers have in the model before pruning
 
 
 # ---- helpers, not exported ----

@@ -1,5 +1,6 @@
 """Layers in the order in which they compute, with their inputs."""
 
+import copy
 import threading
 from collections import Counter
 
@@ -154,7 +155,7 @@ def test_layers_come_as_they_compute_each_with_the_inputs_that_the_changed_model
         torch.testing.assert_close(sums.total, inputs.sum(0), rtol=1e-5, atol=1e-4)
         assert sums.tokens == len(inputs)
         centred = inputs - inputs.mean(0)
-        torch.testing.assert_close(sums.centred_gram, centred.T @ centred, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(sums.centred().gram, centred.T @ centred, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["deit", "cait", "shared", "plain"])
@@ -263,12 +264,12 @@ def test_an_input_that_does_not_vary_has_a_centred_gram_matrix_of_zero_there():
     sums = Inputs.of(torch.zeros(3, 8))
     for part in inputs.split(3000):
         sums.add(part)
-    assert sums.centred_gram.isfinite().all()
-    assert sums.centred_gram.diagonal().eq(0).nonzero().flatten().tolist() == [2, 5]
-    assert not sums.centred_gram[2].any() and not sums.centred_gram[:, 2].any()
+    assert sums.centred().gram.isfinite().all()
+    assert sums.centred().gram.diagonal().eq(0).nonzero().flatten().tolist() == [2, 5]
+    assert not sums.centred().gram[2].any() and not sums.centred().gram[:, 2].any()
     centred = inputs.double() - inputs.double().mean(0)
     centred[:, 2] = 0
-    torch.testing.assert_close(sums.centred_gram, centred.T @ centred, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(sums.centred().gram, centred.T @ centred, rtol=1e-4, atol=1e-2)
 
 
 # ---- errors ----
@@ -347,3 +348,25 @@ class Branch(nn.Module):
 def test_an_order_within_a_module_that_the_images_decide_is_an_error():
     with pytest.raises(PruningError, match="the images decide whether part.(one|two).weight or part.(one|two).weight"):
         visit_layers(Branch(), [pixel(1), pixel(-1)], lambda layer, inputs: None)
+
+
+@pytest.mark.parametrize("name", ["deit", "swin"])
+def test_a_model_beside_sees_the_same_images(name):
+    """The sums over what the changed model and its copy give a layer, each from the hooks of a plain pass."""
+    model, batches = made(name)
+    dense, found = copy.deepcopy(model), {}
+
+    def visit(layer, inputs):
+        found[layer] = inputs
+        halve(model, layer)
+
+    visit_layers(model, batches, visit, beside=dense)
+    expected, others = [], []
+    model, _ = made(name)
+    plain_walk(model, batches, lambda layer, inputs: (expected.append((layer, inputs.double())), halve(model, layer)))
+    plain_walk(dense, batches, lambda layer, inputs: others.append(inputs.double()))
+    for (layer, inputs), other in zip(expected, others, strict=True):
+        torch.testing.assert_close(found[layer].cross, inputs.T @ other, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(found[layer].other, other.sum(0), rtol=1e-5, atol=1e-4)
+        centred = (inputs - inputs.mean(0)).T @ (other - other.mean(0))
+        torch.testing.assert_close(found[layer].centred().cross, centred, rtol=1e-4, atol=1e-3)

@@ -18,6 +18,7 @@ from sparsity_factory import (
     RECONSTRUCTIONS,
     SCORES,
     STATISTICS,
+    Inputs,
     PruningError,
     collect_statistics,
     compute_masks,
@@ -301,7 +302,7 @@ def unstructured(name):
 
 
 def as_walked(model, batches):
-    return lambda visit: visit_layers(model, batches, visit)
+    return lambda visit, beside: visit_layers(model, batches, visit, beside=beside)
 
 
 def one_layer(inputs, rows=5, bias=True):
@@ -315,8 +316,8 @@ def test_with_a_bias_it_is_the_least_squares_over_weights_and_bias(monkeypatch):
     model = one_layer(inputs)
     outputs, mask = model(inputs).detach(), torch.ones(5, 12, dtype=torch.bool)
     mask[:, :4] = False
-    monkeypatch.setitem(RECONSTRUCTIONS, "undamped", lambda weight, gram, mask, pattern: obs_prune(
-        weight, gram, mask, damping=0.0))
+    monkeypatch.setitem(RECONSTRUCTIONS, "undamped", lambda weight, inputs, mask, pattern: obs_prune(
+        weight, inputs.gram, mask, damping=0.0))
     reconstruct_layers(model, {"0.weight": mask}, "undamped", as_walked(model, [inputs[:90], inputs[90:]]),
                        patterns=unstructured)
     with_ones = torch.cat([inputs[:, 4:], torch.ones(200, 1, dtype=torch.float64)], 1)
@@ -332,6 +333,70 @@ def test_a_layer_without_bias_uses_its_inputs_as_they_are():
     reconstruct_layers(model, {"0.weight": mask}, "obs-mask", as_walked(model, [inputs]),
                        patterns=unstructured)
     torch.testing.assert_close(model[0].weight.detach(), obs_prune(weight, inputs.T @ inputs, mask)[0])
+
+
+# ---- least squares ----
+
+
+def seen(inputs, other):
+    """The sums over the inputs of a layer, and over those of the dense model."""
+    sums = Inputs.of(torch.empty(1, inputs.shape[1]), with_other=True)
+    for part, beside in zip(inputs.split(25), other.split(25), strict=True):
+        sums.add(part, beside)
+    return sums
+
+
+def exact(weight, inputs, other, mask):
+    """Row by row the least squares of X w' - Y w and of the damping times w' - w, as one system of equations."""
+    damping = math.sqrt(0.01 * inputs.square().sum(0).mean())
+    new = torch.zeros_like(weight)
+    for row, kept in enumerate(mask):
+        wanted = torch.cat([other @ weight[row], damping * weight[row]])
+        matrix = torch.cat([inputs, damping * torch.eye(inputs.shape[1], dtype=inputs.dtype)])[:, kept]
+        new[row, kept] = torch.linalg.lstsq(matrix, wanted[:, None]).solution[:, 0]
+    return new
+
+
+def test_the_kept_weights_are_the_least_squares_next_to_the_dense_outputs():
+    weight, inputs = layer(columns=16, tokens=100)
+    other = inputs + 0.3 * layer(seed=1, columns=16, tokens=100)[1]
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    mask[0], mask[1] = False, True
+    new, same = RECONSTRUCTIONS["least-squares-mask"](weight, seen(inputs, other), mask, parse_pattern("unstructured"))
+    assert torch.equal(same, mask)
+    torch.testing.assert_close(new, exact(weight, inputs, other, mask), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "row", "2:4", "x:4", "block:3x2"])
+def test_chosen_in_rounds_it_keeps_as_many_and_errs_less_than_obs(pattern):
+    weight, inputs = layer(rows=12, columns=32, tokens=200)
+    pattern = parse_pattern(pattern)
+    mask = pattern.mask(pattern.score(weight.abs()), pattern.units(weight.shape) // 2)
+    sums = seen(inputs, inputs)
+    new, chosen = RECONSTRUCTIONS["least-squares"](weight, sums, mask, pattern)
+    assert chosen.sum() == mask.sum() and not new[~chosen].any()
+    if pattern.name != "unstructured":  # the groups of the mask hold as well
+        assert torch.equal(chosen, pattern.mask(pattern.score(chosen.double()), pattern.units(weight.shape) // 2))
+    by_obs, _ = RECONSTRUCTIONS["obs"](weight, sums, mask, pattern)
+    assert error(new, weight, inputs) < error(by_obs, weight, inputs)
+    torch.testing.assert_close(new, exact(weight, inputs, inputs, chosen), rtol=1e-3, atol=1e-4)
+
+
+def test_a_layer_makes_up_for_what_the_layers_before_it_have_lost():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 6)).double()
+    images = torch.randn(200, 8, dtype=torch.float64)
+    wanted = model(images).detach()
+    masks = compute_masks(model, "unif", 0.5)
+    masks["2.weight"] = torch.ones_like(masks["2.weight"])
+    masks["2.weight"][:, 0] = False
+
+    def lost(method):
+        pruned = copy.deepcopy(model)
+        reconstruct_layers(pruned, masks, method, as_walked(pruned, [images[:80], images[80:]]), patterns=unstructured)
+        return (pruned(images) - wanted).square().mean().item()
+
+    assert lost("least-squares-mask") < 0.8 * lost("obs-mask")
 
 
 def test_inputs_that_do_not_vary_go_to_the_bias():
