@@ -21,7 +21,7 @@ from losses import CosubLoss, DistillationLoss
 from models import adapt_weights, build_model, load_weights, train_attention_only, train_both_heads
 from run_folder import newest_checkpoint, read_pruning
 from samplers import EvalBatchSampler, TrainSampler
-from sparsity_factory import PruningError, Recipe, Sparsifier
+from sparsity_factory import PruningError, Recipe, Sparsifier, prunable_weights, shrink, with_units
 from state import TrainingState
 from stopping import ignore_signals
 from utils import UserError, log
@@ -103,6 +103,11 @@ def prepare_model(args, num_classes: int, checkpoint: dict, device: torch.device
     log(f"Weights of {args.model}: {source}{', moving average' if args.use_ema else ''}")
     model = build_model(args.model, num_classes, args.input_size, drop=args.drop, drop_path=args.drop_path,
                         pretrained=pretrained)
+    if "shape" in checkpoint:
+        try:
+            model = with_units(model, checkpoint["shape"])
+        except PruningError as error:
+            raise UserError(f"{source}: {error}") from None
     if args.resume:
         load_weights(model, checkpoint["model"], args.resume)
     elif args.finetune:
@@ -151,6 +156,19 @@ def build_sparsifier(args, model: torch.nn.Module, checkpoint: dict, epoch_steps
         return going_on
     except PruningError as error:
         raise UserError(f"{source}: {error}" if source and not args.custom_config else str(error)) from None
+
+
+def shrink_before_training(args, model: torch.nn.Module, sparsifier: Sparsifier,
+                           masks: dict[str, torch.Tensor]) -> tuple[torch.nn.Module, Sparsifier]:
+    """A model without what the masks prune, and what keeps it so: nothing, but checkpoints name its recipe."""
+    if not masks:
+        raise UserError(f"--shrink: the weights of {args.resume} are pruned already; expected a run that prunes")
+    model = shrink(model, masks)
+    if args.compile:
+        model.compile(dynamic=False)
+    kept = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in prunable_weights(model).items()}
+    return model, Sparsifier(model, sparsifier.recipe, total_steps=sparsifier.steps.total,
+                             epoch_steps=sparsifier.steps.epoch, masks=kept, share=utils.on_first_process)
 
 
 def build_step_options(args, num_classes: int, device: torch.device, amp_dtype: torch.dtype | None) -> StepOptions:

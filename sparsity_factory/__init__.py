@@ -28,6 +28,7 @@ from .report import (
 )
 from .schedules import SCHEDULES
 from .scores import SCORES
+from .shrink import shrink, unit_counts, with_units
 from .sparsifier import Sparsifier, has_reached_target
 from .statistics import STATISTICS, Statistics, collect_statistics
 
@@ -58,10 +59,13 @@ __all__ = [
     "prunable_weights",
     "read_yaml",
     "regrow",
+    "shrink",
     "sparse_multiply_adds",
     "sparsity_csv",
     "sparsity_rows",
     "sparsity_table",
     "sparsity_yaml",
+    "unit_counts",
     "unpack",
+    "with_units",
 ]
