@@ -263,7 +263,10 @@ class _Units(Pattern):
         means = {name: (total_score * group.units / size)[part.unit].unsqueeze(1 - part.dim)
                  for group, parts, size, total_score in zip(groups, weights, sizes, sums, strict=True)
                  for name, part in parts.items()}
-        wanted = allocate(scores.replaced(means), 1 - left / sum(costs))
+        try:
+            wanted = allocate(scores.replaced(means), 1 - left / sum(costs))
+        except PruningError as error:  # with figures that are not those of all prunable weights
+            raise PruningError(f"pattern {self.name}, of the weights that it can remove: {error}") from None
         shares = [1.0 if any(wanted[name] == numel[name] for name in parts) else
                   sum(wanted[name] for name in parts) / size for parts, size in zip(weights, sizes, strict=True)]
         most = np.array([max(int(units.sum()), 1) for units in alive])
