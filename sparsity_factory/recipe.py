@@ -203,8 +203,8 @@ class Recipe:
             raise PruningError(f"--prune-schedule {self.prune_schedule}: expected unstructured levels only, since it "
                                "moves weights anywhere in their layer, and groups would break")
         if pattern.structured and self.prune_schedule == "ac-dc":
-            raise PruningError("--prune-schedule ac-dc: expected a pattern whose weights can come back in a dense phase; "
-                               "whole heads and neurons get no gradient once they are zero")
+            raise PruningError("--prune-schedule ac-dc: expected a pattern whose weights can come back in a dense "
+                               "phase; whole heads and neurons get no gradient once they are zero")
 
     def _check_schedule(self) -> None:
         self._expect(_known(self.prune_schedule, SCHEDULES), "prune_schedule", f"one of {', '.join(SCHEDULES)}")
