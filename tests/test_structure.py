@@ -260,6 +260,34 @@ def test_glob_keeps_the_units_of_the_largest_means_as_nearly_as_whole_ones_allow
     assert kept == {name: best.count(name) for name in units}
 
 
+def test_units_are_compared_by_the_mean_score_of_their_weights_since_heads_have_more_than_neurons():
+    model = model_of()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight.mul_(0.3)
+            block.attn.proj.weight.mul_(0.3)
+    masks = compute_masks(model, "glob", 0.2, pattern="heads+neurons")
+    kept = {kind: sum(int(group.kept(masks).sum()) for group in unit_groups(model, [kind]))
+            for kind in ("heads", "neurons")}
+    assert kept == {"heads": 3, "neurons": 2 * 96}  # 0.8 of the weights, of which all neurons have two thirds
+
+
+@pytest.mark.parametrize("score", ["magnitude", "random"])
+def test_units_of_zeros_are_kept_only_where_no_other_is_left(score):
+    model = model_of()
+    with torch.no_grad():
+        for block, start in zip(model.blocks, (0, 50), strict=True):
+            block.mlp.fc1.weight[start:start + 40] = 0
+            block.mlp.fc2.weight[:, start:start + 40] = 0
+    masks = compute_masks(model, "unif", 0.1, pattern="neurons", score=score)
+    for block, start in ((0, 0), (1, 50)):
+        kept = masks[f"blocks.{block}.mlp.fc1.bias"]
+        assert not kept[start:start + 40].any() and kept.sum() == 96 - 40
+    for parameter in model.blocks[0].mlp.parameters():
+        parameter.data.zero_()
+    assert compute_masks(model, "unif", 0.1, pattern="neurons", score=score)["blocks.0.mlp.fc1.bias"].sum() == 1
+
+
 def test_unifplus_leaves_the_first_and_the_last_block_whole():
     model = MODELS["vit"](depth=4)
     masks = compute_masks(model, "unifplus", 0.4, pattern="heads+neurons")
