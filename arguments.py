@@ -147,9 +147,14 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--score", sweep=REFUSED, instead="--scores", choices=list(SCORES), default=Recipe.score,
         help="how much a weight matters; all but magnitude and random look at training images")
     add("--pattern", sweep=REFUSED, instead="--patterns", default=Recipe.pattern,
-        help="what goes together: unstructured, row, 2:4 (any n:m; without --sparsity), x:4 (n by layer), block:16x16")
+        help="what goes together: unstructured, row, 2:4 (any n:m; without --sparsity), x:4 (n by layer), block:16x16, "
+             "heads, neurons, heads+neurons")
     add("--sparsity", sweep=REFUSED, instead="--sparsities", type=float, metavar="FRACTION",
         help="fraction of the prunable weights to remove, in [0, 1)")
+    add("--budget", choices=["weights", "macs"], default=Recipe.budget,
+        help="what --sparsity is a fraction of, with heads and neurons: weights, or multiply-adds of an image")
+    add("--shrink", sweep=REFUSED, action="store_true",
+        help="with heads and neurons: take what is pruned out of the model before it is finetuned, which is faster")
     add("--custom-config", sweep=REFUSED, instead="--custom-configs", metavar="FILE",
         help="YAML file with the sparsity of each layer, for --pruner custom")
     add("--prune-schedule", sweep=REFUSED, instead="--schedules", choices=list(SCHEDULES),
@@ -414,7 +419,13 @@ def recipe_of(args) -> Recipe:
 def check_recipe(args) -> None:
     """Raises PruningError for choices of pruning that make no sense."""
     with naming_the_config(args.custom_config):
-        recipe_of(args).check(args.epochs)
+        recipe = recipe_of(args)
+        recipe.check(args.epochs)
+    if args.shrink:
+        if not parse_pattern(recipe.pattern).structured:
+            raise UserError("--shrink: expected --pattern heads, neurons or heads+neurons beside it")
+        if recipe.prune_schedule != "one-shot":
+            raise UserError(f"--shrink: expected --prune-schedule one-shot beside it, got {recipe.prune_schedule}")
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from models import (
 )
 from run_folder import newest_checkpoint, read_pruning
 from samplers import EvalBatchSampler, TrainSampler
-from sparsity_factory import PruningError, Recipe, Sparsifier
+from sparsity_factory import PruningError, Recipe, Sparsifier, prunable_weights, shrink, with_units
 from state import TrainingState
 from stopping import ignore_signals
 from utils import UserError, log
@@ -196,6 +196,11 @@ def prepare_model(args, num_classes: int, checkpoint: dict, device: torch.device
     log(f"Weights of {args.model}: {source}{', moving average' if args.use_ema else ''}")
     model = build_model(args.model, num_classes, args.input_size, drop=args.drop, drop_path=args.drop_path,
                         pretrained=pretrained)
+    if "shape" in checkpoint:
+        try:
+            model = with_units(model, checkpoint["shape"])
+        except PruningError as error:
+            raise UserError(f"{source}: {error}") from None
     if args.resume:
         load_weights(model, checkpoint["model"], args.resume)
     elif args.finetune:
@@ -247,6 +252,21 @@ def build_sparsifier(args, model: torch.nn.Module, checkpoint: dict, epoch_steps
         return going_on
     except PruningError as error:
         raise UserError(f"{source}: {error}" if source and not args.custom_config else str(error)) from None
+
+
+def shrink_before_training(args, model: torch.nn.Module, sparsifier: Sparsifier,
+                           masks: dict[str, torch.Tensor]) -> tuple[torch.nn.Module, torch.nn.Module, Sparsifier]:
+    """The model as it is, the same without what is pruned, and what keeps that so: nothing, but it has the recipe."""
+    if not masks:
+        raise UserError(f"--shrink: the weights of {args.resume} are pruned already; expected a run that prunes")
+    dense = copy.deepcopy(model)
+    sparsifier.start(masks)
+    model = shrink(model, sparsifier.masks.masks)
+    if args.compile:
+        model.compile(dynamic=False)
+    kept = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in prunable_weights(model).items()}
+    return dense, model, Sparsifier(model, sparsifier.recipe, total_steps=sparsifier.steps.total,
+                                    epoch_steps=sparsifier.steps.epoch, masks=kept, share=utils.on_first_process)
 
 
 def build_step_options(args, num_classes: int, device: torch.device, amp_dtype: torch.dtype | None,

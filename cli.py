@@ -37,6 +37,8 @@ def audit(path: str) -> int:
         print(f"error: {path}: {error}", file=sys.stderr)
         return 1
     print(f"pruned with {recipe.in_words()}")
+    if "shape" in checkpoint:
+        print("shrunk: the pruned heads and neurons are gone, and the table is of those that are left")
     if "pruning" in checkpoint and not has_reached_target(checkpoint["pruning"]):
         print("every pruned weight is zero; its schedule has not reached the target yet")
     else:

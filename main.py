@@ -22,6 +22,7 @@ from builders import (
     build_step_options,
     load_start,
     prepare_model,
+    shrink_before_training,
     steps_of_epoch,
 )
 from cli import audit, exit_status
@@ -48,6 +49,9 @@ def main(args) -> dict[str, float]:
         teacher = build_dense_teacher(args, num_classes, model, checkpoint, device)  # while the model is dense
         sparsifier = build_sparsifier(args, model, checkpoint, steps_of_epoch(train_loader, args), device, amp_dtype)
         first_masks = {} if sparsifier.masks else sparsifier.first_masks()
+        dense = model
+        if args.shrink and (first_masks or "shape" not in checkpoint):
+            dense, model, sparsifier = shrink_before_training(args, model, sparsifier, first_masks)
         state = options = None
         if not args.eval:  # before any evaluation, so that a mistake shows at once
             options = build_step_options(args, num_classes, device, amp_dtype, teacher)
@@ -57,7 +61,8 @@ def main(args) -> dict[str, float]:
         before = "before pruning" if "masks" in checkpoint else "dense"
         checkpoint = None  # from here on it would only take memory
 
-        rows = prune(model, sparsifier, first_masks, test, before, args.eval)
+        rows = prune(dense, model, sparsifier, first_masks, test, before, args.eval)
+        dense = None
         results.start(model, rows, test.accuracy, torch.zeros(1, 3, args.input_size, args.input_size, device=device))
         accuracy = test.accuracy
         if state:
@@ -69,14 +74,15 @@ def main(args) -> dict[str, float]:
     return accuracy
 
 
-def prune(model, sparsifier: Sparsifier, first_masks: dict, test: Evaluator, before: str,
+def prune(dense, model, sparsifier: Sparsifier, first_masks: dict, test: Evaluator, before: str,
           evaluates: bool) -> list[LayerSparsity]:
     """Prunes the model by masks that it does not have yet, and reports what is kept of each layer.
 
     The accuracy is measured before (under the name `before`) and after; with `evaluates` also of a model as it is.
+    dense: the model as it was before, which is another one only where it was shrunk.
     """
     if first_masks:
-        test.measure(before, model)
+        test.measure(before, dense)
         sparsifier.start(first_masks)
     rows = sparsity_rows(model, sparsifier.masks.masks)
     pruned = sparsifier.masks.sparsity() > 0

@@ -10,7 +10,8 @@ from timm.utils import ModelEmaV3
 
 import utils
 from engine import Learner, Progress
-from sparsity_factory import Sparsifier, check_masks
+from sparsity_factory import Sparsifier, check_masks, unit_counts
+from sparsity_factory.masks import dense_shapes
 from utils import UserError, first_line, log
 
 DROPPED_OPTIMIZERS = ("nvnovograd", "fusedmomentum")  # in timm 0.3.2, which DeiT used, and in no current release
@@ -124,6 +125,8 @@ class TrainingState:
         }
         if self.dense_teacher:
             state["dense_teacher"] = self.dense_teacher
+        if dense_shapes(learner.model):
+            state["shape"] = unit_counts(learner.model)
         sparsifier = learner.sparsifier
         if sparsifier.masks:
             recipe = sparsifier.recipe

@@ -30,6 +30,7 @@ from .report import (
 )
 from .schedules import SCHEDULES
 from .scores import SCORES
+from .shrink import shrink, unit_counts, with_units
 from .sparsifier import Sparsifier, has_reached_target, prune
 from .statistics import STATISTICS, Statistics, collect_statistics
 
@@ -64,11 +65,14 @@ __all__ = [
     "prune",
     "read_yaml",
     "regrow",
+    "shrink",
     "sparse_multiply_adds",
     "sparsity_csv",
     "sparsity_rows",
     "sparsity_table",
     "sparsity_yaml",
+    "unit_counts",
     "unpack",
     "visit_layers",
+    "with_units",
 ]

@@ -31,6 +31,11 @@ def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return weights
 
 
+def dense_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
+    """Of a shrunk model, the shapes that its parameters had in the dense one, by name; else nothing."""
+    return getattr(model, "dense_shapes", {})
+
+
 class Change(NamedTuple):
     """What a change of a mask did: bool tensors of the weight's shape, on its device."""
 
@@ -64,6 +69,8 @@ class Masks:
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]):
         self._parameters = dict(model.named_parameters())
+        dense = dense_shapes(model)
+        self._sizes = {name: prod(dense.get(name, weight.shape)) for name, weight in prunable_weights(model).items()}
         self.masks: dict[str, Tensor] = {}
         self.update(masks)
         self.apply()
@@ -132,9 +139,10 @@ class Masks:
         return bool(self.masks)
 
     def sparsity(self) -> float:
-        """The fraction of the masked weights that is pruned, in [0, 1]."""
-        total = sum(mask.numel() for mask in self.masks.values())
-        return 1 - sum(int(mask.count_nonzero()) for mask in self.masks.values()) / total if total else 0.0
+        """The fraction that is pruned of the prunable weights that have a mask, in [0, 1]; biases do not count."""
+        masks = {name: mask for name, mask in self.masks.items() if name in self._sizes}
+        total = sum(self._sizes[name] for name in masks)
+        return 1 - sum(int(mask.count_nonzero()) for mask in masks.values()) / total if total else 0.0
 
     def state_dict(self) -> dict[str, dict]:
         """The masks packed to one bit per weight: see `pack`."""

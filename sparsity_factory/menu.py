@@ -34,6 +34,7 @@ ALONE = {
     "--custom-config with another pruner": (Recipe("lamp", 0.5, CONFIG), None),
     "--sparsity with --pruner custom": (Recipe("custom", 0.5, CONFIG), None),
     "--sparsity with --pattern 2:4": (Recipe("unif", 0.5, pattern="2:4"), None),
+    "--budget macs with single weights, rows, groups or blocks": (Recipe("unif", 0.5, budget="macs"), None),
     "--pruner custom with n:m in its YAML and --prune-schedule rigl": (
         Recipe("custom", None, GROUPS, prune_schedule="rigl"), None),
     "--prune-end before --prune-start": (
@@ -46,6 +47,7 @@ OF_THE_MODEL = """\
 --pruner unifplus: a sparsity that the layers between the first and the last cannot reach
 --pattern row, x:m: a sparsity that leaves less than one weight of a row or group
 --pattern n:m, x:m, block:RxC: sizes that do not divide the layers
+--pattern heads, neurons, heads+neurons: a sparsity that leaves less than one unit of a block, blocks that are not known
 what looks at data: more --calibration-images than training images, and streams (timm:wds/...)
 """
 

@@ -1,6 +1,8 @@
 """Multiply-adds of a model, by weight: counted while it runs, by torch's FlopCounterMode."""
 
 from collections import Counter
+from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +11,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from .masks import prunable_weights
+from .errors import PruningError
+from .masks import dense_shapes, prunable_weights
 
 ATTENTION, OTHERS = "attention products", "other layers"
 
 
-@torch.enable_grad()  # FlopCounterMode fails without, where a parameter is a module's input, as a class token is
 def multiply_adds(model: nn.Module, images: Tensor) -> dict[str, int]:
     """How many multiply-adds the dense model spends on `images`, on each prunable weight and on everything else.
+
+    Of a shrunk model, each weight counts with the shape that it had in the dense one.
 
     Args:
         model: is run once in evaluation mode, and left as it was.
@@ -26,16 +30,54 @@ def multiply_adds(model: nn.Module, images: Tensor) -> dict[str, int]:
         By parameter name, in model order; then `attention products`, which are products of activations with
         activations (queries with keys, attention with values), and `other layers` (patch embedding, classifier).
     """
-    was_training = model.training
-    model.eval()
-    # Fused attention is taken apart, so that it counts alike whatever the device has a kernel for.
-    with FlopCounterMode(display=False) as flops, _ByWeight(model, flops) as counts, sdpa_kernel(SDPBackend.MATH):
-        model.forward(images)  # not by a call, which may be a compiled one
-    model.train(was_training)
-    return {name: counts.flops[name] // 2 for name in [*prunable_weights(model), ATTENTION, OTHERS]}
+    counts = _run(model, images)
+    weights, dense = prunable_weights(model), dense_shapes(model)
+    found = {name: counts.flops[name] // 2 for name in [*weights, ATTENTION, OTHERS]}
+    return found | {name: found[name] * prod(dense[name]) // weight.numel()
+                    for name, weight in weights.items() if name in dense}
+
+
+def multiply_adds_of_modules(model: nn.Module, names: Sequence[str], images: Tensor) -> tuple[list[int], int]:
+    """The multiply-adds on `images` of each named module, and of all prunable weights and attention products together.
+
+    Arguments are as for `multiply_adds`.
+    """
+    counts = _run(model, images, names)
+    return [counts.modules[name] // 2 for name in names], sum(counts.flops.values()) // 2 - counts.flops[OTHERS] // 2
+
+
+def image_of(model: nn.Module) -> Tensor:
+    """An image of zeros, shape (1, channels, height, width), of the size that the model was built for.
+
+    Raises:
+        PruningError: the model does not say it as timm's transformers do.
+    """
+    try:
+        height, width = model.patch_embed.img_size
+        like = model.patch_embed.proj.weight
+        return torch.zeros(1, like.shape[1], height, width, dtype=like.dtype, device=like.device)
+    except (AttributeError, TypeError, ValueError, IndexError):
+        raise PruningError(f"budget macs: {type(model).__name__} does not say for which images it is: expected a "
+                           "transformer of timm with patch_embed.img_size") from None
 
 
 # ---- helpers, not exported ----
+
+
+@torch.enable_grad()  # FlopCounterMode fails without, where a parameter is a module's input, as a class token is
+def _run(model: nn.Module, images: Tensor, names: Sequence[str] = ()) -> "_ByWeight":
+    was_training = model.training
+    model.eval()
+    hooks = []
+    # Fused attention is taken apart, so that it counts alike whatever the device has a kernel for.
+    with FlopCounterMode(display=False) as flops, _ByWeight(model, flops) as counts, sdpa_kernel(SDPBackend.MATH):
+        for name in names:
+            hooks += counts.watch(name, model.get_submodule(name))
+        model.forward(images)  # not by a call, which may be a compiled one
+    for hook in hooks:
+        hook.remove()
+    model.train(was_training)
+    return counts
 
 
 class _ByWeight(TorchFunctionMode):
@@ -46,8 +88,16 @@ class _ByWeight(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, counter: FlopCounterMode):
         super().__init__()
-        self.flops, self._counter = Counter(), counter
+        self.flops, self.modules, self._counter = Counter(), Counter(), counter
         self._names = {id(weight): name for name, weight in prunable_weights(model).items()}
+
+    def watch(self, name: str, module: nn.Module) -> list:
+        """Counts what the calls of a module spend; returns the hooks that do."""
+        def book(sign):
+            self.modules[name] += sign * self._counter.get_total_flops()
+
+        return [module.register_forward_pre_hook(lambda *_: book(-1)),
+                module.register_forward_hook(lambda *_: book(1))]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         before = self._counter.get_total_flops()

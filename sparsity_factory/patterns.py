@@ -1,27 +1,30 @@
 """What may be removed together, and from the scores of one layer to its mask.
 
-A pattern knows no allocation. It says
+A pattern knows no allocation. Where it looks at each layer by itself, it says
 
 - `units(shape)`: how many units, things that are kept or removed as one, a weight of that shape has;
 - `score(score)`: the scores of the units from the scores of the weights;
 - `fit(kept, shapes, budget)`: the numbers of units that layers can keep, from those that an allocation wants;
 - `mask(score, kept)`: the mask of a layer from the scores of its units.
 
-To add one, write such a class and name it in `PATTERNS`. Scores are finite and non-negative. Among equal scores the
-earlier weight or block in row-major order is kept.
+Where units reach over several layers, it has a `masks` of its own, which is all that the outside calls. To add one,
+write such a class and name it in `PATTERNS`. Scores are finite and non-negative. Among equal scores the earlier weight
+or block in row-major order is kept.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import gcd, prod
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .counting import k_largest, largest_threshold
 from .errors import PruningError
 from .methods import method
+from .multiply_adds import image_of, multiply_adds_of_modules
+from .structure import HEADS, NEURONS, unit_groups
 
 PAIRWISE_UP_TO = 32  # above this group size, partitioning the groups is faster than comparing every pair
 STATES = 2**16  # the totals that are told apart when layers are fitted to a budget
@@ -35,10 +38,29 @@ class Pattern:
     Attributes:
         name: as it is written on the command line.
         sparsity: what the pattern itself fixes, else None.
+        budgets: what a sparsity can be a fraction of.
+        structured: a block without what is pruned is a smaller block. It is zero on both sides, and so has no gradient.
     """
 
     name: str
     sparsity: float | None = None
+    budgets: tuple[str, ...] = ("weights",)
+    structured = False
+
+    def masks(self, model: nn.Module, scores, allocate: Callable, sparsity: float, budget: str) -> dict[str, Tensor]:
+        """The masks of a model, by parameter name, in model order.
+
+        Args:
+            model: it is not changed.
+            scores: the `Scores` of its prunable weights.
+            allocate: from `Scores` and a sparsity to the number of units that each layer keeps.
+            sparsity: the fraction of the budget that goes.
+            budget: one of `budgets`.
+        """
+        self.check(scores.shapes)
+        total = round(sum(map(prod, scores.shapes.values())) * (1 - sparsity))
+        kept = self.fit(allocate(scores, sparsity), scores.shapes, total)
+        return {name: scores.mask(name, kept[name]) for name in scores}
 
     def check(self, shapes: Shapes) -> None:
         """Raises a PruningError that names the first layer that the pattern does not fit."""
@@ -213,7 +235,97 @@ class Block(Pattern):
         return mask.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
 
 
-PATTERNS: dict[str, type[Pattern]] = {pattern.form: pattern for pattern in (Unstructured, Row, NOfM, AnyOfM, Block)}
+class _Units(Pattern):
+    """Whole heads or neurons: their rows and columns in all parameters of their block, biases too.
+
+    Attributes:
+        kinds: of `structure.HEADS` and `structure.NEURONS`.
+    """
+
+    kinds: tuple[str, ...]
+    budgets = ("weights", "macs")
+    structured = True
+
+    @classmethod
+    def parse(cls, name: str) -> "_Units | None":
+        return cls() if name == cls.form else None
+
+    def masks(self, model, scores, allocate, sparsity, budget):
+        """An allocation sees the weights of all units, each with the mean score of its unit, and says how many it wants
+        of each layer. Blocks keep units in proportion to that, as nearly as whole ones allow, and never more than the
+        budget. A block with a layer that is wanted dense stays dense, if the budget allows that. Other weights stay.
+
+        Within a block the units of the largest sums are kept, on a tie the earlier. Units of zeros alone, such as those
+        that are pruned already, are never kept, unless no other is left.
+        """
+        groups = unit_groups(model, self.kinds)
+        if not groups:
+            raise PruningError(f"pattern {self.name}: {type(model).__name__} has none that are known: expected a "
+                               "transformer of timm")
+        numel = {name: prod(shape) for name, shape in scores.shapes.items()}
+        weights = [group.weights(numel) for group in groups]  # by name the part that says how its units lie
+        sizes = [sum(numel[name] for name in parts) for parts in weights]
+        costs, total = sizes, sum(numel.values())
+        if budget == "macs":
+            costs, total = multiply_adds_of_modules(model, [group.name for group in groups], image_of(model))
+        step = np.array([-(-cost // group.units) for cost, group in zip(costs, groups, strict=True)])
+        left = round(total * (1 - sparsity)) - (total - sum(costs))
+        if left < step.sum():
+            raise PruningError(f"pattern {self.name} keeps at least one unit of each block and all weights elsewhere: "
+                               f"expected a sparsity of at most {_down((sum(costs) - step.sum()) / total)}")
+
+        sums = [group.sums(scores.__getitem__, parts) for group, parts in zip(groups, weights, strict=True)]
+        alive = [group.sums(lambda name: scores.weight(name) != 0, parts) > 0
+                 for group, parts in zip(groups, weights, strict=True)]
+        means = {name: (total_score * group.units / size)[part.unit].unsqueeze(1 - part.dim)
+                 for group, parts, size, total_score in zip(groups, weights, sizes, sums, strict=True)
+                 for name, part in parts.items()}
+        try:
+            wanted = allocate(scores.replaced(means), 1 - left / sum(costs))
+        except PruningError as error:  # with figures that are not those of all prunable weights
+            raise PruningError(f"pattern {self.name}, of the weights that it can remove: {error}") from None
+        shares = [1.0 if any(wanted[name] == numel[name] for name in parts) else
+                  sum(wanted[name] for name in parts) / size for parts, size in zip(weights, sizes, strict=True)]
+        most = np.array([max(int(units.sum()), 1) for units in alive])
+        kept = _nearest_steps(np.array(shares) * [group.units for group in groups] * step, step, most, left)
+
+        masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in scores.weights.items()}
+        parameters = dict(model.named_parameters())
+        for group, total_score, live, count in zip(groups, sums, alive, kept, strict=True):
+            best_first = np.lexsort((-total_score.numpy(), ~live.numpy()))
+            chosen = torch.zeros(group.units, dtype=torch.bool)
+            chosen[torch.from_numpy(best_first[:count])] = True
+            masks |= group.masks(chosen, parameters)
+        return {name: masks[name] for name in parameters if name in masks}
+
+
+@method("Michel et al. 2019, arXiv:1905.10650")
+class Heads(_Units):
+    """Whole attention heads; every block keeps at least one."""
+
+    form = name = "heads"
+    kinds = (HEADS,)
+
+
+@method("Li et al. 2017, arXiv:1608.08710")
+class Neurons(_Units):
+    """Whole hidden neurons of the MLPs; every block keeps at least one."""
+
+    form = name = "neurons"
+    kinds = (NEURONS,)
+
+
+@method("Yang et al. 2023, arXiv:2110.04869")
+class HeadsAndNeurons(_Units):
+    """Whole heads and hidden neurons, under one budget."""
+
+    form = name = "heads+neurons"
+    kinds = (HEADS, NEURONS)
+
+
+PATTERNS: dict[str, type[Pattern]] = {
+    pattern.form: pattern for pattern in (Unstructured, Row, NOfM, AnyOfM, Block, Heads, Neurons, HeadsAndNeurons)
+}
 
 
 def parse_pattern(name: str) -> Pattern:
@@ -226,7 +338,7 @@ def parse_pattern(name: str) -> Pattern:
         if found := pattern.parse(name) if isinstance(name, str) else None:
             return found
     raise PruningError(f"unknown pattern {str(name)[:100]!r}: expected unstructured, row, n:m such as 2:4, x:m such as "
-                       "x:4, or block:RxC such as block:16x16")
+                       "x:4, block:RxC such as block:16x16, heads, neurons or heads+neurons")
 
 
 def n_of_m(score: Tensor, n: int, m: int) -> Tensor:

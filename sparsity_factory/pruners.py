@@ -43,6 +43,7 @@ def compute_masks(
     score: str = "magnitude",
     *,
     pattern: str = "unstructured",
+    budget: str = "weights",
     statistics: Statistics | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
@@ -52,40 +53,43 @@ def compute_masks(
         model: any module with linear layers; see `prunable_weights` for which of its weights are prunable.
         pruner: a name in `PRUNERS`: how the budget is shared among layers.
         sparsity: the fraction of the prunable weights to remove, in [0, 1); not for `custom`, nor for a pattern such as
-            2:4 that has its own.
+            2:4 that has its own. With `budget="macs"`, that of their multiply-adds and the attention products'.
         custom_config: path of a YAML file, or what such a file parses to; for `custom` only.
         score: a name in `SCORES`: how much a weight matters.
         pattern: one of the forms in `PATTERNS`, such as `2:4`: what may be removed together.
+        budget: `weights`, or with heads and neurons also `macs`; then the model, which is one of timm, is run once.
         statistics: what `collect_statistics` returned for the model, where `needs_of(pruner, score)` is not empty.
         seed: of scores that are drawn.
 
     Returns:
         Parameter name to bool tensor of the weight's shape, on its device, True where the weight is kept; in model
-        order.
+        order. All prunable weights are there; where heads or neurons go, their biases too, and what else has a row or
+        column for each of them.
 
     Raises:
         PruningError: whatever `check_request` refuses, statistics that are missing or lack something, a model without
             prunable weights, one that the pattern does not fit, a weight or score that is not finite.
     """
-    check_request(pruner, sparsity, custom_config, score, pattern=pattern)
+    check_request(pruner, sparsity, custom_config, score, pattern=pattern, budget=budget)
     weights = prunable_weights(model)
     if not weights:
         raise PruningError(f"{type(model).__name__} has no prunable weights: no nn.Linear besides the classifier")
     _check_statistics(statistics, weights, pruner, score)
     pattern = parse_pattern(pattern)
-    pattern.check({name: weight.shape for name, weight in weights.items()})
     scores = Scores(weights, SCORES[score], pattern, statistics, seed)
     if pruner == "custom":
         return {name: _mask(scores, name, level) for name, level in custom(scores, custom_config).items()}
+
+    def allocate(scores: Scores, sparsity: float) -> dict[str, int]:
+        allocation = PRUNERS[pruner](scores, sparsity)
+        for name, units in scores.sizes.items():
+            kept = allocation.get(name)
+            if kept is None or not 0 <= kept <= units:
+                raise PruningError(f"pruner {pruner} keeps {kept} of {name}: expected 0 to {units} weights")
+        return {name: allocation[name] for name in scores}
+
     sparsity = float(sparsity) if pattern.sparsity is None else pattern.sparsity
-    allocation = PRUNERS[pruner](scores, sparsity)
-    for name, units in scores.sizes.items():
-        kept = allocation.get(name)
-        if kept is None or not 0 <= kept <= units:
-            raise PruningError(f"pruner {pruner} keeps {kept} of {name}: expected 0 to {units} weights")
-    budget = _budget({name: weight.numel() for name, weight in weights.items()}, sparsity)
-    allocation = pattern.fit({name: allocation[name] for name in weights}, scores.shapes, budget)
-    return {name: scores.mask(name, allocation[name]) for name in weights}
+    return pattern.masks(model, scores, allocate, sparsity, budget)
 
 
 def check_request(
@@ -95,6 +99,7 @@ def check_request(
     score: str = "magnitude",
     *,
     pattern: str = "unstructured",
+    budget: str = "weights",
 ) -> None:
     """Refuses what no model could be pruned with: unknown names, values out of range, choices that exclude each other.
 
@@ -106,6 +111,9 @@ def check_request(
     if score not in SCORES:
         raise PruningError(f"unknown score {score!r}: expected one of {', '.join(SCORES)}")
     fixed = parse_pattern(pattern).sparsity is not None
+    if budget not in parse_pattern(pattern).budgets:
+        raise PruningError(f"budget {budget!r}: expected {' or '.join(parse_pattern(pattern).budgets)} with pattern "
+                           f"{pattern}")
     if pruner == "custom":
         if sparsity is not None:
             raise PruningError("pruner custom takes its sparsity from the configuration: expected no sparsity")

@@ -28,6 +28,7 @@ class Recipe:
         custom_config: what the YAML of the pruner `custom` parses to.
         score: a name in `SCORES`.
         pattern: what is removed together: `unstructured`, `2:4`, ...
+        budget: what the sparsity is a fraction of: `weights`, or with heads and neurons also `macs`.
         prune_schedule: a name in `SCHEDULES`.
         prune_start, prune_end: when its changes begin and end, as fractions of the training.
         prune_every: steps from a change to the next.
@@ -45,6 +46,7 @@ class Recipe:
     custom_config: Mapping | None = None
     score: str = "magnitude"
     pattern: str = "unstructured"
+    budget: str = "weights"
     prune_schedule: str = "one-shot"
     prune_start: float = 0.0
     prune_end: float = 0.75  # as RigL; the last quarter of the training is the final masks'
@@ -167,7 +169,7 @@ class Recipe:
         """
         request = {name: getattr(self, name) for name in ("pruner", "sparsity", "custom_config", "score")}
         if self.pattern != "unstructured":
-            request["pattern"] = self.pattern
+            request |= {"pattern": self.pattern, "budget": self.budget}
         if scale is None:
             return request
         if self.pruner == "custom":
@@ -185,7 +187,10 @@ class Recipe:
         self._expect(_known(self.pruner, PRUNERS), "pruner", f"one of {', '.join(PRUNERS)}")
         self._expect(_known(self.score, SCORES), "score", f"one of {', '.join(SCORES)}")
         self._expect(_known(self.reconstruct, RECONSTRUCTIONS), "reconstruct", f"one of {', '.join(RECONSTRUCTIONS)}")
-        fixed = parse_pattern(self.pattern).sparsity is not None
+        pattern = parse_pattern(self.pattern)
+        fixed = pattern.sparsity is not None
+        self._expect(_known(self.budget, dict.fromkeys(pattern.budgets)), "budget",
+                     f"{' or '.join(pattern.budgets)} with --pattern {self.pattern}")
         grouped = self.pattern != "unstructured"
         if self.pruner == "custom":
             self._expect(self.sparsity is None, "sparsity", "none with --pruner custom, whose YAML sets the sparsity")
@@ -211,6 +216,9 @@ class Recipe:
         if grouped and self.prune_schedule in ("set", "rigl"):
             raise PruningError(f"--prune-schedule {self.prune_schedule}: expected unstructured levels only, since it "
                                "moves weights anywhere in their layer, and groups would break")
+        if pattern.structured and self.prune_schedule == "ac-dc":
+            raise PruningError("--prune-schedule ac-dc: expected a pattern whose weights can come back in a dense "
+                               "phase; whole heads and neurons get no gradient once they are zero")
 
     def _check_schedule(self) -> None:
         self._expect(_known(self.prune_schedule, SCHEDULES), "prune_schedule", f"one of {', '.join(SCHEDULES)}")

@@ -5,8 +5,8 @@ A reconstruction is a function
     def reconstruction(weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]
 
 from a weight of shape (outputs, inputs), the sums over its layer's inputs, the mask that score and allocation have
-chosen, and its pattern, to the new weight, zero where it is pruned, and its mask, which keeps as many weights. To add
-one, write such a function and name it in `RECONSTRUCTIONS`.
+chosen, and its pattern, to the new weight, zero where it is pruned, and its mask, which keeps as many weights. Without
+a pattern, the mask stays. To add one, write such a function and name it in `RECONSTRUCTIONS`.
 """
 
 import copy
@@ -98,45 +98,49 @@ def obs_prune(
 
 
 @method()
-def none(weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def none(weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern | None) -> tuple[Tensor, Tensor]:
     """Kept weights stay as they are."""
     return weight * mask, mask
 
 
 @method("Frantar and Alistarh 2023, arXiv:2301.00774", needs={"gram"})
-def obs(weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def obs(weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern | None) -> tuple[Tensor, Tensor]:
     """Optimal Brain Surgeon chooses which weights of a layer go, as many as the mask prunes, and updates the others."""
     # Few columns compare: on small layers the choice was the better, the later it was made.
-    return obs_prune(weight, inputs.gram, _kept(mask, pattern), block_size=max(weight.shape[1] // 32, 8),
-                     pattern=pattern)
+    return obs_prune(weight, inputs.gram, _kept(mask, pattern) if pattern else mask, pattern=pattern,
+                     block_size=max(weight.shape[1] // 32, 8))
 
 
 @method("Frantar and Alistarh 2023, arXiv:2301.00774", needs={"gram"})
-def obs_mask(weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def obs_mask(weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern | None) -> tuple[Tensor, Tensor]:
     """Optimal Brain Surgeon only updates the kept weights; score and pruner have chosen which those are."""
     return obs_prune(weight, inputs.gram, mask)
 
 
 @method("Boža 2024, arXiv:2401.02938; this project", needs={"gram", DENSE_INPUTS})
-def least_squares(weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def least_squares(weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern | None) -> tuple[Tensor, Tensor]:
     """Prunes in rounds by what a weight costs; after each, the kept ones are those whose outputs are next to the dense.
 
     With X the layer's inputs and Y those that it has in the dense model, the kept weights w' of each row are the least
     squares of X w' - Y w, damped by w' - w. A weight costs w'^2 (H_jj / [H^-1]_jj)^0.5, H being the damped X^T X: the
     geometric mean of what its removal costs alone, and of what it costs if the others make up for it.
     """
-    pattern_kept, units = _kept(mask, pattern), pattern.units(weight.shape)
+    if pattern is None:
+        return least_squares_mask(weight, inputs, mask)
+    units, last = pattern.units(weight.shape), _kept(mask, pattern)
     problem = _LeastSquares(weight, inputs)
     new, mask = problem.solve(weight, torch.ones_like(mask), STEPS), torch.ones_like(mask)
     for round_ in range(1, ROUNDS + 1):
-        kept = pattern_kept + round((units - pattern_kept) * (1 - round_ / ROUNDS) ** 3)
+        kept = last + round((units - last) * (1 - round_ / ROUNDS) ** 3)
         mask = pattern.mask(pattern.score(problem.costs(new) * mask), kept)
         new = problem.solve(new, mask, STEPS if round_ < ROUNDS else LAST_STEPS)
     return new.to(weight.dtype), mask
 
 
 @method("Boža 2024, arXiv:2401.02938; this project", needs={"gram", DENSE_INPUTS})
-def least_squares_mask(weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def least_squares_mask(
+    weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern | None = None,
+) -> tuple[Tensor, Tensor]:
     """As least-squares, with the mask that score and pruner have chosen."""
     return _LeastSquares(weight, inputs).solve(weight, mask, LAST_STEPS).to(weight.dtype), mask
 
@@ -147,7 +151,7 @@ def reconstruct_layers(
     method: str,
     walk: Callable,
     *,
-    patterns: Callable[[str], Pattern],
+    patterns: Callable[[str], Pattern | None],
     share: Callable = lambda compute: compute(),
 ) -> dict[str, Tensor]:
     """Prunes the weights of a model by masks, layer after layer, and lets the kept ones make up for it.
@@ -158,10 +162,10 @@ def reconstruct_layers(
 
     Args:
         model: changed in place.
-        masks: of prunable weights; those of others are left to the caller.
+        masks: of weights and biases; those of other parameters are left to the caller.
         method: a name in `RECONSTRUCTIONS`.
         walk: `walk(visit, beside)` calls `visit(name, inputs)` for each prunable weight, as `visit_layers` does.
-        patterns: from the name of a weight to the pattern of its mask.
+        patterns: from the name of a weight to the pattern by which its mask may be chosen anew; None where it stays.
         share: calls a function on one process, and returns on all what it returned.
 
     Returns:
@@ -173,7 +177,8 @@ def reconstruct_layers(
         weight, mask = parameters[name], masks.get(name)
         if mask is None or mask.all():
             return
-        bias = parameters.get(f"{name.removesuffix('weight')}bias")
+        bias_name = f"{name.removesuffix('weight')}bias"
+        bias = parameters.get(bias_name)
         seen = inputs if bias is None else inputs.centred()
 
         def compute():
@@ -187,6 +192,7 @@ def reconstruct_layers(
         new, found[name] = (part.to(weight.device) for part in pruned)
         if bias is not None:
             bias += (weight.to(inputs.mean) @ inputs.other_mean - new.to(inputs.mean) @ inputs.mean).to(bias)
+            bias *= masks.get(bias_name, 1)
         weight.copy_(new)
 
     with torch.no_grad():

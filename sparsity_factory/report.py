@@ -3,11 +3,12 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .masks import prunable_weights
+from .masks import dense_shapes, prunable_weights
 from .multiply_adds import ATTENTION, OTHERS
 
 
@@ -30,11 +31,13 @@ def sparsity_rows(model: nn.Module, masks: Mapping[str, Tensor]) -> list[LayerSp
     """One row per prunable weight in model order, then two totals: the prunable weights, and all parameters.
 
     Args:
-        model: a module; only names, shapes and sizes of its parameters are read.
+        model: a module; only names, shapes and sizes of its parameters are read. A shrunk one is compared with the
+            dense one that it was.
         masks: parameter name to bool tensor, as `compute_masks` returns and `Masks.masks` holds. A prunable weight
             without a mask counts as dense.
     """
-    return _rows(prunable_weights(model), masks, sum(parameter.numel() for parameter in model.parameters()))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return _rows(prunable_weights(model), masks, {**shapes, **dense_shapes(model)}, sum(map(prod, shapes.values())))
 
 
 def sparsity_table(rows: Sequence[LayerSparsity]) -> str:
@@ -52,8 +55,10 @@ def sparsity_table(rows: Sequence[LayerSparsity]) -> str:
 
 def checkpoint_table(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> str:
     """The table of a state dict whose model is not at hand: what its masks name counts as prunable."""
-    masked = {name: weights[name] for name in masks if name in weights}
-    return sparsity_table(_rows(masked, masks, sum(weight.numel() for weight in weights.values())))
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    masked = {name: weights[name] for name, mask in masks.items()
+              if name in weights and mask.dim() == 2 and name.endswith("weight")}
+    return sparsity_table(_rows(masked, masks, shapes, sum(map(prod, shapes.values()))))
 
 
 def sparsity_csv(rows: Sequence[LayerSparsity], dense: Mapping[str, int]) -> str:
@@ -108,14 +113,17 @@ def _line(row: tuple[str, ...], widths: list[int]) -> str:
     return "  ".join([name.ljust(widths[0]), *map(str.rjust, others, widths[1:])])
 
 
-def _rows(prunable: Mapping[str, Tensor], masks: Mapping[str, Tensor], parameters: int) -> list[LayerSparsity]:
+def _rows(prunable: Mapping[str, Tensor], masks: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]],
+          parameters: int) -> list[LayerSparsity]:
+    """shapes: those of the dense model. parameters: how many there are, pruned or not."""
     layers = []
     for name, weight in prunable.items():
-        kept = int(masks[name].count_nonzero()) if name in masks else weight.numel()
-        pattern = "dense" if kept == weight.numel() else _pattern(masks[name])
-        layers.append(LayerSparsity(name, tuple(weight.shape), kept, weight.numel(), pattern))
+        kept, dense = int(masks[name].count_nonzero()) if name in masks else weight.numel(), prod(shapes[name])
+        pattern = "dense" if kept == dense else _pattern(masks[name]) if name in masks else "unstructured"
+        layers.append(LayerSparsity(name, shapes[name], kept, dense, pattern))
     total = LayerSparsity("prunable weights", (), sum(row.kept for row in layers), sum(row.total for row in layers))
-    whole = LayerSparsity("whole model", (), parameters - (total.total - total.kept), parameters)
+    pruned = sum(mask.numel() - int(mask.count_nonzero()) for name, mask in masks.items() if name in shapes)
+    whole = LayerSparsity("whole model", (), parameters - pruned, sum(map(prod, shapes.values())))
     return [*layers, total, whole]
 
 
@@ -124,6 +132,8 @@ def _pattern(mask: Tensor) -> str:
     inputs = mask.shape[1]
     for m in (m for m in range(2, inputs + 1) if inputs % m == 0):
         n = int(mask[0, :m].count_nonzero())
+        if n == m:
+            continue
         # Nearly always the first row decides, at a small part of the work.
         if n and all((part.reshape(-1, m).sum(1) == n).all() for part in (mask[0], mask)):
             return f"{n}:{m}"

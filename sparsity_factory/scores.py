@@ -137,6 +137,7 @@ class Scores(Mapping[str, Tensor]):
     exact in it).
 
     Attributes:
+        weights: parameter name to the weight as it is.
         sizes: parameter name to the number of units.
         shapes: parameter name to the shape of the weight, (outputs, inputs).
     """
@@ -149,7 +150,7 @@ class Scores(Mapping[str, Tensor]):
         statistics: Statistics | None = None,
         seed: int = 0,
     ):
-        self._weights, self._score, self._pattern = weights, score, pattern or Unstructured()
+        self.weights, self._score, self._pattern = weights, score, pattern or Unstructured()
         self._statistics, self._seed = statistics, seed
         self.shapes = {name: weight.shape for name, weight in weights.items()}
         self.sizes = {name: self._pattern.units(shape) for name, shape in self.shapes.items()}
@@ -165,7 +166,7 @@ class Scores(Mapping[str, Tensor]):
         if self._latest and self._latest[0] == name:
             return self._latest[1]
         self._latest = None  # so that its memory is used again: fresh memory takes longer
-        weight = self._weights[name].detach().to(self._dtype)
+        weight = self.weights[name].detach().to(self._dtype)
         score = self._pattern.score(self._score(weight, self.layer(name)))
         if name not in self._finite and not score.amax().isfinite():
             self.weight(name)
@@ -178,7 +179,15 @@ class Scores(Mapping[str, Tensor]):
         """Another score of the same units of the same weights."""
         if score is self._score:
             return self
-        return Scores(self._weights, score, self._pattern, self._statistics, self._seed)
+        return Scores(self.weights, score, self._pattern, self._statistics, self._seed)
+
+    def replaced(self, values: Mapping[str, Tensor]) -> "Scores":
+        """Scores of the weights that `values` names, each with its values there, broadcast to the weight's shape."""
+        def given(weight: Tensor, layer: Layer) -> Tensor:
+            return values[layer.name].to(weight).expand_as(weight).contiguous()
+
+        weights = {name: weight for name, weight in self.weights.items() if name in values}
+        return Scores(weights, given, None, self._statistics, self._seed)
 
     def weight(self, name: str) -> Tensor:
         """The weight itself, shape (outputs, inputs), in the dtype of all scores.
@@ -186,7 +195,7 @@ class Scores(Mapping[str, Tensor]):
         Raises:
             PruningError: it is not finite.
         """
-        weight = self._weights[name].detach().to(self._dtype)
+        weight = self.weights[name].detach().to(self._dtype)
         if not weight.isfinite().all():
             raise PruningError(f"{name} has a weight that is NaN or infinite")
         return weight
@@ -194,7 +203,7 @@ class Scores(Mapping[str, Tensor]):
     def layer(self, name: str) -> Layer:
         """What is known of the layer besides its weight."""
         if name not in self._layers:
-            device = self._weights[name].device
+            device = self.weights[name].device
             self._layers[name] = Layer(name, self._seed, self._statistics, device)
         return self._layers[name]
 
@@ -209,7 +218,7 @@ class Scores(Mapping[str, Tensor]):
         return self._pattern.mask(self[name], kept, self._at_least.get(name))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
+        return iter(self.weights)
 
     def __len__(self) -> int:
-        return len(self._weights)
+        return len(self.weights)

@@ -12,7 +12,7 @@ from .config import read_yaml
 from .errors import PruningError
 from .layerwise import visit_layers
 from .masks import Change, Masks, bits, pack, prunable_weights, select, unpack
-from .patterns import NOfM, parse_pattern, regrow
+from .patterns import Pattern, parse_pattern, regrow
 from .pruners import compute_masks
 from .recipe import LARGEST, Recipe
 from .reconstruction import NONE, reconstruct_layers
@@ -306,10 +306,11 @@ class Sparsifier:
             average.load_state_dict(self.model.state_dict())
         return masks
 
-    def _pattern(self, name: str):
-        """The pattern of a weight's mask."""
+    def _pattern(self, name: str) -> Pattern | None:
+        """The pattern by which a layer can choose its mask anew; None where layers have to agree."""
         level = self._levels.get(name)
-        return NOfM("{}:{}".format(*level), *level) if isinstance(level, tuple) else parse_pattern(self.recipe.pattern)
+        pattern = parse_pattern("{}:{}".format(*level) if isinstance(level, tuple) else self.recipe.pattern)
+        return None if pattern.structured else pattern
 
     def _change(self, new: Mapping[str, Tensor]) -> None:
         changes = self.masks.update(new)

@@ -28,7 +28,7 @@ def test_list_methods_prints_every_name_with_its_source_in_lines_of_120(run_main
     words = " ".join(printed.split())
     for registry in (SCORES, PRUNERS, PATTERNS, SCHEDULES):
         for name, entry in registry.items():
-            assert re.search(rf"^{name}  ", printed, re.MULTILINE), name
+            assert re.search(rf"^{re.escape(name)}  ", printed, re.MULTILINE), name
             assert describe(entry).source.partition(",")[0].partition(";")[0] in words, name
 
 

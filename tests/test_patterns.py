@@ -219,7 +219,7 @@ def test_sparsity_zero_keeps_everything(pruner, pattern):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        *((name, "unknown pattern .*expected unstructured, row, n:m such as 2:4, x:m such as x:4, or block:RxC")
+        *((name, "unknown pattern .*expected unstructured, row, n:m such as 2:4, x:m such as x:4, block:RxC .* heads")
           for name in ("2:", ":4", "x:", "2:4:8", "-1:4", "rows", "", "block", "block:16", "block:16x",
                        "block:1x2x3", "n:m", "2.0:4", " 2:4", "x:4\n", None, 4, "a" * 500)),
         ("5:4", "pattern '5:4': expected n:m with 1 <= n <= m"),
@@ -245,7 +245,7 @@ def test_a_pattern_that_does_not_fit_a_layer_names_it(pattern):
 
 
 def test_every_pattern_describes_itself_in_one_line():
-    assert list(PATTERNS) == ["unstructured", "row", "n:m", "x:m", "block:RxC"]
+    assert list(PATTERNS) == ["unstructured", "row", "n:m", "x:m", "block:RxC", "heads", "neurons", "heads+neurons"]
     for form, pattern in PATTERNS.items():
         line, source, _ = describe(pattern)
         assert line.endswith(".") and (source or form == "unstructured")
