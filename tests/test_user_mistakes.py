@@ -100,6 +100,12 @@ MISTAKES = [
     ([*LAMP, "--prune-schedule", "rigl", "--drop-fraction", "1.5"], "--drop-fraction 1.5", {}),
     ([*LAMP, "--prune-schedule", "sr-ste", "--sr-decay", "-1"], "--sr-decay -1", {}),
     ([*LAMP, "--sr-decay", "1e-3"], "--sr-decay", {}),
+    ([*LAMP, "--reconstruct", "sgd"], "sgd", {}),
+    (["--reconstruct", "obs"], "--pruner", {}),
+    ([*LAMP, "--reconstruct", "obs", "--prune-schedule", "ste"], "--reconstruct obs", {}),
+    ([*LAMP, "--reconstruct", "obs-mask", "--prune-schedule", "sr-ste"], "--reconstruct obs-mask", {}),
+    ([*LAMP, "--reconstruct", "obs", "--prune-schedule", "iterative", "--rewind", "0"], "--rewind", {}),
+    ([*LAMP, "--reconstruct", "obs", "--calibration-images", "9000"], "there are 6000", {}),
     ([*LAMP, "--timeout", "0"], "--timeout", {}),
 ]
 
