@@ -35,8 +35,8 @@ SAME_STEPS = {
             ("rigl", ["--prune-every", "1"]), ("set", ["--prune-every", "1"]), ("gradual", ["--prune-every", "1"]),
             ("sr-ste", ["--prune-every", "1"])))},
 }
-RECONSTRUCTED = ["--calibration-images", "48", "--prune-schedule", "iterative", "--prune-rounds", "2", "--epochs", "2",
-                 "--lr", "1e-3", "--opt", "sgd"]
+RECONSTRUCTED = ["--calibration-images", "48", "--prune-schedule", "iterative", "--prune-rounds", "2", "--opt", "sgd",
+                 "--lr", "1e-3", "--drop-path", "0", "--reprob", "0", "--mixup", "0", "--cutmix", "0"]
 TAYLOR = ["--eval", "--score", "taylor", "--calibration-images", "48"]
 
 
@@ -118,17 +118,18 @@ def test_masks_by_a_score_that_looks_at_data_are_the_same_with_one_process_and_t
 
 @pytest.mark.parametrize("method", ["obs", "obs-mask"])
 def test_masks_by_a_reconstruction_are_the_same_with_one_process_and_two(pair, tiny, run_main, had, method):
-    run_main(*tiny, *LAMP, *RECONSTRUCTED, "--reconstruct", method, "--eval")
-    run_main(*tiny, *LAMP, "--eval")
-    (one, magnitude), (masks, weights) = had, (
-        [read(pair / method / f"{kind}{rank}.pth") for rank in range(2)] for kind in ("masks", "weights"))
-    assert len(masks[0]) == 3 and len(weights[0]) == 2  # dense, and two rounds
-    assert [different(*both) for both in zip(*masks, strict=True)] == [0, 0, 0]
-    for first, second in zip(*weights, strict=True):
-        assert all(torch.equal(weight, second[name]) for name, weight in first.items())
-        assert not torch.equal(first["blocks.0.mlp.fc1.bias"], weights[0][0]["blocks.0.mlp.fc1.bias"]) or \
-            first is weights[0][0]
-    assert (different(one, magnitude) > 0) == (method == "obs")
+    run_main(*tiny, *LAMP, *RECONSTRUCTED, "--batch-size", "16", "--reconstruct", method)
+    run_main(*tiny, *LAMP, "--prune-schedule", "iterative", "--prune-rounds", "2")
+    masks, weights = ([read(pair / method / f"{kind}{rank}.pth") for rank in range(2)] for kind in ("masks", "weights"))
+    first, second, magnitude = had[:3]
+    assert [different(*both) for both in zip(*masks, strict=True)] == [0, 0]
+    for one, other in zip(*weights, strict=True):
+        assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+    assert len(weights[0]) == 2
+    # Sums of other batches are rounded otherwise, and of weights as good as equal another may be kept.
+    assert different(first, masks[0][0]) <= (20 if method == "obs" else 0)
+    assert different(second, masks[0][1]) <= 200
+    assert (different(first, magnitude) > 1000) == (method == "obs")
 
 
 def test_shared_evaluation_counts_each_image_once(pair, tiny, run_main):
