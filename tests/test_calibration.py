@@ -54,6 +54,36 @@ def test_two_processes_add_up_to_what_one_finds(tiny, monkeypatch, needs):
         torch.testing.assert_close(total, found.state_dict()[name], rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("images", ["2", "40", "48"])
+def test_each_of_two_processes_has_a_batch_for_the_walk_and_statistics_have_the_batches_of_one(
+        tiny, monkeypatch, images):
+    flags = ["--calibration-images", images]
+    whole = [len(targets) for _, targets in calibrate(tiny, *flags).loader]
+    monkeypatch.setattr(calibration.utils, "world_size", lambda: 2)
+    drawn, statistics = [], []
+    for rank in range(2):
+        monkeypatch.setattr(calibration.utils, "rank", lambda rank=rank: rank)
+        found = calibrate(tiny, *flags)
+        statistics += [len(targets) for _, targets in found.loader]
+        monkeypatch.setattr(calibration, "visit_layers", lambda model, loader, visit, add_up: drawn.append(
+            [len(targets) for _, targets in loader]))
+        found.walk(lambda name, inputs: None)
+    assert sum(map(sum, drawn)) == int(images) and all(drawn)
+    assert sorted(statistics) == sorted(whole)
+
+
+def test_fewer_images_than_inputs_are_told(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(calibration, "visit_layers", lambda *args, **options: None)
+    calibrate(tiny).walk(lambda name, inputs: None)
+    assert "--calibration-images 40: fewer than the 384 inputs of a layer" in capsys.readouterr().out
+
+
+def test_fewer_images_than_processes_are_an_error(tiny, monkeypatch):
+    monkeypatch.setattr(calibration.utils, "world_size", lambda: 3)
+    with pytest.raises(UserError, match="--calibration-images 2: there are 48 training images, for 3 process"):
+        calibrate(tiny, "--calibration-images", "2")
+
+
 def test_more_images_than_there_are_is_an_error(tiny):
     with pytest.raises(UserError, match="--calibration-images 49: there are 48 training images"):
         calibrate(tiny, "--calibration-images", "49")

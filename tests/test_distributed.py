@@ -37,6 +37,8 @@ SAME_STEPS = {
             ("rigl", ["--prune-every", "1"]), ("set", ["--prune-every", "1"]), ("gradual", ["--prune-every", "1"]),
             ("sr-ste", ["--prune-every", "1"])))},
 }
+RECONSTRUCTED = ["--calibration-images", "48", "--prune-schedule", "iterative", "--prune-rounds", "2", "--opt", "sgd",
+                 "--lr", "1e-3", "--drop-path", "0", "--reprob", "0", "--mixup", "0", "--cutmix", "0"]
 TAYLOR = ["--eval", "--score", "taylor", "--calibration-images", "48"]
 
 
@@ -46,13 +48,15 @@ def with_teacher(flags, folder):
 
 @pytest.fixture(scope="session")
 def pair(once, tiny):
-    """The folder with a run of two processes for each of SAME_STEPS, one that calibrates and one that evaluates."""
+    """The folder with a run of two processes for each of SAME_STEPS, three that calibrate and one that evaluates."""
     def make(folder):
         torch.manual_seed(0)
         torch.save({"model": timm.create_model("resnet10t", num_classes=10).state_dict()}, folder / "teacher.pth")
         runs = {name: [*tiny, *LAMP, *SGD, *with_teacher(two, folder), "--output_dir", str(folder / name)]
                 for name, (_, two) in SAME_STEPS.items()}
         runs["taylor"] = [*tiny, *LAMP, *TAYLOR]
+        runs |= {method: [*tiny, *LAMP, *RECONSTRUCTED, "--batch-size", "8", "--reconstruct", method]
+                 for method in ("obs", "obs-mask")}
         runs["evaluation"] = [*tiny, *LAMP, "--eval", "--dist-eval"]
         (folder / "runs.json").write_text(json.dumps(runs))
         result = start_main(folder, cwd=folder, processes=2, script=ROOT / "tests" / "two_processes.py")
@@ -112,6 +116,22 @@ def test_masks_by_a_score_that_looks_at_data_are_the_same_with_one_process_and_t
         masks, = read(pair / "taylor" / f"masks{rank}.pth")
         assert different(taylor, masks) == 0
     assert different(taylor, magnitude) > 0
+
+
+@pytest.mark.parametrize("method", ["obs", "obs-mask"])
+def test_masks_by_a_reconstruction_are_the_same_with_one_process_and_two(pair, tiny, run_main, had, method):
+    run_main(*tiny, *LAMP, *RECONSTRUCTED, "--batch-size", "16", "--reconstruct", method)
+    run_main(*tiny, *LAMP, "--prune-schedule", "iterative", "--prune-rounds", "2")
+    masks, weights = ([read(pair / method / f"{kind}{rank}.pth") for rank in range(2)] for kind in ("masks", "weights"))
+    first, second, magnitude = had[:3]
+    assert [different(*both) for both in zip(*masks, strict=True)] == [0, 0]
+    for one, other in zip(*weights, strict=True):
+        assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+    assert len(weights[0]) == 2
+    # Sums of other batches are rounded otherwise, and of weights as good as equal another may be kept.
+    assert different(first, masks[0][0]) <= (20 if method == "obs" else 0)
+    assert different(second, masks[0][1]) <= 200
+    assert (different(first, magnitude) > 1000) == (method == "obs")
 
 
 def test_shared_evaluation_counts_each_image_once(pair, tiny, run_main):

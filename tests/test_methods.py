@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from arguments import get_args_parser
-from sparsity_factory import PATTERNS, PRUNERS, SCHEDULES, SCORES, PruningError, Recipe, describe
+from sparsity_factory import PATTERNS, PRUNERS, RECONSTRUCTIONS, SCHEDULES, SCORES, PruningError, Recipe, describe
 from sparsity_factory.menu import ALONE, CHOICES, EXAMPLES, WIDTH, example, menu, refused_pairs, users_of
 
 PAGE = (ROOT / "docs" / "methods.md").read_text()
@@ -26,7 +26,7 @@ def test_list_methods_prints_every_name_with_its_source_in_lines_of_120(run_main
     assert printed == menu() + "\n"
     assert max(map(len, printed.splitlines())) <= WIDTH == 120
     words = " ".join(printed.split())
-    for registry in (SCORES, PRUNERS, PATTERNS, SCHEDULES):
+    for registry in (SCORES, PRUNERS, PATTERNS, SCHEDULES, RECONSTRUCTIONS):
         for name, entry in registry.items():
             assert re.search(rf"^{re.escape(name)}  ", printed, re.MULTILINE), name
             assert describe(entry).source.partition(",")[0].partition(";")[0] in words, name
@@ -62,8 +62,8 @@ def test_the_menu_refuses_what_a_recipe_refuses_and_nothing_else():
     refused = {(one, value, other, beside) for one, values, other, others, _ in refused_pairs()
                for value in values for beside in others}
     patterns = [EXAMPLES.get(form, form) for form in PATTERNS]
-    for values in itertools.product(PRUNERS, patterns, SCHEDULES, SCORES):
-        choices = dict(zip(("pruner", "pattern", "prune_schedule", "score"), values, strict=True))
+    for values in itertools.product(PRUNERS, patterns, SCHEDULES, SCORES, RECONSTRUCTIONS):
+        choices = dict(zip(("pruner", "pattern", "prune_schedule", "score", "reconstruct"), values, strict=True))
         pairs = itertools.combinations(choices.items(), 2)
         if any((*one, *other) in refused for one, other in pairs):
             with pytest.raises(PruningError):

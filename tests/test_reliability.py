@@ -94,6 +94,21 @@ def test_every_schedule_goes_on_to_the_bit_after_any_step(run_main, tiny, tmp_pa
     assert len(read_log(tmp_path / "parts")) == 2
 
 
+def test_a_run_that_reconstructs_goes_on_to_the_bit(run_main, tiny, tmp_path, stop_at):
+    recipe = [*tiny, *LAMP, "--prune-schedule", "iterative", "--prune-rounds", "2", "--epochs", "2", "--resume", "auto",
+              "--model-ema-decay", "0.9", "--reconstruct", "obs", "--calibration-images", "32"]
+    printed = run_main(*recipe, "--output_dir", "whole")
+    assert printed.count("Reconstructing 24 layers on 32 training images") == 2
+    for step in (2, 4):
+        stop_at(step)
+        run_main(*recipe, "--output_dir", "parts", status=143)
+    run_main(*recipe, "--output_dir", "parts")
+    assert differences(tmp_path / "whole", tmp_path / "parts") == []
+    best = read(tmp_path / "parts/best_checkpoint.pth")
+    assert sum(int(mask.sum()) for mask in unpack(best["masks"]).values()) == 232243
+    assert all(not best["model_ema"][name][~mask].any() for name, mask in unpack(best["masks"]).items())
+
+
 @pytest.fixture
 def saved(monkeypatch):
     """The contents of all checkpoints that this process writes at the end of an epoch, and whether each is the best."""

@@ -11,8 +11,19 @@ from timm.optim.lookahead import Lookahead
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsity_factory import SCHEDULES, PruningError, Recipe, Sparsifier, check_masks, compute_masks, pack
+from sparsity_factory import (
+    SCHEDULES,
+    PruningError,
+    Recipe,
+    Sparsifier,
+    check_masks,
+    compute_masks,
+    pack,
+    parse_pattern,
+    visit_layers,
+)
 from sparsity_factory.patterns import regrow
+from sparsity_factory.reconstruction import reconstruct_layers
 
 STEPS, EPOCH = 24, 6
 SPARSITY = 0.7
@@ -357,6 +368,82 @@ def test_a_weight_without_gradient_is_not_moved():
         run.sparsifier.end_step()
     assert torch.equal(run.masks()["3.weight"], before["3.weight"])
     assert not torch.equal(run.masks()["0.weight"], before["0.weight"])
+
+
+# ---- reconstruction ----
+
+
+def walk(model, visit) -> None:
+    visit_layers(model, [torch.randn(40, 8, generator=torch.Generator().manual_seed(1))], visit)
+
+
+def reconstructing(schedule: str, method: str = "obs", make=sgd):
+    """A run, and by step (0: the start, too) copies of the model as it was when its layers were reconstructed."""
+    before = {}
+
+    def remember_and_walk(visit):
+        before[run.sparsifier.step] = copy.deepcopy(run.model)
+        walk(run.model, visit)
+
+    fields = {"reconstruct": method} | ({"rewind": None} if schedule == "iterative" else {})
+    run = Run(recipe(schedule, **fields), make, started=False, walk=remember_and_walk)
+    run.sparsifier.start()
+    return run, before
+
+
+@pytest.mark.parametrize("schedule, steps", [
+    ("one-shot", [0]), ("gradual", [6, 10, 14]), ("iterative", [6, 12, 18]), ("ac-dc", [4, 14])])
+def test_each_choice_of_masks_reconstructs_and_averages_begin_anew(schedule, steps):
+    run, before = reconstructing(schedule, "obs-mask")
+    for step in range(STEPS):
+        if step or schedule != "one-shot":
+            run.step()
+        if step in steps:
+            expected = before[step]
+            reconstruct_layers(expected, run.masks(), "obs-mask", lambda visit, model=expected: walk(model, visit),
+                               patterns=lambda name: parse_pattern("unstructured"))
+            for model in (run.model, run.average):
+                assert all(torch.equal(value, model.state_dict()[name])
+                           for name, value in expected.state_dict().items())
+    assert list(before) == steps
+    assert run.sparsifier.final
+    assert run.sparsifier.masks.sparsity() == pytest.approx(SPARSITY, abs=0.01)
+
+
+@pytest.mark.parametrize("schedule", ["set", "rigl"])
+def test_weights_that_are_moved_are_not_reconstructed(schedule):
+    run, before = reconstructing(schedule)
+    first = run.masks()
+    for _ in range(STEPS):
+        run.step()
+    assert list(before) == [0]
+    assert [int(mask.sum()) for mask in run.masks().values()] == [int(mask.sum()) for mask in first.values()]
+    assert not torch.equal(run.masks()["0.weight"], first["0.weight"])
+
+
+@pytest.mark.parametrize("schedule", ["gradual", "iterative", "ac-dc"])
+def test_what_obs_chooses_has_the_numbers_of_the_schedule_and_the_state_of_what_changes_is_cleared(schedule):
+    run, _ = reconstructing(schedule, make=OPTIMIZERS["momentum"])
+    plain = Run(recipe(schedule, **({"rewind": None} if schedule == "iterative" else {})))
+    changes = 0
+    for _ in range(STEPS):
+        old = run.masks()
+        run.step()
+        plain.step()
+        for name, mask in run.masks().items():
+            assert mask.sum() == plain.masks()[name].sum()
+            momentum, = state_of(run.optimizer, run.model.get_parameter(name))
+            assert not momentum[mask != old[name]].any()
+            changes += int((mask != old[name]).any())
+        for model in (run.model, run.average):
+            check_masks(model.state_dict(), run.masks())
+    assert changes >= 4
+
+
+def test_reconstruction_without_a_walk_over_the_layers_is_refused():
+    with pytest.raises(PruningError, match="reconstruct obs looks at data: expected a walk"):
+        Run(recipe("one-shot", reconstruct="obs"))
+    Run(recipe("one-shot", reconstruct="obs"), masks=compute_masks(network(), "unif", 0.5))  # reconstructs nothing
 
 
 # ---- gradients ----

@@ -192,6 +192,36 @@ def test_a_table_of_eight_columns_is_read_with_the_defaults(run_sweep, tmp_path)
         ("", "", ""), *[("magnitude", "unstructured", "one-shot")] * 2]
 
 
+def test_a_table_of_eleven_columns_is_read_as_without_reconstruction(run_sweep, tmp_path):
+    flags = ["--pruners", "lamp", "--sparsities", "0.5", "--calibration-images", "32"]
+    run_sweep(*flags)
+    (tmp_path / "output/sweep/sweep.csv").write_text(
+        "kind,name,score,pattern,schedule,sparsity,seed,config,pruned,accuracy,error\n"
+        "dense,,,,,0.0,,,,91.0000,\none-shot,lamp,magnitude,unstructured,one-shot,0.5,,,0.500000,12.3000,\n")
+    run_sweep(*flags, "--reconstructions", "none", "obs")
+    assert [(row["name"], row["reconstruct"]) for row in rows()] == [("", ""), ("lamp", "none"), ("lamp", "obs")]
+    assert [float(row["accuracy"]) for row in rows()[:2]] == [91, 12.3]
+
+
+def test_a_sweep_crosses_reconstructions_and_measures_what_single_runs_measure(run_sweep, run_main, tiny, tmp_path):
+    flags = ["--lr", "0.02", "--no-model-ema", "--calibration-images", "32"]
+    single = run_main(*tiny, *flags, "--pruner", "lamp", "--sparsity", "0.8", "--reconstruct", "obs", "--output_dir",
+                      "single")
+    run_sweep("--pruners", "lamp", "--sparsities", "0.8", "--reconstructions", "none", "obs", "--schedules", "one-shot",
+              "ste", "--finetune-epochs", "1", *flags[3:])
+    found = {(row["kind"], row["schedule"], row["reconstruct"]): row for row in rows()}
+    assert set(found) == {("dense", "", ""), *(("one-shot", "one-shot", method) for method in ("none", "obs")),
+                          *(("finetuned", schedule, method) for schedule in ("one-shot", "ste")
+                            for method in ("none", "obs"))}
+    assert found["finetuned", "ste", "obs"]["error"].startswith("refused: --reconstruct obs")
+    pruned, finetuned = map(float, re.findall(r"(?:pruned|finetuned) ([\d.]+) %", single))
+    for kind, accuracy in (("one-shot", pruned), ("finetuned", finetuned)):
+        assert float(found[kind, "one-shot", "obs"]["accuracy"]) == pytest.approx(accuracy, abs=0.005)
+        assert float(found[kind, "one-shot", "obs"]["pruned"]) == pytest.approx(0.8, abs=1e-4)
+    assert_same_weights("single", "output/sweep/runs/lamp_obs_0.8_seed0")
+    assert "| `lamp, one-shot, obs` |" in (tmp_path / "output/sweep/sweep.md").read_text()
+
+
 def test_started_again_it_does_what_is_missing_only(run_sweep, tmp_path, monkeypatch):
     run_sweep("--pruners", "lamp", "erk", "--sparsities", "0.5")
     path = tmp_path / "output/sweep/sweep.csv"
@@ -292,7 +322,8 @@ def test_all_processes_share_one_run(tmp_path, tiny):
     (["--custom-configs", "misfit.yaml"], "blocks.9"), (["--no-such-flag"], "--no-such-flag"),
     (["--opt", "adamwx", "--finetune-epochs", "1"], "adamwx"), (["--scores", "l1"], "l1"),
     (["--patterns", "5:4"], "5:4"), (["--schedules", "gradual"], "--finetune-epochs"),
-    (["--score", "snip"], "--scores"),
+    (["--score", "snip"], "--scores"), (["--reconstruct", "obs"], "--reconstructions"),
+    (["--reconstructions", "sgd"], "sgd"), (["--reconstructions", "obs", "--calibration-images", "49"], "images 49"),
     (["--prune-every", "5"], "--prune-every: not with --schedules one-shot"),
     (["--prune-start", "2", "--schedules", "gradual", "--finetune-epochs", "1"], "--prune-start 2"),
     (["--scores", "wanda", "--calibration-images", "49"], "--calibration-images 49")],

@@ -106,6 +106,12 @@ MISTAKES = [
     ([*LAMP, "--dense-teacher", "0.5", "--cosub"], "--cosub", {}),
     ([*LAMP, "--dense-teacher", "0.5", "--distillation-type", "soft"], "not together with --distillation-type", {}),
     ([*LAMP, "--dense-teacher", "0.5", "--no-pretrained"], "random weights teach nothing", {}),
+    ([*LAMP, "--reconstruct", "sgd"], "sgd", {}),
+    (["--reconstruct", "obs"], "--pruner", {}),
+    ([*LAMP, "--reconstruct", "obs", "--prune-schedule", "ste"], "--reconstruct obs", {}),
+    ([*LAMP, "--reconstruct", "obs-mask", "--prune-schedule", "sr-ste"], "--reconstruct obs-mask", {}),
+    ([*LAMP, "--reconstruct", "obs", "--prune-schedule", "iterative", "--rewind", "0"], "--rewind", {}),
+    ([*LAMP, "--reconstruct", "obs", "--calibration-images", "9000"], "there are 6000", {}),
 ]
 
 

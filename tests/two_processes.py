@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=2 two_processes.py FOLDER
 
 FOLDER/runs.json has the command lines by name. In FOLDER/NAME, each process leaves what it printed (printed0.txt), and
-every set of masks that the run has had (masks0.pth).
+every set of masks that the run has had (masks0.pth); and the weights after each reconstruction (weights0.pth).
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import utils
 from arguments import parse_args
 from builders import build_sparsifier
 from models import build_model
-from sparsity_factory import Masks
+from sparsity_factory import Masks, Sparsifier
 
 
 def record(found: list, update):
@@ -28,6 +28,16 @@ def record(found: list, update):
         if new:
             found.append({name: mask.clone() for name, mask in masks.masks.items()})
         return changes
+    return recording
+
+
+def record_weights(found: list, reconstruct):
+    """`Sparsifier._reconstruct`, which also adds a copy of the new weights to the list."""
+    def recording(sparsifier, masks):
+        new = reconstruct(sparsifier, masks)
+        if new is not masks:
+            found.append({name: weight.detach().clone() for name, weight in sparsifier.model.named_parameters()})
+        return new
     return recording
 
 
@@ -41,16 +51,17 @@ def share_masks(folder: Path) -> None:
 
 
 def run_all(folder: Path) -> None:
-    device, update = utils.init_process_group("cpu"), Masks.update
+    device, update, reconstruct = utils.init_process_group("cpu"), Masks.update, Sparsifier._reconstruct
     utils.init_process_group = lambda *_: device  # the group is there already
     share_masks(folder)
     for name, argv in json.loads((folder / "runs.json").read_text()).items():
         (folder / name).mkdir(exist_ok=True)
-        found = []
-        Masks.update = record(found, update)
+        found, weights = [], []
+        Masks.update, Sparsifier._reconstruct = record(found, update), record_weights(weights, reconstruct)
         with open(folder / name / f"printed{utils.rank()}.txt", "w") as file, contextlib.redirect_stdout(file):
             main.main(parse_args(argv))
         torch.save(found, folder / name / f"masks{utils.rank()}.pth")
+        torch.save(weights, folder / name / f"weights{utils.rank()}.pth")
 
 
 if __name__ == "__main__":
