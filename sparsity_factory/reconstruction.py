@@ -30,7 +30,7 @@ ROUNDS = 8  # in which least-squares prunes, with so many steps of conjugate gra
 STEPS, LAST_STEPS = 5, 20  # after 20 the error was that of the exact solution to four digits
 TINY = 1e-30
 NONE = "none"
-DENSE_INPUTS = "dense inputs"  # what those need that look at the model before pruning as well
+DENSE_INPUTS = "dense_inputs"  # what those need that look at the model before pruning as well
 
 
 def obs_prune(
