@@ -11,6 +11,7 @@ This folder needs torch, numpy and yaml, and nothing else of the project around 
 from .audit import check_masks
 from .config import read_yaml
 from .errors import PruningError
+from .kernels import KERNELS, KernelReport, sparse_kernels
 from .masks import Masks, pack, prunable_weights, unpack
 from .methods import Description, describe
 from .multiply_adds import multiply_adds
@@ -32,12 +33,14 @@ from .sparsifier import Sparsifier, has_reached_target
 from .statistics import STATISTICS, Statistics, collect_statistics
 
 __all__ = [
+    "KERNELS",
     "PATTERNS",
     "PRUNERS",
     "SCHEDULES",
     "SCORES",
     "STATISTICS",
     "Description",
+    "KernelReport",
     "LayerSparsity",
     "Masks",
     "PruningError",
@@ -58,6 +61,7 @@ __all__ = [
     "prunable_weights",
     "read_yaml",
     "regrow",
+    "sparse_kernels",
     "sparse_multiply_adds",
     "sparsity_csv",
     "sparsity_rows",
