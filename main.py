@@ -80,7 +80,7 @@ def prune(model, sparsifier: Sparsifier, first_masks: dict, test: Evaluator, bef
     if pruned:
         log(sparsity_table(rows))
     if evaluates or first_masks and pruned:
-        test.measure("pruned" if pruned else "dense", model)
+        test.measure("pruned" if pruned else "dense", test.quickest(model))
     return rows
 
 

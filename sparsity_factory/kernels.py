@@ -9,6 +9,7 @@ weights it is for, and whatever it cannot do it raises as RuntimeError when it i
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -40,7 +41,9 @@ class SparseLinear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias, self.dtype = linear.weight, linear.bias, dtype
         self.train(linear.training)
-        self.prepare(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+        with warnings.catch_warnings():  # torch calls each of its sparse formats a prototype
+            warnings.simplefilter("ignore", UserWarning)
+            self.prepare(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -79,12 +82,15 @@ class Transposed(SparseLinear):
         torch.addmm(self.column, self.sparse, tokens, out=into)
 
     def prepare(self, weight: Tensor, bias: Tensor | None) -> None:
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if weight.is_cuda:
+            self.chunk, weight = 2 ** 31 - 1, weight.to(self.dtype)
+        else:  # where no sparse product takes less than float32
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         self.sparse = self.compress(weight)
         self.column = weight.new_zeros(len(weight), 1) if bias is None else bias.to(weight.dtype)[:, None]
 
-    @staticmethod
-    def compress(weight: Tensor) -> Tensor:
+    @classmethod
+    def compress(cls, weight: Tensor) -> Tensor:
         rows = weight.to_sparse_csr()  # with the short indices that MKL has, which else are converted at each call
         return torch.sparse_csr_tensor(rows.crow_indices().int(), rows.col_indices().int(), rows.values(), rows.shape)
 
@@ -130,12 +136,10 @@ class Bsr(Transposed):
                     return size
         return 0
 
-    def prepare(self, weight: Tensor, bias: Tensor | None) -> None:
-        if weight.is_cuda:
-            self.chunk, weight = 2 ** 31 - 1, weight.to(self.dtype)
-        size = self.block(weight)
-        self.sparse = weight.to_sparse_bsr((size, size))
-        self.column = weight.new_zeros(len(weight), 1) if bias is None else bias.to(weight.dtype)[:, None]
+    @classmethod
+    def compress(cls, weight: Tensor) -> Tensor:
+        size = cls.block(weight)
+        return weight.to_sparse_bsr((size, size))
 
 
 class TwoOfFour(SparseLinear):

@@ -100,6 +100,8 @@ MISTAKES = [
     ([*LAMP, "--prune-schedule", "rigl", "--drop-fraction", "1.5"], "--drop-fraction 1.5", {}),
     ([*LAMP, "--prune-schedule", "sr-ste", "--sr-decay", "-1"], "--sr-decay -1", {}),
     ([*LAMP, "--sr-decay", "1e-3"], "--sr-decay", {}),
+    ([*LAMP, "--sparse-kernels"], "--sparse-kernels: expected --eval", {}),
+    ([*LAMP, "--sparse-kernels", "--eval", "--compile"], "--sparse-kernels: not together with --compile", {}),
     ([*LAMP, "--timeout", "0"], "--timeout", {}),
 ]
 
