@@ -244,7 +244,7 @@ def test_2_of_4_is_for_gpus_that_have_it_and_for_dtypes_that_it_does_not_round(m
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel, options", [("2:4", {"pattern": "2:4"}),
                                              ("bsr", {"sparsity": 0.8, "pattern": "block:16x16"}),
-                                             ("compact", {"sparsity": 0.8, "pattern": "block:16x96"})])
+                                             ("compact", {"sparsity": 0.8, "pattern": "block:16x384"})])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_on_a_gpu_a_kernel_equals_the_dense_layer(kernel, options, dtype):
     torch.manual_seed(0)
