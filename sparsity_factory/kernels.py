@@ -23,6 +23,7 @@ from .masks import prunable_weights
 
 DENSE = "dense"
 WORTH = 0.95  # a kernel has to take at most this part of the dense time, since times repeat to some percent only
+BUDGET, WHOLE_BUDGET = 0.5, 5.0  # seconds for the measurements of a layer, and of the whole model
 HOPELESS = 2  # a kernel that once took so many times the dense time is not measured further
 
 
@@ -262,7 +263,7 @@ class KernelReport(NamedTuple):
 
 
 @torch.no_grad()
-def in_turns(functions: Mapping[str, Callable[[], object]], budget: float = 0.5) -> dict[str, float]:
+def in_turns(functions: Mapping[str, Callable[[], object]], budget: float) -> dict[str, float]:
     """The shortest seconds of each function, called in turns, since the speed of a machine drifts.
 
     budget: seconds after which no further round begins; two are always made, after a first one that is not counted.
@@ -294,7 +295,7 @@ def sparse_kernels(model: nn.Module, images: Tensor, *, kernels: Mapping[str, ty
         model: in evaluation mode; not changed. Only plain `nn.Linear` that it calls are replaced.
         images: a batch as the model will see, on its device.
         kernels: those to try, by name.
-        measure: called with functions by name, `dense` first; returns the seconds of each.
+        measure: called with functions by name, `dense` first, and the seconds it may take; returns those of each.
 
     Returns:
         A copy of the model with the quickest kernels, which shares its parameters, or `model` itself where it is not
@@ -313,7 +314,8 @@ def sparse_kernels(model: nn.Module, images: Tensor, *, kernels: Mapping[str, ty
     if not chosen:
         return model, report
     quick = _with_layers(model, chosen)
-    report = report._replace(seconds=measure({DENSE: _call(model, images), "sparse": _call(quick, images)}))
+    whole = {DENSE: _call(model, images), "sparse": _call(quick, images)}
+    report = report._replace(seconds=measure(whole, WHOLE_BUDGET))
     return (quick if report.used else model), report
 
 
@@ -344,7 +346,7 @@ def _try_kernels(name, layer, x, kernels, measure) -> tuple[LayerTimes, dict[str
             refused[kernel] = str(error).partition("\n")[0]
     seconds = {}
     if built:
-        seconds = measure({kind: _call(module, images) for kind, module in {DENSE: layer, **built}.items()})
+        seconds = measure({kind: _call(module, images) for kind, module in {DENSE: layer, **built}.items()}, BUDGET)
     return LayerTimes(name, sparsity, seconds, refused), built
 
 

@@ -92,7 +92,7 @@ class Clock:
     def __init__(self, **seconds):
         self.seconds, self.asked = seconds, []
 
-    def __call__(self, functions):
+    def __call__(self, functions, budget):
         self.asked.append(list(functions))
         for function in functions.values():
             function()
