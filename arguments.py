@@ -132,6 +132,8 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
         help="how long processes wait for each other, as for one that writes a checkpoint, before the run fails")
     add("--start_epoch", type=int, default=0, help="first epoch; --resume sets it")
     add("--eval", sweep=REFUSED, action="store_true", help="only evaluate, after pruning where a pruner is given")
+    add("--sparse-kernels", sweep=REFUSED, action="store_true",
+        help="with --eval: leave zeros out in the layers where that is measured to be quicker")
     switch("dist-eval", True, "share the evaluation among the processes; its figures do not depend on it", sweep=FREE)
     add("--dist_url", sweep=FREE, default="env://", help="how the processes find each other")
     add("--distributed", sweep=FREE, action="store_true",
@@ -359,6 +361,10 @@ def check_args(args) -> None:
         raise UserError("--resume auto: expected --output_dir beside it")
     if args.use_ema and not (args.finetune or args.resume and args.eval):
         raise UserError("--use-ema: expected --finetune FILE, or --resume FILE and --eval, beside it")
+    if args.sparse_kernels and not args.eval:
+        raise UserError("--sparse-kernels: expected --eval beside it; training needs the dense weights")
+    if args.sparse_kernels and args.compile:
+        raise UserError("--sparse-kernels: not together with --compile")
     compiler = os.environ.get("CXX", "g++")
     if args.compile and not shutil.which(compiler):
         raise UserError(f"--compile: torch.compile needs a C++ compiler, and there is no {compiler}; CXX may name one")

@@ -89,7 +89,7 @@ def prune(dense, model, sparsifier: Sparsifier, first_masks: dict, test: Evaluat
     if pruned:
         log(sparsity_table(rows))
     if evaluates or first_masks and pruned:
-        test.measure("pruned" if pruned else "dense", model)
+        test.measure("pruned" if pruned else "dense", test.quickest(model))
     return rows
 
 

@@ -11,6 +11,7 @@ import utils
 from builders import steps_of_epoch
 from engine import StepOptions, check_finite, evaluate, train_one_epoch
 from results import Results
+from sparsity_factory import sparse_kernels
 from state import TrainingState
 from stopping import Stopped, StopSignals
 from utils import log
@@ -25,7 +26,7 @@ class Evaluator:
     def __init__(self, loader, args, device: torch.device, amp_dtype: torch.dtype | None, stop: StopSignals,
                  accuracy: dict[str, float]):
         self.loader, self.device, self.amp_dtype, self.stop = loader, device, amp_dtype, stop
-        self.shared, self.print_freq = args.dist_eval, args.print_freq
+        self.shared, self.print_freq, self.sparse_kernels = args.dist_eval, args.print_freq, args.sparse_kernels
         self.accuracy = accuracy
 
     def __call__(self, model: torch.nn.Module) -> dict[str, float]:
@@ -38,6 +39,19 @@ class Evaluator:
         log(f"Accuracy: {name}", only=utils.LINES)
         self.accuracy[name] = self(model)["acc1"]
         log(f"{name}: {self.accuracy[name]:.2f} %", only=utils.BARS)
+
+    def quickest(self, model: torch.nn.Module) -> torch.nn.Module:
+        """With `--sparse-kernels` the model with the kernels that are quicker for its batches, else the model itself.
+
+        Every process measures for itself, where it will compute.
+        """
+        images = next((images for images, _ in self.loader), None) if self.sparse_kernels else None
+        if images is None:  # not asked for, or none of the images are this process's
+            return model
+        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
+            model, report = sparse_kernels(model.eval(), images.to(self.device))
+        log(report.table())
+        return model
 
     def _common_batches(self) -> int:
         """How many batches every process evaluates: with `--dist-eval` some have one more."""

@@ -11,6 +11,7 @@ This folder needs torch, numpy and yaml, and nothing else of the project around 
 from .audit import check_masks
 from .config import read_yaml
 from .errors import PruningError
+from .kernels import KERNELS, KernelReport, sparse_kernels
 from .layerwise import Inputs, visit_layers
 from .masks import Masks, pack, prunable_weights, unpack
 from .methods import Description, describe
@@ -35,6 +36,7 @@ from .sparsifier import Sparsifier, has_reached_target, prune
 from .statistics import STATISTICS, Statistics, collect_statistics
 
 __all__ = [
+    "KERNELS",
     "PATTERNS",
     "PRUNERS",
     "RECONSTRUCTIONS",
@@ -43,6 +45,7 @@ __all__ = [
     "STATISTICS",
     "Description",
     "Inputs",
+    "KernelReport",
     "LayerSparsity",
     "Masks",
     "PruningError",
@@ -66,6 +69,7 @@ __all__ = [
     "read_yaml",
     "regrow",
     "shrink",
+    "sparse_kernels",
     "sparse_multiply_adds",
     "sparsity_csv",
     "sparsity_rows",
