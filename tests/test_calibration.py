@@ -72,10 +72,12 @@ def test_each_of_two_processes_has_a_batch_for_the_walk_and_statistics_have_the_
     assert sorted(statistics) == sorted(whole)
 
 
-def test_fewer_images_than_inputs_are_told(tiny, capsys, monkeypatch):
+def test_fewer_images_than_inputs_are_told(tiny, monkeypatch):
+    told = []
+    monkeypatch.setattr(calibration, "log", told.append)
     monkeypatch.setattr(calibration, "visit_layers", lambda *args, **options: None)
     calibrate(tiny).walk(lambda name, inputs: None)
-    assert "--calibration-images 40: fewer than the 384 inputs of a layer" in capsys.readouterr().out
+    assert "--calibration-images 40: fewer than the 384 inputs of a layer" in told
 
 
 def test_fewer_images_than_processes_are_an_error(tiny, monkeypatch):

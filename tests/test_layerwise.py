@@ -307,7 +307,8 @@ def pixel(value):
     ([pixel(2), pixel(1), pixel(1)], PruningError, "an order that depends on the images"),
     ([pixel(1), pixel(4)], PruningError, "an order that depends on the images"),
     ([pixel(1), pixel(4), pixel(1)], PruningError, "an order that depends on the images"),
-    ([pixel(4), pixel(4)], PruningError, "two.0.weight was used on none")], ids=str)
+    ([pixel(4), pixel(4)], PruningError, "two.0.weight was used on none")],
+    ids=lambda value: "".join(str(int(batch[0, 0])) for batch in value) or "none" if isinstance(value, list) else "")
 def test_what_goes_wrong_ends_all_threads_and_leaves_the_model_as_it_was(batches, error, words):
     model, threads = Odd().train(), threading.active_count()
     del model.unused
