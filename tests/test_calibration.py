@@ -65,7 +65,7 @@ def test_each_of_two_processes_has_a_batch_for_the_walk_and_statistics_have_the_
         monkeypatch.setattr(calibration.utils, "rank", lambda rank=rank: rank)
         found = calibrate(tiny, *flags)
         statistics += [len(targets) for _, targets in found.loader]
-        monkeypatch.setattr(calibration, "visit_layers", lambda model, loader, visit, add_up: drawn.append(
+        monkeypatch.setattr(calibration, "visit_layers", lambda model, loader, *_, **__: drawn.append(
             [len(targets) for _, targets in loader]))
         found.walk(lambda name, inputs: None)
     assert sum(map(sum, drawn)) == int(images) and all(drawn)
