@@ -17,6 +17,7 @@ ADDED = {  # what the command line has to add
     "sr_ste_2_4": [],
     "ac_dc": ["--sparsity", "0.9"],
     "imagenet_finetune": ["--pruner", "lamp", "--sparsity", "0.5"],
+    "imagenet_near_lossless": ["--sparsity", "0.5"],
 }
 
 
@@ -68,9 +69,21 @@ def test_the_rate_of_the_short_finetuning_falls_in_a_line():
     assert rates == pytest.approx([1e-4 - 9e-5 * epoch / 20 for epoch in range(20)])
 
 
+@pytest.mark.parametrize("name, added, sparsity", [
+    ("sample_best", ["--sparsity", "0.9"], 0.9), ("sample_best_nm", ["--pattern", "2:4"], 0.5)])
+def test_the_best_recipe_of_the_sample_names_all_but_the_sparsity(name, added, sparsity):
+    args = parse_args(["--config", str(PRESETS / f"{name}.yaml"), *added])
+    recipe = recipe_of(args)
+    recipe.check(args.epochs)
+    assert (recipe.reconstruct, args.dense_teacher, args.epochs) == ("least-squares", 1.0, 2)
+    assert recipe.sparsity == (sparsity if name == "sample_best" else None)
+    assert f"main.py --config configs/run/{name}.yaml {' '.join(added)}\n" in (PRESETS / f"{name}.yaml").read_text()
+
+
 @pytest.mark.parametrize("name", ADDED)
 def test_a_recipe_runs_on_the_tiny_data_set(run_main, tiny, tmp_path, name):
-    run_main("--config", PRESETS / f"{name}.yaml", *tiny, *ADDED[name], "--output_dir", "out", "--lr", "1e-4")
+    run_main("--config", PRESETS / f"{name}.yaml", *tiny, *ADDED[name], "--output_dir", "out", "--lr", "1e-4",
+             "--calibration-images", "40")
     line = json.loads((tmp_path / "out" / "log.txt").read_text())
     asked = recipe_of(args_of(name))
     assert line["sparsity"] == pytest.approx(0.5 if asked.sparsity is None else asked.sparsity, abs=0.01)
