@@ -145,7 +145,7 @@ def parse_sweep_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Name
     args = parse_args([*others, "--output_dir", options.output_dir], one_recipe=False)
     left = [action.option_strings[0] for action in get_args_parser()._actions
             if getattr(action, "sweep", None) == REFUSED_FLAG and action.dest in args.given]
-    if left:
+    if left and os.environ.get("RANK", "0") == "0":
         print(f"--config {args.config}: the sweep has flags of its own for {', '.join(left)}", flush=True)
     options.seeds = options.seeds or [args.seed]
     options.scores = options.scores or [args.score]
