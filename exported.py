@@ -15,7 +15,10 @@ def load(folder=Path(__file__).parent):
     for name, weight in list(model.named_parameters()):
         if weights[name].shape != weight.shape:
             path, _, own = name.rpartition(".")
-            setattr(model.get_submodule(path), own, torch.nn.Parameter(weights[name]))
+            layer = model.get_submodule(path)
+            setattr(layer, own, torch.nn.Parameter(weights[name]))
+            if isinstance(layer, torch.nn.Linear):
+                layer.out_features, layer.in_features = layer.weight.shape
     for name, heads in shape["heads"].items():
         attention = model.get_submodule(name)
         attention.num_heads, attention.attn_dim = heads, attention.proj.weight.shape[1]

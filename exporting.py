@@ -133,8 +133,8 @@ def loader_for(model: nn.Module) -> str:
     own = [kind for kind in (ClassAttn, TalkingHeadAttn) if any(type(module) is kind for module in model.modules())]
     if not own:
         return source
-    classes = "\n\n".join(["\nfrom torch import Tensor, nn\nfrom torch.nn import functional as F\n",
-                           *map(inspect.getsource, own)])
+    imports = "from torch import Tensor, nn\nfrom torch.nn import functional as F\n"
+    classes = "\n\n".join([imports, *map(inspect.getsource, own)])
     return source.replace(FUNCTION, classes + FUNCTION).replace(LAST, OWN_ATTENTION + LAST)
 
 
@@ -169,16 +169,17 @@ def describe(args, dense: nn.Module, model: nn.Module, masks, recipe, image: tor
     rows = sparsity_rows(model, masks)
     after = sparse_multiply_adds(rows, multiply_adds(model, image))
     weights = f"{args.resume}{', the moving average' if args.use_ema else ''}"
+    pruned = rows[-2].kept < rows[-2].total
     return {
-        "title": f"{args.model}, {rows[-2].sparsity:.2%} of the prunable weights pruned",
+        "title": f"{args.model}, " + (f"{rows[-2].sparsity:.2%} of the prunable weights pruned" if pruned else "dense"),
         "command": f"python {args.command}",
         "table": [("parameters", rows[-1].total, rows[-1].kept), ("of these prunable", rows[-2].total, rows[-2].kept),
                   ("multiply-adds of an image", sum(multiply_adds(dense, image).values()), sum(after.values()))],
-        "facts": [f"weights: {weights}", f"pruned with: {recipe.in_words()}",
-                  f"images: float32 (images, 3, {args.input_size}, {args.input_size}), of values in [0, 1] less the "
-                  f"mean {IMAGENET_DEFAULT_MEAN} over the deviation {IMAGENET_DEFAULT_STD}",
+        "facts": [f"weights: {weights}, pruned with {recipe.in_words()}",
+                  f"images: float32 of shape (images, 3, {args.input_size}, {args.input_size}): pixels in [0, 1], less "
+                  f"the mean {IMAGENET_DEFAULT_MEAN}, over the deviation {IMAGENET_DEFAULT_STD}",
                   f"versions: {versions(torch.device('cpu'))}"],
-        "zeros": bool(masks) and rows[-2].kept < rows[-2].total,
+        "zeros": pruned and bool(masks),
     }
 
 
