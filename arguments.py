@@ -78,6 +78,22 @@ def continued_args(args: argparse.Namespace, saved, source: str) -> argparse.Nam
     return result
 
 
+def with_model_of(args: argparse.Namespace, checkpoint: dict, source: str) -> argparse.Namespace:
+    """The arguments with the model and the input size that a checkpoint was written with, except where they are given.
+
+    Raises UserError where neither says which model it is.
+    """
+    saved = checkpoint.get("args")
+    saved = saved if isinstance(saved, dict) else getattr(saved, "__dict__", {})
+    if "model" not in args.given and "model" not in saved:
+        raise UserError(f"{source}: does not say of which model it is; expected a checkpoint of main.py, or --model "
+                        "and --input-size beside it")
+    own = {action.dest: _preset_value(action, saved[action.dest], f"{source}: {action.dest}")
+           for action in get_args_parser()._actions
+           if action.dest in ("model", "input_size") and action.dest in saved and action.dest not in args.given}
+    return argparse.Namespace(**{**vars(args), **own})
+
+
 def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     """DeiT's arguments and those of pruning; `defaults` (by destination) replace the ones written here."""
     parser = _Parser("main.py", description="Prunes a vision transformer and finetunes it, with DeiT's recipe.",
@@ -128,6 +144,9 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
         help="write a checkpoint each so many steps as well as after each epoch; 0 for after each epoch only")
     add("--audit", sweep=REFUSED, default="", metavar="FILE",
         help="only print what a checkpoint keeps of each layer and check that its weights obey its masks")
+    add("--export", sweep=REFUSED, default="", metavar="DIR",
+        help="only write the model of --resume to a new folder, for use without this project: state dict, torch.export "
+             "program, ONNX")
     add("--dist-timeout", sweep=FREE, type=float, default=TIMEOUT, metavar="SECONDS",
         help="how long processes wait for each other, as for one that writes a checkpoint, before the run fails")
     add("--start_epoch", type=int, default=0, help="first epoch; --resume sets it")
@@ -189,7 +208,7 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     switch("train-mode", True, "train with drop path and dropout on")
     switch("model-ema", True, "keep a moving average of the weights")
     add("--use-ema", action="store_true",
-        help="with --finetune, or with --resume and --eval: take the moving average of the checkpoint")
+        help="with --finetune, or with --resume and --eval or --export: take the moving average of the checkpoint")
     add("--model-ema-decay", type=float, default=0.99996, help="decay of the moving average")
     add("--model-ema-force-cpu", action="store_true", help="keep the moving average in the CPU's memory")
 
@@ -359,8 +378,13 @@ def check_args(args) -> None:
         raise UserError("--src: expected --ThreeAugment beside it")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto: expected --output_dir beside it")
-    if args.use_ema and not (args.finetune or args.resume and args.eval):
-        raise UserError("--use-ema: expected --finetune FILE, or --resume FILE and --eval, beside it")
+    if args.use_ema and not (args.finetune or args.resume and (args.eval or args.export)):
+        raise UserError("--use-ema: expected --finetune FILE, or --resume FILE and --eval or --export, beside it")
+    if args.export and not args.resume:
+        raise UserError("--export: expected --resume FILE beside it")
+    for flag in ("--eval", "--finetune", "--pruner"):
+        if args.export and value_of(flag):
+            raise UserError(f"{flag}: not together with --export, which writes the model of --resume as it is")
     if args.sparse_kernels and not args.eval:
         raise UserError("--sparse-kernels: expected --eval beside it; training needs the dense weights")
     if args.sparse_kernels and args.compile:

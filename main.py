@@ -26,6 +26,7 @@ from builders import (
     steps_of_epoch,
 )
 from cli import audit, exit_status
+from exporting import export
 from results import open_results
 from sparsity_factory import LayerSparsity, Sparsifier, sparsity_rows, sparsity_table
 from sparsity_factory.menu import menu
@@ -113,6 +114,9 @@ def command(argv: list[str]) -> int:
         return 0
     if args.audit:
         return audit(args.audit)
+    if args.export:
+        export(args)
+        return 0
     main(args)
     return 0
 

@@ -19,12 +19,14 @@ default_cfgs = generate_default_cfgs({
     },
 })
 
+SAMPLE_SHAPE = {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
+
 
 @register_model
 def deit_sample_patch4_28(pretrained=False, **kwargs) -> VisionTransformer:
     """A DeiT of 0.7 M parameters for images of 28 x 28, with weights for Fashion-MNIST in this repository."""
-    model_args = {"img_size": 28, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
-    return build_model_with_cfg(VisionTransformer, "deit_sample_patch4_28", pretrained, **{**model_args, **kwargs})
+    model_args = {"img_size": 28, **SAMPLE_SHAPE, **kwargs}
+    return build_model_with_cfg(VisionTransformer, "deit_sample_patch4_28", pretrained, **model_args)
 
 
 def timm_name(name: str) -> str:
@@ -76,6 +78,18 @@ def build_model(name: str, num_classes: int, input_size: int, *, drop: float = 0
     return model
 
 
+def timm_call(name: str, num_classes: int, input_size: int) -> tuple[str, dict]:
+    """The name and arguments with which `timm.create_model`, without this project, builds what `build_model` does."""
+    name, arguments = timm_name(name), {"num_classes": num_classes, "img_size": input_size}
+    if name == deit_sample_patch4_28.__name__:
+        return "deit_tiny_patch16_224", {**arguments, **SAMPLE_SHAPE}
+    try:
+        timm.create_model(name, **arguments)
+    except TypeError:  # it takes any size, and has no such argument
+        del arguments["img_size"]
+    return name, arguments
+
+
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
     """Loads a state dict that fits `model` exactly. Raises UserError naming what does not fit."""
     expected = model.state_dict()
@@ -114,7 +128,7 @@ def adapt_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> d
         num_patches = model.patch_embed.num_patches
         num_tokens = own["pos_embed"].shape[1] - num_patches
         weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], num_patches, num_tokens)
-    for name in _head_parameters(model):
+    for name in head_parameters(model):
         if name in weights and weights[name].shape != own[name].shape:
             weights[name] = own[name]
     return weights
@@ -128,7 +142,7 @@ def has_trained_head(model: torch.nn.Module, weights: dict[str, torch.Tensor] | 
     if weights is None:
         return model.pretrained_cfg.get("num_classes") == model.num_classes
     own = model.state_dict()
-    return all(name not in weights or weights[name].shape == own[name].shape for name in _head_parameters(model))
+    return all(name not in weights or weights[name].shape == own[name].shape for name in head_parameters(model))
 
 
 def resize_pos_embed(pos_embed: torch.Tensor, num_patches: int, num_tokens: int) -> torch.Tensor:
@@ -144,7 +158,7 @@ def resize_pos_embed(pos_embed: torch.Tensor, num_patches: int, num_tokens: int)
 
 def train_attention_only(model: torch.nn.Module) -> None:
     """Freezes all but attention, position embedding and head (Touvron et al. 2022, arXiv:2203.09795)."""
-    head = _head_parameters(model)
+    head = head_parameters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = ".attn." in name or name == "pos_embed" or name in head
 
@@ -157,7 +171,8 @@ def train_both_heads(model: torch.nn.Module, name: str) -> None:
     model.set_distilled_training(True)
 
 
-def _head_parameters(model) -> list[str]:
+def head_parameters(model: torch.nn.Module) -> list[str]:
+    """The names of the parameters of the classifier, or of both classifiers of a distilled model; a weight first."""
     heads = model.get_classifier()
     heads = heads if isinstance(heads, (tuple, list)) else [heads]
     ids = {id(parameter) for head in heads for parameter in head.parameters()}

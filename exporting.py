@@ -1,0 +1,247 @@
+"""`--export`: the model of a checkpoint in a folder that needs nothing of this project."""
+
+import argparse
+import contextlib
+import importlib
+import inspect
+import io
+import json
+import os
+import runpy
+import shutil
+from pathlib import Path
+
+import timm.layers
+import torch
+from safetensors.torch import save
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+
+import utils
+from arguments import with_model_of
+from builders import load_start, prepare_model
+from models import build_model, head_parameters, timm_call
+from results import versions
+from run_folder import read_pruning
+from sparsity_factory import (
+    PruningError,
+    multiply_adds,
+    parse_pattern,
+    shrink,
+    sparse_multiply_adds,
+    sparsity_rows,
+)
+from sparsity_factory.shrink import ClassAttn, TalkingHeadAttn
+from sparsity_factory.structure import HEADS, NEURONS, unit_groups
+from utils import UserError, WriteError, first_line, log
+
+WEIGHTS, SHAPE, LOADER, PROGRAM, ONNX, README = (
+    "model.safetensors", "shape.json", "load.py", "model.pt2", "model.onnx", "README.md")
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+CONTENTS = {
+    WEIGHTS: "the weights, by timm's names",
+    SHAPE: "timm's name of the model, and the heads and neurons that are left of each block",
+    LOADER: "a function that builds the model of both",
+    PROGRAM: "the model as a `torch.export` program, for batches of any size",
+    ONNX: "the model as ONNX, for batches of any size",
+}
+
+#: The exported function begins so, and where timm's attention cannot have fewer heads, ends so.
+FUNCTION, LAST = "\n\ndef load(", "    model.load_state_dict(weights)\n"
+OWN_ATTENTION = """\
+    for module in model.modules():  # timm's own attention takes the width of a head from that of the tokens
+        module.__class__ = globals().get(type(module).__name__, type(module))
+"""
+
+
+def export(args: argparse.Namespace) -> None:
+    """Writes the model of `--resume` to the folder of `--export`, all of it or nothing.
+
+    What was pruned as heads and neurons is taken out; other patterns keep their zeros. Every file is read again, and
+    its logits are compared with the model's. Without the packages of ONNX, or for a model that an exporter cannot
+    trace, that file is left out and a line says so.
+
+    Raises UserError for what is no checkpoint, one that does not tell its model, and a folder that is not empty.
+    """
+    utils.show_progress(args.quiet)
+    folder = Path(os.path.abspath(args.export))
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"--export {args.export}: exists; expected a new folder, or an empty one")
+    args, dense, model, masks, recipe = load_model(args)
+    images = torch.randn(3, 3, args.input_size, args.input_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = model(images)
+    with new_folder(folder, f"--export {args.export}") as temporary:
+        exported = write_weights(temporary, model, timm_call(args.model, logits.shape[1], args.input_size))
+        with torch.inference_mode():
+            compare(WEIGHTS, exported(images), logits, 1e-5)
+        left_out = write_programs(temporary, exported, images, logits)
+        facts = describe(args, dense, model, masks, recipe, images[:1])
+        (temporary / README).write_text(readme(temporary, facts, left_out), encoding="utf-8")
+    for line in left_out:
+        log(line)
+    log(f"{args.export}: " + ", ".join(f"{path.name} {in_bytes(path)}" for path in sorted(folder.iterdir())))
+
+
+def load_model(args):
+    """The model to export, in evaluation mode; with it the arguments that it has, the same model as it was before
+    pruning (of any weights), the masks of what is still zero, and the recipe.
+    """
+    args, checkpoint = load_start(argparse.Namespace(**{**vars(args), "eval": True}))
+    if not args.resume:
+        raise UserError(f"--resume auto: no checkpoint in {args.output_dir}")
+    args = with_model_of(args, checkpoint, args.resume)
+    try:
+        recipe, masks = read_pruning(checkpoint)
+    except PruningError as error:
+        raise UserError(f"{args.resume}: {error}") from None
+    dense = build_model(args.model, 1, args.input_size)
+    head = head_parameters(dense)[0]
+    if head not in checkpoint["model"]:
+        raise UserError(f"{args.resume}: does not fit the model: {head} is missing")
+    classes = len(checkpoint["model"][head])
+    dense.reset_classifier(classes)
+    as_it_is = {"compile": False, "attn_only": False, "distillation_type": "none"}
+    args = argparse.Namespace(**{**vars(args), **as_it_is})
+    model = prepare_model(args, classes, checkpoint, torch.device("cpu")).eval()
+    if masks and parse_pattern(recipe.pattern).structured:
+        model, masks = shrink(model, masks), {}
+    return args, dense.eval(), model, masks or {}, recipe
+
+
+def write_weights(folder: Path, model: nn.Module, call: tuple[str, dict]) -> nn.Module:
+    """Writes weights, shape and loader; returns the model that the loader makes of them.
+
+    call: what `timm_call` returned.
+    """
+    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
+    (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
+    units = {kind: {group.name: group.units for group in unit_groups(model, [kind], known_only=True)}
+             for kind in (HEADS, NEURONS)}
+    shape = {"model": call[0], "arguments": call[1], **units}
+    (folder / SHAPE).write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
+    (folder / LOADER).write_text(loader_for(model), encoding="utf-8")
+    # One operation of torch, which takes what is quickest on the device that a program will run on.
+    timm.layers.set_fused_attn(True)
+    return runpy.run_path(str(folder / LOADER))["load"](folder)
+
+
+def loader_for(model: nn.Module) -> str:
+    """The source of `exported.py`; for a CaiT with fewer heads with this project's attention in it."""
+    source = Path(__file__).with_name("exported.py").read_text(encoding="utf-8")
+    own = [kind for kind in (ClassAttn, TalkingHeadAttn) if any(type(module) is kind for module in model.modules())]
+    if not own:
+        return source
+    imports = "from torch import Tensor, nn\nfrom torch.nn import functional as F\n"
+    classes = "\n\n".join([imports, *map(inspect.getsource, own)])
+    return source.replace(FUNCTION, classes + FUNCTION).replace(LAST, OWN_ATTENTION + LAST)
+
+
+def write_programs(folder: Path, model: nn.Module, images: torch.Tensor, logits: torch.Tensor) -> list[str]:
+    """Writes the `torch.export` program and the ONNX file; returns a line for each that is left out."""
+    try:
+        # Traced with another number of images than it is compared with.
+        program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    except Exception as error:  # each architecture has its own way not to be traced
+        return [f"{PROGRAM} and {ONNX} are left out: torch.export cannot trace the model ({first_line(error)})"]
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    (folder / PROGRAM).write_bytes(buffer.getbuffer())
+    with torch.inference_mode():
+        compare(PROGRAM, torch.export.load(folder / PROGRAM).module()(images), logits, 1e-5)
+    if missing := [package for package in ONNX_PACKAGES if not is_installed(package)]:
+        return [f"{ONNX} is left out: it needs pip install {' '.join(missing)}"]
+    try:
+        onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"])
+    except Exception as error:  # of an operation that ONNX lacks
+        return [f"{ONNX} is left out: torch.onnx cannot translate the model ({first_line(error)})"]
+    import onnxruntime
+
+    onnx.save(folder / ONNX)
+    session = onnxruntime.InferenceSession(folder / ONNX, providers=["CPUExecutionProvider"])
+    compare(ONNX, torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]), logits, 1e-4)
+    return []
+
+
+def describe(args, dense: nn.Module, model: nn.Module, masks, recipe, image: torch.Tensor) -> dict:
+    """What the README tells of the model."""
+    rows = sparsity_rows(model, masks)
+    after = sparse_multiply_adds(rows, multiply_adds(model, image))
+    weights = f"{args.resume}{', the moving average' if args.use_ema else ''}"
+    pruned = rows[-2].kept < rows[-2].total
+    return {
+        "title": f"{args.model}, " + (f"{rows[-2].sparsity:.2%} of the prunable weights pruned" if pruned else "dense"),
+        "command": f"python {args.command}",
+        "table": [("parameters", rows[-1].total, rows[-1].kept), ("of these prunable", rows[-2].total, rows[-2].kept),
+                  ("multiply-adds of an image", sum(multiply_adds(dense, image).values()), sum(after.values()))],
+        "facts": [f"weights: {weights}, pruned with {recipe.in_words()}",
+                  f"images: float32 of shape (images, 3, {args.input_size}, {args.input_size}): pixels in [0, 1], less "
+                  f"the mean {IMAGENET_DEFAULT_MEAN}, over the deviation {IMAGENET_DEFAULT_STD}",
+                  f"versions: {versions(torch.device('cpu'))}"],
+        "zeros": pruned and bool(masks),
+    }
+
+
+def readme(folder: Path, facts: dict, left_out: list[str]) -> str:
+    lines = [f"# {facts['title']}", "", f"    {facts['command']}", ""]
+    lines += ["| | dense | pruned | left |", "| --- | ---: | ---: | ---: |"]
+    lines += [f"| {name} | {before:,} | {after:,} | {after / max(before, 1):.1%} |"
+              for name, before, after in facts["table"]]
+    if facts["zeros"]:
+        lines += ["", "Pruned weights are zeros in the files. Only programs that skip zeros need fewer multiply-adds."]
+    lines += ["", "| file | size | what it is |", "| --- | ---: | --- |"]
+    lines += [f"| `{name}` | {in_bytes(folder / name)} | {text} |" for name, text in CONTENTS.items()
+              if (folder / name).exists()]
+    lines += ["", *left_out, *([""] if left_out else []), *(f"- {fact}" for fact in facts["facts"])]
+    lines += ["", "## How to load it", "", f"`{LOADER}`, as `from load import load; model = load()`:", "",
+              "```python", (folder / LOADER).read_text(encoding="utf-8").rstrip(), "```"]
+    if (folder / PROGRAM).exists():
+        lines += ["", f"The program: `torch.export.load(\"{PROGRAM}\").module()(images)`."]
+    if (folder / ONNX).exists():
+        lines += ["", f"ONNX: `onnxruntime.InferenceSession(\"{ONNX}\").run([\"logits\"], {{\"images\": images}})`."]
+    return "\n".join(lines) + "\n"
+
+
+# ---- helpers, not exported ----
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, flag: str):
+    """A temporary folder beside `folder`, which gets its name at the end, and is removed after an error.
+
+    Like the temporary files of checkpoints it has a fixed name: what a killed process left is overwritten.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{flag}: {error.strerror}") from None
+    try:
+        yield temporary
+        os.replace(temporary, folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise WriteError(f"{flag}: cannot be written ({error.strerror or first_line(error)})") from None
+        raise
+
+
+def compare(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Raises WriteError where logits differ by more than the tolerance and, of large ones, this fraction of them."""
+    if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
+        raise WriteError(f"{name}: its logits differ from the model's by up to {(found - expected).abs().max():.2g}; "
+                         "nothing is written")
+
+
+def is_installed(package: str) -> bool:
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        return False
+    return True
+
+
+def in_bytes(path: Path) -> str:
+    return f"{path.stat().st_size:,} bytes"

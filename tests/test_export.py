@@ -1,0 +1,182 @@
+"""`--export`: a folder with the model of a checkpoint, which computes the same without this project, or no folder."""
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+import exporting
+import main
+from sparsity_factory import Recipe, Sparsifier, multiply_adds, shrink
+
+SAMPLE = "deit_sample_patch4_28"
+SHRINK = ["--pruner", "lamp", "--sparsity", "0.5", "--pattern", "heads+neurons", "--shrink"]
+UNITS = {"pruner": "glob", "sparsity": 0.6, "pattern": "heads+neurons"}  # blocks of many sizes
+
+ELSEWHERE = """
+import sys
+import torch
+from load import load
+images = torch.load("images.pt")
+with torch.inference_mode():
+    torch.save([load()(images), torch.export.load("model.pt2").module()(images)], "logits.pt")
+ours = {"exported", "exporting", "models", "sparsity_factory", "utils"} & sys.modules.keys()
+assert not ours, ours
+"""
+
+
+def save_checkpoint(path, name=SAMPLE, size=28, classes=10, **recipe):
+    """A checkpoint as a pruned run writes it, of random weights; returns its model and masks."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=classes, img_size=size).eval()
+    for parameter in model.parameters():  # biases too, so that it shows where one is lost
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    sparsifier = Sparsifier(model, Recipe(**recipe), total_steps=1, epoch_steps=1)
+    content = {"args": {"model": name, "input_size": size}}
+    if recipe:
+        sparsifier.start(sparsifier.first_masks())
+        content |= {"masks": sparsifier.masks.state_dict(), "pruning": sparsifier.state_dict()}
+    torch.save({**content, "model": model.state_dict()}, path)
+    return model, sparsifier.masks.masks
+
+
+@pytest.fixture
+def weights_only(monkeypatch):
+    """Spares the seconds that the other files take."""
+    monkeypatch.setattr(exporting, "write_programs", lambda *_: [])
+
+
+def loaded(folder):
+    """What the function of an exported folder makes of it."""
+    return runpy.run_path(str(folder / "load.py"))["load"]()
+
+
+def test_without_this_project_and_without_onnx_an_exported_model_computes_the_same(run_main, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)  # as if it were not installed
+    model, masks = save_checkpoint(tmp_path / "c.pth", **UNITS)
+    (tmp_path / "out").mkdir()  # an empty folder is taken
+    output = run_main("--resume", "c.pth", "--export", "out")
+    assert "model.onnx is left out: it needs pip install " in output
+    folder = tmp_path / "out"
+    readme = (folder / "README.md").read_text()
+    assert "model.onnx is left out" in readme and "main.py --resume c.pth --export out" in readme
+    assert (folder / "load.py").read_text().rstrip() in readme
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md", "load.py", "model.pt2", "model.safetensors", "shape.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.pth", "out"]
+
+    images = torch.randn(5, 3, 28, 28)
+    torch.save(images, folder / "images.pt")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=folder, env=env, check=True)
+    for logits in torch.load(folder / "logits.pt"):
+        torch.testing.assert_close(logits, model(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "size"), [
+    (SAMPLE, 28), ("cait_xxs24_224", 32), ("swin_tiny_patch4_window7_224", 64)])
+def test_pruned_heads_and_neurons_are_not_in_the_files(run_main, tmp_path, weights_only, name, size):
+    model, masks = save_checkpoint(tmp_path / "c.pth", name, size, 3, **UNITS)
+    run_main("--resume", "c.pth", "--export", "out")
+    images = torch.randn(2, 3, size, size)
+    small, exported = shrink(model, masks), loaded(tmp_path / "out")
+    torch.testing.assert_close(exported(images), model(images), rtol=1e-5, atol=1e-5)
+    assert {name: weight.shape for name, weight in exported.state_dict().items()} == {
+        name: weight.shape for name, weight in small.state_dict().items()}
+    assert [layer.weight.shape == (layer.out_features, layer.in_features) for layer in exported.modules()
+            if isinstance(layer, torch.nn.Linear)].count(False) == 0
+    multiply_adds_left = sum(multiply_adds(exported, images[:1]).values())
+    row = rf"\| multiply-adds of an image \| {sum(multiply_adds(model, images[:1]).values()):,} \| ([\d,]+) \|"
+    assert re.search(row, (tmp_path / "out/README.md").read_text())[1] == f"{multiply_adds_left:,}"
+
+
+@pytest.mark.parametrize("recipe", [
+    {"pruner": "lamp", "sparsity": 0.65}, {"pruner": "unif", "pattern": "2:4"}, {}], ids=["free", "2:4", "dense"])
+def test_other_patterns_keep_their_zeros(run_main, tmp_path, weights_only, recipe):
+    model, _ = save_checkpoint(tmp_path / "c.pth", **recipe)
+    run_main("--resume", "c.pth", "--export", "out")
+    for name, weight in loaded(tmp_path / "out").state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name])
+    readme = (tmp_path / "out/README.md").read_text()
+    assert ("Only programs that skip zeros" in readme) == bool(recipe)
+    assert {"lamp": "65.00% of", "unif": "50.00% of"}.get(recipe.get("pruner"), ", dense") in readme
+
+
+def test_a_model_that_was_shrunk_and_its_moving_average_are_exported(run_main, tiny, tmp_path, weights_only, once):
+    run = once("shrunk", lambda folder: main.run([*tiny, *SHRINK, "--output_dir", str(folder)]))
+    checkpoint = torch.load(run / "checkpoint.pth", weights_only=True)
+    for flags, kind in (([], "model"), (["--use-ema"], "model_ema")):
+        run_main("--resume", run / "checkpoint.pth", "--export", tmp_path / kind, *flags)
+        weights = loaded(tmp_path / kind).state_dict()
+        assert weights.keys() == checkpoint[kind].keys()
+        assert all(torch.equal(weight, checkpoint[kind][name]) for name, weight in weights.items())
+        shape = json.loads((tmp_path / kind / "shape.json").read_text())
+        assert {**shape["heads"], **shape["neurons"]} == checkpoint["shape"]
+    summary, readme = ((folder / name).read_text() for folder, name in (
+        (run, "summary.md"), (tmp_path / "model", "README.md")))
+    for name in ("parameters", "of these prunable"):
+        assert re.search(rf"\| {name} \| .*", readme)[0] == re.search(rf"\| {name} \| .*", summary)[0]
+
+
+def test_an_onnx_file_computes_the_same_for_other_batches(run_main, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, _ = save_checkpoint(tmp_path / "c.pth", **UNITS)
+    output = run_main("--resume", "c.pth", "--export", "out")
+    assert "left out" not in output
+    images = torch.randn(5, 3, 28, 28)
+    session = onnxruntime.InferenceSession(tmp_path / "out/model.onnx")
+    logits = session.run(["logits"], {"images": images.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_after_a_failure_there_is_no_folder(run_main, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "c.pth")
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporting, "write_programs", full_disk)
+    error = run_main("--resume", "c.pth", "--export", "out", status=1)
+    assert error == "error: --export out: cannot be written (No space left on device)\n"
+    monkeypatch.setattr(exporting, "loader_for", lambda model: "def load(folder): return lambda images: images.mean()")
+    assert "model.safetensors: its logits differ" in run_main("--resume", "c.pth", "--export", "out", status=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["c.pth"]
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--export", "out"], "--export: expected --resume FILE beside it"),
+    (["--resume", "c.pth", "--export", "full"], "--export full: exists; expected a new folder, or an empty one"),
+    (["--resume", "c.pth", "--export", "c.pth"], "--export c.pth: exists; expected a new folder, or an empty one"),
+    (["--resume", "c.pth", "--export", "c.pth/out"], "--export c.pth/out: Not a directory"),
+    (["--resume", "none.pth", "--export", "out"], "none.pth: no such checkpoint"),
+    (["--resume", "bare.pth", "--export", "out"], "bare.pth: does not say of which model it is"),
+    (["--resume", "odd.pth", "--export", "out"], "odd.pth: has no state dict of tensors"),
+    (["--resume", "bare.pth", "--export", "out", "--model", SAMPLE], "bare.pth: does not fit the model: head.weight"),
+    (["--resume", "c.pth", "--export", "out", "--use-ema"], "--use-ema: c.pth holds no moving average"),
+    (["--resume", "c.pth", "--export", "out", "--eval"], "--eval: not together with --export"),
+    (["--resume", "c.pth", "--export", "out", "--pruner", "lamp", "--sparsity", "0.5"], "--pruner: not together with"),
+    (["--resume", "auto", "--output_dir", "full", "--export", "out"], "--resume auto: no checkpoint in full"),
+])
+def test_what_cannot_be_exported_is_refused_in_one_line(run_main, tmp_path, flags, message):
+    save_checkpoint(tmp_path / "c.pth")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "bare.pth")
+    torch.save({"model": 3}, tmp_path / "odd.pth")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    error = run_main(*flags, status=2)
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare.pth", "c.pth", "full", "odd.pth"]
+
+
+def test_a_checkpoint_that_does_not_name_its_model_is_exported_with_its_name_given(run_main, tmp_path, weights_only):
+    model, _ = save_checkpoint(tmp_path / "c.pth")
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    run_main("--resume", "bare.pth", "--export", "out", "--model", SAMPLE)
+    assert loaded(tmp_path / "out").state_dict().keys() == model.state_dict().keys()
