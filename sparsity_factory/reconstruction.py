@@ -219,7 +219,8 @@ class _LeastSquares:
 
     def __init__(self, weight: Tensor, inputs: Inputs):
         self.damped, self.factor = _damped(inputs.gram, DAMPING)
-        damping = self.damped.diagonal() - inputs.gram.diagonal()
+        self.alive = inputs.gram.diagonal() != 0  # what is always zero here may be alive in the dense model
+        damping = (self.damped.diagonal() - inputs.gram.diagonal()) * self.alive
         weight = weight.to(self.damped)
         self.wanted = weight @ inputs.cross.T + weight * damping
         self.diagonal = self.damped.diagonal()
@@ -229,8 +230,8 @@ class _LeastSquares:
         return weight.square() * (self.diagonal / self.factor.square().sum(0)).sqrt()
 
     def solve(self, start: Tensor, mask: Tensor, steps: int) -> Tensor:
-        """The rows with zeros where the mask has them, from a start with or without these."""
-        new = start.to(self.damped) * mask
+        """The rows with zeros where the mask has them and where an input is always zero, from a start without them."""
+        new = start.to(self.damped) * (mask & self.alive)
         left = (self.wanted - new @ self.damped) * mask
         towards = scaled = left / self.diagonal
         size = (left * scaled).sum(1, keepdim=True)

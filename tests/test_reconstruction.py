@@ -367,6 +367,17 @@ def test_the_kept_weights_are_the_least_squares_next_to_the_dense_outputs():
     torch.testing.assert_close(new, exact(weight, inputs, other, mask), rtol=1e-4, atol=1e-5)
 
 
+def test_weights_of_an_input_that_is_always_zero_go_first():
+    weight, inputs = layer(columns=16, tokens=100)
+    inputs[:, 3] = 0
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    new, chosen = RECONSTRUCTIONS["least-squares"](weight, seen(inputs, inputs), mask, parse_pattern("unstructured"))
+    assert not new[:, 3].any() and not chosen[:, 3].any()
+    other = inputs + 1.0 * (torch.arange(16) == 3) * inputs[:, [5]]  # in the dense model it is what another one is
+    new, _ = RECONSTRUCTIONS["least-squares-mask"](weight, seen(inputs, other), torch.ones_like(mask), None)
+    torch.testing.assert_close(new[:, 5], (weight[:, 5] + weight[:, 3]), rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "row", "2:4", "x:4", "block:3x2"])
 def test_chosen_in_rounds_it_keeps_as_many_and_errs_less_than_obs(pattern):
     weight, inputs = layer(rows=12, columns=32, tokens=200)
