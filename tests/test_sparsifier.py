@@ -381,7 +381,7 @@ def reconstructing(schedule: str, method: str = "obs", make=sgd):
     """A run, and by step (0: the start, too) copies of the model as it was when its layers were reconstructed."""
     before = {}
 
-    def remember_and_walk(visit):
+    def remember_and_walk(visit, beside):
         before[run.sparsifier.step] = copy.deepcopy(run.model)
         walk(run.model, visit)
 
@@ -400,7 +400,7 @@ def test_each_choice_of_masks_reconstructs_and_averages_begin_anew(schedule, ste
             run.step()
         if step in steps:
             expected = before[step]
-            reconstruct_layers(expected, run.masks(), "obs-mask", lambda visit, model=expected: walk(model, visit),
+            reconstruct_layers(expected, run.masks(), "obs-mask", lambda visit, _, model=expected: walk(model, visit),
                                patterns=lambda name: parse_pattern("unstructured"))
             for model in (run.model, run.average):
                 assert all(torch.equal(value, model.state_dict()[name])
