@@ -64,6 +64,7 @@ def _report(error: Exception) -> int:
         return 1  # another process failed first, and has told why
     else:
         raise error
+    sys.unraisablehook = lambda _: None  # what a half-made data loader raises when it is deleted is no news
     if utils.is_first_to_fail():
         if "Traceback" in message:  # from a data worker, the error is the last line
             message = "error: " + message.strip().splitlines()[-1].partition(": ")[2]
