@@ -246,8 +246,9 @@ class Workbench:
                 return Outcome(self.test(self.model)["acc1"])
             if task.kind == LAYER:
                 level = {"default": "dense", task.name: task.sparsity}
-                return self._one_shot(compute_masks(self.model, "custom", custom_config={
+                masks = Masks(self.model, compute_masks(self.model, "custom", custom_config={
                     "sparsity": {"mode": "unstructured", "level": level}}))
+                return Outcome(self.test(self.model)["acc1"], masks.sparsity())
             args = self.arguments(task)
             if reason := _refusal(lambda: self._try(args)):
                 return Outcome(None, error=REFUSED + reason)
@@ -275,10 +276,6 @@ class Workbench:
         pruner = "unif" if needs_of(recipe.pruner) else recipe.pruner
         Sparsifier(self.model, replace(recipe, score="magnitude", pruner=pruner), epoch_steps=self.epoch_steps,
                    total_steps=max(args.epochs, 1) * self.epoch_steps).first_masks()
-
-    def _one_shot(self, masks: Mapping[str, torch.Tensor]) -> Outcome:
-        pruned = Masks(self.model, masks).sparsity()
-        return Outcome(self.test(self.model)["acc1"], pruned)
 
     def _finetune(self, args) -> Outcome:
         """A run as main.py makes it, from the dense weights or, with a checkpoint in its folder, from there."""

@@ -10,7 +10,6 @@ as other numbers are. The shortest of many times; the machine should be idle.
 
 import argparse
 import contextlib
-import ctypes
 import io
 import sys
 import tempfile
@@ -24,6 +23,8 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from run import peak_above  # noqa: E402
+
 import utils  # noqa: E402
 from arguments import parse_args  # noqa: E402
 from builders import build_loaders  # noqa: E402
@@ -42,8 +43,6 @@ from sparsity_factory import (  # noqa: E402
     sparsity_rows,
 )
 from sparsity_factory.kernels import in_turns  # noqa: E402
-
-BATCHES = (1, 64)
 
 
 def random_model(name: str, pruner: str, sparsity: float) -> tuple[nn.Module, int]:
@@ -82,16 +81,7 @@ def peak_memory(function, device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed would hide what this one needs
-    Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
-    before = _status("VmRSS")
-    function()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
+    return peak_above(function)
 
 
 def accuracy(model: nn.Module, size: int, args, device: torch.device, amp_dtype) -> str:
