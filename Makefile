@@ -27,15 +27,15 @@ test-gpu: .venv/dev
 bench: .venv/run
 	$(BIN)/python benchmarks/run.py
 
-.venv/run: requirements.txt
+.venv/run: requirements.txt constraints.txt
 	@echo "Setting up .venv with requirements.txt: the first time this takes some minutes and over 5 GB of disk."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements.txt
 	@touch $@
 
 .venv/dev: requirements-dev.txt .venv/run
 	@echo "Adding requirements-dev.txt to .venv."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt
 	@touch $@
 
 clean:
