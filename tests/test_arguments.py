@@ -73,7 +73,7 @@ def test_a_wrong_config_is_told_in_one_line(tmp_path, content, message):
 def test_the_table_of_deits_arguments_is_in_step_with_the_parser_and_the_tests():
     tests = Path(__file__).parent
     rows = {}
-    for line in (tests.parent / "docs" / "deit_flags.md").read_text().splitlines():
+    for line in (tests.parent / "docs" / "deit.md").read_text().splitlines():
         if line.startswith("| `--"):
             flags, meaning, default, test, _ = (cell.strip() for cell in line.strip("|").split(" | "))
             for flag in flags.split(", "):

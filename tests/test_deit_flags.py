@@ -1,4 +1,4 @@
-"""What each of DeiT's arguments changes. docs/deit_flags.md names the test of every one."""
+"""What each of DeiT's arguments changes. docs/deit.md names the test of every one."""
 
 import json
 import re
