@@ -1,4 +1,4 @@
-"""The README and docs/: every link leads somewhere, every page can be reached, and the examples of docs/house.md run."""
+"""README and docs/: links lead somewhere, every page can be reached, and the examples of docs/house.md run."""
 
 import importlib
 import re
@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from packaging.requirements import Requirement
+
+from arguments import get_args_parser
 
 README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
+PRESETS = sorted((ROOT / "configs" / "run").glob("*.yaml"))
 HOUSE = (ROOT / "docs" / "house.md").read_text()
 
 
@@ -57,17 +61,15 @@ def test_the_readme_is_short():
     assert len(README.read_text().splitlines()) <= 130
 
 
-@pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.name)
-def test_the_files_and_flags_that_commands_name_exist(page):
-    from arguments import get_args_parser
-    from sweep import get_sweep_parser
-
-    parsers = {"main.py": get_args_parser(), "sweep.py": get_sweep_parser()}
-    text = re.sub(r"\\\n\s*", "", page.read_text())
-    for script, command in re.findall(r"^(?:    |RUN ).*?(?<!\w)(main\.py|sweep\.py) (.*)$", text, re.MULTILINE):
+@pytest.mark.parametrize("page", [README, *DOCS, *PRESETS], ids=lambda page: page.name)
+def test_the_flags_and_files_that_commands_name_exist(page):
+    """Of commands over one or more lines, in pages and in the headers of recipes."""
+    flags = {*get_args_parser()._option_string_actions}
+    known = {"main.py": flags, "sweep.py": flags | {*re.findall(r'"(--[\w-]+)"', (ROOT / "sweep.py").read_text())}}
+    text = re.sub(r"\\\n#?\s*", "", page.read_text())
+    for script, command in re.findall(r"^#? {4}.*?(?<![\w/])(main\.py|sweep\.py) (.*)$", text, re.MULTILINE):
         command = command.partition(" #")[0]
-        for flag in re.findall(r"(?<!\S)(--[\w-]+)", command):
-            assert flag in parsers[script]._option_string_actions, f"{script} {flag}"
+        assert {*re.findall(r"(?<!\S)--[\w-]+", command)} <= known[script], command
         for path in re.findall(r"configs/\S+\.yaml", command):
             assert (ROOT / path).exists(), path
 
@@ -130,3 +132,17 @@ def test_the_examples_of_the_page_are_in_the_menu(factory):
     for name in ("relative", "taper", "outputs:N", "late"):
         assert re.search(rf"^{name}  ", text, re.MULTILINE), name
     assert [example[0] for example in EXAMPLES] == ["A score", "An allocation", "A pattern", "A schedule"]
+
+
+def test_constraints_hold_an_exact_version_in_its_range_for_all_that_is_required():
+    lines = [line.partition("#")[0].strip() for name in ("requirements.txt", "requirements-dev.txt")
+             for line in (ROOT / name).read_text().splitlines()]
+    required = [Requirement(line) for line in lines if line and not line.startswith("-r")]
+    exact = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            pinned = Requirement(line)
+            assert re.fullmatch(r"==[\w.]+", str(pinned.specifier)), line
+            exact[pinned.name] = str(pinned.specifier).removeprefix("==")
+    for requirement in required:
+        assert exact[requirement.name] in requirement.specifier, requirement
