@@ -78,9 +78,10 @@ def test_the_flags_and_files_that_commands_name_exist(page):
 
 
 def with_diff(text: str, hunk: str) -> str:
-    """The text of a file with a hunk applied, in which `...` stands for whatever is in its place."""
+    """The text of a file with a hunk applied: `...` stands for whatever is in its place, lines may break elsewhere."""
     old = [line[1:] for line in hunk.splitlines() if line[:1] in (" ", "-")]
-    pattern = "(.*?)".join(map(re.escape, "\n".join(old).split("...")))
+    parts = [re.sub(r"(?:\\\s)+", r"\\s+", re.escape(part)) for part in "\n".join(old).split("...")]
+    pattern = "(.*?)".join(parts)
     places = list(re.finditer(pattern, text, re.DOTALL))
     assert len(places) == 1, f"the file has no such place, or several:\n{hunk}"
     there = iter(places[0].groups())
