@@ -74,6 +74,12 @@ def test_the_flags_and_files_that_commands_name_exist(page):
             assert (ROOT / path).exists(), path
 
 
+def test_every_file_of_the_project_has_a_line_in_the_house():
+    files = {path.name for folder in (ROOT, ROOT / "sparsity_factory") for path in folder.glob("*.py")}
+    missing = files - {"__init__.py", *re.findall(r"`(\w+\.py)`", HOUSE)}
+    assert not missing, "each expects a line in docs/house.md"
+
+
 # ---- the examples of docs/house.md ----
 
 
