@@ -132,6 +132,7 @@ def test_an_example_of_the_page_does_what_the_page_says(factory, diff, code):
     added = [line[1:] for line in diff.splitlines() if line.startswith("+")]
     body = [line for line in added if line.strip()]
     assert 5 <= len(body) <= 15, "a method is five to fifteen lines"
+    assert max(map(len, body)) <= 120
 
 
 def test_the_examples_of_the_page_are_in_the_menu(factory):
