@@ -24,7 +24,7 @@ test: .venv/dev
 test-gpu: .venv/dev
 	$(BIN)/python -m pytest -m gpu
 
-bench: .venv/run
+bench: .venv/dev
 	$(BIN)/python benchmarks/run.py
 
 .venv/run: requirements.txt constraints.txt

@@ -90,7 +90,7 @@ def with_model_of(args: argparse.Namespace, checkpoint: dict, source: str) -> ar
                         "and --input-size beside it")
     own = {action.dest: _preset_value(action, saved[action.dest], f"{source}: {action.dest}")
            for action in get_args_parser()._actions
-           if action.dest in ("model", "input_size") and action.dest in saved and action.dest not in args.given}
+           if action.dest in {"model", "model_kwargs", "input_size"} & saved.keys() - args.given}
     return argparse.Namespace(**{**vars(args), **own})
 
 
@@ -199,6 +199,8 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
 
     add, switch = group_of("model")
     add("--model", default="deit_base_patch16_224", help="any vision transformer of timm")
+    add("--model-kwargs", nargs="+", metavar="KEY=VALUE",
+        help="arguments of the architecture, as timm has them, such as depth=6 embed_dim=192")
     add("--input-size", type=int, default=224, help="side of the images, in pixels")
     add("--drop", type=float, default=0.0, help="dropout rate")
     add("--drop-path", type=float, default=0.1, help="drop path rate")

@@ -195,7 +195,7 @@ def prepare_model(args, num_classes: int, checkpoint: dict, device: torch.device
     source = args.resume or args.finetune or ("timm, pretrained" if pretrained else "random")
     log(f"Weights of {args.model}: {source}{', moving average' if args.use_ema else ''}")
     model = build_model(args.model, num_classes, args.input_size, drop=args.drop, drop_path=args.drop_path,
-                        pretrained=pretrained)
+                        pretrained=pretrained, assignments=args.model_kwargs)
     if "shape" in checkpoint:
         try:
             model = with_units(model, checkpoint["shape"])

@@ -73,7 +73,8 @@ def export(args: argparse.Namespace) -> None:
     with torch.inference_mode():
         logits = model(images)
     with new_folder(folder, f"--export {args.export}") as temporary:
-        exported = write_weights(temporary, model, timm_call(args.model, logits.shape[1], args.input_size))
+        call = timm_call(args.model, logits.shape[1], args.input_size, args.model_kwargs)
+        exported = write_weights(temporary, model, call)
         with torch.inference_mode():
             compare(WEIGHTS, exported(images), logits, 1e-5)
         left_out = write_programs(temporary, exported, images, logits)
@@ -96,7 +97,7 @@ def load_model(args):
         recipe, masks = read_pruning(checkpoint)
     except PruningError as error:
         raise UserError(f"{args.resume}: {error}") from None
-    dense = build_model(args.model, 1, args.input_size)
+    dense = build_model(args.model, 1, args.input_size, assignments=args.model_kwargs)
     head = head_parameters(dense)[0]
     if head not in checkpoint["model"]:
         raise UserError(f"{args.resume}: does not fit the model: {head} is missing")

@@ -1,5 +1,6 @@
 """Builds the model: timm's architectures, the small sample model, and weights from checkpoints."""
 
+import ast
 import difflib
 import re
 from pathlib import Path
@@ -18,6 +19,9 @@ default_cfgs = generate_default_cfgs({
         "first_conv": "patch_embed.proj", "classifier": "head", "license": "mit",
     },
 })
+
+#: Beginnings of names that `--model-kwargs` has no say in: other arguments set them, or they load files.
+FIXED = ("num_classes", "img_size", "pretrained", "checkpoint", "cache")
 
 SAMPLE_SHAPE = {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
 
@@ -43,14 +47,34 @@ def timm_name(name: str) -> str:
     return name
 
 
+def shape_arguments(assignments: list[str] | None) -> dict:
+    """The arguments for `timm.create_model` of `--model-kwargs`: Python literals, or else strings.
+
+    Raises UserError for what assigns nothing, and for names in `FIXED`.
+    """
+    found = {}
+    for assignment in assignments or ():
+        name, _, value = assignment.partition("=")
+        if not name.isidentifier() or not value or name.startswith(FIXED):
+            raise UserError(f"--model-kwargs {assignment}: expected KEY=VALUE with an argument of the architecture, "
+                            "such as embed_dim=64")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            found[name] = value
+    return found
+
+
 def build_model(name: str, num_classes: int, input_size: int, *, drop: float = 0.0, drop_path: float = 0.0,
-                pretrained: bool = False, flag: str = "--model") -> torch.nn.Module:
+                pretrained: bool = False, assignments: list[str] | None = None,
+                flag: str = "--model") -> torch.nn.Module:
     """timm's model of that name for square images of `input_size` pixels, on the CPU.
 
     pretrained: load the weights that timm knows for the name; a head for another number of classes starts anew.
+    assignments: of `--model-kwargs`.
     Raises UserError for an unknown name, a size the model cannot take, or weights that cannot be had.
     """
-    name = timm_name(name)
+    name, shape = timm_name(name), shape_arguments(assignments)
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
@@ -58,6 +82,7 @@ def build_model(name: str, num_classes: int, input_size: int, *, drop: float = 0
 
     def create(pretrained):
         options = {"pretrained": pretrained, "num_classes": num_classes, "drop_rate": drop, "drop_path_rate": drop_path}
+        options |= shape
         try:
             return timm.create_model(name, img_size=input_size, **options)
         except TypeError:  # convolutional teachers take any size and have no such argument
@@ -68,7 +93,8 @@ def build_model(name: str, num_classes: int, input_size: int, *, drop: float = 0
         with torch.no_grad():  # some architectures find out about a wrong size only when they are used
             model.eval()(torch.zeros(1, 3, input_size, input_size))
     except Exception as error:  # each architecture has its own way to refuse
-        raise UserError(f"{flag} {name} cannot be built for --input-size {input_size} ({first_line(error)})") from None
+        wanted = f"{flag} {name}" + (f" --model-kwargs {' '.join(assignments)}" if assignments else "")
+        raise UserError(f"{wanted} cannot be built for --input-size {input_size} ({first_line(error)})") from None
     if pretrained:
         try:
             model = create(pretrained=True)
@@ -78,11 +104,12 @@ def build_model(name: str, num_classes: int, input_size: int, *, drop: float = 0
     return model
 
 
-def timm_call(name: str, num_classes: int, input_size: int) -> tuple[str, dict]:
+def timm_call(name: str, num_classes: int, input_size: int, assignments: list[str] | None = None) -> tuple[str, dict]:
     """The name and arguments with which `timm.create_model`, without this project, builds what `build_model` does."""
-    name, arguments = timm_name(name), {"num_classes": num_classes, "img_size": input_size}
+    name, shape = timm_name(name), shape_arguments(assignments)
+    arguments = {"num_classes": num_classes, "img_size": input_size, **shape}
     if name == deit_sample_patch4_28.__name__:
-        return "deit_tiny_patch16_224", {**arguments, **SAMPLE_SHAPE}
+        return "deit_tiny_patch16_224", {**arguments, **SAMPLE_SHAPE, **shape}
     try:
         timm.create_model(name, **arguments)
     except TypeError:  # it takes any size, and has no such argument

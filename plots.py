@@ -140,6 +140,33 @@ def sweep_lines(curves: Mapping[str, Mapping[str, Sequence[tuple[float, Sequence
     return figure
 
 
+def tradeoff_points(points: Mapping[str, tuple[float, Sequence[float]]], label: str) -> Figure:
+    """Top-1 accuracy against speed: a marker for each model, with a line from its lowest to its highest accuracy.
+
+    points: the model's name to how many times as fast it is, as `label` says, and its accuracies in percent. What
+    stands before the last word of a name is its family: a family has one colour, and a line through its points.
+    """
+    families = defaultdict(list)
+    for name, point in sorted(points.items(), key=lambda item: item[1][0]):
+        families[name.rpartition(" ")[0] or name].append((name, *point))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((WIDTH, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for number, (family, members) in enumerate(families.items()):
+            look = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
+            rates, means = zip(*((rate, np.mean(values)) for _, rate, values in members), strict=True)
+            axes.plot(rates, means, **look, label=family)
+            for name, rate, values in members:
+                axes.vlines(rate, min(values), max(values), color=look["color"], linewidth=1)
+                if name != family:
+                    axes.annotate(name.rpartition(" ")[2], (rate, np.mean(values)), xytext=(6, 6),
+                                  textcoords="offset points", fontsize=9)
+        axes.set(xlabel=label, ylabel="top-1 accuracy, %")
+        axes.margins(0.1)
+        axes.legend(loc="best")
+    return figure
+
+
 def sensitivity_map(drops: Mapping[tuple[str, float], float], title: str) -> Figure:
     """What pruning each layer alone costs, as a colour: a panel for each kind of layer, block by sparsity.
 

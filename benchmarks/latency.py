@@ -1,15 +1,18 @@
 """Measures how fast a pruned model runs beside the dense one, in one run and in turns.
 
+    python benchmarks/latency.py CHECKPOINT [CHECKPOINT ...]
     python benchmarks/latency.py --sparse-kernels CHECKPOINT [CHECKPOINT ...]
+    python benchmarks/latency.py --model deit_small_patch16_224 --pattern heads+neurons --sparsity 0.25 0.5
     python benchmarks/latency.py --sparse-kernels --model deit_small_patch16_224 --sparsity 0.8 0.9 0.95 0.98
 
-The first form takes checkpoints of main.py; the second prunes random weights, which do for speed. With
-`--sparse-kernels` the pruned model is what `main.py --eval --sparse-kernels` evaluates; without, its zeros are computed
-as other numbers are. The shortest of many times; the machine should be idle.
+The first two forms take checkpoints of main.py; the others prune random weights, which do for speed. Heads and neurons
+that are pruned are taken out. Single weights that are pruned are computed as other zeros are, or with
+`--sparse-kernels` as `main.py --eval --sparse-kernels` does. The shortest of many times; the machine should be idle.
 """
 
 import argparse
 import contextlib
+import copy
 import io
 import sys
 import tempfile
@@ -19,52 +22,51 @@ from pathlib import Path
 
 import timm
 import torch
+from measure import multiply_adds_left, peak_above
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from run import peak_above  # noqa: E402
-
-import utils  # noqa: E402
-from arguments import parse_args  # noqa: E402
-from builders import build_loaders  # noqa: E402
-from cli import exit_status  # noqa: E402
-from engine import evaluate  # noqa: E402
-from models import build_model, load_weights  # noqa: E402
-from run_folder import read_pruning  # noqa: E402
-from sparsity_factory import (  # noqa: E402
+import utils
+from arguments import parse_args
+from builders import build_loaders
+from cli import exit_status
+from engine import evaluate
+from exporting import load_model
+from models import build_model
+from sparsity_factory import (
     PRUNERS,
     Masks,
+    PruningError,
     compute_masks,
-    multiply_adds,
-    prunable_weights,
+    parse_pattern,
+    shrink,
     sparse_kernels,
-    sparse_multiply_adds,
-    sparsity_rows,
 )
-from sparsity_factory.kernels import in_turns  # noqa: E402
+from sparsity_factory.kernels import in_turns
 
 
-def random_model(name: str, pruner: str, sparsity: float) -> tuple[nn.Module, int]:
-    """A model of random weights, pruned, and the side of its images."""
+def of_random_weights(name: str, pruner: str, pattern: str, sparsity: float) -> tuple[nn.Module, nn.Module, int]:
+    """A model of random weights, the same pruned, and the side of their images."""
     torch.manual_seed(0)
     size = timm.get_pretrained_cfg(name).input_size[1] if timm.get_pretrained_cfg(name) else 224
-    model = build_model(name, 1000, size)
-    Masks(model, compute_masks(model, pruner, sparsity))
-    return model, size
+    dense = build_model(name, 1000, size)
+    try:
+        masks = compute_masks(dense, pruner, None if parse_pattern(pattern).sparsity else sparsity, pattern=pattern)
+    except PruningError as error:
+        raise utils.UserError(str(error)) from None
+    if parse_pattern(pattern).structured:
+        return dense, shrink(dense, masks), size
+    pruned = copy.deepcopy(dense)
+    Masks(pruned, masks)
+    return dense, pruned, size
 
 
-def of_checkpoint(path: str) -> tuple[nn.Module, int]:
-    """The model of a checkpoint of main.py, and the side of its images."""
-    checkpoint = utils.load_checkpoint(path)
-    args = checkpoint.get("args")
-    if not isinstance(args, dict) or read_pruning(checkpoint)[1] is None:
-        raise utils.UserError(f"{path}: holds no masks or arguments; expected a checkpoint of a pruned run")
-    weights = checkpoint["model"]
-    classes = next(len(value) for name, value in reversed(weights.items()) if name.endswith("bias"))
-    model = build_model(args["model"], classes, args["input_size"])
-    load_weights(model, weights, path)
-    return model, args["input_size"]
+def of_checkpoint(path: str) -> tuple[nn.Module, nn.Module, int]:
+    """The model of a checkpoint of main.py as it was before pruning, of any weights, the pruned one, and their images'
+    side.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        args, dense, pruned, *_ = load_model(parse_args(["--resume", path, "--eval"]))
+    return dense, pruned, args.input_size
 
 
 def file_size(model: nn.Module) -> int:
@@ -94,38 +96,37 @@ def accuracy(model: nn.Module, size: int, args, device: torch.device, amp_dtype)
     return f"{found['acc1']:.2f} %"
 
 
-def rows(title: str, model: nn.Module, size: int, args) -> Iterator[str]:
-    """The rows of one model, at each batch size: dense, which zeros make no quicker, and pruned."""
+def rows(title: str, dense: nn.Module, pruned: nn.Module, size: int, args) -> Iterator[str]:
+    """The rows of one model, at each batch size: dense, and pruned."""
     device = utils.choose_device(args.device)
     amp_dtype = utils.choose_amp(args.amp, device)
-    model = model.to(device).eval().requires_grad_(False)
-    counts = multiply_adds(model, torch.zeros(1, 3, size, size, device=device))
-    kept = sparsity_rows(model, {name: weight != 0 for name, weight in prunable_weights(model).items()})
-    macs = {"dense": sum(counts.values()), "pruned": sum(sparse_multiply_adds(kept, counts).values())}
+    models = {"dense": dense, "pruned": pruned}
+    models = {kind: model.to(device).eval().requires_grad_(False) for kind, model in models.items()}
+    image = torch.zeros(1, 3, size, size, device=device)
+    macs = {kind: multiply_adds_left(model, image) for kind, model in models.items()}
     for batch in args.batch_sizes:
         images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
         with torch.no_grad(), torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            quick, sparse = model, "none"
+            quick, sparse = models["pruned"], "none"
             if args.sparse_kernels:
-                quick, report = sparse_kernels(model, images)
+                quick, report = sparse_kernels(quick, images)
                 used = sum(layer.kernel != "dense" for layer in report.layers) if report.used else 0
                 sparse = f"{used} of {len(report.layers)}"
                 if args.layers:
                     print(report.table(), flush=True)
-            models = {"dense": model, "pruned": quick}
 
-            def run(kind, images=images, models=models):
-                models[kind](images)
+            def run(model, images=images):
+                model(images)
                 if images.is_cuda:
                     torch.cuda.synchronize(device)
 
-            runs = {kind: partial(run, kind) for kind in models}
+            runs = {"dense": partial(run, models["dense"]), "pruned": partial(run, quick)}
             taken = in_turns(runs, args.seconds)
-            memory = {kind: peak_memory(runs[kind], device) for kind in models}
-        for kind in models:
+            memory = {kind: peak_memory(runs[kind], device) for kind in runs}
+        for kind, model in models.items():
             cells = [title, batch, kind, f"{batch / taken[kind]:.1f}", f"{1000 * taken[kind]:.1f}",
                      f"{taken['dense'] / taken[kind]:.2f}", f"{memory[kind] / 2**20:.0f}",
-                     f"{file_size(models[kind]) / 2**20:.1f}", f"{macs[kind] / 1e9:.2f}",
+                     f"{file_size(model) / 2**20:.1f}", f"{macs[kind] / 1e6:.1f}",
                      sparse if kind == "pruned" else "",
                      accuracy(quick, size, args, device, amp_dtype) if kind == "pruned" else ""]
             yield f"| {' | '.join(map(str, cells))} |"
@@ -136,6 +137,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT")
     parser.add_argument("--model", help="random weights of this model of timm instead of checkpoints")
     parser.add_argument("--pruner", choices=[name for name in PRUNERS if name != "custom"], default="unif")
+    parser.add_argument("--pattern", default="unstructured", help="as that of main.py")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.95])
     parser.add_argument("--sparse-kernels", action="store_true")
     parser.add_argument("--layers", action="store_true", help="print what was measured of each layer")
@@ -149,12 +151,15 @@ def main(argv: list[str]) -> int:
     if bool(args.checkpoints) == bool(args.model):
         raise utils.UserError("expected either checkpoints or --model")
     timm.layers.set_fused_attn(utils.choose_device(args.device).type == "cuda")  # as main.py has it
-    print("| model | batch | | images/s | ms | times | MiB at work | file, MiB | G multiply-adds | sparse layers | "
+    print("| model | batch | | images/s | ms | times | MiB at work | file, MiB | M multiply-adds | sparse layers | "
           "top-1 |\n| --- | ---: | --- |" + " ---: |" * 8, flush=True)
     for source in args.checkpoints or args.sparsity:
-        model, size = of_checkpoint(source) if args.checkpoints else random_model(args.model, args.pruner, source)
-        title = source if args.checkpoints else f"{args.model}, `{args.pruner}` {100 * source:g} %"
-        for row in rows(title, model, size, args):
+        if args.checkpoints:
+            title, found = source, of_checkpoint(source)
+        else:
+            title = f"{args.model}, `{args.pruner}` {args.pattern} {100 * source:g} %"
+            found = of_random_weights(args.model, args.pruner, args.pattern, source)
+        for row in rows(title, *found, args):
             print(row, flush=True)
     return 0
 

@@ -9,7 +9,6 @@ Each figure stands beside what a user would otherwise use, measured in the same 
 import argparse
 import contextlib
 import copy
-import ctypes
 import io
 import json
 import platform
@@ -24,21 +23,20 @@ import numpy as np
 import timm
 import torch
 import torchvision
+from measure import CPU, ROOT, batches, in_turns, over, peak_above, random_model, row, seconds, step_seconds, under
 from PIL import Image
+from smaller import kernels, structured
 from timm.data import create_transform
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import utils  # noqa: E402
-from arguments import parse_args  # noqa: E402
-from builders import build_batch_transform, build_loaders, prepare_model  # noqa: E402
-from engine import Learner, Progress, StepOptions, evaluate, train_one_epoch  # noqa: E402
-from losses import DistillationLoss  # noqa: E402
-from sparsity_factory import (  # noqa: E402
+import utils
+from arguments import parse_args
+from builders import build_batch_transform, build_loaders, prepare_model
+from engine import Learner, evaluate
+from sparsity_factory import (
     SCHEDULES,
     Masks,
     Recipe,
@@ -49,12 +47,11 @@ from sparsity_factory import (  # noqa: E402
     prunable_weights,
     visit_layers,
 )
-from sparsity_factory import prune as prune_and_reconstruct  # noqa: E402
-from state import TrainingState  # noqa: E402
+from sparsity_factory import prune as prune_and_reconstruct
+from state import TrainingState
 
 RESULTS = ROOT / "output" / "benchmarks.json"
 PAGE = ROOT / "docs" / "performance.md"
-CPU = torch.device("cpu")
 SPARSITY = 0.65
 TWO_OF_FOUR = {"sparsity": {"mode": "nxm", "level": {"default": [2, 4]}}}
 LIMITS = {"lamp": (1.0, 10), "glob": (0.5, 25), "unif": (0.6, 10), "unifplus": (0.6, 10), "erk": (0.6, 10)}
@@ -64,59 +61,10 @@ CALIBRATION = (2, 32)  # batches that statistics look at, and images in each
 PRUNE_EVERY = 100  # steps between two changes of the masks
 
 
-def seconds(function, repeats: int = 3) -> float:
-    """The shortest of some runs: what disturbs a run only ever makes it longer."""
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def in_turns(functions: dict, rounds: int) -> dict[str, float]:
-    """The shortest time of each function, called in turns, since the speed of a machine drifts."""
-    times = [{name: seconds(function, 1) for name, function in functions.items()} for _ in range(rounds)]
-    return {name: min(taken[name] for taken in times) for name in functions}
-
-
-def row(what: str, target: str, found: str, missed: str = "") -> dict:
-    """A row of the table; `missed` says by how much the target is missed, and is empty where it is met."""
-    return {"what": what, "target": target, "found": found, "missed": missed}
-
-
-def over(value: float, limit: float, unit: str) -> str:
-    return "" if value <= limit else f"by {value - limit:.2g} {unit}"
-
-
-def under(ratio: float, limit: float) -> str:
-    return "" if ratio >= limit else f"{ratio:.2f} of {limit:g} times"
-
-
-def random_model(name: str) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(name)
-
-
 def choose(model, pruner: str) -> dict:
     if pruner == "2:4":
         return compute_masks(model, "custom", custom_config=TWO_OF_FOUR)
     return compute_masks(model, pruner, SPARSITY)
-
-
-def memory(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
-
-
-def peak_above(function) -> int:
-    """The bytes that a call needs at its peak beyond what the process has before it."""
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed would hide what this one needs
-    Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
-    before = memory("VmRSS")
-    function()
-    return memory("VmHWM") - before
 
 
 # ---- the groups: each returns its rows, or a table of its own ----
@@ -167,22 +115,6 @@ def growth() -> dict:
         taken = {pruner: seconds(partial(choose, model, pruner), 2) for pruner in REQUESTS}
         table[name] = {"weights": weights, "memory": most, **taken}
     return table
-
-
-def batches(count: int, size: int) -> list:
-    generator = torch.Generator().manual_seed(0)
-    return [(torch.randn(size, 3, 224, 224, generator=generator),
-             torch.randint(1000, (size,), generator=generator))] * count
-
-
-def step_seconds(model, optimizer, size: int, amp_dtype, steps: int = 2) -> float:
-    """The shortest of some training steps, after a first one that is not counted."""
-    marks = []
-    with contextlib.redirect_stdout(io.StringIO()):
-        options = StepOptions(DistillationLoss(torch.nn.CrossEntropyLoss()), CPU, amp_dtype=amp_dtype)
-        train_one_epoch(Learner(model, optimizer), options, batches(steps + 1, size), Progress(),
-                        after_step=lambda: marks.append(time.perf_counter()))
-    return min(later - earlier for earlier, later in zip(marks[:-1], marks[1:], strict=True))
 
 
 def ours(name: str) -> Learner:
@@ -467,7 +399,8 @@ def sample() -> list[dict]:
 
 
 GROUPS = {group.__name__: group for group in (
-    masks, step, schedules, statistics, reconstruction, train, evaluation, inputs, sample, growth)}
+    masks, step, schedules, statistics, reconstruction, train, evaluation, structured, kernels, inputs, sample,
+    growth)}
 
 
 # ---- the page ----

@@ -1,9 +1,9 @@
 """Layers in the order in which they compute, each with the inputs that the model gives it by then.
 
 The forward pass of each batch runs in a thread of its own, which stops wherever a module is called that holds layers to
-visit. So all batches are at the same place, what lies before has its final weights, and only that module is computed
-again for each of its layers, up to the layer. A whole walk takes about two evaluations of the images, and the memory of
-the activations that the model passes from one such module to the next.
+visit, such as a block of a transformer. So all batches are at the same place, what lies before has its final weights,
+and only that module is computed again for each of its layers, up to the layer. A whole walk takes about three
+evaluations of the images, and the memory of what the model passes from one such module to the next.
 """
 
 import threading
@@ -24,7 +24,9 @@ from .errors import PruningError
 from .masks import prunable_weights
 from .statistics import add_gram, at_least_float32, evaluation, images_of, linear_operands
 
-MOST_LAYERS = 4  # that are computed again for each other: an attention has as many
+# Of a module that is computed again for each of its layers. A block of a transformer has as many; a pass that stands
+# still there holds the tokens once, and within the block three times.
+MOST_LAYERS = 4
 ROUNDING = 100  # of sums, in the last places of a number
 
 
@@ -336,8 +338,8 @@ def _next_layer(compute: Callable[[], object], pending: dict[str, Tensor]) -> tu
 
 
 def _units(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> dict[str, nn.Module]:
-    """The module to stop at for each weight: the one that calls its layer, unless other units lie within that, or it
-    calls many layers; then the layer."""
+    """The module to stop at for each weight: the outermost one, within the model, that has few enough layers, or that
+    uses a weight itself."""
     names, stack, stacks = {id(weight): name for name, weight in weights.items()}, [model], {}
 
     def look(weight, inputs):
@@ -354,10 +356,7 @@ def _units(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> dict
         for hook in hooks:
             hook.remove()
     _expect_none(name for name in weights if name not in stacks)
-    callers = {name: stack[:-1] if isinstance(stack[-1], nn.Linear) and len(stack) > 1 else stack
-               for name, stack in stacks.items()}
-    within = {model, *(module for stack in callers.values() for module in stack[:-1])}
-    within |= {module for module, layers in Counter(stack[-1] for stack in callers.values()).items()
-               if layers > MOST_LAYERS}
-    last = {(stacks[name] if stack[-1] in within else stack)[-1] for name, stack in callers.items()}
-    return {name: next(module for module in stack if module in last) for name, stack in stacks.items()}
+    layers = Counter(module for stack in stacks.values() for module in dict.fromkeys(stack))
+    chosen = {next((module for module in stack[1:] if layers[module] <= MOST_LAYERS), stack[-1])
+              for stack in stacks.values()}
+    return {name: next(module for module in stack if module in chosen) for name, stack in stacks.items()}

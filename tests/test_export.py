@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -50,6 +51,14 @@ def save_checkpoint(path, name=SAMPLE, size=28, classes=10, **recipe):
 def weights_only(monkeypatch):
     """Spares the seconds that the other files take."""
     monkeypatch.setattr(exporting, "write_programs", lambda *_: [])
+
+
+def test_arguments_of_the_architecture_travel_from_the_run_to_the_export(run_main, tiny, weights_only):
+    run_main(*tiny, "--no-pretrained", "--model-kwargs", "depth=1", "embed_dim=32", "num_heads=2", "--output_dir",
+             "run", "--pruner", "lamp", "--sparsity", "0.5", "--pattern", "neurons", "--shrink")
+    run_main("--resume", "run/checkpoint.pth", "--export", "out")
+    shape = json.loads(Path("out", "shape.json").read_text())
+    assert shape["arguments"]["embed_dim"] == 32 and shape["heads"] == {"blocks.0.attn": 2}
 
 
 def loaded(folder):

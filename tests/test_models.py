@@ -4,7 +4,15 @@ import pytest
 import timm
 import torch
 
-from models import adapt_weights, build_model, load_weights, resize_pos_embed, timm_name, train_attention_only
+from models import (
+    adapt_weights,
+    build_model,
+    load_weights,
+    resize_pos_embed,
+    timm_call,
+    timm_name,
+    train_attention_only,
+)
 from utils import UserError
 
 TINY = {"embed_dim": 24, "depth": 1, "num_heads": 2}
@@ -33,6 +41,20 @@ def test_a_model_that_cannot_be_built_is_told_in_one_line(name, size, message):
     with pytest.raises(UserError, match=message) as error:
         build_model(name, 10, size)
     assert "\n" not in str(error.value)
+
+
+def test_arguments_of_the_architecture_make_another_shape():
+    model = build_model("deit_sample_patch4_28", 10, 28, assignments=["embed_dim=64", "num_heads=2", "act_layer=relu"])
+    assert model.blocks[0].attn.num_heads == 2 and model.head.in_features == 64
+    assert isinstance(model.blocks[0].mlp.act, torch.nn.ReLU)
+    name, arguments = timm_call("deit_sample_patch4_28", 10, 28, ["depth=2"])
+    assert len(timm.create_model(name, **arguments).blocks) == 2
+
+
+@pytest.mark.parametrize("wrong", ["depth", "depth=", "=2", "checkpoint_path=weights.pth", "num_classes=3"])
+def test_what_is_no_argument_of_the_architecture_is_told(wrong):
+    with pytest.raises(UserError, match=f"--model-kwargs {wrong}: expected KEY=VALUE"):
+        build_model("deit_sample_patch4_28", 10, 28, assignments=[wrong])
 
 
 @pytest.mark.parametrize("name, tokens", [

@@ -1,0 +1,90 @@
+"""How benchmarks measure: times, memory, training steps, and the rows of a table with its targets."""
+
+import contextlib
+import ctypes
+import io
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from engine import Learner, Progress, StepOptions, train_one_epoch  # noqa: E402
+from losses import DistillationLoss  # noqa: E402
+from sparsity_factory import multiply_adds, prunable_weights, sparse_multiply_adds, sparsity_rows  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def seconds(function, repeats: int = 3) -> float:
+    """The shortest of some runs: what disturbs a run only ever makes it longer."""
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def in_turns(functions: dict, rounds: int) -> dict[str, float]:
+    """The shortest time of each function, called in turns, since the speed of a machine drifts."""
+    times = [{name: seconds(function, 1) for name, function in functions.items()} for _ in range(rounds)]
+    return {name: min(taken[name] for taken in times) for name in functions}
+
+
+def row(what: str, target: str, found: str, missed: str = "") -> dict:
+    """A row of the table; `missed` says by how much the target is missed, and is empty where it is met."""
+    return {"what": what, "target": target, "found": found, "missed": missed}
+
+
+def over(value: float, limit: float, unit: str) -> str:
+    return "" if value <= limit else f"by {value - limit:.2g} {unit}"
+
+
+def under(ratio: float, limit: float) -> str:
+    return "" if ratio >= limit else f"{ratio:.2f} of {limit:g} times"
+
+
+def random_model(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name)
+
+
+def multiply_adds_left(model: torch.nn.Module, image: torch.Tensor) -> int:
+    """The multiply-adds of an image, without those of pruned weights, be they zeros or gone."""
+    kept = {name: weight != 0 for name, weight in prunable_weights(model).items()}
+    return sum(sparse_multiply_adds(sparsity_rows(model, kept), multiply_adds(model, image)).values())
+
+
+def memory(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
+
+
+def peak_above(function) -> int:
+    """The bytes that a call needs at its peak beyond what the process has before it."""
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed would hide what this one needs
+    Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
+    before = memory("VmRSS")
+    function()
+    return memory("VmHWM") - before
+
+
+def batches(count: int, size: int) -> list:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(size, 3, 224, 224, generator=generator),
+             torch.randint(1000, (size,), generator=generator))] * count
+
+
+def step_seconds(model, optimizer, size: int, amp_dtype, steps: int = 2) -> float:
+    """The shortest of some training steps, after a first one that is not counted."""
+    marks = []
+    with contextlib.redirect_stdout(io.StringIO()):
+        options = StepOptions(DistillationLoss(torch.nn.CrossEntropyLoss()), CPU, amp_dtype=amp_dtype)
+        train_one_epoch(Learner(model, optimizer), options, batches(steps + 1, size), Progress(),
+                        after_step=lambda: marks.append(time.perf_counter()))
+    return min(later - earlier for earlier, later in zip(marks[:-1], marks[1:], strict=True))
