@@ -95,13 +95,14 @@ def test_the_rate_of_the_short_finetuning_falls_in_a_line(name, first, last):
 
 
 @pytest.mark.parametrize("name, added, sparsity", [
-    ("sample_best", ["--sparsity", "0.9"], 0.9), ("sample_best_nm", ["--pattern", "2:4"], 0.5)])
+    ("sample_best", ["--sparsity", "0.9"], 0.9), ("sample_best_units", ["--sparsity", "0.5"], 0.5),
+    ("sample_best_nm", ["--pattern", "2:4"], None)])
 def test_the_best_recipe_of_the_sample_names_all_but_the_sparsity(name, added, sparsity):
     args = parse_args(["--config", str(PRESETS / f"{name}.yaml"), *added])
     recipe = recipe_of(args)
     recipe.check(args.epochs)
     assert (recipe.reconstruct, args.dense_teacher, args.epochs) == ("least-squares", 1.0, 2)
-    assert recipe.sparsity == (sparsity if name == "sample_best" else None)
+    assert recipe.sparsity == sparsity
     assert f"main.py --config configs/run/{name}.yaml {' '.join(added)}\n" in (PRESETS / f"{name}.yaml").read_text()
 
 
