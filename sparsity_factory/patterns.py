@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from .counting import k_largest, largest_threshold
 from .errors import PruningError
+from .knapsack import STATES, cheapest
 from .methods import method
 from .multiply_adds import image_of, multiply_adds_of_modules
 from .structure import HEADS, NEURONS, unit_groups
 
 PAIRWISE_UP_TO = 32  # above this group size, partitioning the groups is faster than comparing every pair
-STATES = 2**16  # the totals that are told apart when layers are fitted to a budget
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -444,22 +444,8 @@ def _nearest_steps(wanted: np.ndarray, step: np.ndarray, most: np.ndarray, budge
     unit = max(unit, -(-spare // STATES))
     cost, total = -(-step // unit), spare // unit  # rounded such that the budget is never passed
 
-    # best[t]: the least distance of the later layers if they and those before them spend t beyond their lowest.
-    best = np.where(np.arange(total + 1) == 0, 0.0, np.inf)
-    choices = []
-    for layer in reversed(range(len(step))):
-        reached, choice = np.full(total + 1, np.inf), np.zeros(total + 1, np.int64)
-        for n in range(high[layer], low[layer] - 1, -1):  # from above: on a tie the earlier layer keeps more
-            spent = (n - low[layer]) * cost[layer]
-            if spent <= total:
-                distance = best[: total + 1 - spent] + step[layer] * (n - share[layer]) ** 2
-                better = distance < reached[spent:]
-                reached[spent:][better], choice[spent:][better] = distance[better], n
-        best = reached
-        choices.append(choice)
-    left = int(np.flatnonzero(np.isfinite(best))[-1])
-    steps = []
-    for choice, lowest, cost_of_one in zip(reversed(choices), low, cost, strict=True):
-        steps.append(int(choice[left]))
-        left -= (steps[-1] - int(lowest)) * int(cost_of_one)
-    return np.array(steps)
+    n = [range(top, lowest - 1, -1) for top, lowest in zip(high, low, strict=True)]  # of equals the earlier keeps more
+    costs = [[(steps - lowest) * one for steps in options] for options, lowest, one in zip(n, low, cost, strict=True)]
+    distances = [size * (np.array(options) - wish) ** 2 for options, size, wish in zip(n, step, share, strict=True)]
+    chosen = cheapest(costs, distances, total, spend_most=True)
+    return np.array([options[option] for options, option in zip(n, chosen, strict=True)])
