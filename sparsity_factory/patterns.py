@@ -5,6 +5,7 @@ A pattern knows no allocation. Where it looks at each layer by itself, it says
 - `units(shape)`: how many units, things that are kept or removed as one, a weight of that shape has;
 - `score(score)`: the scores of the units from the scores of the weights;
 - `fit(kept, shapes, budget)`: the numbers of units that layers can keep, from those that an allocation wants;
+- `levels(shape)`: numbers of units that a weight may keep, for a search to choose among;
 - `mask(score, kept)`: the mask of a layer from the scores of its units.
 
 Where units reach over several layers, it has a `masks` of its own, which is all that the outside calls. To add one,
@@ -27,6 +28,7 @@ from .methods import method
 from .multiply_adds import image_of, multiply_adds_of_modules
 from .structure import HEADS, NEURONS, unit_groups
 
+LEVELS = 25  # that a search looks at, from 1 down to 1/64, each 16 % below the one before
 PAIRWISE_UP_TO = 32  # above this group size, partitioning the groups is faster than comparing every pair
 
 Shapes = Mapping[str, Sequence[int]]
@@ -77,6 +79,10 @@ class Pattern:
         """The numbers of units that layers keep, where an allocation wants `kept` and all have `budget` together."""
         return kept
 
+    def levels(self, shape: Sequence[int]) -> list[int]:
+        """Numbers of units that a weight may keep, in rising order, among which a search chooses: all, if few."""
+        return _levels(self.units(shape))
+
     def compared_columns(self, block_size: int) -> int:
         """How many columns are taken together where units are chosen from left to right: about `block_size`."""
         return block_size
@@ -126,7 +132,7 @@ class _Groups(Pattern):
         """All layers together keep as much of the budget as whole n allow, and never more than it.
 
         Among the ways to do so, it is the one that stays nearest to what the allocation wants. Layers that it wants
-        dense stay dense, if the budget allows that.
+        dense stay dense, if the budget allows that. What is whole and within the budget already stays as it is.
         """
         m = {name: self.m or shape[1] for name, shape in shapes.items()}
         groups = {name: prod(shape) // m[name] for name, shape in shapes.items()}
@@ -136,9 +142,15 @@ class _Groups(Pattern):
             group = f"every {self.m} weights" if self.m else "each row"
             raise PruningError(f"pattern {self.name} keeps at least one of {group}: "
                                f"expected a sparsity of at most {_down(most)}")
+        if all(kept[name] and kept[name] % groups[name] == 0 for name in kept) and sum(kept.values()) <= budget:
+            return kept
         n = _nearest_steps(np.array(list(kept.values())), np.array(list(groups.values())), np.array(list(m.values())),
                            budget)
         return {name: int(n) * groups[name] for name, n in zip(kept, n, strict=True)}
+
+    def levels(self, shape):
+        m = self.m or shape[1]
+        return [n * (prod(shape) // m) for n in _levels(m)]
 
     def compared_columns(self, block_size):
         return self.m or block_size
@@ -409,6 +421,10 @@ def _n_of_large_groups(groups: Tensor, n: int) -> Tensor:
     missing = n - mask.sum(1, keepdims=True)
     mask |= ties & (ties.cumsum(1, dtype=np.int32) <= missing)
     return torch.from_numpy(mask)
+
+
+def _levels(units: int) -> list[int]:
+    return sorted({1, *(max(round(units * 2 ** (-level / 4)), 1) for level in range(LEVELS))})
 
 
 def _down(sparsity: float) -> str:
