@@ -355,7 +355,8 @@ class Record:
 def write_results(options, args, chosen: Mapping[str, str], rows: list[LayerSparsity], bench: Bench, reached: float,
                   command: str, facts: str) -> None:
     """search.yaml, search.csv, search.png, and search.md with all of it; prints what was found."""
-    text = f"{reached:.2%} of the {options.budget_of} and {1 - rows[-1].sparsity:.2%} of the weights kept"
+    of = {"macs": "the multiply-adds", "latency": "the time"}.get(options.budget_of)
+    text = (f"{reached:.2%} of {of} and " if of else "") + f"{1 - rows[-1].sparsity:.2%} of the weights kept"
     write = {"search.yaml": sparsity_yaml(rows, f"{options.command}\n{text}").encode()}
     table, texts = io.StringIO(), bench.space.texts
     writer = csv.writer(table, lineterminator="\n")

@@ -5,7 +5,7 @@ A pattern knows no allocation. Where it looks at each layer by itself, it says
 - `units(shape)`: how many units, things that are kept or removed as one, a weight of that shape has;
 - `score(score)`: the scores of the units from the scores of the weights;
 - `fit(kept, shapes, budget)`: the numbers of units that layers can keep, from those that an allocation wants;
-- `levels(shape)`: numbers of units that a weight may keep, for a search to choose among;
+- `step(shape)`: by how many units the number that a weight keeps can change at least;
 - `mask(score, kept)`: the mask of a layer from the scores of its units.
 
 Where units reach over several layers, it has a `masks` of its own, which is all that the outside calls. To add one,
@@ -79,9 +79,15 @@ class Pattern:
         """The numbers of units that layers keep, where an allocation wants `kept` and all have `budget` together."""
         return kept
 
+    def step(self, shape: Sequence[int]) -> int:
+        """By how many units the number that a weight keeps can change at least."""
+        return 1
+
     def levels(self, shape: Sequence[int]) -> list[int]:
         """Numbers of units that a weight may keep, in rising order, among which a search chooses: all, if few."""
-        return _levels(self.units(shape))
+        step = self.step(shape)
+        most = self.units(shape) // step
+        return [step * n for n in sorted({1, *(max(round(most * 2 ** (-k / 4)), 1) for k in range(LEVELS))})]
 
     def compared_columns(self, block_size: int) -> int:
         """How many columns are taken together where units are chosen from left to right: about `block_size`."""
@@ -148,9 +154,8 @@ class _Groups(Pattern):
                            budget)
         return {name: int(n) * groups[name] for name, n in zip(kept, n, strict=True)}
 
-    def levels(self, shape):
-        m = self.m or shape[1]
-        return [n * (prod(shape) // m) for n in _levels(m)]
+    def step(self, shape):
+        return prod(shape) // (self.m or shape[1])
 
     def compared_columns(self, block_size):
         return self.m or block_size
@@ -421,10 +426,6 @@ def _n_of_large_groups(groups: Tensor, n: int) -> Tensor:
     missing = n - mask.sum(1, keepdims=True)
     mask |= ties & (ties.cumsum(1, dtype=np.int32) <= missing)
     return torch.from_numpy(mask)
-
-
-def _levels(units: int) -> list[int]:
-    return sorted({1, *(max(round(units * 2 ** (-level / 4)), 1) for level in range(LEVELS))})
 
 
 def _down(sparsity: float) -> str:

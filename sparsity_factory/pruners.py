@@ -278,6 +278,7 @@ def search(scores: Scores, sparsity: float) -> dict[str, int]:
 
     Each layer is pruned at each of the levels of the pattern by Optimal Brain Surgeon, and loses what `search.kfac`
     says. Among all choices of levels within the budget the best is found exactly, up to the rounding of `cheapest`.
+    What that leaves of the budget, less than a level takes, goes to the earliest layers.
 
     Raises:
         PruningError: the budget is less than the lowest levels take.
@@ -289,8 +290,12 @@ def search(scores: Scores, sparsity: float) -> dict[str, int]:
     if budget < least:
         most = 1 - least / sum(scores.sizes.values())
         raise PruningError(f"pruner search keeps something of each layer: expected a sparsity of at most {most:.6f}")
-    chosen = cheapest(levels, losses, budget)
-    return {name: kept[option] for name, kept, option in zip(scores, levels, chosen, strict=True)}
+    options = cheapest(levels, losses, budget)
+    chosen = {name: kept[option] for name, kept, option in zip(scores, levels, options, strict=True)}
+    for name, units in scores.sizes.items():  # what the levels leave of the budget
+        more = min(budget - sum(chosen.values()), units - chosen[name])
+        chosen[name] += more - more % scores.pattern.step(scores.shapes[name])
+    return chosen
 
 
 @method()

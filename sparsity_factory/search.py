@@ -77,11 +77,13 @@ def at_levels(
     divergence: Callable | None = None,
 ) -> Iterator[Pruned]:
     """A layer at each of some levels: numbers of units of the pattern that are kept, or (n, m)."""
-    gram = layer.gram
+    units = pattern.units(weight.shape) if pattern else weight.numel()
     for kept in levels:
-        new, mask = obs_prune(weight, gram, kept, pattern=pattern, block_size=few_columns(weight))
-        dense = bool(mask.all())
-        yield Pruned(layer, weight, weight if dense else new, mask, divergence)
+        if kept == units or isinstance(kept, tuple) and kept[0] == kept[1]:
+            yield Pruned(layer, weight, weight, torch.ones_like(weight, dtype=torch.bool), divergence)
+        else:
+            new, mask = obs_prune(weight, layer.gram, kept, pattern=pattern, block_size=few_columns(weight))
+            yield Pruned(layer, weight, new, mask, divergence)
 
 
 class Divergence:
