@@ -50,7 +50,7 @@ class Calibration:
     def __call__(self, needs: set[str], loss: Callable = torch.nn.functional.cross_entropy) -> Statistics:
         log(f"Calibrating on {self.images:,} training images: {', '.join(sorted(needs))}")
         shares = {"share": utils.rank(), "add_up": dist.all_reduce} if utils.world_size() > 1 else {}
-        with self._autocast():
+        with self.autocast():
             return collect_statistics(self.model, self.loader, loss, needs, **shares)
 
     def walk(self, visit: Callable[[str, Inputs], None], beside: torch.nn.Module | None = None) -> None:
@@ -66,9 +66,10 @@ class Calibration:
             visit(name, inputs)
 
         add_up = dist.all_reduce if utils.world_size() > 1 else None
-        with self._autocast():
+        with self.autocast():
             visit_layers(self.model, self._loader_for_all, visit_and_tell, beside=beside, add_up=add_up)
         next(logger, None)
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """Under which the model runs."""
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)

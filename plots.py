@@ -201,6 +201,33 @@ def sensitivity_map(drops: Mapping[tuple[str, float], float], title: str) -> Fig
     return figure
 
 
+def level_map(levels: Mapping[str, tuple[str, float]], title: str) -> Figure:
+    """The level of each layer, written on its share of kept weights as a colour: a row for each kind, block by block.
+
+    levels: weight name to the text of its level and the fraction that it keeps.
+    """
+    blocks = _blocks(levels)
+    kinds = list(dict.fromkeys(map(_path_in_block, levels)))
+    kept = np.full((len(kinds), len(blocks)), np.nan)
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure((WIDTH, 1.5 + 0.38 * len(kinds)), layout="constrained")
+        axes = figure.subplots()
+        for column, (_, _, members) in enumerate(blocks):
+            for name in members:
+                row = kinds.index(_path_in_block(name))
+                text, kept[row, column] = levels[name]
+                if len(blocks) <= 24:  # there is room for the texts
+                    axes.text(column, row, text, ha="center", va="center", fontsize=8 if len(blocks) <= 12 else 5,
+                              color="black" if kept[row, column] > 0.6 else "white")
+        image = axes.imshow(100 * kept, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
+        axes.set_yticks(range(len(kinds)), kinds, fontsize=9)
+        axes.set_facecolor("#eeeeee")
+        _name_blocks(axes, range(len(blocks)), blocks)
+        figure.colorbar(image, ax=axes, label="kept, %", aspect=12, pad=0.01)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
 # ---- helpers, not exported ----
 
 

@@ -8,13 +8,16 @@
         "*.mlp.fc2": [1, 4]      # later lines win
 
 The two modes differ in nothing but the reader's expectation: an entry of either form is understood in both.
+
+`choices` in the place of `level` has a list of levels for each weight. With one each it is a configuration; with more
+it is a space, out of which `search.py` takes one each.
 """
 
 import logging
 import numbers
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from os import PathLike, fspath
 
@@ -25,7 +28,7 @@ from .errors import PruningError
 MODES = ("nxm", "unstructured")
 EXPECTED_LEVEL = 'expected [n, m] with 1 <= n <= m, "n:m", a sparsity in [0, 1), or dense'
 MAX_BYTES = 2**18  # parsing takes some seconds per megabyte; a list of a thousand entries has ten kilobytes
-MAX_DEPTH = 8  # a correct file has four levels
+MAX_DEPTH = 8  # a correct file has six levels
 
 log = logging.getLogger(__name__)
 
@@ -45,16 +48,43 @@ def resolve_levels(
     Raises:
         PruningError: one line with the file (or `custom_config`), the entry and what was expected.
     """
-    where = "custom_config" if isinstance(source, Mapping) else _path(source)
-    config = source if isinstance(source, Mapping) else read_yaml(where)
-    level = level_section(config, where)
-    if isinstance(level, list | tuple):
-        entries = _from_list(level, list(shapes), where)
-    elif isinstance(level, Mapping):
-        entries = _from_patterns(level, list(shapes), where)
-    else:
-        raise PruningError(f"{where}: level is {_short(level)}: expected a list, or a mapping from patterns to levels")
+    config, where = _read(source)
+    entries = _by_name(level_section(config, where), list(shapes), where, "level", _parse_all)
     return {name: _amount(*entries[name], name, shape, where) for name, shape in shapes.items()}
+
+
+def resolve_choices(
+    source: str | PathLike | Mapping, shapes: Mapping[str, Sequence[int]], where: str | None = None
+) -> dict[str, dict[str, int | tuple[int, int]]]:
+    """The levels among which a search may choose for every prunable weight.
+
+    Args:
+        source: path of a YAML file with `choices`, or what such a file parses to.
+        shapes: as for `resolve_levels`.
+        where: what messages name in the place of the file.
+
+    Returns:
+        In the order of `shapes`: by the text of each level, such as `2:4`, `0.5` or `dense`, the number of weights kept
+        or (n, m), as `resolve_levels` has it.
+
+    Raises:
+        PruningError: as `resolve_levels`, and for an empty list of levels.
+    """
+    config, name = _read(source)
+    where = where or name
+    section = _checked(config, where)
+    if "choices" not in section:
+        raise PruningError(f"{where}: has a level for each weight: expected choices, a list of levels for each")
+    entries = _by_name(section["choices"], list(shapes), where, "choices", _parse_choices)
+    return {name: {level_text(level): _amount(label, level, name, shape, where) for label, level in entries[name][1]}
+            for name, shape in shapes.items()}
+
+
+def level_text(level: float | tuple[int, int]) -> str:
+    """A level as it is written: `2:4`, `0.5`, `dense`."""
+    if not isinstance(level, tuple):
+        return f"{level:g}" if level else "dense"
+    return "{}:{}".format(*level) if level[0] < level[1] else "dense"
 
 
 # ---- helpers, not exported ----
@@ -117,13 +147,41 @@ def _refuse_exotic(text: str, path: str) -> None:
 
 
 def level_section(config, where: str):
+    """The levels of a configuration, as its list or its mapping has them."""
+    section = _checked(config, where)
+    if "level" in section:
+        return section["level"]
+    choices = section["choices"]
+    if not isinstance(choices, list | tuple | Mapping):
+        return choices
+    for place, entry in choices.items() if isinstance(choices, Mapping) else enumerate(choices):
+        if not isinstance(entry, list | tuple) or len(entry) != 1:
+            raise PruningError(f"{where}: is a space for search.py --space, with {_short(entry)} in choices "
+                               f"{_short(place)}: expected one level for each weight")
+    if isinstance(choices, Mapping):
+        return {place: entry[0] for place, entry in choices.items()}
+    return [entry[0] for entry in choices]
+
+
+def _read(source) -> tuple:
+    """What a configuration parses to, and what messages name it."""
+    where = "custom_config" if isinstance(source, Mapping) else _path(source)
+    return (source if isinstance(source, Mapping) else read_yaml(where)), where
+
+
+def _checked(config, where: str) -> Mapping:
+    """The section of a configuration, which has a mode and either `level` or `choices`."""
     if config is None:
         raise PruningError(f"{where}: is empty: expected a mapping with the key sparsity")
     section = _section(config, ("sparsity",), where, "the file" if where != "custom_config" else "it")["sparsity"]
-    section = _section(section, ("mode", "level"), where, "sparsity")
+    if isinstance(section, Mapping) and "choices" in section:  # in the format's later files beside those of a search
+        section = _section({key: section[key] for key in section if key != "greedy"}, ("mode", "choices"), where,
+                           "sparsity")
+    else:
+        section = _section(section, ("mode", "level"), where, "sparsity")
     if section["mode"] not in MODES:
         raise PruningError(f"{where}: mode is {_short(section['mode'])}: expected {' or '.join(MODES)}")
-    return section["level"]
+    return section
 
 
 def _section(found, keys: tuple[str, ...], where: str, what: str) -> Mapping:
@@ -140,34 +198,42 @@ def _section(found, keys: tuple[str, ...], where: str, what: str) -> Mapping:
     return found
 
 
-def _from_list(level: Sequence, names: list[str], where: str) -> dict[str, tuple]:
-    """Name to (entry in words, parsed level)."""
+def _by_name(level, names: list[str], where: str, key: str, parse: Callable) -> dict[str, tuple]:
+    """Name to (entry in words, parsed entry). key: `level` or `choices`; parse: `_parse_all` or `_parse_choices`."""
+    if isinstance(level, list | tuple):
+        return _from_list(level, names, where, key, parse)
+    if isinstance(level, Mapping):
+        return _from_patterns(level, names, where, key, parse)
+    raise PruningError(f"{where}: {key} is {_short(level)}: expected a list, or a mapping from patterns to levels")
+
+
+def _from_list(level: Sequence, names: list[str], where: str, key: str, parse: Callable) -> dict[str, tuple]:
     if len(level) != len(names):
         raise PruningError(
-            f"{where}: level has {len(level)} entries: expected {len(names)}, one for each of {', '.join(names)}"
+            f"{where}: {key} has {len(level)} entries: expected {len(names)}, one for each of {', '.join(names)}"
         )
-    labels = [f"level[{index}]" for index in range(len(level))]
-    return dict(zip(names, _parse_all(zip(labels, level, strict=True), where), strict=True))
+    labels = [f"{key}[{index}]" for index in range(len(level))]
+    return dict(zip(names, parse(zip(labels, level, strict=True), where), strict=True))
 
 
-def _from_patterns(level: Mapping, names: list[str], where: str) -> dict[str, tuple]:
-    """Name to (entry in words, parsed level). `default` is looked at first, wherever it stands; later lines win."""
+def _from_patterns(level: Mapping, names: list[str], where: str, key: str, parse: Callable) -> dict[str, tuple]:
+    """`default` is looked at first, wherever it stands; later lines win."""
     for pattern in level:
         if not isinstance(pattern, str):
-            raise PruningError(f"{where}: level has the key {_short(pattern)}: expected a pattern of weight names")
+            raise PruningError(f"{where}: {key} has the key {_short(pattern)}: expected a pattern of weight names")
     ordered = sorted(level, key=lambda pattern: pattern != "default")
-    parsed = _parse_all(((f"level {_short(pattern)}", level[pattern]) for pattern in ordered), where)
+    parsed = parse(((f"{key} {_short(pattern)}", level[pattern]) for pattern in ordered), where)
     entries = {}
     for pattern, entry in zip(ordered, parsed, strict=True):
         matched = names if pattern == "default" else [name for name in names if _matches(name, pattern)]
         if not matched:
             raise PruningError(
-                f"{where}: level {_short(pattern)} matches no prunable weight: expected a pattern such as {names[0]}"
+                f"{where}: {key} {_short(pattern)} matches no prunable weight: expected a pattern such as {names[0]}"
             )
         entries |= dict.fromkeys(matched, entry)
     for name in names:
         if name not in entries:
-            raise PruningError(f"{where}: level says nothing of {name}: expected a default or a pattern that fits")
+            raise PruningError(f"{where}: {key} says nothing of {name}: expected a default or a pattern that fits")
     return entries
 
 
@@ -187,6 +253,19 @@ def _parse_all(entries, where: str) -> list[tuple]:
         label, (m, p), (n, _) = oldest[0]
         reading = f"[{m}, {p}] is read as group size and number pruned, so {n}:{m}"
         log.warning("%s: %s: %s%s", where, label, reading, f" (as {len(oldest) - 1} more)" if len(oldest) > 1 else "")
+    return parsed
+
+
+def _parse_choices(entries, where: str) -> list[tuple]:
+    """(entry in words, its levels as `_parse_all` has them) for each entry."""
+    entries, parsed = list(entries), []
+    for label, entry in entries:
+        if not isinstance(entry, list | tuple) or not entry:
+            raise PruningError(f"{where}: {label} is {_short(entry)}: expected a list of at least one level")
+    levels = iter(_parse_all(((f"{label}[{place}]", level) for label, entry in entries
+                              for place, level in enumerate(entry)), where))
+    for label, entry in entries:
+        parsed.append((label, [next(levels) for _ in entry]))
     return parsed
 
 

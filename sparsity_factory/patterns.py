@@ -5,6 +5,7 @@ A pattern knows no allocation. Where it looks at each layer by itself, it says
 - `units(shape)`: how many units, things that are kept or removed as one, a weight of that shape has;
 - `score(score)`: the scores of the units from the scores of the weights;
 - `fit(kept, shapes, budget)`: the numbers of units that layers can keep, from those that an allocation wants;
+- `step(shape)`: by how many units the number that a weight keeps can change at least;
 - `mask(score, kept)`: the mask of a layer from the scores of its units.
 
 Where units reach over several layers, it has a `masks` of its own, which is all that the outside calls. To add one,
@@ -22,12 +23,13 @@ from torch import Tensor, nn
 
 from .counting import k_largest, largest_threshold
 from .errors import PruningError
+from .knapsack import STATES, cheapest
 from .methods import method
 from .multiply_adds import image_of, multiply_adds_of_modules
 from .structure import HEADS, NEURONS, unit_groups
 
+LEVELS = 25  # that a search looks at, from 1 down to 1/64, each 16 % below the one before
 PAIRWISE_UP_TO = 32  # above this group size, partitioning the groups is faster than comparing every pair
-STATES = 2**16  # the totals that are told apart when layers are fitted to a budget
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -76,6 +78,16 @@ class Pattern:
     def fit(self, kept: dict[str, int], shapes: Shapes, budget: int) -> dict[str, int]:
         """The numbers of units that layers keep, where an allocation wants `kept` and all have `budget` together."""
         return kept
+
+    def step(self, shape: Sequence[int]) -> int:
+        """By how many units the number that a weight keeps can change at least."""
+        return 1
+
+    def levels(self, shape: Sequence[int]) -> list[int]:
+        """Numbers of units that a weight may keep, in rising order, among which a search chooses: all, if few."""
+        step = self.step(shape)
+        most = self.units(shape) // step
+        return [step * n for n in sorted({1, *(max(round(most * 2 ** (-k / 4)), 1) for k in range(LEVELS))})]
 
     def compared_columns(self, block_size: int) -> int:
         """How many columns are taken together where units are chosen from left to right: about `block_size`."""
@@ -126,7 +138,7 @@ class _Groups(Pattern):
         """All layers together keep as much of the budget as whole n allow, and never more than it.
 
         Among the ways to do so, it is the one that stays nearest to what the allocation wants. Layers that it wants
-        dense stay dense, if the budget allows that.
+        dense stay dense, if the budget allows that. What is whole and within the budget already stays as it is.
         """
         m = {name: self.m or shape[1] for name, shape in shapes.items()}
         groups = {name: prod(shape) // m[name] for name, shape in shapes.items()}
@@ -136,9 +148,14 @@ class _Groups(Pattern):
             group = f"every {self.m} weights" if self.m else "each row"
             raise PruningError(f"pattern {self.name} keeps at least one of {group}: "
                                f"expected a sparsity of at most {_down(most)}")
+        if all(kept[name] and kept[name] % groups[name] == 0 for name in kept) and sum(kept.values()) <= budget:
+            return kept
         n = _nearest_steps(np.array(list(kept.values())), np.array(list(groups.values())), np.array(list(m.values())),
                            budget)
         return {name: int(n) * groups[name] for name, n in zip(kept, n, strict=True)}
+
+    def step(self, shape):
+        return prod(shape) // (self.m or shape[1])
 
     def compared_columns(self, block_size):
         return self.m or block_size
@@ -444,22 +461,8 @@ def _nearest_steps(wanted: np.ndarray, step: np.ndarray, most: np.ndarray, budge
     unit = max(unit, -(-spare // STATES))
     cost, total = -(-step // unit), spare // unit  # rounded such that the budget is never passed
 
-    # best[t]: the least distance of the later layers if they and those before them spend t beyond their lowest.
-    best = np.where(np.arange(total + 1) == 0, 0.0, np.inf)
-    choices = []
-    for layer in reversed(range(len(step))):
-        reached, choice = np.full(total + 1, np.inf), np.zeros(total + 1, np.int64)
-        for n in range(high[layer], low[layer] - 1, -1):  # from above: on a tie the earlier layer keeps more
-            spent = (n - low[layer]) * cost[layer]
-            if spent <= total:
-                distance = best[: total + 1 - spent] + step[layer] * (n - share[layer]) ** 2
-                better = distance < reached[spent:]
-                reached[spent:][better], choice[spent:][better] = distance[better], n
-        best = reached
-        choices.append(choice)
-    left = int(np.flatnonzero(np.isfinite(best))[-1])
-    steps = []
-    for choice, lowest, cost_of_one in zip(reversed(choices), low, cost, strict=True):
-        steps.append(int(choice[left]))
-        left -= (steps[-1] - int(lowest)) * int(cost_of_one)
-    return np.array(steps)
+    n = [range(top, lowest - 1, -1) for top, lowest in zip(high, low, strict=True)]  # of equals the earlier keeps more
+    costs = [[(steps - lowest) * one for steps in options] for options, lowest, one in zip(n, low, cost, strict=True)]
+    distances = [size * (np.array(options) - wish) ** 2 for options, size, wish in zip(n, step, share, strict=True)]
+    chosen = cheapest(costs, distances, total, spend_most=True)
+    return np.array([options[option] for options, option in zip(n, chosen, strict=True)])

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from . import counting
 from .config import resolve_levels
 from .errors import PruningError
+from .knapsack import cheapest
 from .masks import prunable_weights
 from .methods import method
 from .patterns import n_of_m, parse_pattern
 from .scores import SCORES, Scores, wanda
+from .search import at_levels, kfac
 from .statistics import Statistics
 
 OUTLIER = 5  # M of OWL: a weight is an outlier above so many times the mean of its layer
@@ -270,6 +272,32 @@ def cap(scores: Scores, sparsity: float) -> dict[str, int]:
     return glob(scores.by(SCORES["cap"]), sparsity)
 
 
+@method("this project; Martens and Grosse 2015, arXiv:1503.05671", needs=kfac.needs)
+def search(scores: Scores, sparsity: float) -> dict[str, int]:
+    """Levels found: those of the least sum of what each layer loses with the others of its weights making up.
+
+    Each layer is pruned at each of the levels of the pattern by Optimal Brain Surgeon, and loses what `search.kfac`
+    says. Among all choices of levels within the budget the best is found exactly, up to the rounding of `cheapest`.
+    What that leaves of the budget, less than a level takes, goes to the earliest layers.
+
+    Raises:
+        PruningError: the budget is less than the lowest levels take.
+    """
+    levels = [scores.pattern.levels(shape) for shape in scores.shapes.values()]
+    losses = [[kfac(pruned) for pruned in at_levels(scores.weight(name), scores.layer(name), kept, scores.pattern)]
+              for name, kept in zip(scores, levels, strict=True)]
+    budget, least = _budget(scores.sizes, sparsity), sum(kept[0] for kept in levels)
+    if budget < least:
+        most = 1 - least / sum(scores.sizes.values())
+        raise PruningError(f"pruner search keeps something of each layer: expected a sparsity of at most {most:.6f}")
+    options = cheapest(levels, losses, budget)
+    chosen = {name: kept[option] for name, kept, option in zip(scores, levels, options, strict=True)}
+    for name, units in scores.sizes.items():  # what the levels leave of the budget
+        more = min(budget - sum(chosen.values()), units - chosen[name])
+        chosen[name] += more - more % scores.pattern.step(scores.shapes[name])
+    return chosen
+
+
 @method()
 def custom(scores: Scores, config: str | PathLike | Mapping) -> dict[str, int | tuple[int, int]]:
     """What the configuration says, per layer: the number of weights kept, or (n, m) for n of every m.
@@ -281,7 +309,7 @@ def custom(scores: Scores, config: str | PathLike | Mapping) -> dict[str, int | 
 
 
 PRUNERS: dict[str, Callable] = {
-    allocation.__name__: allocation for allocation in (lamp, glob, unif, unifplus, erk, owl, alpha, cap, custom)
+    allocation.__name__: allocation for allocation in (lamp, glob, unif, unifplus, erk, owl, alpha, cap, search, custom)
 }
 
 

@@ -97,6 +97,11 @@ def obs_prune(
     return columns.T.to(weight.dtype).contiguous(), mask.T.contiguous()
 
 
+def few_columns(weight: Tensor) -> int:
+    """How many columns compare: on small layers the choice was the better, the later it was made."""
+    return max(weight.shape[1] // 32, 8)
+
+
 @method()
 def none(weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern | None) -> tuple[Tensor, Tensor]:
     """Kept weights stay as they are."""
@@ -106,9 +111,8 @@ def none(weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern | None) 
 @method("Frantar and Alistarh 2023, arXiv:2301.00774", needs={"gram"})
 def obs(weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern | None) -> tuple[Tensor, Tensor]:
     """Optimal Brain Surgeon chooses which weights of a layer go, as many as the mask prunes, and updates the others."""
-    # Few columns compare: on small layers the choice was the better, the later it was made.
     return obs_prune(weight, inputs.gram, _kept(mask, pattern) if pattern else mask, pattern=pattern,
-                     block_size=max(weight.shape[1] // 32, 8))
+                     block_size=few_columns(weight))
 
 
 @method("Frantar and Alistarh 2023, arXiv:2301.00774", needs={"gram"})

@@ -35,13 +35,18 @@ class Layer:
     Attributes:
         name: of the weight.
         seed: for scores that are drawn.
-        input_norms, gram, gradient, first_gradient, squared_gradient, removal_costs: as `STATISTICS` says, float64, on
-            the device of the weight.
+        images: how many the statistics are of.
+        input_norms, gram, gradient_gram, gradient, first_gradient, squared_gradient, removal_costs: as `STATISTICS`
+            says, float64, on the device of the weight.
     """
 
     def __init__(self, name: str, seed: int = 0, statistics: Statistics | None = None, device=None):
         self.name, self.seed = name, seed
         self._statistics, self._device = statistics, device
+
+    @property
+    def images(self) -> int:
+        return self._statistics.images
 
     def __getattr__(self, need: str) -> Tensor:
         if need not in STATISTICS:
@@ -137,6 +142,7 @@ class Scores(Mapping[str, Tensor]):
     exact in it).
 
     Attributes:
+        pattern: what the units are.
         weights: parameter name to the weight as it is.
         sizes: parameter name to the number of units.
         shapes: parameter name to the shape of the weight, (outputs, inputs).
@@ -150,10 +156,10 @@ class Scores(Mapping[str, Tensor]):
         statistics: Statistics | None = None,
         seed: int = 0,
     ):
-        self.weights, self._score, self._pattern = weights, score, pattern or Unstructured()
+        self.weights, self._score, self.pattern = weights, score, pattern or Unstructured()
         self._statistics, self._seed = statistics, seed
         self.shapes = {name: weight.shape for name, weight in weights.items()}
-        self.sizes = {name: self._pattern.units(shape) for name, shape in self.shapes.items()}
+        self.sizes = {name: self.pattern.units(shape) for name, shape in self.shapes.items()}
         wide = any(weight.dtype == torch.float64 for weight in weights.values())
         self._dtype = torch.float64 if wide else torch.float32
         self._layers: dict[str, Layer] = {}
@@ -167,7 +173,7 @@ class Scores(Mapping[str, Tensor]):
             return self._latest[1]
         self._latest = None  # so that its memory is used again: fresh memory takes longer
         weight = self.weights[name].detach().to(self._dtype)
-        score = self._pattern.score(self._score(weight, self.layer(name)))
+        score = self.pattern.score(self._score(weight, self.layer(name)))
         if name not in self._finite and not score.amax().isfinite():
             self.weight(name)
             raise PruningError(f"{name} has a {self._score.__name__} score that is NaN or infinite in {self._dtype}")
@@ -179,7 +185,7 @@ class Scores(Mapping[str, Tensor]):
         """Another score of the same units of the same weights."""
         if score is self._score:
             return self
-        return Scores(self.weights, score, self._pattern, self._statistics, self._seed)
+        return Scores(self.weights, score, self.pattern, self._statistics, self._seed)
 
     def replaced(self, values: Mapping[str, Tensor]) -> "Scores":
         """Scores of the weights that `values` names, each with its values there, broadcast to the weight's shape."""
@@ -215,7 +221,7 @@ class Scores(Mapping[str, Tensor]):
 
     def mask(self, name: str, kept: int) -> Tensor:
         """The mask of a layer that keeps so many units."""
-        return self._pattern.mask(self[name], kept, self._at_least.get(name))
+        return self.pattern.mask(self[name], kept, self._at_least.get(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)

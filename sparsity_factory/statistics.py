@@ -31,14 +31,16 @@ from .removal import blocks_of, cut, removal_costs
 STATISTICS = {
     "input_norms": "norm2(x_j) of each input j",
     "gram": "X^T X of the inputs",
+    "gradient_gram": "the sum over images of the mean over tokens of G^T G, G the gradient at the outputs of its loss",
     "gradient": "g, over all images",
     "first_gradient": "g of the first batch alone",
     "squared_gradient": "the mean over batches of their squared gradients",
     "removal_costs": "what removing the weights of a block one by one costs, by the gradients of single images",
 }
-OF_INPUTS = frozenset({"input_norms", "gram", "removal_costs"})
+OF_OUTPUTS = frozenset({"gradient_gram", "removal_costs"})  # what the gradients at the outputs give
+OF_INPUTS = frozenset({"input_norms", "gram"}) | OF_OUTPUTS
 OF_GRADIENTS = frozenset(STATISTICS) - {"input_norms", "gram"}
-BY_REQUEST = frozenset({"gram", "removal_costs"})  # only: they take memory for many numbers a weight
+BY_REQUEST = frozenset({"gram"}) | OF_OUTPUTS  # only: they take memory for many numbers a weight
 MEMORY = 4 * 2**30  # bytes of sums that one pass may hold
 GRAM_COLUMNS = 384  # of a part of a Gram matrix
 
@@ -100,7 +102,7 @@ class Statistics:
         total = self._sums[name][need]
         if need == "input_norms":
             return total.sqrt()
-        if need == "gram":
+        if need in ("gram", "gradient_gram"):
             return total
         images, batches, images_of_first = self._counts[0].tolist()
         return total / {"gradient": images, "squared_gradient": batches, "first_gradient": images_of_first}[need]
@@ -184,7 +186,8 @@ def collect_statistics(
         batches: yields images, or pairs of images and targets; they are brought to the model's device. Read once, or
             once for each group of layers whose sums fit into the memory; an iterator is read once whatever they take.
         loss: from the model's outputs and the targets to the mean loss over the batch; where gradients are asked for.
-        needs: names in `STATISTICS`; without, all that batches and loss allow but `gram` and `removal_costs`.
+        needs: names in `STATISTICS`; without, all that batches and loss allow but `gram`, `gradient_gram` and
+            `removal_costs`.
         share: the number of this share, where the batches are shared out whole among several processes. Share 0 has the
             first batch. Without `add_up` there is one pass and nothing is checked: add the shares up, and call
             `Statistics.check`.
@@ -267,9 +270,10 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def _shape(need: str, weight: Tensor) -> tuple[int, ...]:
-    inputs = weight.shape[1]
+    outputs, inputs = weight.shape
     blocks, size = blocks_of(weight.numel())
-    shapes = {"input_norms": (inputs,), "gram": (inputs, inputs), "removal_costs": (blocks, size, size)}
+    shapes = {"input_norms": (inputs,), "gram": (inputs, inputs), "gradient_gram": (outputs, outputs),
+              "removal_costs": (blocks, size, size)}
     return shapes.get(need, tuple(weight.shape))
 
 
@@ -358,8 +362,9 @@ class _Inputs(TorchFunctionMode):
             if name := self._names.get(id(weight)):
                 self._add(name, inputs.detach())
         outputs = func(*args, **kwargs)
-        if name and "removal_costs" in self._statistics.needs and outputs.requires_grad:
-            if inputs.dim() == 1 or len(inputs) % self._images:
+        if name and self._statistics.needs & OF_OUTPUTS and outputs.requires_grad:
+            of_images = "removal_costs" in self._statistics.needs
+            if of_images and (inputs.dim() == 1 or len(inputs) % self._images):
                 raise PruningError(f"{name} is given inputs of shape {list(inputs.shape)} for {self._images} images: "
                                    "removal_costs expects those of an image together along the first dimension")
             outputs = outputs.clone()  # no view: a change of it in place leaves the hook where it is
@@ -368,7 +373,13 @@ class _Inputs(TorchFunctionMode):
 
     @torch.no_grad()
     def _add_gradients(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
+        totals = self._statistics._sums[name]
         with torch.autocast(inputs.device.type, enabled=False):
+            if "gradient_gram" in totals:  # the batch's loss is the mean over its images
+                rows = at_least_float32(gradient.reshape(-1, gradient.shape[-1]))
+                add_gram(totals["gradient_gram"], rows * (self._images * (self._images / len(rows)) ** 0.5))
+            if "removal_costs" not in totals:
+                return
             x, dy = (at_least_float32(rows.reshape(self._images, -1, rows.shape[-1])) for rows in (inputs, gradient))
             self.gradients[name] = self.gradients.get(name, 0) + dy.mT @ x
 

@@ -34,6 +34,8 @@ def statistics_of(model: nn.Module, needs=STATISTICS, seed=0) -> Statistics:
         gradients = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
         sums = {"input_norms": inputs.square().sum(0), "gram": inputs.T @ inputs, "gradient": 10 * gradients.sum(0),
                 "first_gradient": 10 * gradients[0], "squared_gradient": gradients.square().sum(0)}
+        at_outputs = torch.randn(50, shape[0], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        sums["gradient_gram"] = at_outputs.T @ at_outputs
         if "removal_costs" in statistics.needs:
             of_images = cut(torch.randn(20, *shape, generator=generator, dtype=torch.float64)).transpose(0, 1)
             sums["removal_costs"] = of_images.mT @ of_images

@@ -31,11 +31,30 @@ def from_text(tmp_path, text):
 # ---- what is understood ----
 
 
+@pytest.mark.parametrize(("name", "file", "giga"), [
+    ("deit_small_patch16_224", "deit_small_elsa_1.96g", 1.963),
+    ("deit_base_patch16_224", "deit_base_elsa_6.88g", 6.874),
+    ("deit_base_patch16_224", "deit_base_elsa_6.01g", 6.002)])
+def test_elsas_levels_take_the_multiply_adds_that_they_are_named_after(name, file, giga):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    weights = prunable_weights(model)
+    tokens, width = model.pos_embed.shape[1:]
+    others = len(model.blocks) * 2 * tokens**2 * width + (tokens - 1) * width * 768 + width * 1000
+    shapes = {key: weight.shape for key, weight in weights.items()}
+    levels = resolve_levels(CONFIGS[0].with_name(f"{file}.yaml"), shapes)
+    kept = {key: weight.numel() if isinstance(levels[key], int) else weight.numel() * levels[key][0] // levels[key][1]
+            for key, weight in weights.items()}
+    assert (tokens * sum(kept.values()) + others) / 1e9 == pytest.approx(giga, abs=0.001)
+
+
 def test_every_config_of_the_repository_fits_deit_small():
     with torch.device("meta"):
         model = timm.create_model("deit_small_patch16_224")
     shapes = {name: weight.shape for name, weight in prunable_weights(model).items()}
     assert len(CONFIGS) >= 3
+    assert [path.name for path in CONFIGS if path.name.startswith("deit_base")] == ["deit_base_elsa_6.01g.yaml",
+                                                                                 "deit_base_elsa_6.88g.yaml"]
     resolved = {path.name: list(resolve_levels(path, shapes).items()) for path in CONFIGS}
     assert resolved["deit_small_nxm.yaml"] == [(name, (2, 4)) for name in shapes]
     assert resolved["deit_small_uniform.yaml"] == [(name, shape.numel() // 2) for name, shape in shapes.items()]

@@ -102,3 +102,14 @@ def test_a_sweep_of_many_combinations_draws_the_nine_best(choices):
 
 def test_the_same_figure_gives_the_same_bytes():
     assert len({plots.png(plots.sparsity_bars(layers("deit_sample_patch4_28"), 0.5, "x", "y")) for _ in range(2)}) == 1
+
+
+def test_each_level_stands_at_its_block_and_kind():
+    figure = plots.level_map({"blocks.0.attn.qkv.weight": ("2:4", 0.5), "blocks.1.attn.qkv.weight": ("dense", 1.0),
+                              "blocks.1.mlp.fc1.weight": ("1:4", 0.25)}, "levels")
+    axes = figure.axes[0]
+    assert {(*text.get_position(), text.get_text()) for text in axes.texts} == {(0, 0, "2:4"), (1, 0, "dense"),
+                                                                               (1, 1, "1:4")}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["attn.qkv", "mlp.fc1"]
+    assert axes.images[0].get_array()[:, 1].tolist() == [100, 25]
+    assert axes.images[0].get_clim() == (0, 100)

@@ -423,7 +423,7 @@ def test_every_kind_of_vision_transformer_is_pruned_except_its_classifier(name):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"pruner": "lump", "sparsity": 0.5}, "unknown pruner 'lump': .*lamp, glob, .*owl, alpha, cap, custom"),
+        ({"pruner": "lump", "sparsity": 0.5}, "unknown pruner 'lump': .*lamp, glob, .*owl, alpha, cap, search, custom"),
         ({"pruner": "lamp", "sparsity": 0.5, "score": "size"}, "unknown score 'size': .*magnitude"),
         ({"pruner": "lamp"}, "needs a sparsity"),
         *(

@@ -184,7 +184,8 @@ def test_only_what_is_needed_is_collected_and_without_gradients_nothing_runs_bac
         raise AssertionError
 
     assert collect_statistics(model, batches(), no_loss, {"input_norms"}).needs == {"input_norms"}
-    assert collect_statistics(model, batches(), F.cross_entropy).needs == STATISTICS.keys() - {"gram", "removal_costs"}
+    by_request = {"gram", "gradient_gram", "removal_costs"}
+    assert collect_statistics(model, batches(), F.cross_entropy).needs == STATISTICS.keys() - by_request
     assert collect_statistics(model, batches()).needs == {"input_norms"}
     assert collect_statistics(model, [images for images, _ in batches()], no_loss).needs == {"input_norms"}
     images, targets = batches()[0]

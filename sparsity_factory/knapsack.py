@@ -1,0 +1,54 @@
+"""One option for each of many layers under a budget: the exact choice, by dynamic programming."""
+
+from collections.abc import Sequence
+from math import gcd
+
+import numpy as np
+
+STATES = 2**16  # the totals that are told apart
+
+
+def cheapest(
+    costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int, *, spend_most: bool = False
+) -> list[int]:
+    """The options of least total loss among those whose total cost does not pass the budget.
+
+    The choice is exact where all totals up to the budget are multiples of so much that there are at most `STATES` of
+    them. Elsewhere costs are rounded up to a part of the budget in `STATES`, so that it is never passed. Among equal
+    choices the earlier option of the earlier layer is taken.
+
+    Args:
+        costs: of each layer the costs of its options, whole numbers.
+        losses: of each layer the losses of its options, finite.
+        budget: at least the sum of the least costs.
+        spend_most: take the least loss among those choices whose cost is the largest within the budget.
+
+    Returns:
+        Of each layer the number of its option.
+    """
+    least = sum(map(min, costs))
+    if budget < least:
+        raise ValueError(f"budget {budget}: expected at least {least}")
+    above = [np.asarray(options, np.int64) - min(options) for options in costs]
+    most = sum(int(extra.max()) for extra in above)
+    left = min(int(budget) - least, most)
+    unit = max(gcd(*np.concatenate(above).tolist()), -(-left // STATES), 1)
+    above = [-(-extra // unit) for extra in above]
+    left = left // unit if left < most else sum(int(extra.max()) for extra in above)
+    # best[t]: the least loss of the later layers if they cost t above their least.
+    best, choices = np.where(np.arange(left + 1) == 0, 0.0, np.inf), []
+    for extra, loss in zip(reversed(above), reversed(losses), strict=True):
+        reached, choice = np.full(left + 1, np.inf), np.zeros(left + 1, np.int16)
+        for option, spent in enumerate(extra.tolist()):
+            if spent <= left:
+                total = best[: left + 1 - spent] + loss[option]
+                better = total < reached[spent:]
+                reached[spent:][better], choice[spent:][better] = total[better], option
+        best = reached
+        choices.append(choice)
+    place = int(np.flatnonzero(np.isfinite(best))[-1]) if spend_most else int(best.argmin())
+    chosen = []
+    for choice, extra in zip(reversed(choices), above, strict=True):
+        chosen.append(int(choice[place]))
+        place -= int(extra[chosen[-1]])
+    return chosen
