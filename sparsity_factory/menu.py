@@ -7,7 +7,7 @@ from itertools import combinations
 
 from .errors import PruningError
 from .methods import describe
-from .patterns import PATTERNS
+from .patterns import PATTERNS, parse_pattern
 from .pruners import PRUNERS
 from .recipe import Recipe
 from .reconstruction import RECONSTRUCTIONS
@@ -22,7 +22,7 @@ CHOICES = {
     "--prune-schedule": ("when masks are chosen and changed", SCHEDULES),
     "--reconstruct": ("how the kept weights make up for the pruned ones", RECONSTRUCTIONS),
 }
-EXAMPLES = {"n:m": "2:4", "x:m": "x:4", "block:RxC": "block:16x16"}  # of patterns with numbers
+EXAMPLES = {"n:m": "2:4", "n:mt": "2:4t", "x:m": "x:4", "block:RxC": "block:16x16"}  # of patterns with numbers
 CONFIG = {"sparsity": {"mode": "unstructured", "level": {"default": 0.5}}}
 GROUPS = {"sparsity": {"mode": "nxm", "level": {"default": [2, 4]}}}
 
@@ -46,7 +46,7 @@ ALONE = {
 OF_THE_MODEL = """\
 --pruner unifplus: a sparsity that the layers between the first and the last cannot reach
 --pattern row, x:m: a sparsity that leaves less than one weight of a row or group
---pattern n:m, x:m, block:RxC: sizes that do not divide the layers
+--pattern n:m, n:mt, x:m, block:RxC: sizes that do not divide the layers
 --pattern heads, neurons, heads+neurons: a sparsity that leaves less than one unit of a block, blocks that are not known
 what looks at data: more --calibration-images than training images, and streams (timm:wds/...)
 """
@@ -109,7 +109,7 @@ def example(pruner: str = "unif", pattern: str = "unstructured", **choices) -> R
     """A recipe of these choices, with the sparsity or configuration that they need."""
     if pruner == "custom":
         return Recipe(pruner, custom_config=CONFIG, pattern=pattern, **choices)
-    return Recipe(pruner, None if pattern == EXAMPLES["n:m"] else 0.5, pattern=pattern, **choices)
+    return Recipe(pruner, 0.5 if parse_pattern(pattern).sparsity is None else None, pattern=pattern, **choices)
 
 
 def users_of(name: str) -> list[str]:

@@ -176,7 +176,7 @@ class Recipe:
             entries = [_scaled(level, math.prod(shapes[name]), scale) for name, level in levels.items()]
             request["custom_config"] = {"sparsity": {"mode": "nxm", "level": entries}}
         elif (pattern := parse_pattern(self.pattern)).sparsity is not None:
-            request["pattern"] = "{}:{}".format(*_scaled((pattern.n, pattern.m), 0, scale))
+            request["pattern"] = pattern.keeping(_scaled((pattern.n, pattern.m), 0, scale)[0])
         else:
             request["sparsity"] = scale(self.sparsity)
         return request

@@ -181,7 +181,8 @@ class Sparsifier:
         Args:
             scale: from a target sparsity to the one to choose by.
             among_kept: pruned weights stay pruned. They are zeros with a score of zero, and so are chosen last. In an
-                n:m group, whose number must hold, one may come back in the place of a kept weight of score zero.
+                n:m group, whose number must hold, one may come back in the place of a kept weight of score zero, and in
+                an n:mt block where the best mask has it.
         """
         request = self.recipe.request(self._shapes, self._levels, scale)
         if self.recipe.score != "magnitude":

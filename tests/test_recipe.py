@@ -209,6 +209,7 @@ def test_scaled_levels_round_to_the_nearest_n():
     assert level(lambda sparsity: sparsity * 0.6) == [(3, 4), 0.3, 0.0]
     assert level(lambda sparsity: sparsity) == [(2, 4), 0.5, 0.0]
     assert Recipe("unif", pattern="2:4").request(shapes, {}, lambda sparsity: sparsity * 0.6)["pattern"] == "3:4"
+    assert Recipe("unif", pattern="2:4t").request(shapes, {}, lambda sparsity: sparsity * 0.6)["pattern"] == "3:4t"
     assert LAMP.request(shapes, {}, lambda sparsity: sparsity / 2)["sparsity"] == 0.325
 
 
