@@ -411,7 +411,7 @@ def transposable_n_of_m(score: Tensor, n: int, m: int) -> Tensor:
         score: shape (outputs, inputs); `m` divides both.
         n: from 0 to `m`, which is small.
     """
-    masks = torch.tensor(_transposable_masks(n, m), device=score.device)
+    masks = torch.from_numpy(_transposable_masks(n, m)).to(score.device)
     blocks = score.unflatten(0, (-1, m)).unflatten(2, (-1, m)).transpose(1, 2)
     # In float64 the sums of float32 scores are exact, but for extreme ones, whatever the order in which they are added.
     sums = (part.double() @ masks.T.double() for part in blocks.reshape(-1, m * m).split(BLOCKS_AT_ONCE))
@@ -453,11 +453,11 @@ def _positive_where(mask: Tensor, values: Tensor) -> Tensor:
 
 
 @cache
-def _transposable_masks(n: int, m: int) -> list[list[bool]]:
-    """The masks of m x m that keep n of each row and column, row-major, in the order of the rows that they keep."""
+def _transposable_masks(n: int, m: int) -> np.ndarray:
+    """The masks of m x m that keep n of each row and column, shape (masks, m * m), earlier weights first."""
     rows = [[place in kept for place in range(m)] for kept in combinations(range(m), n)]
-    return [sum(block, []) for block in product(rows, repeat=m)
-            if all(sum(column) == n for column in zip(*block, strict=True))]
+    blocks = np.array(list(product(rows, repeat=m)))
+    return blocks[(blocks.sum(1) == n).all(1)].reshape(-1, m * m)
 
 
 def _n_of_large_groups(groups: Tensor, n: int) -> Tensor:
