@@ -192,6 +192,8 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
         help="share of the kept weights that set and rigl replace at first")
     add("--sr-decay", type=float, default=Recipe.sr_decay, metavar="DECAY",
         help="sr-ste adds so many times the pruned weights to their gradients")
+    add("--mask-lr", type=float, default=Recipe.mask_lr, metavar="RATE",
+        help="learning rate of the logits from which maskllm takes its masks")
     add("--reconstruct", sweep=REFUSED, instead="--reconstructions", choices=list(RECONSTRUCTIONS),
         default=Recipe.reconstruct, help="how the kept weights of a layer make up for the pruned ones")
     add("--calibration-images", type=int, default=Recipe.calibration_images, metavar="N",
