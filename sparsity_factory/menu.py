@@ -105,10 +105,12 @@ def refused_pairs() -> list[tuple[str, list[str], str, list[str], str]]:
     return found
 
 
-def example(pruner: str = "unif", pattern: str = "unstructured", **choices) -> Recipe:
-    """A recipe of these choices, with the sparsity or configuration that they need."""
+def example(pruner: str = "unif", pattern: str | None = None, **choices) -> Recipe:
+    """A recipe of these choices, with the pattern, sparsity or configuration that they need."""
+    learns_masks = SCHEDULES[choices.get("prune_schedule", Recipe.prune_schedule)].learns_masks
     if pruner == "custom":
-        return Recipe(pruner, custom_config=CONFIG, pattern=pattern, **choices)
+        return Recipe(pruner, custom_config=CONFIG, pattern=pattern or Recipe.pattern, **choices)
+    pattern = pattern or (EXAMPLES["x:m"] if learns_masks else Recipe.pattern)
     return Recipe(pruner, 0.5 if parse_pattern(pattern).sparsity is None else None, pattern=pattern, **choices)
 
 

@@ -57,7 +57,7 @@ class Recipe:
     rewind: int | None = None
     drop_fraction: float = 0.3
     sr_decay: float = 2e-4
-    mask_lr: float = 1e-3
+    mask_lr: float = 1e-2
     reconstruct: str = NONE
     calibration_images: int = 1024
     seed: int = 0

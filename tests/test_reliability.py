@@ -73,6 +73,7 @@ SCHEDULE_FLAGS = {
     "iterative": ["--prune-rounds", "3", "--prune-start", "0.25", "--rewind", "0"],
     "set": ["--prune-every", "2"], "rigl": ["--prune-every", "2"], "ac-dc": ["--prune-rounds", "2"],
     "ste": ["--prune-every", "3"], "sr-ste": ["--prune-every", "3", "--sr-decay", "0.1"],
+    "maskllm": ["--pattern", "x:4", "--mask-lr", "0.1"],
 }
 
 
@@ -90,7 +91,8 @@ def test_every_schedule_goes_on_to_the_bit_after_any_step(run_main, tiny, tmp_pa
     assert differences(tmp_path / "whole", tmp_path / "parts") == [], steps
     checkpoint = read(tmp_path / "parts/checkpoint.pth")
     assert len(checkpoint["pruning"]["hidden"]) == (24 if schedule in ("ste", "sr-ste") else 0)
-    assert sum(int(mask.sum()) for mask in unpack(checkpoint["masks"]).values()) == 232243
+    missing = 232243 - sum(int(mask.sum()) for mask in unpack(checkpoint["masks"]).values())
+    assert 0 <= missing < (10_000 if schedule == "maskllm" else 1)  # whole groups of it do not meet the budget
     assert len(read_log(tmp_path / "parts")) == 2
 
 
