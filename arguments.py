@@ -168,8 +168,8 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--score", sweep=REFUSED, instead="--scores", choices=list(SCORES), default=Recipe.score,
         help="how much a weight matters; all but magnitude and random look at training images")
     add("--pattern", sweep=REFUSED, instead="--patterns", default=Recipe.pattern,
-        help="what goes together: unstructured, row, 2:4 (any n:m; without --sparsity), x:4 (n by layer), block:16x16, "
-             "heads, neurons, heads+neurons")
+        help="what goes together: unstructured, row, 2:4 (any n:m; without --sparsity), 2:4t (along the outputs too), "
+             "x:4 (n by layer), block:16x16, heads, neurons, heads+neurons")
     add("--sparsity", sweep=REFUSED, instead="--sparsities", type=float, metavar="FRACTION",
         help="fraction of the prunable weights to remove, in [0, 1)")
     add("--budget", choices=["weights", "macs"], default=Recipe.budget,
@@ -192,6 +192,8 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
         help="share of the kept weights that set and rigl replace at first")
     add("--sr-decay", type=float, default=Recipe.sr_decay, metavar="DECAY",
         help="sr-ste adds so many times the pruned weights to their gradients")
+    add("--mask-lr", type=float, default=Recipe.mask_lr, metavar="RATE",
+        help="learning rate of the logits from which maskllm takes its masks")
     add("--reconstruct", sweep=REFUSED, instead="--reconstructions", choices=list(RECONSTRUCTIONS),
         default=Recipe.reconstruct, help="how the kept weights of a layer make up for the pruned ones")
     add("--calibration-images", type=int, default=Recipe.calibration_images, metavar="N",

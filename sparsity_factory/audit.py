@@ -41,5 +41,6 @@ def check_masks(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], reci
         if isinstance(level, int):
             if int(masks[name].count_nonzero()) != level:
                 raise PruningError(f"{name}: keeps {int(masks[name].count_nonzero())} weights, expected {level}")
-        elif (masks[name].reshape(-1, level[1]).sum(1) != level[0]).any():
+        elif any((side.reshape(-1, level[1]).sum(1) != level[0]).any()
+                 for side in (masks[name], masks[name].T)[:1 + pattern.transposable]):
             raise PruningError(f"{name}: a group of {level[1]} does not keep {level[0]}")

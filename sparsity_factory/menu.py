@@ -7,7 +7,7 @@ from itertools import combinations
 
 from .errors import PruningError
 from .methods import describe
-from .patterns import PATTERNS
+from .patterns import PATTERNS, parse_pattern
 from .pruners import PRUNERS
 from .recipe import Recipe
 from .reconstruction import RECONSTRUCTIONS
@@ -22,7 +22,7 @@ CHOICES = {
     "--prune-schedule": ("when masks are chosen and changed", SCHEDULES),
     "--reconstruct": ("how the kept weights make up for the pruned ones", RECONSTRUCTIONS),
 }
-EXAMPLES = {"n:m": "2:4", "x:m": "x:4", "block:RxC": "block:16x16"}  # of patterns with numbers
+EXAMPLES = {"n:m": "2:4", "n:mt": "2:4t", "x:m": "x:4", "block:RxC": "block:16x16"}  # of patterns with numbers
 CONFIG = {"sparsity": {"mode": "unstructured", "level": {"default": 0.5}}}
 GROUPS = {"sparsity": {"mode": "nxm", "level": {"default": [2, 4]}}}
 
@@ -46,7 +46,7 @@ ALONE = {
 OF_THE_MODEL = """\
 --pruner unifplus: a sparsity that the layers between the first and the last cannot reach
 --pattern row, x:m: a sparsity that leaves less than one weight of a row or group
---pattern n:m, x:m, block:RxC: sizes that do not divide the layers
+--pattern n:m, n:mt, x:m, block:RxC: sizes that do not divide the layers
 --pattern heads, neurons, heads+neurons: a sparsity that leaves less than one unit of a block, blocks that are not known
 what looks at data: more --calibration-images than training images, and streams (timm:wds/...)
 """
@@ -105,11 +105,13 @@ def refused_pairs() -> list[tuple[str, list[str], str, list[str], str]]:
     return found
 
 
-def example(pruner: str = "unif", pattern: str = "unstructured", **choices) -> Recipe:
-    """A recipe of these choices, with the sparsity or configuration that they need."""
+def example(pruner: str = "unif", pattern: str | None = None, **choices) -> Recipe:
+    """A recipe of these choices, with the pattern, sparsity or configuration that they need."""
+    learns_masks = SCHEDULES[choices.get("prune_schedule", Recipe.prune_schedule)].learns_masks
     if pruner == "custom":
-        return Recipe(pruner, custom_config=CONFIG, pattern=pattern, **choices)
-    return Recipe(pruner, None if pattern == EXAMPLES["n:m"] else 0.5, pattern=pattern, **choices)
+        return Recipe(pruner, custom_config=CONFIG, pattern=pattern or Recipe.pattern, **choices)
+    pattern = pattern or (EXAMPLES["x:m"] if learns_masks else Recipe.pattern)
+    return Recipe(pruner, 0.5 if parse_pattern(pattern).sparsity is None else None, pattern=pattern, **choices)
 
 
 def users_of(name: str) -> list[str]:

@@ -15,6 +15,8 @@ or block in row-major order is kept.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from itertools import combinations, product
 from math import gcd, prod
 
 import numpy as np
@@ -30,6 +32,8 @@ from .structure import HEADS, NEURONS, unit_groups
 
 LEVELS = 25  # that a search looks at, from 1 down to 1/64, each 16 % below the one before
 PAIRWISE_UP_TO = 32  # above this group size, partitioning the groups is faster than comparing every pair
+MOST_TRANSPOSABLE = 4  # group size, of which all masks are looked at: 90 for 2:4t, and of 8 a hundred million
+BLOCKS_AT_ONCE = 2**16  # so that the sums of all masks of these take 50 MB
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -41,12 +45,14 @@ class Pattern:
         name: as it is written on the command line.
         sparsity: what the pattern itself fixes, else None.
         budgets: what a sparsity can be a fraction of.
+        transposable: what holds along the inputs holds along the outputs as well.
         structured: a block without what is pruned is a smaller block. It is zero on both sides, and so has no gradient.
     """
 
     name: str
     sparsity: float | None = None
     budgets: tuple[str, ...] = ("weights",)
+    transposable = False
     structured = False
 
     def masks(self, model: nn.Module, scores, allocate: Callable, sparsity: float, budget: str) -> dict[str, Tensor]:
@@ -184,6 +190,7 @@ class NOfM(_Groups):
     """n of every m consecutive weights along the inputs, such as 2:4, in every layer; takes no sparsity."""
 
     form = "n:m"
+    suffix = ""
 
     def __init__(self, name: str, n: int, m: int):
         super().__init__(name, m)
@@ -191,14 +198,40 @@ class NOfM(_Groups):
 
     @classmethod
     def parse(cls, name: str) -> "NOfM | None":
-        if written := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", name):
+        if written := re.fullmatch(rf"([0-9]{{1,9}}):([0-9]{{1,9}}){cls.suffix}", name):
             n, m = map(int, written.groups())
             if not 1 <= n <= m:
-                raise PruningError(f"pattern {name!r}: expected n:m with 1 <= n <= m")
+                raise PruningError(f"pattern {name!r}: expected {cls.form} with 1 <= n <= m")
             return cls(name, n, m)
+
+    def keeping(self, n: int) -> str:
+        """The name of the same pattern with another n."""
+        return f"{n}:{self.m}{self.suffix}"
 
     def fit(self, kept, shapes, budget):
         return {name: prod(shape) // self.m * self.n for name, shape in shapes.items()}
+
+
+@method("Hubara et al. 2021, arXiv:2102.08124")
+class Transposable(NOfM):
+    """n of every m along the inputs and along the outputs, such as 2:4t: n:m for the backward pass as well."""
+
+    form, suffix = "n:mt", "t"
+    transposable = True
+
+    def __init__(self, name: str, n: int, m: int):
+        super().__init__(name, n, m)
+        if m > MOST_TRANSPOSABLE:
+            raise PruningError(f"pattern {name!r}: expected n:mt with m of at most {MOST_TRANSPOSABLE}")
+
+    def check(self, shapes):
+        for name, (outputs, inputs) in shapes.items():
+            if outputs % self.m or inputs % self.m:
+                raise PruningError(f"pattern {self.name}: expected blocks of {self.m} x {self.m} that divide {name} "
+                                   f"({outputs} x {inputs})")
+
+    def mask(self, score, kept, at_least=None):
+        return transposable_n_of_m(score, kept * self.m // score.numel(), self.m)
 
 
 @method("Sun et al. 2021, DominoSearch (NeurIPS)")
@@ -341,7 +374,8 @@ class HeadsAndNeurons(_Units):
 
 
 PATTERNS: dict[str, type[Pattern]] = {
-    pattern.form: pattern for pattern in (Unstructured, Row, NOfM, AnyOfM, Block, Heads, Neurons, HeadsAndNeurons)
+    pattern.form: pattern
+    for pattern in (Unstructured, Row, NOfM, Transposable, AnyOfM, Block, Heads, Neurons, HeadsAndNeurons)
 }
 
 
@@ -354,8 +388,8 @@ def parse_pattern(name: str) -> Pattern:
     for pattern in PATTERNS.values():
         if found := pattern.parse(name) if isinstance(name, str) else None:
             return found
-    raise PruningError(f"unknown pattern {str(name)[:100]!r}: expected unstructured, row, n:m such as 2:4, x:m such as "
-                       "x:4, block:RxC such as block:16x16, heads, neurons or heads+neurons")
+    raise PruningError(f"unknown pattern {str(name)[:100]!r}: expected unstructured, row, n:m such as 2:4, n:mt such "
+                       "as 2:4t, x:m such as x:4, block:RxC such as block:16x16, heads, neurons or heads+neurons")
 
 
 def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
@@ -381,6 +415,25 @@ def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
     for place, rank in enumerate(ranks):
         mask[:, place] = rank < n
     return mask.view(score.shape)
+
+
+def transposable_n_of_m(score: Tensor, n: int, m: int) -> Tensor:
+    """Mask that keeps n of every m consecutive weights of each row and of each column.
+
+    Of each m x m block it is the mask of the largest sum of scores, among all that there are. On a tie it is the first
+    of those masks in the order of their first rows, then of their second ones, and so on, a row that keeps earlier
+    weights being first.
+
+    Args:
+        score: shape (outputs, inputs); `m` divides both.
+        n: from 0 to `m`, which is small.
+    """
+    masks = torch.from_numpy(_transposable_masks(n, m)).to(score.device)
+    blocks = score.unflatten(0, (-1, m)).unflatten(2, (-1, m)).transpose(1, 2)
+    # In float64 the sums of float32 scores are exact, but for extreme ones, whatever the order in which they are added.
+    sums = (part.double() @ masks.T.double() for part in blocks.reshape(-1, m * m).split(BLOCKS_AT_ONCE))
+    best = torch.cat([of_masks.argmax(1) for of_masks in sums])
+    return masks[best].view(blocks.shape).transpose(1, 2).reshape(score.shape)
 
 
 def regrow(weight: Tensor, mask: Tensor, growth: Tensor, count: int) -> Tensor:
@@ -414,6 +467,14 @@ def _positive_where(mask: Tensor, values: Tensor) -> Tensor:
     """Values in the same order, and above 0 where the mask is True; 0 elsewhere."""
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     return values.nextafter(values.new_tensor(torch.inf)).masked_fill(~mask, 0)
+
+
+@cache
+def _transposable_masks(n: int, m: int) -> np.ndarray:
+    """The masks of m x m that keep n of each row and column, shape (masks, m * m), earlier weights first."""
+    rows = [[place in kept for place in range(m)] for kept in combinations(range(m), n)]
+    blocks = np.array(list(product(rows, repeat=m)))
+    return blocks[(blocks.sum(1) == n).all(1)].reshape(-1, m * m)
 
 
 def _n_of_large_groups(groups: Tensor, n: int) -> Tensor:

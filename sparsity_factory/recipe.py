@@ -15,6 +15,7 @@ from .schedules import SCHEDULES, Steps
 from .scores import SCORES
 
 LARGEST = 2**53  # of integers: floats count no further, and nothing here is that large
+MOST_LEARNED = 8  # group size: 4:8 has 70 masks, 8:16 has 12,870
 MOST_ROUNDS = 10_000  # each is a number in a list
 
 
@@ -36,6 +37,7 @@ class Recipe:
         rewind: the epoch whose weights `iterative` goes back to, at its beginning; None not to go back.
         drop_fraction: of the kept weights, the share that `set` and `rigl` replace at first.
         sr_decay: what `sr-ste` multiplies masked-out weights by and adds to their gradients.
+        mask_lr: the learning rate of the logits of `maskllm`.
         reconstruct: a name in `RECONSTRUCTIONS`: how the kept weights make up for the pruned ones.
         calibration_images: how many training images score, pruner and reconstruction may look at.
         seed: decides every random choice.
@@ -55,6 +57,7 @@ class Recipe:
     rewind: int | None = None
     drop_fraction: float = 0.3
     sr_decay: float = 2e-4
+    mask_lr: float = 1e-2
     reconstruct: str = NONE
     calibration_images: int = 1024
     seed: int = 0
@@ -176,7 +179,7 @@ class Recipe:
             entries = [_scaled(level, math.prod(shapes[name]), scale) for name, level in levels.items()]
             request["custom_config"] = {"sparsity": {"mode": "nxm", "level": entries}}
         elif (pattern := parse_pattern(self.pattern)).sparsity is not None:
-            request["pattern"] = "{}:{}".format(*_scaled((pattern.n, pattern.m), 0, scale))
+            request["pattern"] = pattern.keeping(_scaled((pattern.n, pattern.m), 0, scale)[0])
         else:
             request["sparsity"] = scale(self.sparsity)
         return request
@@ -189,6 +192,7 @@ class Recipe:
         self._expect(_known(self.reconstruct, RECONSTRUCTIONS), "reconstruct", f"one of {', '.join(RECONSTRUCTIONS)}")
         pattern = parse_pattern(self.pattern)
         fixed = pattern.sparsity is not None
+        learnable = 1 <= (getattr(pattern, "m", None) or 0) <= MOST_LEARNED and not pattern.transposable
         self._expect(_known(self.budget, dict.fromkeys(pattern.budgets)), "budget",
                      f"{' or '.join(pattern.budgets)} with --pattern {self.pattern}")
         grouped = self.pattern != "unstructured"
@@ -197,7 +201,9 @@ class Recipe:
             self._expect(not grouped, "pattern", "none with --pruner custom, whose YAML sets the patterns")
             if self.custom_config is None:
                 raise PruningError("--pruner custom: expected --custom-config FILE beside it")
-            grouped = any(isinstance(level, tuple) and level[0] < level[1] for _, level in self._custom_levels())
+            levels = [level for _, level in self._custom_levels()]
+            grouped = any(isinstance(level, tuple) and level[0] < level[1] for level in levels)
+            learnable = all(level[1] <= MOST_LEARNED if isinstance(level, tuple) else level == 0 for level in levels)
         else:
             self._expect(self.custom_config is None, "custom_config", "--pruner custom beside it")
             if fixed:
@@ -216,6 +222,9 @@ class Recipe:
         if grouped and self.prune_schedule in ("set", "rigl"):
             raise PruningError(f"--prune-schedule {self.prune_schedule}: expected unstructured levels only, since it "
                                "moves weights anywhere in their layer, and groups would break")
+        if SCHEDULES[self.prune_schedule].learns_masks and not learnable:
+            raise PruningError(f"--prune-schedule {self.prune_schedule}: expected n:m or x:m in every pruned layer, "
+                               f"with m of at most {MOST_LEARNED}, since each mask of a group has a logit")
         if pattern.structured and self.prune_schedule == "ac-dc":
             raise PruningError("--prune-schedule ac-dc: expected a pattern whose weights can come back in a dense "
                                "phase; whole heads and neurons get no gradient once they are zero")
@@ -233,6 +242,7 @@ class Recipe:
         for name in ("prune_end", "drop_fraction"):
             self._expect(_is_real(getattr(self, name)) and 0 < getattr(self, name) <= 1, name, "a number in (0, 1]")
         self._expect(_is_real(self.sr_decay) and 0 <= self.sr_decay < math.inf, "sr_decay", "a number of at least 0")
+        self._expect(_is_real(self.mask_lr) and 0 < self.mask_lr < math.inf, "mask_lr", "a number above 0")
         for name in self._given():
             users = [schedule for schedule in SCHEDULES if name in SCHEDULES[schedule].uses]
             if users and name != "seed" and self.prune_schedule not in users:

@@ -41,6 +41,7 @@ class Schedule:
         looks_at_gradients: `masks` is called before the optimizer's step, with the dense gradients in place.
         trains_pruned: pruned weights are trained as well, though the forward pass does not see them.
         decay: such weights, times this, are added to their gradients.
+        learns_masks: up to its one change of masks the weights stand still, and groups learn their masks.
     """
 
     uses: tuple[str, ...] = ()
@@ -48,6 +49,7 @@ class Schedule:
     looks_at_gradients = False
     trains_pruned = False
     decay = 0.0
+    learns_masks = False
 
     def __init__(self, recipe, steps: Steps):
         self.recipe, self.steps = recipe, steps
@@ -210,7 +212,24 @@ class SRSTE(STE):
         self.decay = recipe.sr_decay
 
 
+@method("Fang et al. 2024, arXiv:2409.17481")
+class MaskLLM(Schedule):
+    """Up to --prune-end weights stand still, and each n:m group learns its mask; then masks stay, and weights train."""
+
+    uses = ("prune_end", "mask_lr", "seed")
+    learns_masks = True
+
+    def changes_at(self, step):
+        return step == self.steps.end
+
+    def masks(self, step, network):
+        return network.learned()
+
+    def is_final(self, changed):
+        return changed >= self.steps.end
+
+
 SCHEDULES: dict[str, type[Schedule]] = {
     "one-shot": OneShot, "gradual": Gradual, "iterative": Iterative, "set": Set, "rigl": RigL, "ac-dc": ACDC,
-    "ste": STE, "sr-ste": SRSTE,
+    "ste": STE, "sr-ste": SRSTE, "maskllm": MaskLLM,
 }

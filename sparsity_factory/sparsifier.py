@@ -1,5 +1,6 @@
 """`Sparsifier`: a recipe at work on a model that trains."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from .config import read_yaml
 from .errors import PruningError
 from .layerwise import visit_layers
+from .learned_masks import MaskLearner
 from .masks import Change, Masks, bits, pack, prunable_weights, select, unpack
 from .patterns import Pattern, parse_pattern, regrow
 from .pruners import compute_masks
@@ -93,7 +95,9 @@ class Sparsifier:
         self.masks = Masks(model, masks or {})
         self.step, self._changed, self._late = 0, -1, False
         self._due, self._pending = False, None
+        self._learner: MaskLearner | None = None
         self._hidden: dict[str, Tensor] = {}
+        self._frozen: dict[str, Tensor] = {}
         self._rewind: dict[str, Tensor] = {}
 
     @property
@@ -117,9 +121,15 @@ class Sparsifier:
     def start(self, first: Mapping[str, Tensor] | None = None) -> None:
         """Prunes the model for the first step. `first`: what `first_masks` returned, where it was called already."""
         if not self.masks.masks:
-            self.masks.update(self._reconstruct(self.first_masks() if first is None else first))
+            first = self.first_masks() if first is None else first
             self._changed = 0 if self.schedule.changes_at(0) else -1
-        self._hide() if self.schedule.trains_pruned else self.masks.apply()
+            dense = copy.deepcopy(self.model.state_dict()) if self._learns else {}
+            self.masks.update(self._reconstruct(first))
+            if dense:  # what a reconstruction chooses is where the learning begins; the weights stand still
+                self.model.load_state_dict(dense)
+        if self._learns:
+            self._learner = self._new_learner(self.masks.masks)
+        self._hide() if self._hides else self.masks.apply()
         self._mask_averages()
 
     def attach(self, optimizer: torch.optim.Optimizer, averages: Iterable[nn.Module] = ()) -> None:
@@ -140,6 +150,8 @@ class Sparsifier:
         if self.step == self.steps.rewind and not self._rewind:
             state = self.model.state_dict()
             self._rewind = {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
+        if self._learner:
+            self._soften()
 
     @torch.no_grad()
     def end_backward(self, scale: float | Tensor = 1.0) -> None:
@@ -153,15 +165,20 @@ class Sparsifier:
             self._due = not self._late
             if self._due and self.schedule.looks_at_gradients:
                 self._pending = self.schedule.masks(self.step, self)
-        if self.schedule.trains_pruned:
-            self._reveal(scale)
+        if self._learner:
+            self._learner.learn(self._frozen, self.recipe.mask_lr, scale, self._largest_gradient().isfinite())
+        elif self.schedule.trains_pruned:
+            self._decay_hidden(scale)
+            self._reveal()
         else:
             self.masks.apply_to_grads()
 
     @torch.no_grad()
     def end_step(self) -> None:
         """After the optimizer's step, made or skipped; before averages are updated."""
-        if not self.schedule.trains_pruned:
+        if self._learner:
+            self._thaw()
+        elif not self.schedule.trains_pruned:
             self.masks.apply()
         if self._due:
             new = self._pending  # grown weights start at zero, and nothing makes up for the dropped ones
@@ -169,6 +186,10 @@ class Sparsifier:
                 new = self._reconstruct(self.schedule.masks(self.step, self))
             self._change(new)
             self._changed, self._due, self._pending = self.step, False, None
+        elif self._learner:
+            self.masks.update(self._learner.masks())
+            self._hide()
+            self._renew_averages()
         elif self.schedule.trains_pruned:
             self._hide()
         self.step += 1
@@ -181,7 +202,8 @@ class Sparsifier:
         Args:
             scale: from a target sparsity to the one to choose by.
             among_kept: pruned weights stay pruned. They are zeros with a score of zero, and so are chosen last. In an
-                n:m group, whose number must hold, one may come back in the place of a kept weight of score zero.
+                n:m group, whose number must hold, one may come back in the place of a kept weight of score zero, and in
+                an n:mt block where the best mask has it.
         """
         request = self.recipe.request(self._shapes, self._levels, scale)
         if self.recipe.score != "magnitude":
@@ -200,6 +222,11 @@ class Sparsifier:
     def dense(self) -> dict[str, Tensor]:
         """Masks that keep every weight."""
         return {name: torch.ones_like(mask) for name, mask in self.masks.masks.items()}
+
+    def learned(self) -> dict[str, Tensor]:
+        """The masks that were learned; those of the recipe where the training is too short to learn any."""
+        learner = self._learner
+        return self._shared_masks(lambda: {**self.masks.masks, **learner.masks()}) if learner else self.choose()
 
     def regrow(self, share: float, growth: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor]:
         """Masks for which each layer has dropped a share of its weights, rounded down, and grown as many.
@@ -233,6 +260,7 @@ class Sparsifier:
             "late": self._late,
             "masks": self.masks.state_dict(),
             "hidden": dict(self._hidden),
+            **({"learned": {**self._learner.states, "updates": self._learner.updates}} if self._learner else {}),
             "rewind": dict(self._rewind),
         }
 
@@ -260,8 +288,11 @@ class Sparsifier:
         for name in expected:
             if name not in masks and masks.keys() <= expected.keys():  # structured patterns mask other parameters
                 raise PruningError(f"mask {name!r} is missing from the saved masks")
+        learns = self.schedule.learns_masks and not SCHEDULES[recipe.prune_schedule](recipe, steps).is_final(changed)
+        learner = self._new_learner(masks) if learns else None
+        learned = state.tensors("learned", {**learner.states, "updates": learner.updates}) if learner else {}
         hidden = state.tensors("hidden", {name: self._parameters[name] for name in masks}
-                               if self.schedule.trains_pruned else {})
+                               if self.schedule.trains_pruned or learner else {})
         for name, values in hidden.items():
             if bits(values).cpu().mul(masks[name].view(torch.int8)).any():
                 raise PruningError(f"hidden {name!r} of the saved pruning: expected zeros where the weight is kept")
@@ -274,6 +305,9 @@ class Sparsifier:
         self.masks.apply()
         self._hidden = {name: values.to(self._parameters[name].device, copy=True) for name, values in hidden.items()}
         self._rewind = {name: values.to("cpu", copy=True) for name, values in rewind.items()}
+        self._learner = learner
+        for name, values in learned.items():
+            (learner.updates if name == "updates" else learner.states[name]).copy_(values)
         self._due, self._pending = False, None
         self._mask_averages()
 
@@ -282,9 +316,22 @@ class Sparsifier:
     def _plan(self, steps: Steps) -> None:
         self.steps, self.schedule = steps, SCHEDULES[self.recipe.prune_schedule](self.recipe, steps)
 
-    def _gradients_are_finite(self) -> bool:
+    @property
+    def _learns(self) -> bool:
+        """Whether the masks are still to be learned."""
+        return self.schedule.learns_masks and not self.final
+
+    @property
+    def _hides(self) -> bool:
+        """Whether pruned weights are kept outside of the model."""
+        return self.schedule.trains_pruned or self._learns
+
+    def _largest_gradient(self) -> Tensor:
         gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
-        largest = torch.nn.utils.get_total_norm(gradients, math.inf)
+        return torch.nn.utils.get_total_norm(gradients, math.inf)
+
+    def _gradients_are_finite(self) -> bool:
+        largest = self._largest_gradient()
         return self._shared(lambda: bool(largest.isfinite()))
 
     def _shared(self, compute: Callable):
@@ -295,15 +342,15 @@ class Sparsifier:
         return unpack(self._share(lambda: pack(compute()))) if self._share else compute()
 
     def _reconstruct(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Prunes the weights as the recipe's reconstruction does; the masks that it leaves."""
+        """Prunes the weights as the recipe's reconstruction does; the masks that it leaves, or the learned ones."""
         if self.recipe.reconstruct == NONE or all(mask.all() for mask in masks.values()):
             return masks
         if self._walk is None:
             raise PruningError(f"reconstruct {self.recipe.reconstruct} looks at data: expected a walk over the layers")
-        masks = reconstruct_layers(self.model, masks, self.recipe.reconstruct, self._walk, patterns=self._pattern,
+        patterns = (lambda name: None) if self._learner else self._pattern
+        masks = reconstruct_layers(self.model, masks, self.recipe.reconstruct, self._walk, patterns=patterns,
                                    share=self._shared)
-        for average in self._averages:
-            average.load_state_dict(self.model.state_dict())
+        self._renew_averages()
         return masks
 
     def _pattern(self, name: str) -> Pattern | None:
@@ -311,6 +358,10 @@ class Sparsifier:
         level = self._levels.get(name)
         pattern = parse_pattern("{}:{}".format(*level) if isinstance(level, tuple) else self.recipe.pattern)
         return None if pattern.structured else pattern
+
+    def _renew_averages(self) -> None:
+        for average in self._averages:
+            average.load_state_dict(self.model.state_dict())
 
     def _change(self, new: Mapping[str, Tensor]) -> None:
         changes = self.masks.update(new)
@@ -322,6 +373,10 @@ class Sparsifier:
                 self._optimizer_state().clear()
             self.masks.apply()
             self._clear_state(changes)
+        if self._learner:  # from here on the weights are trained, as if the training began
+            self._learner, self._hidden = None, {}
+            self._optimizer_state().clear()
+            self._renew_averages()
         self._mask_averages()
 
     def _optimizer_state(self) -> dict[Tensor, dict]:
@@ -343,8 +398,27 @@ class Sparsifier:
         for average in self._averages:
             self.masks.apply_to(average)
 
-    # `ste` and `sr-ste`: the model has the kept weights and `_hidden` the pruned ones, each with zeros elsewhere. What
-    # passes from one to the other is added as bit patterns, which is exact.
+    # Learned masks: in a step all parameters stand still, and `_frozen` has them, the pruned ones too.
+
+    def _new_learner(self, masks: Mapping[str, Tensor]) -> MaskLearner:
+        masks = {name: mask.to(self._parameters[name].device) for name, mask in masks.items()}
+        sizes = {name: getattr(self._pattern(name), "m", None) for name in masks}  # a custom layer may be dense
+        return MaskLearner(self._parameters, masks, {name: m for name, m in sizes.items() if m}, self.recipe.seed)
+
+    @torch.no_grad()
+    def _soften(self) -> None:
+        self._reveal()
+        self._frozen = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self._learner.soften(self.step, self.schedule.progress(self.step))
+
+    def _thaw(self) -> None:
+        """Takes back what the soft masks and the optimizer have done to the parameters."""
+        for name, values in self._frozen.items():
+            self._parameters[name].copy_(values)
+        self._frozen = {}
+
+    # `ste` and `sr-ste`, and learned masks between steps: the model has the kept weights and `_hidden` the pruned ones,
+    # each with zeros elsewhere. What passes from one to the other is added as bit patterns, which is exact.
 
     def _hide(self) -> None:
         """Takes the pruned weights out of the model."""
@@ -357,8 +431,13 @@ class Sparsifier:
         self.masks.apply()
         torch._foreach_sub_([bits(values) for values in hidden], [bits(weight) for weight in weights])
 
-    def _reveal(self, scale: float | Tensor) -> None:
-        """Puts the pruned weights into the model for the optimizer, and the schedule's decay into their gradients."""
+    def _reveal(self) -> None:
+        """Puts the pruned weights into the model."""
+        weights = [self._parameters[name] for name in self._hidden]
+        torch._foreach_add_([bits(weight) for weight in weights], [bits(values) for values in self._hidden.values()])
+
+    def _decay_hidden(self, scale: float | Tensor) -> None:
+        """Puts the schedule's decay of the pruned weights into their gradients."""
         hidden = list(self._hidden.values())
         weights = [self._parameters[name] for name in self._hidden]
         if self.schedule.decay:
@@ -369,7 +448,6 @@ class Sparsifier:
                     gradient.addcmul_(values, scale.to(values.dtype), value=self.schedule.decay)
                 else:
                     gradient.add_(values, alpha=self.schedule.decay * scale)
-        torch._foreach_add_([bits(weight) for weight in weights], [bits(values) for values in hidden])
 
 
 def prune(

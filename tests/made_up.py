@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from sparsity_factory import STATISTICS, Statistics, prunable_weights
+from sparsity_factory import SCHEDULES, STATISTICS, Statistics, prunable_weights
 from sparsity_factory.removal import cut
 
 
@@ -42,3 +42,8 @@ def statistics_of(model: nn.Module, needs=STATISTICS, seed=0) -> Statistics:
         for need in statistics.needs:
             state[f"{name}.{need}"].copy_(sums[need])
     return statistics
+
+
+def pattern_for(schedule: str) -> str:
+    """The pattern of a recipe with a sparsity and that schedule: unstructured, where it takes that."""
+    return "x:4" if schedule in SCHEDULES and SCHEDULES[schedule].learns_masks else "unstructured"

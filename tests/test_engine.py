@@ -4,6 +4,7 @@ import copy
 import pytest
 import timm
 import torch
+from made_up import pattern_for
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
@@ -202,7 +203,8 @@ def test_a_step_that_overflows_in_float16_is_skipped_and_changes_masks_with_the_
 def test_pruned_weights_are_zero_after_every_step_of_an_optimizer_that_moves_them(schedule):
     model = tiny_vit()
     ema = ModelEmaV3(model, decay=0.5)
-    sparsifier = Sparsifier(model, Recipe("unif", 0.5, prune_schedule=schedule), total_steps=9, epoch_steps=3)
+    recipe = Recipe("unif", 0.5, pattern=pattern_for(schedule), prune_schedule=schedule)
+    sparsifier = Sparsifier(model, recipe, total_steps=9, epoch_steps=3)
     sparsifier.start()
     optimizer = muon(model)
     sparsifier.attach(optimizer, [ema.module])

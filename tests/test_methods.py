@@ -5,6 +5,7 @@ import re
 
 import pytest
 from conftest import ROOT
+from made_up import pattern_for
 
 from arguments import get_args_parser
 from sparsity_factory import PATTERNS, PRUNERS, RECONSTRUCTIONS, SCHEDULES, SCORES, PruningError, Recipe, describe
@@ -82,9 +83,9 @@ def test_what_the_menu_says_is_refused_beside_a_choice_is(what):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_schedule_refuses_the_flags_that_the_menu_gives_to_others(schedule):
     given = {"prune_start": 0.1, "prune_end": 0.9, "prune_every": 7, "prune_rounds": 3, "rewind": 0,
-             "drop_fraction": 0.1, "sr_decay": 0.1}
+             "drop_fraction": 0.1, "sr_decay": 0.1, "mask_lr": 0.1}
     for name, value in given.items():
-        recipe = Recipe("lamp", 0.5, prune_schedule=schedule, **{name: value})
+        recipe = Recipe("lamp", 0.5, pattern=pattern_for(schedule), prune_schedule=schedule, **{name: value})
         if schedule in users_of(name):
             recipe.check()
         else:

@@ -52,6 +52,23 @@ def test_n_of_m_groups_along_the_input_dimension_of_a_transposed_score(m):
     assert (mask.reshape(-1, m).sum(1) == 1).all()
 
 
+@pytest.mark.parametrize("values", ["random", "tied"])
+@pytest.mark.parametrize(("n", "count"), [(1, 24), (2, 90), (3, 24), (4, 1)])
+def test_a_transposable_mask_has_the_largest_sum_of_all_and_the_first_one_on_a_tie(n, count, values):
+    generator = torch.Generator().manual_seed(n)
+    score = torch.rand(12, 8, generator=generator) if values == "random" else \
+        torch.randint(3, (12, 8), generator=generator).float()
+    everything = torch.tensor(list(product([True, False], repeat=16))).view(-1, 4, 4)  # those of earlier weights first
+    allowed = everything[(everything.sum(1) == n).all(1) & (everything.sum(2) == n).all(1)]
+    assert len(allowed) == count
+    mask = parse_pattern(f"{n}:4t").mask(score, 12 * 8 * n // 4)
+    assert (mask.view(-1, 4).sum(1) == n).all() and (mask.T.reshape(-1, 4).sum(1) == n).all()
+    for row, column in product(range(0, 12, 4), range(0, 8, 4)):
+        block = slice(row, row + 4), slice(column, column + 4)
+        sums = [score[block].double()[kept].sum().item() for kept in allowed]
+        assert torch.equal(mask[block], allowed[sums.index(max(sums))])
+
+
 # ---- every pattern with every score and allocation, against slow definitions ----
 
 SHAPES = ((4, 8), (8, 16), (12, 8), (4, 8))
@@ -219,12 +236,14 @@ def test_sparsity_zero_keeps_everything(pruner, pattern):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        *((name, "unknown pattern .*expected unstructured, row, n:m such as 2:4, x:m such as x:4, block:RxC .* heads")
+        *((name, "unknown pattern .*expected unstructured, row, n:m such as 2:4, n:mt such as 2:4t, x:m .* heads")
           for name in ("2:", ":4", "x:", "2:4:8", "-1:4", "rows", "", "block", "block:16", "block:16x",
-                       "block:1x2x3", "n:m", "2.0:4", " 2:4", "x:4\n", None, 4, "a" * 500)),
+                       "block:1x2x3", "n:m", "2.0:4", "2:4T", "x:4t", " 2:4", "x:4\n", None, 4, "a" * 500)),
         ("5:4", "pattern '5:4': expected n:m with 1 <= n <= m"),
         ("0:4", "pattern '0:4': expected n:m with 1 <= n <= m"),
         ("0:0", "pattern '0:0'"),
+        ("5:4t", "pattern '5:4t': expected n:mt with 1 <= n <= m"),
+        ("4:8t", "pattern '4:8t': expected n:mt with m of at most 4"),
         ("x:0", "pattern 'x:0': expected x:m with m of at least 1"),
         ("block:0x4", "pattern 'block:0x4': expected block:RxC with R and C of at least 1"),
         ("block:4x0", "pattern 'block:4x0'"),
@@ -236,7 +255,7 @@ def test_a_name_that_is_no_pattern_is_a_one_line_error(name, message):
     assert len(str(error.value)) < 300 and len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("pattern", ["3:5", "x:5", "block:4x5", "block:3x4", "2:999999999"])
+@pytest.mark.parametrize("pattern", ["3:5", "x:5", "2:3t", "block:4x5", "block:3x4", "2:999999999"])
 def test_a_pattern_that_does_not_fit_a_layer_names_it(pattern):
     model = linears(torch.randn(60, 60), torch.randn(4, 8)) if pattern != "2:999999999" else linears(torch.randn(4, 8))
     name = "0.weight" if len(model) == 1 else "1.weight"
@@ -245,14 +264,15 @@ def test_a_pattern_that_does_not_fit_a_layer_names_it(pattern):
 
 
 def test_every_pattern_describes_itself_in_one_line():
-    assert list(PATTERNS) == ["unstructured", "row", "n:m", "x:m", "block:RxC", "heads", "neurons", "heads+neurons"]
+    assert list(PATTERNS) == ["unstructured", "row", "n:m", "n:mt", "x:m", "block:RxC", "heads", "neurons",
+                              "heads+neurons"]
     for form, pattern in PATTERNS.items():
         line, source, _ = describe(pattern)
         assert line.endswith(".") and (source or form == "unstructured")
 
 
-@pytest.mark.parametrize(("pattern", "kept"), [("unstructured", 16), ("row", 16), ("2:4", 16), ("x:4", 16),
-                                               ("block:2x2", 4)])
+@pytest.mark.parametrize(("pattern", "kept"), [("unstructured", 16), ("row", 16), ("2:4", 16), ("2:4t", 16),
+                                               ("x:4", 16), ("block:2x2", 4)])
 def test_masks_lie_where_the_weights_do(pattern, kept):
     with FakeTensorMode():
         score = torch.empty(4, 8, device="cuda")

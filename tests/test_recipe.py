@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from made_up import pattern_for
 
 from sparsity_factory import SCHEDULES, PruningError, Recipe, describe
 
@@ -16,7 +17,7 @@ def custom(*levels, mode="unstructured", **fields) -> Recipe:
 
 
 def scheduled(schedule: str, **fields) -> Recipe:
-    return Recipe("lamp", 0.65, prune_schedule=schedule, **fields)
+    return Recipe("lamp", 0.65, prune_schedule=schedule, **{"pattern": pattern_for(schedule), **fields})
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -64,6 +65,11 @@ REFUSED = {
     "rewind of no round": (scheduled("gradual", rewind=1), "--rewind 1: not with --prune-schedule gradual"),
     "drop fraction of 0": (scheduled("set", drop_fraction=0.0), "--drop-fraction 0.0"),
     "drop fraction above 1": (scheduled("set", drop_fraction=1.1), "--drop-fraction 1.1"),
+    "learned masks of single weights": (
+        Recipe("lamp", 0.65, prune_schedule="maskllm"), "--prune-schedule maskllm: expected n:m or x:m"),
+    "learned masks of large groups": (Recipe("unif", pattern="8:16", prune_schedule="maskllm"), "m of at most 8"),
+    "learned masks both ways": (Recipe("unif", pattern="2:4t", prune_schedule="maskllm"), "expected n:m or x:m"),
+    "no rate for the masks": (scheduled("maskllm", mask_lr=0.0), "--mask-lr 0.0: expected a number above 0"),
     "negative decay": (scheduled("sr-ste", sr_decay=-1e-4), "--sr-decay"),
     "infinite decay": (scheduled("sr-ste", sr_decay=float("inf")), "--sr-decay inf"),
     "another schedule's field": (scheduled("ste", sr_decay=0.1), "--sr-decay 0.1: not with --prune-schedule ste; only"),
@@ -209,16 +215,18 @@ def test_scaled_levels_round_to_the_nearest_n():
     assert level(lambda sparsity: sparsity * 0.6) == [(3, 4), 0.3, 0.0]
     assert level(lambda sparsity: sparsity) == [(2, 4), 0.5, 0.0]
     assert Recipe("unif", pattern="2:4").request(shapes, {}, lambda sparsity: sparsity * 0.6)["pattern"] == "3:4"
+    assert Recipe("unif", pattern="2:4t").request(shapes, {}, lambda sparsity: sparsity * 0.6)["pattern"] == "3:4t"
     assert LAMP.request(shapes, {}, lambda sparsity: sparsity / 2)["sparsity"] == 0.325
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_another_schedule_keeps_what_it_uses_and_drops_the_rest(schedule):
-    asked = Recipe("lamp", 0.65, score="wanda", prune_start=0.1, prune_end=0.5, prune_every=7, prune_rounds=2,
-                   drop_fraction=0.2, sr_decay=1e-3, calibration_images=64, seed=3)
+    asked = Recipe("lamp", 0.65, score="wanda", pattern=pattern_for(schedule), prune_start=0.1, prune_end=0.5,
+                   prune_every=7, prune_rounds=2,
+                   drop_fraction=0.2, sr_decay=1e-3, mask_lr=0.1, calibration_images=64, seed=3)
     recipe = asked.with_schedule(schedule)
     recipe.check()
-    kept = {"pruner", "sparsity", "score", "calibration_images", "seed", *SCHEDULES[schedule].uses}
+    kept = {"pruner", "sparsity", "pattern", "score", "calibration_images", "seed", *SCHEDULES[schedule].uses}
     for field in dataclasses.fields(Recipe):
         expected = getattr(asked, field.name) if field.name in kept else field.default
         assert getattr(recipe, field.name) == (schedule if field.name == "prune_schedule" else expected)

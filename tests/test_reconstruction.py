@@ -379,7 +379,7 @@ def test_weights_of_an_input_that_is_always_zero_go_first():
     torch.testing.assert_close(new[:, 5], (weight[:, 5] + weight[:, 3]), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "row", "2:4", "x:4", "block:3x2"])
+@pytest.mark.parametrize("pattern", ["unstructured", "row", "2:4", "2:4t", "x:4", "block:3x2"])
 def test_chosen_in_rounds_it_keeps_as_many_and_errs_less_than_obs(pattern):
     weight, inputs = layer(rows=12, columns=32, tokens=200)
     pattern = parse_pattern(pattern)
@@ -538,7 +538,7 @@ AUTOMATIC = [name for name in PRUNERS if name != "custom"]
 
 
 @pytest.mark.parametrize("method", [name for name in RECONSTRUCTIONS if name != "none"])
-@pytest.mark.parametrize("pattern", ["unstructured", "row", "2:4", "x:4", "block:2x4"])
+@pytest.mark.parametrize("pattern", ["unstructured", "row", "2:4", "2:4t", "x:4", "block:2x4"])
 def test_every_score_and_allocation_keeps_as_many_as_without_reconstruction(method, pattern):
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=generator) for shape in SHAPES]
@@ -546,12 +546,13 @@ def test_every_score_and_allocation_keeps_as_many_as_without_reconstruction(meth
     loss = torch.nn.functional.cross_entropy
     statistics = collect_statistics(linears(*weights), data, loss, STATISTICS)
     assert len(SCORES) >= len(AUTOMATIC)
-    for score, pruner in zip(SCORES, itertools.cycle(["unif"] if pattern == "2:4" else AUTOMATIC), strict=False):
-        sparsity = {"2:4": None}.get(pattern, 0.1 if pruner == "unifplus" else 0.5)
+    for score, pruner in zip(SCORES, itertools.cycle(["unif"] if pattern[0] == "2" else AUTOMATIC), strict=False):
+        sparsity = {"2:4": None, "2:4t": None}.get(pattern, 0.1 if pruner == "unifplus" else 0.5)
         model = linears(*(weight.clone() for weight in weights))
         before = compute_masks(model, pruner, sparsity, score=score, pattern=pattern, statistics=statistics)
         masks = prune(model, pruner, sparsity, score=score, pattern=pattern, batches=data, loss=loss,
                       reconstruct=method)
         assert [int(mask.sum()) for mask in masks.values()] == [int(mask.sum()) for mask in before.values()]
+        assert pattern != "2:4t" or all((mask.T.reshape(-1, 4).sum(1) == 2).all() for mask in masks.values())
         assert all(weight.isfinite().all() and not weight[~masks[name]].any()
                    for name, weight in prunable_weights(model).items())

@@ -41,6 +41,7 @@ def asked(name: str, total: int, epoch: int, step: int, **fields):
     ("ac-dc", {"prune_rounds": 2, "prune_start": 0.1, "prune_end": 0.7}, [30, 50, 70]),
     ("ste", {"prune_every": 30}, [30, 60]),
     ("sr-ste", {"prune_every": 25}, [25, 50, 75]),
+    ("maskllm", {"prune_end": 0.6}, [60]),
 ])
 def test_masks_change_at_these_steps_of_a_hundred(name, fields, expected):
     assert changes(name, 100, 10, **fields) == expected
