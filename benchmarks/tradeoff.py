@@ -28,10 +28,10 @@ from plots import png, tradeoff_points
 from sparsity_factory.kernels import in_turns
 
 OUTPUT = ROOT / "output" / "tradeoff"
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 SHARES = (0.25, 0.5, 0.65)  # of the multiply-adds that go
-SMALLER = {"depth=3": ["depth=3"], "width=56": ["embed_dim=56", "num_heads=2"]}
-PRUNED, SCRATCH = "pruned, finetuned {:.0%}", "smaller, from scratch {}"
+SMALLER = {"width=56": ["embed_dim=56", "num_heads=2"]}
+PRUNED, FAMILY = "pruned, finetuned {:.0%}", "smaller, from scratch"
 BATCHES = (1, 64)
 
 
@@ -43,7 +43,7 @@ def wanted(official: Path) -> dict[str, list[list[str]]]:
     return {
         **{PRUNED.format(share): [[*pruned, "--sparsity", str(share), "--seed", str(seed)] for seed in SEEDS]
            for share in SHARES},
-        **{SCRATCH.format(name): [[*scratch, "--model-kwargs", *shape]] for name, shape in SMALLER.items()},
+        **{f"{FAMILY} {name}": [[*scratch, "--model-kwargs", *shape]] for name, shape in SMALLER.items()},
     }
 
 
@@ -78,8 +78,8 @@ def speeds(models: dict[str, torch.nn.Module], batch: int) -> dict[str, float]:
 
 def main(official: Path) -> None:
     models, found, points = {}, {}, {}
-    runs = {(name, seed): arguments for name, many in wanted(official).items() for seed, arguments in enumerate(many)}
-    for (name, seed), arguments in tqdm(runs.items(), "runs"):
+    runs = {(name, seed): many[seed] for seed in SEEDS for name, many in wanted(official).items() if seed < len(many)}
+    for (name, seed), arguments in tqdm(sorted(runs.items(), key=lambda run: run[0][0].startswith(FAMILY)), "runs"):
         folder = OUTPUT / f"{re.sub('[^a-z0-9]+', '-', name)}-{seed}"
         found.setdefault(name, []).append(accuracies(arguments, folder))
         if name not in models:
