@@ -167,6 +167,7 @@ def test_a_checkpoint_without_the_field_is_of_a_run_without_it():
 
 
 def test_a_run_that_permutes_goes_on_to_the_bit_and_permutes_no_more(run_main, tiny, tmp_path, stop_at, monkeypatch):
+    monkeypatch.setattr("sparsity_factory.permutation.ROUNDS", 10)
     flags = [*tiny, "--pattern", "2:4", "--permute", "--epochs", "2", "--resume", "auto", "--model-ema-decay", "0.9"]
     run_main(*flags, "--output_dir", "whole")
     stop_at(4)
@@ -177,4 +178,3 @@ def test_a_run_that_permutes_goes_on_to_the_bit_and_permutes_no_more(run_main, t
     assert torch.load(tmp_path / "parts/checkpoint.pth", weights_only=True)["pruning"]["recipe"]["permute"] is True
     printed = run_main(*tiny, "--resume", "parts/checkpoint.pth", "--eval", "--pattern", "2:4", status=2)
     assert "is of a run with --pruner unif --pattern 2:4 --permute" in printed
-    run_main(*tiny, "--resume", "parts/checkpoint.pth", "--eval", "--pattern", "2:4", "--permute")
