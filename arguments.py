@@ -170,6 +170,8 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--pattern", sweep=REFUSED, instead="--patterns", default=Recipe.pattern,
         help="what goes together: unstructured, row, 2:4 (any n:m; without --sparsity), 2:4t (along the outputs too), "
              "x:4 (n by layer), block:16x16, heads, neurons, heads+neurons")
+    add("--permute", action="store_true",
+        help="with n:m, n:mt, x:m: first reorder the inputs of layers, and what feeds them, so that groups keep more")
     add("--sparsity", sweep=REFUSED, instead="--sparsities", type=float, metavar="FRACTION",
         help="fraction of the prunable weights to remove, in [0, 1)")
     add("--budget", choices=["weights", "macs"], default=Recipe.budget,

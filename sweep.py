@@ -274,8 +274,8 @@ class Workbench:
         recipe = recipe_of(args)
         recipe.check(args.epochs or None)
         pruner = "unif" if needs_of(recipe.pruner) else recipe.pruner
-        Sparsifier(self.model, replace(recipe, score="magnitude", pruner=pruner), epoch_steps=self.epoch_steps,
-                   total_steps=max(args.epochs, 1) * self.epoch_steps).first_masks()
+        Sparsifier(self.model, replace(recipe, score="magnitude", pruner=pruner, permute=False),
+                   epoch_steps=self.epoch_steps, total_steps=max(args.epochs, 1) * self.epoch_steps).first_masks()
 
     def _finetune(self, args) -> Outcome:
         """A run as main.py makes it, from the dense weights or, with a checkpoint in its folder, from there."""

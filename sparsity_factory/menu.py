@@ -37,6 +37,7 @@ ALONE = {
     "--budget macs with single weights, rows, groups or blocks": (Recipe("unif", 0.5, budget="macs"), None),
     "--pruner custom with n:m in its YAML and --prune-schedule rigl": (
         Recipe("custom", None, GROUPS, prune_schedule="rigl"), None),
+    "--permute without groups along the inputs": (Recipe("lamp", 0.5, permute=True), None),
     "--prune-end before --prune-start": (
         Recipe("lamp", 0.5, prune_schedule="gradual", prune_start=0.5, prune_end=0.4), None),
     "--rewind beyond the first round": (Recipe("lamp", 0.5, prune_schedule="iterative", rewind=5), 10),

@@ -30,6 +30,7 @@ class Recipe:
         score: a name in `SCORES`.
         pattern: what is removed together: `unstructured`, `2:4`, ...
         budget: what the sparsity is a fraction of: `weights`, or with heads and neurons also `macs`.
+        permute: reorder inputs of layers before the first masks are chosen, so that groups of n:m keep more.
         prune_schedule: a name in `SCHEDULES`.
         prune_start, prune_end: when its changes begin and end, as fractions of the training.
         prune_every: steps from a change to the next.
@@ -49,6 +50,7 @@ class Recipe:
     score: str = "magnitude"
     pattern: str = "unstructured"
     budget: str = "weights"
+    permute: bool = False
     prune_schedule: str = "one-shot"
     prune_start: float = 0.0
     prune_end: float = 0.75  # as RigL; the last quarter of the training is the final masks'
@@ -196,13 +198,14 @@ class Recipe:
         self._expect(_known(self.budget, dict.fromkeys(pattern.budgets)), "budget",
                      f"{' or '.join(pattern.budgets)} with --pattern {self.pattern}")
         grouped = self.pattern != "unstructured"
+        has_groups = bool(getattr(pattern, "m", None))
         if self.pruner == "custom":
             self._expect(self.sparsity is None, "sparsity", "none with --pruner custom, whose YAML sets the sparsity")
             self._expect(not grouped, "pattern", "none with --pruner custom, whose YAML sets the patterns")
             if self.custom_config is None:
                 raise PruningError("--pruner custom: expected --custom-config FILE beside it")
             levels = [level for _, level in self._custom_levels()]
-            grouped = any(isinstance(level, tuple) and level[0] < level[1] for level in levels)
+            grouped = has_groups = any(isinstance(level, tuple) and level[0] < level[1] for level in levels)
             learnable = all(level[1] <= MOST_LEARNED if isinstance(level, tuple) else level == 0 for level in levels)
         else:
             self._expect(self.custom_config is None, "custom_config", "--pruner custom beside it")
@@ -214,6 +217,8 @@ class Recipe:
                 raise PruningError(f"--pruner {self.pruner}: expected --sparsity beside it, a number in [0, 1)")
             else:
                 self._expect(_is_real(self.sparsity) and 0 <= self.sparsity < 1, "sparsity", "a number in [0, 1)")
+        self._expect(not self.permute or has_groups, "permute",
+                     "n:m, n:mt or x:m, as --pattern or in a custom YAML; nothing else depends on the order of inputs")
         if self.reconstruct != NONE:
             self._expect(not SCHEDULES[self.prune_schedule].trains_pruned, "reconstruct",
                          f"none with --prune-schedule {self.prune_schedule}, which trains the pruned weights")
@@ -239,6 +244,7 @@ class Recipe:
         self._expect(self.rewind is None or _is_integer(self.rewind) and 0 <= self.rewind < LARGEST, "rewind",
                      "the number of an epoch")
         self._expect(_is_real(self.prune_start) and 0 <= self.prune_start < 1, "prune_start", "a number in [0, 1)")
+        self._expect(isinstance(self.permute, bool), "permute", "true or false")
         for name in ("prune_end", "drop_fraction"):
             self._expect(_is_real(getattr(self, name)) and 0 < getattr(self, name) <= 1, name, "a number in (0, 1]")
         self._expect(_is_real(self.sr_decay) and 0 <= self.sr_decay < math.inf, "sr_decay", "a number of at least 0")
@@ -259,7 +265,7 @@ class Recipe:
     def _flag(self, name: str) -> str:
         value = getattr(self, name)
         flag = f"--{name.replace('_', '-')}"
-        return flag if name == "custom_config" and isinstance(value, Mapping) else f"{flag} {_in_words(value)}"
+        return flag if value is True or isinstance(value, Mapping) else f"{flag} {_in_words(value)}"
 
     def _given(self) -> list[str]:
         """The fields that are not at their defaults."""

@@ -15,10 +15,12 @@ from .layerwise import visit_layers
 from .learned_masks import MaskLearner
 from .masks import Change, Masks, bits, pack, prunable_weights, select, unpack
 from .patterns import Pattern, parse_pattern, regrow
+from .permutation import best_orders, reorder
 from .pruners import compute_masks
 from .recipe import LARGEST, Recipe
 from .reconstruction import NONE, reconstruct_layers
 from .schedules import SCHEDULES, Steps
+from .scores import SCORES, Scores
 from .statistics import collect_statistics
 
 VERSION = 1  # of the state
@@ -106,12 +108,15 @@ class Sparsifier:
         return self.schedule.is_final(self._changed)
 
     def first_masks(self) -> dict[str, Tensor]:
-        """The masks that the training begins with, without changing the model.
+        """The masks that the training begins with, without changing what the model computes.
 
-        The target's masks are chosen in any case, so that what is wrong with them shows before the training.
+        The target's masks are chosen in any case, so that what is wrong with them shows before the training. Where the
+        recipe permutes, channels change places before; copies of the model that are averaged later are made after it.
         """
         if not self.recipe.pruner:
             return {}
+        if self.recipe.permute:
+            self._permute()
         target = self.choose()
         if self.schedule.changes_at(0):
             return self.schedule.masks(0, self)
@@ -205,11 +210,7 @@ class Sparsifier:
                 n:m group, whose number must hold, one may come back in the place of a kept weight of score zero, and in
                 an n:mt block where the best mask has it.
         """
-        request = self.recipe.request(self._shapes, self._levels, scale)
-        if self.recipe.score != "magnitude":
-            request["seed"] = self.recipe.seed
-        if self.recipe.needs and self._statistics:
-            request["statistics"] = self._statistics(self.recipe.needs)
+        request = self._request(scale)
         new = self._shared_masks(lambda: compute_masks(self.model, **request))
         if among_kept:
             grouped = {name for name in new
@@ -341,6 +342,27 @@ class Sparsifier:
         """Masks travel as bits."""
         return unpack(self._share(lambda: pack(compute()))) if self._share else compute()
 
+    def _request(self, scale: Callable[[float], float] | None = None) -> dict:
+        """The arguments of `compute_masks`, with statistics of the model as it is."""
+        request = self.recipe.request(self._shapes, self._levels, scale)
+        if self.recipe.score != "magnitude":
+            request["seed"] = self.recipe.seed
+        if self.recipe.needs and self._statistics:
+            request["statistics"] = self._statistics(self.recipe.needs)
+        return request
+
+    def _permute(self) -> None:
+        """Reorders channels so that the masks of the recipe, which then have to be chosen anew, keep more score."""
+        request = self._request()
+
+        def orders() -> dict[str, Tensor]:
+            scores = Scores(prunable_weights(self.model), SCORES[self.recipe.score],
+                            statistics=request.get("statistics"), seed=self.recipe.seed)
+            return best_orders(self.model, scores, compute_masks(self.model, **request), self._pattern)
+
+        reorder(self.model, self._shared(orders))
+        self._renew_averages()
+
     def _reconstruct(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
         """Prunes the weights as the recipe's reconstruction does; the masks that it leaves, or the learned ones."""
         if self.recipe.reconstruct == NONE or all(mask.all() for mask in masks.values()):
@@ -462,6 +484,7 @@ def prune(
     loss: Callable | None = None,
     reconstruct: str = "obs",
     seed: int = 0,
+    permute: bool = False,
 ) -> dict[str, Tensor]:
     """Prunes a model in place, and lets the kept weights of each layer make up for the pruned ones.
 
@@ -472,6 +495,7 @@ def prune(
         batches: yields calibration images, or images and targets, whenever it is iterated over: a list, a loader.
         loss: from outputs and targets to the mean loss, for scores that need gradients.
         reconstruct: a name in `RECONSTRUCTIONS`.
+        permute: reorder inputs of layers first, so that groups of n:m keep more.
 
     Returns:
         Parameter name to bool mask, for `Masks(model, masks)`.
@@ -481,7 +505,8 @@ def prune(
     """
     if isinstance(custom_config, str | PathLike):
         custom_config = read_yaml(custom_config)
-    recipe = Recipe(pruner, sparsity, custom_config, score, pattern, reconstruct=reconstruct, seed=seed)
+    recipe = Recipe(pruner, sparsity, custom_config, score, pattern, permute=permute, reconstruct=reconstruct,
+                    seed=seed)
     sparsifier = Sparsifier(model, recipe, total_steps=1, epoch_steps=1,
                             statistics=lambda needs: collect_statistics(model, batches, loss, needs),
                             walk=lambda visit, beside: visit_layers(model, batches, visit, beside=beside))

@@ -370,3 +370,12 @@ def test_what_a_preset_says_in_the_place_of_the_sweeps_flags_is_named(capfd, tmp
     options, args = sweeping.parse_sweep_args(["--config", f"{tmp_path}/run.yaml", "--pruners", "erk"])
     assert (options.pruners, args.epochs, args.lr) == (["erk"], 0, 0.5)
     assert capfd.readouterr().out.rstrip().endswith("flags of its own for --epochs, --pruner")
+
+
+def test_a_sweep_permutes_as_a_run_does(run_sweep, run_main, tiny, monkeypatch):
+    monkeypatch.setattr("sparsity_factory.permutation.ROUNDS", 10)
+    run_sweep("--pruners", "lamp", "--patterns", "unstructured", "1:4", "--sparsities", "0.5", "--permute")
+    _, refused, pruned = rows()
+    assert refused["error"].startswith("refused: --permute: expected n:m")
+    printed = run_main(*tiny, "--pattern", "1:4", "--permute", "--eval")
+    assert f"pruned {float(pruned['accuracy']):.2f} %" in printed

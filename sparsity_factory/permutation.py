@@ -1,0 +1,140 @@
+"""Channel permutation: the inputs of a layer are put in another order, together with what feeds them.
+
+The model computes what it did, to rounding, and groups of n:m hold other weights, so that more score can be kept.
+Hidden neurons of an MLP may change places, and within a head the channels of its values: rows of the layers that give
+them and columns of the one that takes them. Pool and Yu 2021, Channel Permutations for N:M Sparsity (NeurIPS).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .patterns import Pattern
+from .structure import COLUMNS, HEADS, NEURONS, Group, unit_groups
+
+VALUES = ("qkv", "v", "gate")  # layers whose last rows are the channels of the values, in the order of proj's columns
+ROUNDS = 100  # of the search
+TINY = 1e-6  # of the terms of a gain: what is rounding
+
+
+class Channels(NamedTuple):
+    """Channels of a block that may change places within their set.
+
+    weight: the name of the weight whose columns they are. sets: of how many sets of one size, each after the other.
+    places: for each parameter that goes with them, by name, the dimension, and an int64 tensor (channels, copies) of
+    where each channel lies.
+    """
+
+    weight: str
+    sets: int
+    places: dict[str, tuple[int, Tensor]]
+
+
+@torch.no_grad()
+def best_orders(
+    model: nn.Module, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], pattern_of: Callable[[str], Pattern]
+) -> dict[str, Tensor]:
+    """Orders of channels with which more score is kept, by name of the weight whose columns they are.
+
+    Args:
+        model: its blocks that `structure.py` knows are looked at. It is not changed.
+        scores: of the prunable weights, by name.
+        masks: of the same, by the patterns: they say how many weights each layer keeps.
+        pattern_of: from the name of a weight to its pattern. Only one with groups of m along the inputs gives an order.
+
+    Returns:
+        Int64 tensors (channels,) on the CPU: the channel that comes to each place. Blocks that gain nothing have none.
+    """
+    kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+
+    def total(channels: Channels, order: Tensor) -> float:  # a transposable mask depends on the order of the rows, too
+        moved = {name: _moved(scores[name], *place, order) for name, place in channels.places.items() if name in kept}
+        return sum(float((score * pattern_of(name).mask(score, kept[name])).sum(dtype=torch.float64))
+                   for name, score in moved.items())
+
+    orders = {}
+    for channels in _channels(model):
+        name, m = channels.weight, getattr(pattern_of(channels.weight), "m", None)
+        outputs, inputs = masks[name].shape
+        if m and inputs // channels.sets % m == 0 and kept[name] < outputs * inputs:
+            order = better_order(scores[name], kept[name] * m // (outputs * inputs), m, channels.sets).cpu()
+            if total(channels, order) > total(channels, torch.arange(inputs)):
+                orders[name] = order
+    return orders
+
+
+@torch.no_grad()
+def reorder(model: nn.Module, orders: Mapping[str, Tensor]) -> None:
+    """Puts channels into the orders that `best_orders` returned, in place; the model computes what it did."""
+    parameters = dict(model.named_parameters())
+    for channels in _channels(model):
+        if channels.weight in orders:
+            for name, place in channels.places.items():
+                parameters[name].copy_(_moved(parameters[name], *place, orders[channels.weight]))
+
+
+def better_order(score: Tensor, n: int, m: int, sets: int = 1) -> Tensor:
+    """An order of columns for which the n largest of every m of each row have a sum that is no smaller.
+
+    In each round all groups take out one column at random, and pairs of them exchange these where both gain most by it.
+    A group keeps the n - 1 largest of the others in any case, and with a column c their n-th, t, or what is larger.
+    Since max(t, c) = (t + c + abs(t - c)) / 2, the distances of t and c tell what exchanges gain.
+
+    Args:
+        score: shape (outputs, inputs), finite and non-negative.
+        n, m: n of every m are kept, n < m; m divides the inputs of a set.
+        sets: columns stay within so many sets of one size, each after the other.
+
+    Returns:
+        Int64 tensor (inputs,), on the device of the score: the column that comes to each place.
+    """
+    outputs, inputs = score.shape
+    groups = inputs // sets // m
+    columns = score.T.float().reshape(sets, groups, m, outputs)
+    order = torch.arange(inputs, device=score.device).view(sets, groups, m)
+    own = torch.arange(groups, device=score.device)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(ROUNDS):
+        shuffled = torch.rand(order.shape, generator=generator).argsort(2).to(score.device)
+        order = order.gather(2, shuffled)
+        columns = columns.gather(2, shuffled[..., None].expand_as(columns))
+        out, limit = columns[:, :, 0], columns[:, :, 1:].topk(n, 2).values[:, :, -1]
+        distance = torch.cdist(limit, out, p=1)
+        as_it_is = distance.diagonal(dim1=1, dim2=2)
+        gain = distance + distance.mT - (as_it_is[:, None] + as_it_is[:, :, None])
+        best, other = gain.max(2)
+        exchanges = (other.gather(1, other) == own) & (best > TINY * distance.amax())
+        source = torch.where(exchanges, other, own)
+        order[:, :, 0] = order[:, :, 0].gather(1, source)
+        columns[:, :, 0] = out.gather(1, source[..., None].expand_as(out))
+    return order.flatten()
+
+
+# ---- helpers, not exported ----
+
+
+def _channels(model: nn.Module) -> list[Channels]:
+    return [_channels_of(group) for group in unit_groups(model, known_only=True)]
+
+
+def _channels_of(group: Group) -> Channels:
+    """The neurons of a group of units, or the channels of the values of its heads."""
+    places = {}
+    for name, dim, unit in group.parts:
+        layer = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+        if group.kind == NEURONS:
+            places[name] = dim, unit.argsort(stable=True).view(group.units, -1)
+        elif layer in VALUES or layer == "proj" and dim == COLUMNS:
+            channels = len(unit) // 3 if layer == "qkv" else len(unit)
+            places[name] = dim, torch.arange(len(unit) - channels, len(unit))[:, None]
+    weight = next(name for name, (dim, _) in places.items() if dim == COLUMNS)
+    return Channels(weight, group.units if group.kind == HEADS else 1, places)
+
+
+def _moved(values: Tensor, dim: int, places: Tensor, order: Tensor) -> Tensor:
+    """Values with the channels in another order."""
+    source = torch.arange(values.shape[dim])
+    source[places.flatten()] = places[order].flatten()
+    return values.index_select(dim, source.to(values.device))
