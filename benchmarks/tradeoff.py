@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
+import timm.layers
 import torch
 from measure import ROOT, multiply_adds_left
 from tqdm import tqdm
@@ -77,6 +78,7 @@ def speeds(models: dict[str, torch.nn.Module], batch: int) -> dict[str, float]:
 
 
 def main(official: Path) -> None:
+    timm.layers.set_fused_attn(False)  # as main.py has it on CPUs
     models, found, points = {}, {}, {}
     runs = {(name, seed): many[seed] for seed in SEEDS for name, many in wanted(official).items() if seed < len(many)}
     for (name, seed), arguments in tqdm(sorted(runs.items(), key=lambda run: run[0][0].startswith(FAMILY)), "runs"):

@@ -113,3 +113,12 @@ def test_each_level_stands_at_its_block_and_kind():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["attn.qkv", "mlp.fc1"]
     assert axes.images[0].get_array()[:, 1].tolist() == [100, 25]
     assert axes.images[0].get_clim() == (0, 100)
+
+
+def test_models_are_drawn_where_their_speed_and_mean_accuracy_are_with_a_line_through_a_family():
+    figure = plots.tradeoff_points({"dense": (1.0, [90.0]), "pruned 50%": (2.0, [88.0, 89.0]),
+                                    "pruned 25%": (1.5, [89.5])}, "times as fast")
+    axes, = figure.axes
+    drawn = {line.get_label(): [tuple(point) for point in line.get_xydata()] for line in axes.lines}
+    assert drawn == {"dense": [(1.0, 90.0)], "pruned": [(1.5, 89.5), (2.0, 88.5)]}
+    assert [text.get_text() for text in axes.texts] == ["25%", "50%"]
