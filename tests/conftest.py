@@ -25,6 +25,12 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     path.write_bytes(header + array.tobytes())
 
 
+def pytest_configure():
+    """Ctrl-C reaches the runs of tests also where a shell has started them in the background."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items):
     """Tests with the marker gpu are skipped where there is no GPU."""
     if not torch.cuda.is_available():
