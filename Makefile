@@ -1,11 +1,13 @@
 # `make demo` runs the main job on the built-in sample, `make sweep` compares the pruners on it, `make test` runs the
 # linter and the tests, `make test-gpu` the tests that need a GPU, `make bench` all measurements of
-# docs/performance.md. Each sets up .venv by itself, once.
+# docs/performance.md, `make compare` all accuracies of docs/comparison.md. Each sets up .venv by itself, once.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo sweep test test-gpu bench clean
+FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
+
+.PHONY: demo sweep test test-gpu bench compare clean
 
 demo: .venv/run
 	$(BIN)/python main.py --pruner lamp --sparsity 0.65
@@ -26,6 +28,11 @@ test-gpu: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/python benchmarks/run.py
+
+# Hours. Two processes share the work; stopped and started again, it goes on where it was. Debian's package
+# dataset-fashion-mnist has the four official files; FASHION_MNIST=FOLDER says where they are otherwise.
+compare: .venv/run
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 benchmarks/compare.py $(FASHION_MNIST)
 
 .venv/run: requirements.txt constraints.txt
 	@echo "Setting up .venv with requirements.txt: the first time this takes some minutes and over 5 GB of disk."

@@ -115,6 +115,12 @@ def read_idx(root: Path, name: str, ndim: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """Writes a uint8 array as a gzipped idx file; the same array gives the same bytes."""
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    path.write_bytes(gzip.compress(header + array.tobytes(), 9, mtime=0))
+
+
 class INaturalist(Dataset):
     """iNaturalist 2018 or 2019, labelled by one rank of the taxonomy.
 

@@ -5,7 +5,6 @@
 Writes four gzipped idx files beside this script; they are the same to the byte whenever they are made.
 """
 
-import gzip
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from datasets import FashionMNIST, read_idx  # noqa: E402
+from datasets import FashionMNIST, read_idx, write_idx  # noqa: E402
 
 PER_CLASS = {"train": 600, "t10k": 200}
 
@@ -24,10 +23,9 @@ def main(source: Path) -> None:
         images, labels = read_idx(source, images_name, ndim=3), read_idx(source, labels_name, ndim=1)
         chosen = np.sort(np.concatenate([np.flatnonzero(labels == c)[:count] for c in range(FashionMNIST.num_classes)]))
         for name, array in ((images_name, images[chosen]), (labels_name, labels[chosen])):
-            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-            packed = gzip.compress(header + array.tobytes(), 9, mtime=0)
-            (HERE / f"{name}.gz").write_bytes(packed)
-            print(f"{name}.gz: {array.shape}, {len(packed):,} bytes")
+            path = HERE / f"{name}.gz"
+            write_idx(path, array)
+            print(f"{path.name}: {array.shape}, {path.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

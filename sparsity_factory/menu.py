@@ -22,6 +22,13 @@ CHOICES = {
     "--prune-schedule": ("when masks are chosen and changed", SCHEDULES),
     "--reconstruct": ("how the kept weights make up for the pruned ones", RECONSTRUCTIONS),
 }
+#: What docs/comparison.md measures side by side.
+COMPARED = {
+    "--score": ("magnitude", "wanda", "taylor", "fisher", "cap", "random"),
+    "--pruner": ("unif", "erk", "lamp", "glob", "cap"),
+    "--prune-schedule": ("one-shot", "gradual", "ste", "sr-ste", "set", "rigl", "maskllm"),
+    "--reconstruct": ("none", "obs", "least-squares"),
+}
 EXAMPLES = {"n:m": "2:4", "n:mt": "2:4t", "x:m": "x:4", "block:RxC": "block:16x16"}  # of patterns with numbers
 CONFIG = {"sparsity": {"mode": "unstructured", "level": {"default": 0.5}}}
 GROUPS = {"sparsity": {"mode": "nxm", "level": {"default": [2, 4]}}}
@@ -55,9 +62,15 @@ what looks at data: more --calibration-images than training images, and streams 
 
 def menu() -> str:
     """What `main.py --list-methods` prints: a table of each choice, then what is refused."""
-    parts = [f"{flag}: {what}\n\n{table(registry)}" for flag, (what, registry) in CHOICES.items()]
+    parts = [f"{flag}: {what}\n\n{table(registry)}{compared(flag)}" for flag, (what, registry) in CHOICES.items()]
     return "\n\n".join([*parts, "Refused before any work\n\n" + "\n".join(refusals()),
                         "Refused when data and model are known\n\n" + OF_THE_MODEL.strip()])
+
+
+def compared(flag: str) -> str:
+    """Where to see what the names of a choice gave."""
+    names = f"\n\nSide by side in docs/comparison.md: {', '.join(COMPARED.get(flag, ()))}"
+    return names if flag in COMPARED else ""
 
 
 def table(registry: Mapping) -> str:

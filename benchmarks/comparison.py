@@ -1,0 +1,259 @@
+"""What `compare.py` compares, and its results as tables and pictures."""
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import measure  # noqa: F401, it finds the modules of the project
+
+from plots import png, sweep_lines
+from sweep_table import FINETUNED, ONE_SHOT
+from sweep_table import Task as Run
+
+SEEDS = (0, 1, 2)
+SPARSITIES, GROUPS = ("0.5", "0.8", "0.9", "0.95", "0.98"), ("2:4", "1:4")
+LEVELS = (*SPARSITIES, *GROUPS)
+DENSE, TUNING = "dense", "tuning"
+
+#: By model the arguments of main.py for its shape; the second has DeiT-Tiny's depth and heads.
+MODELS = {"sample": (), "tiny": ("--model-kwargs", "depth=12", "patch_size=7")}
+
+
+class Method(NamedTuple):
+    """A row of the tables.
+
+    family: in whose picture it is. choices: of a sweep's task. arguments: of main.py.
+    """
+
+    family: str
+    choices: Mapping[str, str]
+    levels: tuple[str, ...] = LEVELS
+    arguments: tuple[str, ...] = ()
+
+
+class Tuning(NamedTuple):
+    """How levels get the learning rate that they share: the best of `rates` at the first of `tried` that there is."""
+
+    levels: tuple[str, ...]
+    tried: tuple[str, ...]
+    rates: tuple[float, ...]
+
+
+class World(NamedTuple):
+    """Where the training starts, and what is alike for all methods.
+
+    models: those of MODELS that take part. images: to train on, `sample`, or `all` that are not held out.
+    """
+
+    arguments: tuple[str, ...]
+    models: tuple[str, ...]
+    images: str
+    tunings: tuple[Tuning, ...]
+    methods: Mapping[str, Method]
+
+    def trials(self, method: str) -> dict[str, list[tuple[str, float]]]:
+        """By level of a method the trials that its rate is the best of: a level and a rate."""
+        levels = self.methods[method].levels
+        tried = {tuning: next((level for level in tuning.tried if level in levels), None) for tuning in self.tunings}
+        return {level: [(tried[tuning], rate) for rate in tuning.rates]
+                for tuning in self.tunings for level in tuning.levels if level in levels}
+
+
+OFTEN = ("--prune-every", "10")
+ERK, LAMP, RANDOM = {"name": "erk"}, {"name": "lamp"}, {"name": "erk", "score": "random"}
+WORLDS = {
+    "finetuned": World(
+        ("--config", "configs/run/sample.yaml"), ("sample", "tiny"), "sample",
+        (Tuning(("0.5", "0.8", "2:4"), ("0.8", "2:4"), (2e-4, 6e-4, 2e-3)),
+         Tuning(("0.9", "0.95", "0.98", "1:4"), ("0.95", "1:4"), (6e-4, 2e-3, 6e-3))), {
+            "unif": Method("allocation", {"name": "unif"}),
+            "erk": Method("allocation", ERK, SPARSITIES),
+            "lamp": Method("allocation", LAMP, SPARSITIES),
+            "glob": Method("allocation", {"name": "glob"}, SPARSITIES),
+            "wanda": Method("score", {**ERK, "score": "wanda"}),
+            "taylor": Method("score", {**ERK, "score": "taylor"}),
+            "fisher": Method("score", {**ERK, "score": "fisher"}),
+            "cap": Method("score", {"name": "cap", "score": "cap"}, SPARSITIES),
+            "obs": Method("reconstruction", {**ERK, "reconstruct": "obs"}),
+            "least-squares": Method("reconstruction", {**ERK, "reconstruct": "least-squares"}),
+            "least-squares, teacher": Method("reconstruction", {**ERK, "reconstruct": "least-squares"},
+                                             arguments=("--dense-teacher", "1")),
+            "gradual": Method("schedule", {**LAMP, "schedule": "gradual"}, arguments=OFTEN),
+            "ste": Method("schedule", {**LAMP, "schedule": "ste"}, arguments=OFTEN),
+            "rigl": Method("schedule", {**ERK, "schedule": "rigl"}, SPARSITIES, OFTEN),
+            "sr-ste": Method("schedule", {"name": "unif", "schedule": "sr-ste"}, GROUPS, OFTEN),
+            "maskllm": Method("schedule", {"name": "unif", "schedule": "maskllm"}, GROUPS),
+        }),
+    "from scratch": World(
+        ("--config", "configs/run/sample_dense.yaml"), ("tiny",), "all",
+        (Tuning(("0", *LEVELS), ("0", "0.9", "1:4"), (2.5e-3, 5e-3, 1e-2)),), {
+            "dense": Method("", {"name": "unif"}, ("0",)),
+            "static": Method("from scratch", RANDOM),
+            "set": Method("from scratch", {**RANDOM, "schedule": "set"}, SPARSITIES),
+            "rigl": Method("from scratch", {**RANDOM, "schedule": "rigl"}, SPARSITIES),
+            "gmp": Method("from scratch", {**ERK, "schedule": "gradual"}),
+            "ste": Method("from scratch", {**ERK, "schedule": "ste"}, arguments=OFTEN),
+            "sr-ste": Method("from scratch", {"name": "unif", "schedule": "sr-ste"}, GROUPS, OFTEN),
+        }),
+}
+
+
+class Task(NamedTuple):
+    """One accuracy to measure: of a trial (`kind` is TUNING), or as a sweep has it. rate: of a trial."""
+
+    kind: str
+    world: str
+    model: str
+    method: str = ""
+    level: str = ""
+    seed: int = 0
+    rate: float | None = None
+
+    @property
+    def run(self) -> Run:
+        """The same as a sweep has it."""
+        if self.kind == DENSE:
+            return Run(DENSE)
+        choices = {"sparsity": float(self.level) if self.level not in GROUPS else 0.0,
+                   **WORLDS[self.world].methods[self.method].choices}
+        if self.level in GROUPS:
+            choices |= {"name": "unif", "pattern": self.level}
+        return Run(ONE_SHOT, **choices) if self.kind == ONE_SHOT else Run(FINETUNED, seed=self.seed, **choices)
+
+    def __str__(self) -> str:
+        rate = f", rate {self.rate:g}" if self.rate else ""
+        return ", ".join(filter(None, (self.kind, self.world, self.model, self.method, self.level))) \
+            + f", seed {self.seed}{rate}"
+
+
+class Result(NamedTuple):
+    """Top-1 in percent, the seconds that the work took, and the learning rate that was used."""
+
+    accuracy: float
+    seconds: float
+    rate: float | None = None
+
+
+def all_tasks() -> list[Task]:
+    """Every accuracy, in the order in which they are measured: one seed of all, then the next."""
+    tasks = []
+    places = [(name, model) for name, world in WORLDS.items() for model in world.models]
+    for place in places:
+        world = WORLDS[place[0]]
+        for name, method in world.methods.items():
+            tasks += [Task(TUNING, *place, name, level, rate=rate)
+                      for level, rate in dict.fromkeys(sum(world.trials(name).values(), []))]
+            if place[0] == "finetuned" and "schedule" not in method.choices and not method.arguments:
+                tasks += [Task(ONE_SHOT, *place, name, level) for level in method.levels]
+        tasks += [Task(DENSE, *place)] * (place[0] == "finetuned")
+        tasks += [Task(FINETUNED, *place, name, level) for name, method in world.methods.items()
+                  for level in method.levels]
+    first = [task for task in tasks if task.kind == FINETUNED]
+    return tasks + [task._replace(seed=seed) for seed in SEEDS[1:] for task in first]
+
+
+def rate_of(task: Task, results: Mapping[Task, Result]) -> float | None:
+    """The learning rate of a finetuning: the best of its trials on the held-out images; None where trials lack."""
+    trials = [task._replace(kind=TUNING, level=level, seed=0, rate=rate)
+              for level, rate in WORLDS[task.world].trials(task.method)[task.level]]
+    if not all(trial in results for trial in trials):
+        return None
+    return max(trials, key=lambda trial: results[trial].accuracy).rate
+
+
+class Results:
+    """A CSV file: a line for each accuracy, added as it comes, by any process."""
+
+    columns = (*Task._fields, "accuracy", "seconds")
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self) -> dict[Task, Result]:
+        found = {}
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        for row in csv.DictReader(lines, self.columns):
+            try:
+                rate = float(row["rate"]) if row["rate"] else None
+                task = Task(row["kind"], row["world"], row["model"], row["method"], row["level"], int(row["seed"]),
+                            rate if row["kind"] == TUNING else None)
+                found[task] = Result(float(row["accuracy"]), float(row["seconds"]), rate)
+            except (TypeError, ValueError):  # the header, or half a line
+                continue
+        return found
+
+    def add(self, task: Task, result: Result) -> None:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        if not self.path.exists():
+            writer.writerow(self.columns)
+        writer.writerow([*task[:-1], result.rate or "", f"{result.accuracy:.2f}", f"{result.seconds:.0f}"])
+        with open(self.path, "ab", buffering=0) as file:  # one write, so that it is not mixed with another process's
+            file.write(text.getvalue().encode())
+
+
+def tables(results: Mapping[Task, Result]) -> dict[tuple[str, str, str], str]:
+    """Top-1 in Markdown by world, model and kind (one-shot or finetuned): methods by level, mean and range."""
+    found = {}
+    for world, setting in WORLDS.items():
+        for model in setting.models:
+            for kind in (ONE_SHOT, FINETUNED):
+                rows = []
+                for name, method in setting.methods.items():
+                    cells = {level: values_of(results, kind, world, model, name, level) for level in method.levels}
+                    if any(cells.values()):
+                        rows.append(f"| `{name}` | " + " | ".join(in_words(cells.get(level, [])) for level in LEVELS)
+                                    + " |")
+                if rows:
+                    head = "| top-1 in % | " + " | ".join(map(level_name, LEVELS)) + " |"
+                    found[world, model, kind] = "\n".join([head, "| --- |" + " ---: |" * len(LEVELS), *rows])
+    return found
+
+
+def pictures(results: Mapping[Task, Result]) -> dict[str, bytes]:
+    """By file name: accuracy against sparsity, the methods of a family in each."""
+    found = {}
+    for world, setting in WORLDS.items():
+        families = dict.fromkeys(method.family for method in setting.methods.values() if method.family)
+        for model, family in ((model, family) for model in setting.models for family in families):
+            curves = {}
+            for name, method in setting.methods.items():
+                if method.family != family and name != BASELINES.get(family):
+                    continue
+                kinds = {kind: [(float(level), values) for level in SPARSITIES
+                                if (values := values_of(results, kind, world, model, name, level))]
+                         for kind in (ONE_SHOT, FINETUNED)}
+                if kinds := {kind: points for kind, points in kinds.items() if points}:
+                    curves[name] = kinds
+            if curves:
+                dense = [result.accuracy for task, result in results.items() if task.kind != TUNING
+                         and (task.world, task.model) == (world, model) and DENSE in (task.kind, task.method)]
+                seeds = max(len(values) for kinds in curves.values() for _, values in sum(kinds.values(), []))
+                title = f"{'finetuned' if world == 'finetuned' else 'trained'} for an epoch,\n"
+                title += f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
+                figure = sweep_lines(curves, mean(dense) if dense else None, f"{model}: {family}", title)
+                found[f"compare_{model}_{family.replace(' ', '_')}.png"] = png(figure)
+    return found
+
+
+#: What a family is drawn beside.
+BASELINES = {"score": "erk", "reconstruction": "erk", "schedule": "lamp"}
+
+
+def values_of(results: Mapping[Task, Result], *place) -> list[float]:
+    """The accuracies of all seeds. place: kind, world, model, method, level."""
+    return [results[task].accuracy for seed in SEEDS if (task := Task(*place, seed)) in results]
+
+
+def in_words(values: list[float]) -> str:
+    """The mean, and the range of several."""
+    if not values:
+        return ""
+    return f"{mean(values):.2f}" + (f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else "")
+
+
+def level_name(level: str) -> str:
+    return level if level in GROUPS else f"{float(level):.0%}".replace("%", " %")
