@@ -152,7 +152,7 @@ def get_args_parser(defaults: dict | None = None) -> argparse.ArgumentParser:
     add("--start_epoch", type=int, default=0, help="first epoch; --resume sets it")
     add("--eval", sweep=REFUSED, action="store_true", help="only evaluate, after pruning where a pruner is given")
     add("--sparse-kernels", sweep=REFUSED, action="store_true",
-        help="with --eval: leave zeros out in the layers where that is measured to be quicker")
+        help="with --eval or --export: leave zeros out in the layers where that is measured to be quicker")
     switch("dist-eval", True, "share the evaluation among the processes; its figures do not depend on it", sweep=FREE)
     add("--dist_url", sweep=FREE, default="env://", help="how the processes find each other")
     add("--distributed", sweep=FREE, action="store_true",
@@ -391,8 +391,8 @@ def check_args(args) -> None:
     for flag in ("--eval", "--finetune", "--pruner"):
         if args.export and value_of(flag):
             raise UserError(f"{flag}: not together with --export, which writes the model of --resume as it is")
-    if args.sparse_kernels and not args.eval:
-        raise UserError("--sparse-kernels: expected --eval beside it; training needs the dense weights")
+    if args.sparse_kernels and not (args.eval or args.export):
+        raise UserError("--sparse-kernels: expected --eval or --export beside it; training needs the dense weights")
     if args.sparse_kernels and args.compile:
         raise UserError("--sparse-kernels: not together with --compile")
     compiler = os.environ.get("CXX", "g++")

@@ -7,8 +7,10 @@ import inspect
 import io
 import json
 import os
+import platform
 import runpy
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import timm.layers
@@ -19,18 +21,21 @@ from torch import nn
 
 import utils
 from arguments import with_model_of
-from builders import load_start, prepare_model
+from builders import evaluation_batch_size, load_start, prepare_model
 from models import build_model, head_parameters, timm_call
 from results import versions
 from run_folder import read_pruning
 from sparsity_factory import (
+    KERNELS,
     PruningError,
     multiply_adds,
     parse_pattern,
     shrink,
+    sparse_kernels,
     sparse_multiply_adds,
     sparsity_rows,
 )
+from sparsity_factory.kernels import SparseLinear
 from sparsity_factory.shrink import ClassAttn, TalkingHeadAttn
 from sparsity_factory.structure import HEADS, NEURONS, unit_groups
 from utils import UserError, WriteError, first_line, log
@@ -47,12 +52,34 @@ CONTENTS = {
     ONNX: "the model as ONNX, for batches of any size",
 }
 
+#: What classes of this project import.
+IMPORTS = "from torch import Tensor, nn\nfrom torch.nn import functional as F\n"
 #: The exported function begins so, and where timm's attention cannot have fewer heads, ends so.
 FUNCTION, LAST = "\n\ndef load(", "    model.load_state_dict(weights)\n"
 OWN_ATTENTION = """\
     for module in model.modules():  # timm's own attention takes the width of a head from that of the tokens
         module.__class__ = globals().get(type(module).__name__, type(module))
 """
+#: What the exported function has in place of its own lines, where there are sparse kernels.
+WITH_KERNELS = {
+    "import json\n": "import json\nimport warnings\n",
+    ".parent):\n": ".parent, sparse_kernels=False):\n",
+    'in evaluation mode."""\n': """\
+in evaluation mode.
+
+    sparse_kernels: leave zeros out in the layers of shape.json, which were quicker so on the machine of the export.
+        For inference on CPUs only.
+    \"""
+""",
+    "    return model.eval()\n": """\
+    if sparse_kernels:
+        for name, kernel in shape["sparse_kernels"].items():
+            layer = KERNELS[kernel["name"]](model.get_submodule(name), torch.float32)
+            layer.hands_on = kernel["hands_on"]
+            model.set_submodule(name, layer)
+    return model.eval()
+""",
+}
 
 
 def export(args: argparse.Namespace) -> None:
@@ -60,7 +87,8 @@ def export(args: argparse.Namespace) -> None:
 
     What was pruned as heads and neurons is taken out; other patterns keep their zeros. Every file is read again, and
     its logits are compared with the model's. Without the packages of ONNX, or for a model that an exporter cannot
-    trace, that file is left out and a line says so.
+    trace, that file is left out and a line says so. With `--sparse-kernels` the loader can also give the model those
+    that are quicker here.
 
     Raises UserError for what is no checkpoint, one that does not tell its model, and a folder that is not empty.
     """
@@ -77,8 +105,11 @@ def export(args: argparse.Namespace) -> None:
         exported = write_weights(temporary, model, call)
         with torch.inference_mode():
             compare(WEIGHTS, exported(images), logits, 1e-5)
+        measured = ""
+        if args.sparse_kernels:
+            measured = write_kernels(temporary, exported, evaluation_batch_size(args), images, logits)
         left_out = write_programs(temporary, exported, images, logits)
-        facts = describe(args, dense, model, masks, recipe, images[:1])
+        facts = {**describe(args, dense, model, masks, recipe, images[:1]), "kernels": measured}
         (temporary / README).write_text(readme(temporary, facts, left_out), encoding="utf-8")
     for line in left_out:
         log(line)
@@ -132,11 +163,52 @@ def loader_for(model: nn.Module) -> str:
     """The source of `exported.py`; for a CaiT with fewer heads with this project's attention in it."""
     source = Path(__file__).with_name("exported.py").read_text(encoding="utf-8")
     own = [kind for kind in (ClassAttn, TalkingHeadAttn) if any(type(module) is kind for module in model.modules())]
-    if not own:
-        return source
-    imports = "from torch import Tensor, nn\nfrom torch.nn import functional as F\n"
-    classes = "\n\n".join([imports, *map(inspect.getsource, own)])
-    return source.replace(FUNCTION, classes + FUNCTION).replace(LAST, OWN_ATTENTION + LAST)
+    return with_classes(source, own).replace(LAST, OWN_ATTENTION + LAST) if own else source
+
+
+def write_kernels(folder: Path, model: nn.Module, batch_size: int, images: torch.Tensor, logits: torch.Tensor) -> str:
+    """Measures sparse kernels on a batch of that size, and adds those that are quicker to shape and loader.
+
+    model: what the loader makes. images, logits: what the model with its kernels is compared on.
+
+    Returns what was measured, in words; nothing where the model is not quicker, and the files stay as they are.
+    """
+    quick, report = sparse_kernels(model, torch.randn(batch_size, *images.shape[1:]))
+    log(report.table())
+    if not report.used:
+        return ""
+    chosen = {layer.name.removesuffix(".weight"): layer.kernel for layer in report.layers if layer.kernel in KERNELS}
+    shape = json.loads((folder / SHAPE).read_text(encoding="utf-8"))
+    shape["sparse_kernels"] = {
+        name: {"name": kernel, "hands_on": getattr(quick.get_submodule(name), "hands_on", False)}
+        for name, kernel in chosen.items()}
+    (folder / SHAPE).write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
+    source = loader_with({name: kernel for name, kernel in KERNELS.items() if name in chosen.values()},
+                         (folder / LOADER).read_text(encoding="utf-8"))
+    (folder / LOADER).write_text(source, encoding="utf-8")
+    with torch.inference_mode():
+        found = runpy.run_path(str(folder / LOADER))["load"](folder, sparse_kernels=True)(images)
+    compare(f"{LOADER} with sparse kernels", found, logits, 1e-4)
+    threads = torch.get_num_threads()
+    return (f"{report.in_words()}, in float32 on {threads} thread{'s' * (threads > 1)} of {platform.machine()} "
+            f"({torch.backends.cpu.get_cpu_capability()})")
+
+
+def loader_with(kernels: Mapping[str, type[SparseLinear]], source: str) -> str:
+    """The source of a loader, with the keyword `sparse_kernels` and these kernels, by name, in it."""
+    bases = dict.fromkeys(kind for kernel in kernels.values() for kind in reversed(kernel.__mro__)
+                          if issubclass(kind, SparseLinear))
+    source = with_classes(source, bases)
+    names = ", ".join(f'"{name}": {kernel.__name__}' for name, kernel in kernels.items())
+    for before, after in WITH_KERNELS.items():
+        source = source.replace(before, after)
+    return source.replace(FUNCTION, f"\n\nKERNELS = {{{names}}}\n{FUNCTION}")
+
+
+def with_classes(source: str, classes: Iterable[type]) -> str:
+    """The source of a loader with these classes before its function."""
+    imports = [] if IMPORTS in source else [IMPORTS]
+    return source.replace(FUNCTION, "\n\n".join([*imports, *map(inspect.getsource, classes)]) + FUNCTION)
 
 
 def write_programs(folder: Path, model: nn.Module, images: torch.Tensor, logits: torch.Tensor) -> list[str]:
@@ -197,6 +269,10 @@ def readme(folder: Path, facts: dict, left_out: list[str]) -> str:
     lines += ["", *left_out, *([""] if left_out else []), *(f"- {fact}" for fact in facts["facts"])]
     lines += ["", "## How to load it", "", f"`{LOADER}`, as `from load import load; model = load()`:", "",
               "```python", (folder / LOADER).read_text(encoding="utf-8").rstrip(), "```"]
+    if facts["kernels"]:
+        lines += ["", f"`load(sparse_kernels=True)` leaves zeros out in the layers that `{SHAPE}` names, for inference "
+                  "on CPUs; the other files compute densely, with zeros. Measured on the machine of the export only:",
+                  "", f"{facts['kernels']}."]
     if (folder / PROGRAM).exists():
         lines += ["", f"The program: `torch.export.load(\"{PROGRAM}\").module()(images)`."]
     if (folder / ONNX).exists():

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import functional as F
 from torch.sparse import to_sparse_semi_structured
 
 from .masks import prunable_weights
@@ -163,7 +163,7 @@ class TwoOfFour(SparseLinear):
         self.offset = None if bias is None else bias.to(self.dtype)
 
     def compute(self, x: Tensor) -> Tensor:
-        return functional.linear(x.to(self.dtype), self.sparse, self.offset)
+        return F.linear(x.to(self.dtype), self.sparse, self.offset)
 
 
 class Compact(SparseLinear):
@@ -184,7 +184,7 @@ class Compact(SparseLinear):
     def compute(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
         x = x if len(self.columns) == self.in_features else x.index_select(-1, self.columns)
-        y = functional.linear(x, self.small, self.offset[self.rows])
+        y = F.linear(x, self.small, self.offset[self.rows])
         if len(self.rows) == self.out_features:
             return y
         return self.offset.expand(*y.shape[:-1], -1).index_copy(-1, self.rows, y)

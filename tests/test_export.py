@@ -1,5 +1,6 @@
 """`--export`: a folder with the model of a checkpoint, which computes the same without this project, or no folder."""
 
+import itertools
 import json
 import os
 import re
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from made_up import Clock
 
 import exporting
 import main
-from sparsity_factory import Recipe, Sparsifier, multiply_adds, shrink
+from sparsity_factory import Recipe, Sparsifier, multiply_adds, shrink, sparse_kernels
 
 SAMPLE = "deit_sample_patch4_28"
 SHRINK = ["--pruner", "lamp", "--sparsity", "0.5", "--pattern", "heads+neurons", "--shrink"]
@@ -27,6 +29,20 @@ from load import load
 images = torch.load("images.pt")
 with torch.inference_mode():
     torch.save([load()(images), torch.export.load("model.pt2").module()(images)], "logits.pt")
+ours = {"exported", "exporting", "models", "sparsity_factory", "utils"} & sys.modules.keys()
+assert not ours, ours
+"""
+
+
+WITH_AND_WITHOUT_KERNELS = """
+import sys
+import torch
+from load import KERNELS, load
+images = torch.load("images.pt")
+with torch.inference_mode():
+    torch.save([load(sparse_kernels=quick)(images) for quick in (False, True)], "logits.pt")
+kinds = {type(module).__name__ for module in load(sparse_kernels=True).modules()}
+assert {kernel.__name__ for kernel in KERNELS.values()} <= kinds, kinds
 ours = {"exported", "exporting", "models", "sparsity_factory", "utils"} & sys.modules.keys()
 assert not ours, ours
 """
@@ -61,9 +77,17 @@ def test_arguments_of_the_architecture_travel_from_the_run_to_the_export(run_mai
     assert shape["arguments"]["embed_dim"] == 32 and shape["heads"] == {"blocks.0.attn": 2}
 
 
-def loaded(folder):
+def loaded(folder, **options):
     """What the function of an exported folder makes of it."""
-    return runpy.run_path(str(folder / "load.py"))["load"]()
+    return runpy.run_path(str(folder / "load.py"))["load"](**options)
+
+
+def run_elsewhere(script, folder, images):
+    """The logits that a script makes of the images in the folder, in a process that does not find this project."""
+    torch.save(images, folder / "images.pt")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", script], cwd=folder, env=env, check=True)
+    return torch.load(folder / "logits.pt")
 
 
 def test_without_this_project_and_without_onnx_an_exported_model_computes_the_same(run_main, tmp_path, monkeypatch):
@@ -81,10 +105,7 @@ def test_without_this_project_and_without_onnx_an_exported_model_computes_the_sa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.pth", "out"]
 
     images = torch.randn(5, 3, 28, 28)
-    torch.save(images, folder / "images.pt")
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=folder, env=env, check=True)
-    for logits in torch.load(folder / "logits.pt"):
+    for logits in run_elsewhere(ELSEWHERE, folder, images):
         torch.testing.assert_close(logits, model(images), rtol=1e-5, atol=1e-5)
 
 
@@ -189,3 +210,82 @@ def test_a_checkpoint_that_does_not_name_its_model_is_exported_with_its_name_giv
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     run_main("--resume", "bare.pth", "--export", "out", "--model", SAMPLE)
     assert loaded(tmp_path / "out").state_dict().keys() == model.state_dict().keys()
+
+
+# ---- with sparse kernels ----
+
+
+def measure_by(monkeypatch, *clocks):
+    """Lets these clocks say how long the kernels take, each of them of one layer in turn; returns the batches used."""
+    turns, batches = itertools.cycle(clocks), []
+
+    def measured(model, images):
+        batches.append(images)
+        return sparse_kernels(model, images, measure=lambda *asked: next(turns)(*asked))
+
+    monkeypatch.setattr(exporting, "sparse_kernels", measured)
+    return batches
+
+
+def test_without_this_project_an_exported_model_with_its_kernels_computes_the_same(
+        run_main, tmp_path, weights_only, monkeypatch):
+    batches = measure_by(monkeypatch, *(Clock(**{"dense": 2.0, "sparse": 1.0, kernel: 1.0})
+                                        for kernel in ("csr", "csr_mkl", "none", "bsr", "compact")))
+    model, _ = save_checkpoint(tmp_path / "c.pth", pruner="unif", sparsity=0.9, pattern="block:16x16")
+    output = run_main("--resume", "c.pth", "--export", "out", "--sparse-kernels", "--batch-size", "4")
+    assert [tuple(batch.shape) for batch in batches] == [(6, 3, 28, 28)]  # as many as an evaluation takes at once
+    folder, images = tmp_path / "out", torch.randn(5, 3, 28, 28)
+    chosen = json.loads((folder / "shape.json").read_text())["sparse_kernels"]
+    found = {line.split()[0]: line.split()[2] for line in output.splitlines() if line.startswith("blocks")}
+    assert {f"{name}.weight": kernel["name"] for name, kernel in chosen.items()} == {
+        name: kernel for name, kernel in found.items() if kernel != "dense"}
+    assert {kernel["name"] for kernel in chosen.values()} == {"csr", "csr-mkl", "bsr", "compact"} and len(found) == 24
+    dense, sparse = run_elsewhere(WITH_AND_WITHOUT_KERNELS, folder, images)
+    for logits in (dense, sparse):
+        torch.testing.assert_close(logits, model(images), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(weight, model.state_dict()[name])
+               for name, weight in loaded(folder, sparse_kernels=True).state_dict().items())
+    readme = (folder / "README.md").read_text()
+    assert "load(sparse_kernels=True)" in readme and "6 images at once: dense 3.0, sparse 6.0 images/s" in readme
+    assert "on the machine of the export only" in readme
+
+
+def test_an_exported_loader_has_the_kernels_that_it_needs_and_hands_results_on_as_measured(
+        run_main, tmp_path, weights_only, monkeypatch):
+    measure_by(monkeypatch, Clock(dense=2.0, csr=1.0, sparse=1.0))
+    save_checkpoint(tmp_path / "c.pth", pruner="unif", sparsity=0.9)
+    run_main("--resume", "c.pth", "--export", "out", "--sparse-kernels", "--batch-size", "2")
+    classes = re.findall(r"^class (\w+)", (tmp_path / "out/load.py").read_text(), re.MULTILINE)
+    assert classes == ["SparseLinear", "Transposed", "Csr"]
+    kernels = json.loads((tmp_path / "out/shape.json").read_text())["sparse_kernels"]
+    assert {name for name, kernel in kernels.items() if kernel["hands_on"]} == {
+        f"blocks.{number}.mlp.fc1" for number in range(6)}
+    mlp = loaded(tmp_path / "out", sparse_kernels=True).blocks[0].mlp
+    hidden = mlp.fc1(torch.randn(2, 5, 96))
+    assert hidden.reshape(-1, 384).t().is_contiguous() and mlp.fc2(hidden).is_contiguous()
+
+
+@pytest.mark.parametrize("seconds", [{"dense": 1.0}, {"dense": 1.0, "csr": 0.5, "sparse": 1.1}], ids=["layer", "model"])
+def test_where_no_kernel_is_quicker_a_line_says_so_and_the_folder_is_as_without_the_flag(
+        run_main, tmp_path, weights_only, monkeypatch, seconds):
+    measure_by(monkeypatch, Clock(**seconds))
+    save_checkpoint(tmp_path / "c.pth", pruner="unif", sparsity=0.9)
+    output = run_main("--resume", "c.pth", "--export", "flag", "--sparse-kernels", "--batch-size", "2")
+    assert "so the model stays dense" in output
+    run_main("--resume", "c.pth", "--export", "none")
+    with_flag, without = ({path.name: path.read_text("latin1") for path in (tmp_path / name).iterdir()}
+                          for name in ("flag", "none"))
+    assert with_flag.pop("README.md").replace("--export flag --sparse-kernels --batch-size 2", "--export none") == (
+        without.pop("README.md"))
+    assert with_flag == without
+    assert without["load.py"] == Path(exporting.__file__).with_name("exported.py").read_text()
+
+
+def test_kernels_that_compute_something_else_are_not_written(run_main, tmp_path, weights_only, monkeypatch):
+    measure_by(monkeypatch, Clock(dense=2.0, csr=1.0, sparse=1.0))
+    save_checkpoint(tmp_path / "c.pth", pruner="unif", sparsity=0.9)
+    right = exporting.loader_with
+    monkeypatch.setattr(exporting, "loader_with", lambda *given: right(*given).replace("self.column, out", "0, out"))
+    error = run_main("--resume", "c.pth", "--export", "out", "--sparse-kernels", "--batch-size", "2", status=1)
+    assert "load.py with sparse kernels: its logits differ" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["c.pth"]

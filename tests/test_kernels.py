@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from made_up import linears
+from made_up import Clock, linears
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.sparse import SparseSemiStructuredTensor
@@ -88,19 +88,6 @@ def pruned_sample(pruner="lamp", sparsity=0.9, **options):
     model = build_model("deit_sample_patch4_28", 10, 28).eval()
     masks = Masks(model, compute_masks(model, pruner, sparsity, **options))
     return model, masks.masks, torch.randn(3, 3, 28, 28, generator=RNG)
-
-
-class Clock:
-    """Times by kernel instead of a clock: functions are called, as in a measurement, and what is asked is noted."""
-
-    def __init__(self, **seconds):
-        self.seconds, self.asked = seconds, []
-
-    def __call__(self, functions, budget):
-        self.asked.append(list(functions))
-        for function in functions.values():
-            function()
-        return {name: self.seconds.get(name.replace("-", "_"), 9.0) for name in functions}
 
 
 def kernels_in(model) -> set[str]:

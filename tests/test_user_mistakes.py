@@ -119,7 +119,7 @@ MISTAKES = [
     ([*LAMP, "--reconstruct", "obs-mask", "--prune-schedule", "sr-ste"], "--reconstruct obs-mask", {}),
     ([*LAMP, "--reconstruct", "obs", "--prune-schedule", "iterative", "--rewind", "0"], "--rewind", {}),
     ([*LAMP, "--reconstruct", "obs", "--calibration-images", "9000"], "there are 6000", {}),
-    ([*LAMP, "--sparse-kernels"], "--sparse-kernels: expected --eval", {}),
+    ([*LAMP, "--sparse-kernels"], "--sparse-kernels: expected --eval or --export beside it", {}),
     ([*LAMP, "--sparse-kernels", "--eval", "--compile"], "--sparse-kernels: not together with --compile", {}),
 ]
 
