@@ -254,7 +254,7 @@ class Workbench:
                 return Outcome(None, error=REFUSED + reason)
             if task.kind == FINETUNED:
                 return self._finetune(args)
-            sparsifier = self._sparsifier(args, {})
+            sparsifier = self.sparsifier(args, {})
             sparsifier.start()
             return Outcome(self.test(self.model)["acc1"], sparsifier.masks.sparsity())
         except failures as error:
@@ -269,6 +269,10 @@ class Workbench:
         recipe = recipe_of(argparse.Namespace(**values)).with_schedule(task.schedule)
         return argparse.Namespace(**{**values, **{name: getattr(recipe, name) for name in timed_fields()}})
 
+    def sparsifier(self, args, checkpoint: dict) -> Sparsifier:
+        """What prunes the model in such a run, or goes on from the checkpoint."""
+        return build_sparsifier(args, self.model, checkpoint, self.epoch_steps, self.device, self.amp_dtype)
+
     def _try(self, args) -> None:
         """Raises PruningError for what recipe or model refuse, whatever the scores: none is computed from images."""
         recipe = recipe_of(args)
@@ -282,7 +286,7 @@ class Workbench:
         args, checkpoint = load_start(args)
         if checkpoint:
             load_weights(self.model, checkpoint["model"], args.resume)
-        sparsifier = self._sparsifier(args, checkpoint)
+        sparsifier = self.sparsifier(args, checkpoint)
         first_masks = {} if sparsifier.masks else sparsifier.first_masks()
         state = build_state(args, self.model, sparsifier, checkpoint, self.device, self.train_loader.dataset.bad,
                             self.teacher)
@@ -295,9 +299,6 @@ class Workbench:
         accuracy = train(state, self.options, self.train_loader, self.test, self.stop, results)
         results.finish({"finetuned": accuracy}, sparsity_rows(self.model, sparsifier.masks.masks))
         return Outcome(accuracy, sparsifier.masks.sparsity())
-
-    def _sparsifier(self, args, checkpoint: dict) -> Sparsifier:
-        return build_sparsifier(args, self.model, checkpoint, self.epoch_steps, self.device, self.amp_dtype)
 
 
 class Progress:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from comparison import MODELS, TUNING, WORLDS, Result, Results, Task, all_tasks, pictures, rate_of, tables
-from measure import ROOT  # first: it finds the modules of the project
+from measure import ROOT, peak_above, seconds
 
 import utils
 from cli import exit_status
@@ -32,11 +32,12 @@ from datasets import FashionMNIST, read_idx, write_idx
 from run_folder import RunFolder
 from stopping import Stopped, StopSignals
 from sweep import Workbench, parse_sweep_args
-from sweep_table import FINETUNED
+from sweep_table import FINETUNED, ONE_SHOT
 from utils import UserError
 
 OUTPUT, DONE = ROOT / "output" / "compare", "done"
 SAMPLE, HELD_OUT = 600, 500  # images of a class: of the sample, its first ones, and of those held out, the next
+COSTED = "0.9"  # the sparsity at which it is measured what pruning takes
 #: What torchrun tells its processes.
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -99,12 +100,7 @@ class Bench:
 
     def measure(self, task: Task, rate: float | None) -> Result:
         start = time.perf_counter()
-        arguments = arguments_of(task, rate)
-        if arguments != self.arguments:
-            self.bench = None  # frees its memory
-            with contextlib.redirect_stdout(io.StringIO()):  # it says which flags a sweep has of its own
-                _, args = parse_sweep_args(arguments)
-            self.bench, self.arguments = Workbench(args, utils.choose_device(args.device), self.stop), arguments
+        self.prepare(arguments_of(task, rate))
         folder = OUTPUT / "runs" / str(task)
         self.bench.args.output_dir = str(folder)
         outcome = self.bench.outcome(task.run)
@@ -112,6 +108,39 @@ class Bench:
             raise UserError(f"{task}: {outcome.error}")
         shutil.rmtree(folder, ignore_errors=True)
         return Result(outcome.accuracy, time.perf_counter() - start, rate)
+
+    def prepare(self, arguments: list[str]) -> None:
+        if arguments != self.arguments:
+            self.bench = None  # frees its memory
+            with contextlib.redirect_stdout(io.StringIO()):  # it says which flags a sweep has of its own
+                _, args = parse_sweep_args(arguments)
+            self.bench, self.arguments = Workbench(args, utils.choose_device(args.device), self.stop), arguments
+
+    def cost(self, task: Task) -> tuple[float, int]:
+        """The seconds and the bytes above the model that it takes to prune once."""
+        self.prepare(arguments_of(task, None))
+        args, taken = self.bench.arguments(task.run), []
+
+        def prune():
+            self.bench.model.load_state_dict(self.bench.dense)
+            taken.append(seconds(self.bench.sparsifier(args, {}).start, 1))
+
+        needed = peak_above(prune)
+        prune()
+        return min(taken), needed
+
+
+def costs() -> str:
+    """What it takes to prune the sample's model once, in Markdown, where nothing else runs."""
+    utils.show_progress(quiet=True)
+    lines = ["| | seconds | MB above the model |", "| --- | ---: | ---: |"]
+    with StopSignals() as stop:
+        bench = Bench(stop)
+        for name, method in WORLDS["finetuned"].methods.items():
+            if "schedule" not in method.choices and not method.arguments:
+                taken, needed = bench.cost(Task(ONE_SHOT, "finetuned", "sample", name, COSTED))
+                lines.append(f"| `{name}` | {taken:.2g} | {needed / 1e6:.0f} |")
+    return "\n".join(lines)
 
 
 def arguments_of(task: Task, rate: float | None) -> list[str]:
@@ -175,12 +204,16 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("official", type=Path, metavar="FASHION_MNIST")
     parser.add_argument("--tables", type=Path, metavar="FILE", help="a results.csv of which to make tables, no more")
+    parser.add_argument("--costs", action="store_true", help="print what it takes to prune by each method, no more")
     args = parser.parse_args(argv)
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    first = os.environ.get("RANK", "0") == "0"
+    if args.costs:
+        make_images(args.official)
+        print(costs())
+        return 0
     if not args.tables:
         compare(args.official)
-    if first:
+    if os.environ.get("RANK", "0") == "0":
         write_results(Results(args.tables or OUTPUT / "results.csv"), OUTPUT)
     return 0
 
