@@ -222,13 +222,13 @@ def prepare_model(args, num_classes: int, checkpoint: dict, device: torch.device
 
 
 def build_sparsifier(args, model: torch.nn.Module, checkpoint: dict, epoch_steps: int, device: torch.device,
-                     amp_dtype: torch.dtype | None) -> Sparsifier:
+                     amp_dtype: torch.dtype | None, known: dict | None = None) -> Sparsifier:
     """What prunes the model: with the masks of the checkpoint, or else with a recipe whose masks are not chosen yet.
 
     A run that goes on has the recipe of its checkpoint, and its place in the schedule. With `--finetune`, a pruner that
     is asked for replaces both; without one, the masks of the checkpoint stay as they are.
 
-    epoch_steps: optimizer steps an epoch.
+    epoch_steps: optimizer steps an epoch. known: statistics of the dense model, as `Calibration` shares them.
     """
     source, goes_on = args.resume or args.finetune, "optimizer" in checkpoint
     asked = recipe_of(args)
@@ -236,7 +236,7 @@ def build_sparsifier(args, model: torch.nn.Module, checkpoint: dict, epoch_steps
     def sparsifier(recipe: Recipe, masks=None) -> Sparsifier:
         data = {}
         if recipe.looks_at_data and (goes_on or not masks):
-            calibration = Calibration(args, model, device, amp_dtype)
+            calibration = Calibration(args, model, device, amp_dtype, None if goes_on else known)
             data = {"statistics": calibration, "walk": calibration.walk}
         return Sparsifier(model, recipe, total_steps=max(args.epochs - args.start_epoch, 1) * epoch_steps,
                           epoch_steps=epoch_steps, masks=masks, share=utils.on_first_process, **data)

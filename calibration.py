@@ -23,12 +23,17 @@ class Calibration:
     Called with what is needed, it returns the `Statistics` of the model over them; `walk` visits the layers. Every
     process calls it: whole batches are shared out, and what they give is added up.
 
+    known: where runs share a dense model, the latest statistics of it, by seed and needs. The first call, when the
+        model is still dense, takes them from there or leaves its own.
+
     Raises UserError for more images than there are or less than one for each process, and for a stream of images, out
     of which none can be drawn.
     """
 
-    def __init__(self, args, model: torch.nn.Module, device: torch.device, amp_dtype: torch.dtype | None):
+    def __init__(self, args, model: torch.nn.Module, device: torch.device, amp_dtype: torch.dtype | None,
+                 known: dict | None = None):
         self.model, self.device, self.images = model, device, args.calibration_images
+        self._seed, self._known = args.seed, known
         # The gradients of a loss that is not scaled vanish in float16.
         self.amp_dtype = amp_dtype if amp_dtype != torch.float16 else None
         data, _ = build_dataset(True, args, build_transform(False, args))
@@ -48,10 +53,17 @@ class Calibration:
         self._loader_for_all = loader(min(BATCH_SIZE, self.images // utils.world_size()))  # each process has a batch
 
     def __call__(self, needs: set[str], loss: Callable = torch.nn.functional.cross_entropy) -> Statistics:
+        known, self._known, key = self._known, None, (self._seed, frozenset(needs))
+        if known and key in known:
+            return known[key]
         log(f"Calibrating on {self.images:,} training images: {', '.join(sorted(needs))}")
         shares = {"share": utils.rank(), "add_up": dist.all_reduce} if utils.world_size() > 1 else {}
         with self.autocast():
-            return collect_statistics(self.model, self.loader, loss, needs, **shares)
+            statistics = collect_statistics(self.model, self.loader, loss, needs, **shares)
+        if known is not None:
+            known.clear()  # of one kind at a time, for their memory
+            known[key] = statistics
+        return statistics
 
     def walk(self, visit: Callable[[str, Inputs], None], beside: torch.nn.Module | None = None) -> None:
         """Calls `visit` for each prunable weight, in the order in which they compute: see `visit_layers`."""

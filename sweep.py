@@ -216,6 +216,7 @@ class Workbench:
         args, checkpoint = load_start(args)
         self.model = prepare_model(args, num_classes, checkpoint, device)
         self.dense = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.statistics = {}  # of the dense model
         self.test = Evaluator(self.val_loader, args, device, self.amp_dtype, stop, {})
         self.epoch_steps = steps_of_epoch(self.train_loader, args)
         if args.epochs:
@@ -271,7 +272,8 @@ class Workbench:
 
     def sparsifier(self, args, checkpoint: dict) -> Sparsifier:
         """What prunes the model in such a run, or goes on from the checkpoint."""
-        return build_sparsifier(args, self.model, checkpoint, self.epoch_steps, self.device, self.amp_dtype)
+        return build_sparsifier(args, self.model, checkpoint, self.epoch_steps, self.device, self.amp_dtype,
+                                self.statistics)
 
     def _try(self, args) -> None:
         """Raises PruningError for what recipe or model refuse, whatever the scores: none is computed from images."""

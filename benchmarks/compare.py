@@ -100,9 +100,9 @@ class Bench:
 
     def measure(self, task: Task, rate: float | None) -> Result:
         start = time.perf_counter()
-        self.prepare(arguments_of(task, rate))
+        self.prepare(arguments_of(task))
         folder = OUTPUT / "runs" / str(task)
-        self.bench.args.output_dir = str(folder)
+        self.bench.args.output_dir, self.bench.args.lr = str(folder), rate
         outcome = self.bench.outcome(task.run)
         if outcome.accuracy is None:
             raise UserError(f"{task}: {outcome.error}")
@@ -118,7 +118,7 @@ class Bench:
 
     def cost(self, task: Task) -> tuple[float, int]:
         """The seconds and the bytes above the model that it takes to prune once."""
-        self.prepare(arguments_of(task, None))
+        self.prepare(arguments_of(task))
         args, taken = self.bench.arguments(task.run), []
 
         def prune():
@@ -143,8 +143,8 @@ def costs() -> str:
     return "\n".join(lines)
 
 
-def arguments_of(task: Task, rate: float | None) -> list[str]:
-    """What a sweep would be given, without the choices that are the task's."""
+def arguments_of(task: Task) -> list[str]:
+    """What a sweep would be given, without the learning rate and the choices that are the task's."""
     world, data = WORLDS[task.world], "held-out" if task.kind == TUNING else "test"
     arguments = [*world.arguments, *MODELS[task.model], "--data-set", "FASHION",
                  "--data-path", str(OUTPUT / "images" / f"{world.images}-{data}"),
@@ -155,7 +155,7 @@ def arguments_of(task: Task, rate: float | None) -> list[str]:
         arguments += method.arguments
         if "schedule" in method.choices:
             arguments += ["--schedules", method.choices["schedule"]]
-    return arguments + ["--lr", str(rate)] * bool(rate)
+    return arguments
 
 
 def make_images(official: Path) -> None:

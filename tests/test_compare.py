@@ -46,7 +46,7 @@ def test_every_run_has_a_recipe_that_is_not_refused(modules):
     parsed = {}
     for task in comparison.all_tasks():
         if task.kind == comparison.FINETUNED and task.seed == 0:
-            arguments = tuple(compare.arguments_of(task, 1e-3))
+            arguments = tuple(compare.arguments_of(task))
             if arguments not in parsed:
                 parsed[arguments] = vars(compare.parse_sweep_args(arguments)[1])
             recipe_of(argparse.Namespace(**{**parsed[arguments], **task.run.choices})).check(1)

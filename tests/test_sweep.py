@@ -13,11 +13,12 @@ from conftest import ROOT, start_main
 from PIL import Image
 
 import builders
+import calibration
 import sweep as sweeping
 from cli import exit_status
 from engine import Progress
 from run_folder import read_log
-from sparsity_factory import PRUNERS
+from sparsity_factory import PRUNERS, prunable_weights
 from sweep_table import Outcome
 from utils import UserError, load_checkpoint
 
@@ -178,6 +179,28 @@ def test_a_sweep_learns_from_the_dense_model_as_single_runs_do_and_goes_on(run_s
     run_sweep(*sweep)
     assert_same_weights("single", "output/sweep/runs/lamp_0.9_seed0")
     run_main(*tiny, "--resume", "output/sweep/runs/lamp_0.9_seed0/checkpoint.pth", "--epochs", "2")
+
+
+def test_runs_share_the_statistics_of_the_dense_model_and_of_no_other(run_sweep, monkeypatch):
+    command = ["--pruners", "unif", "--scores", "taylor", "--schedules", "one-shot", "gradual", "--sparsities", "0.5",
+               "--finetune-epochs", "1", "--prune-every", "1", "--calibration-images", "16"]
+    first, looked = {}, []
+    collect = calibration.collect_statistics
+
+    def note(model, *args, **kwargs):
+        weight = next(iter(prunable_weights(model).values()))
+        looked.append(torch.equal(weight, first.setdefault("weight", weight.clone())))
+        return collect(model, *args, **kwargs)
+
+    monkeypatch.setattr(calibration, "collect_statistics", note)
+    run_sweep(*command)
+    assert looked.count(True) == 1  # for three runs
+    assert looked.count(False) == 2  # at the second and the third step of the gradual one
+
+    shared, build = rows(), sweeping.build_sparsifier
+    monkeypatch.setattr(sweeping, "build_sparsifier", lambda *args: build(*args[:-1]))
+    run_sweep(*command, "--output_dir", "alone")
+    assert rows("alone") == shared
 
 
 def test_a_table_of_eight_columns_is_read_with_the_defaults(run_sweep, tmp_path):
