@@ -5,9 +5,10 @@
     python search.py --budget 0.4 --space configs/space.yaml
 
 Takes any argument of main.py for the model and the data beside its own. The budget is the share that is kept. Each
-layer is pruned at each of its levels by Optimal Brain Surgeon on calibration images; what that loses is measured; the
-choice of least total loss is found exactly; and pairs of layers exchange a level where the whole model's predictions
-then come closer to the dense ones. What is measured stays in `--output_dir`: killed and started again, it goes on.
+layer is pruned at each of its levels, by Optimal Brain Surgeon on calibration images or, with `--reconstruct none`, by
+magnitude alone; what that loses is measured; the choice of least total loss is found exactly; and pairs of layers
+exchange a level where the whole model's predictions then come closer to the dense ones. What is measured stays in
+`--output_dir`: killed and started again, it goes on.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -46,7 +48,8 @@ from sparsity_factory import (
 from sparsity_factory.config import resolve_choices
 from sparsity_factory.knapsack import cheapest
 from sparsity_factory.multiply_adds import ATTENTION
-from sparsity_factory.scores import Layer
+from sparsity_factory.pruners import mask_at
+from sparsity_factory.scores import Layer, Scores
 from sparsity_factory.search import MEASURES, Divergence, Pruned, at_levels, exchanges
 from stopping import Stopped, StopSignals
 from utils import UserError, log
@@ -72,14 +75,14 @@ def search(argv: list[str]) -> int:
             calibration = Calibration(args, model, device, amp_dtype)
             costs, budget, reached = price(options, args, space, model, calibration, record)
             record.open()
-            bench = Bench(options.measure, space, model, calibration, record, stop)
+            bench = Bench(options, space, model, calibration, record, stop)
             chosen = solve(options, bench, costs, budget)
         except Stopped as stopped:
             stopped.args = (f"stopped by {stopped.name}; the same command goes on in {options.output_dir}",)
             raise
     rows = space.rows(chosen)
     command = shlex.join(["python", "main.py", *options.others, "--pruner", "custom", "--custom-config",
-                          str(Path(options.output_dir, "search.yaml")), "--reconstruct", "obs"])
+                          str(Path(options.output_dir, "search.yaml")), "--reconstruct", options.reconstruct])
     write_results(options, args, chosen, rows, bench, reached(chosen), command, versions(device))
     record.finish()
     print(f"To use it: {command}")
@@ -98,6 +101,8 @@ def parse_search_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Nam
                         help="among which each layer chooses: n:m, sparsities in [0, 1), dense; by default 1:4 2:4 4:4")
     parser.add_argument("--space", metavar="FILE", help="YAML file with choices for each weight, in place of --levels")
     parser.add_argument("--measure", choices=list(MEASURES), default="kfac", help="what a layer loses")
+    parser.add_argument("--reconstruct", choices=["obs", "none"], default="obs",
+                        help="whether a layer's other weights make up for what goes; the run must do the same")
     parser.add_argument("--exchanges", type=int, default=20, metavar="N",
                         help="how many exchanges of levels between two layers are measured; 0 for none")
     parser.add_argument("--output_dir", default="output/search", metavar="DIR", help="where the results go")
@@ -223,13 +228,15 @@ def measure_times(args, space: Space, model, calibration: Calibration, record: "
 class Bench:
     """What layers lose at their levels, measured where it is not known already.
 
+    options: of the command line, with the measure and whether the other weights of a layer make up.
+
     losses: by weight and level.
     """
 
-    def __init__(self, measure: str, space: Space, model, calibration: Calibration, record: "Record",
-                 stop: StopSignals):
+    def __init__(self, options, space: Space, model, calibration: Calibration, record: "Record", stop: StopSignals):
         self.space, self.record, self.stop = space, record, stop
-        self._weights, self._measure, self._pruned = prunable_weights(model), MEASURES[measure], {}
+        self._weights, self._measure, self._pruned = prunable_weights(model), MEASURES[options.measure], {}
+        self._magnitudes = Scores(self._weights) if options.reconstruct == "none" else None
         batches = list(islice(calibration.loader, -(-TRIAL_IMAGES // calibration.loader.batch_sampler.batch_size)))
         self._divergence = Divergence(model, batches, calibration.autocast())
         self._statistics = self._collect(model, calibration)
@@ -243,11 +250,13 @@ class Bench:
                        for name, levels in space.levels.items()}
 
     def pruned(self, name: str, level: str) -> Pruned:
-        """A layer at a level, with the others of its weights making up."""
+        """A layer at a level."""
         if (name, level) not in self._pruned:
             layer = Layer(name, statistics=self._statistics, device=self._weights[name].device)
-            self._pruned[name, level], = at_levels(self._weights[name].detach(), layer,
-                                                   [self.space.levels[name][level]], divergence=self._divergence)
+            mask_of = partial(mask_at, self._magnitudes, name) if self._magnitudes else None
+            self._pruned[name, level], = at_levels(
+                self._weights[name].detach(), layer, [self.space.levels[name][level]], divergence=self._divergence,
+                mask_of=mask_of)
         return self._pruned[name, level]
 
     def divergence(self, chosen: Mapping[str, str]) -> float:
@@ -301,7 +310,7 @@ class Record:
         self.statistics = self.folder / "statistics.pth"
         self.losses, self.times, self.divergences = {}, {}, {}
         shared = {action.dest for action in get_args_parser()._actions if getattr(action, "sweep", FREE) != FREE}
-        own = {name: getattr(options, name) for name in ("budget", "budget_of", "measure", "exchanges")}
+        own = {name: getattr(options, name) for name in ("budget", "budget_of", "measure", "reconstruct", "exchanges")}
         settings = {**{name: value for name, value in vars(args).items() if name in shared}, **own,
                     "levels": space.levels}
         self._settings = json.loads(json.dumps(settings))

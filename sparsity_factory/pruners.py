@@ -15,6 +15,7 @@ N: prunable weights in all; n: those of a layer. The global budget is round(N (1
 import math
 import numbers
 from collections.abc import Callable, Mapping
+from functools import partial
 from os import PathLike
 
 import numpy as np
@@ -48,6 +49,7 @@ def compute_masks(
     budget: str = "weights",
     statistics: Statistics | None = None,
     seed: int = 0,
+    reconstructed: bool = False,
 ) -> dict[str, Tensor]:
     """Decides which prunable weights of a model to keep. The model is not changed.
 
@@ -62,6 +64,7 @@ def compute_masks(
         budget: `weights`, or with heads and neurons also `macs`; then the model, which is one of timm, is run once.
         statistics: what `collect_statistics` returned for the model, where `needs_of(pruner, score)` is not empty.
         seed: of scores that are drawn.
+        reconstructed: whether a reconstruction follows, for `search`, which looks at what a layer then loses.
 
     Returns:
         Parameter name to bool tensor of the weight's shape, on its device, True where the weight is kept; in model
@@ -78,9 +81,9 @@ def compute_masks(
         raise PruningError(f"{type(model).__name__} has no prunable weights: no nn.Linear besides the classifier")
     _check_statistics(statistics, weights, pruner, score)
     pattern = parse_pattern(pattern)
-    scores = Scores(weights, SCORES[score], pattern, statistics, seed)
+    scores = Scores(weights, SCORES[score], pattern, statistics, seed, reconstructed)
     if pruner == "custom":
-        return {name: _mask(scores, name, level) for name, level in custom(scores, custom_config).items()}
+        return {name: mask_at(scores, name, level) for name, level in custom(scores, custom_config).items()}
 
     def allocate(scores: Scores, sparsity: float) -> dict[str, int]:
         allocation = PRUNERS[pruner](scores, sparsity)
@@ -274,17 +277,20 @@ def cap(scores: Scores, sparsity: float) -> dict[str, int]:
 
 @method("this project; Martens and Grosse 2015, arXiv:1503.05671", needs=kfac.needs)
 def search(scores: Scores, sparsity: float) -> dict[str, int]:
-    """Levels found: those of the least sum of what each layer loses with the others of its weights making up.
+    """Levels found: those of the least sum of what each layer loses alone, as far as its weights will make up for it.
 
-    Each layer is pruned at each of the levels of the pattern by Optimal Brain Surgeon, and loses what `search.kfac`
-    says. Among all choices of levels within the budget the best is found exactly, up to the rounding of `cheapest`.
-    What that leaves of the budget, less than a level takes, goes to the earliest layers.
+    Each layer is pruned at each of the levels of the pattern, by its scores or, where a reconstruction follows, by
+    Optimal Brain Surgeon, and loses what `search.kfac` says. Among all choices of levels within the budget the best is
+    found exactly, up to the rounding of `cheapest`. What that leaves of the budget, less than a level takes, goes to
+    the earliest layers.
 
     Raises:
         PruningError: the budget is less than the lowest levels take.
     """
     levels = [scores.pattern.levels(shape) for shape in scores.shapes.values()]
-    losses = [[kfac(pruned) for pruned in at_levels(scores.weight(name), scores.layer(name), kept, scores.pattern)]
+    losses = [[kfac(pruned) for pruned in at_levels(
+                  scores.weight(name), scores.layer(name), kept, scores.pattern,
+                  mask_of=None if scores.reconstructed else partial(scores.mask, name))]
               for name, kept in zip(scores, levels, strict=True)]
     budget, least = _budget(scores.sizes, sparsity), sum(kept[0] for kept in levels)
     if budget < least:
@@ -313,6 +319,11 @@ PRUNERS: dict[str, Callable] = {
 }
 
 
+def mask_at(scores: Scores, name: str, level: int | tuple[int, int]) -> Tensor:
+    """The mask of a layer at a level of a custom configuration: a number of weights that are kept, or (n, m)."""
+    return n_of_m(scores[name], *level) if isinstance(level, tuple) else scores.mask(name, level)
+
+
 # ---- helpers, not exported ----
 
 
@@ -330,11 +341,6 @@ def _check_statistics(statistics: Statistics | None, weights: Mapping[str, Tenso
             if statistics.shapes.get(name) != weight.shape:
                 raise PruningError(f"the statistics are of another model: {name} of shape {list(weight.shape)} is not "
                                    "among their weights")
-
-
-def _mask(scores: Scores, name: str, level: int | tuple[int, int]) -> Tensor:
-    """The mask of a layer from a level of a custom configuration."""
-    return n_of_m(scores[name], *level) if isinstance(level, tuple) else scores.mask(name, level)
 
 
 def _budget(sizes: Mapping[str, int], sparsity: float) -> int:

@@ -143,6 +143,7 @@ class Scores(Mapping[str, Tensor]):
 
     Attributes:
         pattern: what the units are.
+        reconstructed: whether the kept weights will make up for the pruned ones.
         weights: parameter name to the weight as it is.
         sizes: parameter name to the number of units.
         shapes: parameter name to the shape of the weight, (outputs, inputs).
@@ -155,7 +156,9 @@ class Scores(Mapping[str, Tensor]):
         pattern: Pattern | None = None,
         statistics: Statistics | None = None,
         seed: int = 0,
+        reconstructed: bool = False,
     ):
+        self.reconstructed = reconstructed
         self.weights, self._score, self.pattern = weights, score, pattern or Unstructured()
         self._statistics, self._seed = statistics, seed
         self.shapes = {name: weight.shape for name, weight in weights.items()}
@@ -185,7 +188,7 @@ class Scores(Mapping[str, Tensor]):
         """Another score of the same units of the same weights."""
         if score is self._score:
             return self
-        return Scores(self.weights, score, self.pattern, self._statistics, self._seed)
+        return Scores(self.weights, score, self.pattern, self._statistics, self._seed, self.reconstructed)
 
     def replaced(self, values: Mapping[str, Tensor]) -> "Scores":
         """Scores of the weights that `values` names, each with its values there, broadcast to the weight's shape."""
@@ -193,7 +196,7 @@ class Scores(Mapping[str, Tensor]):
             return values[layer.name].to(weight).expand_as(weight).contiguous()
 
         weights = {name: weight for name, weight in self.weights.items() if name in values}
-        return Scores(weights, given, None, self._statistics, self._seed)
+        return Scores(weights, given, None, self._statistics, self._seed, self.reconstructed)
 
     def weight(self, name: str) -> Tensor:
         """The weight itself, shape (outputs, inputs), in the dtype of all scores.

@@ -4,7 +4,7 @@ A measure is a function
 
     def measure(pruned: Pruned) -> float
 
-from a layer at a level, its kept weights making up for the pruned ones, to what is lost: 0 where nothing is pruned.
+from a layer at a level, whose kept weights may make up for the pruned ones, to what is lost: 0 where nothing is pruned.
 Losses of layers are added up, so they have to compare among layers. It looks at the statistics that it `needs`. To add
 one, write such a function and name it in `MEASURES`.
 """
@@ -27,7 +27,7 @@ from .statistics import evaluation, images_of
 class Pruned:
     """A layer at a level.
 
-    layer: what is known of it; weight: as it was; new: after Optimal Brain Surgeon; mask: what is kept.
+    layer: what is known of it; weight: as it was; new: as it is then; mask: what is kept.
     divergence: from the new weights of some layers, by name, to how far the model's logits are from the dense ones.
     """
 
@@ -74,13 +74,20 @@ MEASURES: dict[str, Callable[[Pruned], float]] = {
 
 def at_levels(
     weight: Tensor, layer: Layer, levels: Iterable[int | tuple[int, int]], pattern: Pattern | None = None,
-    divergence: Callable | None = None,
+    divergence: Callable | None = None, mask_of: Callable[[int | tuple[int, int]], Tensor] | None = None,
 ) -> Iterator[Pruned]:
-    """A layer at each of some levels: numbers of units of the pattern that are kept, or (n, m)."""
+    """A layer at each of some levels: numbers of units of the pattern that are kept, or (n, m).
+
+    mask_of: from a level to what is kept, the others staying as they are; without it, Optimal Brain Surgeon chooses,
+        and the others make up.
+    """
     units = pattern.units(weight.shape) if pattern else weight.numel()
     for kept in levels:
         if kept == units or isinstance(kept, tuple) and kept[0] == kept[1]:
             yield Pruned(layer, weight, weight, torch.ones_like(weight, dtype=torch.bool), divergence)
+        elif mask_of:
+            mask = mask_of(kept)
+            yield Pruned(layer, weight, weight * mask, mask, divergence)
         else:
             new, mask = obs_prune(weight, layer.gram, kept, pattern=pattern, block_size=few_columns(weight))
             yield Pruned(layer, weight, new, mask, divergence)

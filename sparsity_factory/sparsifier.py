@@ -349,6 +349,8 @@ class Sparsifier:
             request["seed"] = self.recipe.seed
         if self.recipe.needs and self._statistics:
             request["statistics"] = self._statistics(self.recipe.needs)
+        if self.recipe.reconstruct != NONE:
+            request["reconstructed"] = True
         return request
 
     def _permute(self) -> None:

@@ -1,7 +1,9 @@
 """The exact choice under a budget, what layers lose, and the command that searches."""
 
+import csv
 import json
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from sparsity_factory import PruningError, collect_statistics, compute_masks, ob
 from sparsity_factory.config import resolve_choices, resolve_levels
 from sparsity_factory.kernels import KernelReport, LayerTimes
 from sparsity_factory.knapsack import STATES, cheapest
-from sparsity_factory.patterns import AnyOfM
+from sparsity_factory.patterns import n_of_m
 from sparsity_factory.scores import Layer
 from sparsity_factory.search import MEASURES, Divergence, at_levels, exchanges
 
@@ -131,14 +133,23 @@ def test_a_measure_is_its_formula_and_zero_where_nothing_is_pruned(measure, mode
 # ---- the pruner ----
 
 
-def test_search_takes_of_all_choices_the_one_that_loses_least():
+@pytest.mark.parametrize("reconstructed", [False, True])
+def test_search_takes_of_all_choices_the_one_that_loses_least(reconstructed):
     torch.manual_seed(0)
     model = linears(torch.randn(4, 8), 3 * torch.randn(8, 4), torch.randn(4, 8))
     statistics = statistics_of(model, {"gram", "gradient_gram"})
-    masks = compute_masks(model, "search", 0.4, pattern="x:4", statistics=statistics)
+    masks = compute_masks(model, "search", 0.4, pattern="x:4", statistics=statistics, reconstructed=reconstructed)
     found = [int(mask[0, :4].sum()) for mask in masks.values()]
-    losses = [[MEASURES["kfac"](pruned) for pruned in at_levels(weight, Layer(name, statistics=statistics),
-               [8 * n for n in range(1, 5)], AnyOfM("x:4", 4))] for name, weight in prunable_weights(model).items()]
+
+    def loss(name, weight, n):
+        layer = Layer(name, statistics=statistics)
+        new = weight * n_of_m(weight.abs(), n, 4)
+        if reconstructed:
+            new, _ = obs_prune(weight, layer.gram, (n, 4))
+        change = (new - weight).double()
+        return float((layer.gradient_gram @ change @ layer.gram @ change.T).trace()) / 2 / layer.images**2
+
+    losses = [[loss(name, weight.detach(), n) for n in range(1, 5)] for name, weight in prunable_weights(model).items()]
     allowed = [choice for choice in product(range(1, 5), repeat=3) if 8 * sum(choice) <= round(96 * 0.6)]
     assert found == list(min(allowed, key=lambda choice: sum(loss[n - 1] for loss, n in
                                                               zip(losses, choice, strict=True))))
@@ -285,6 +296,21 @@ def test_levels_of_every_kind_are_chosen_for_the_weights_that_a_space_gives_them
     for name, level in levels.items():
         expected = [0.5, 0.75] if name.startswith("blocks.1.") else [[1, 4], "dense"] if "fc1" in name else ["dense"]
         assert level in expected, name
+
+
+def test_where_nothing_makes_up_levels_are_measured_by_magnitude_alone(run_search, run_main, tmp_path):
+    budget = ["--budget", "0.5", "--levels", "1:4", "0.5", "dense", "--exchanges", "0", "--measure", "output"]
+    printed = run_search(*budget, "--reconstruct", "none", "--output_dir", "none")
+    run_search(*budget, "--output_dir", "obs")
+    tables = [csv.DictReader(Path(folder, "search.csv").read_text().splitlines()) for folder in ("none", "obs")]
+    for alone, made_up in zip(*tables, strict=True):
+        for level in ("1:4", "0.5"):
+            assert float(alone[f"loss at {level}"]) > float(made_up[f"loss at {level}"])
+    command = printed.splitlines()[-1].removeprefix("To use it: python main.py ").split()
+    assert command[-2:] == ["--reconstruct", "none"]
+    run_main(*command, "--eval", "--output_dir", "used")
+    other = run_search(*budget, "--reconstruct", "none", "--output_dir", "obs", status=2)
+    assert "--reconstruct obs, not none" in other
 
 
 @pytest.mark.parametrize(("argv", "told"), [
