@@ -14,7 +14,8 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch.utils.data import DataLoader, IterableDataset
 
 import utils
-from arguments import continued_args, mixes, naming_the_config, recipe_of
+from argument_checks import mixes
+from arguments import continued_args, naming_the_config, recipe_of
 from augment import BatchTransform
 from calibration import Calibration
 from datasets import build_dataset

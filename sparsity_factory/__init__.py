@@ -29,10 +29,11 @@ from .report import (
     sparsity_table,
     sparsity_yaml,
 )
+from .saved_pruning import has_reached_target
 from .schedules import SCHEDULES
 from .scores import SCORES
 from .shrink import shrink, unit_counts, with_units
-from .sparsifier import Sparsifier, has_reached_target, prune
+from .sparsifier import Sparsifier, prune
 from .statistics import STATISTICS, Statistics, collect_statistics
 
 __all__ = [

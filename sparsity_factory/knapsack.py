@@ -5,6 +5,8 @@ from math import gcd
 
 import numpy as np
 
+from .counting import largest_threshold
+
 STATES = 2**16  # the totals that are told apart
 
 
@@ -52,3 +54,42 @@ def cheapest(
         chosen.append(int(choice[place]))
         place -= int(extra[chosen[-1]])
     return chosen
+
+
+def nearest_steps(wanted: np.ndarray, step: np.ndarray, most: np.ndarray, budget: int) -> np.ndarray:
+    """How many steps each of many layers takes, from 1 to `most`, under a budget.
+
+    A layer that is wanted whole stays so, if the budget allows that for all of those. The total is the largest that
+    does not pass the budget; among the ways to reach it, the one of the least squared distance to shares of the budget
+    that are proportional to what is wanted. All ways are searched in which no layer is more than 32 steps from its
+    share; fewer steps, or rounded totals, where layers have so many sizes that their sums are more than STATES.
+
+    Args:
+        wanted: of each layer the cost that it should have.
+        step: of each layer the cost of a step.
+        most: of each layer how many steps it can take.
+        budget: of the total cost, at least that of one step of each layer.
+    """
+    least = np.where(wanted >= most * step, most, 1)
+    if least @ step > budget:
+        least = np.ones_like(most)
+
+    def shares(scale: float) -> np.ndarray:
+        return np.clip(4 * scale * wanted / step, least, most)
+
+    share = shares(largest_threshold(lambda scale: (shares(scale) * step).sum() <= budget))
+    unit = gcd(*step.tolist())
+    for window in (32, 8, 2):
+        low = np.maximum(np.floor(share).astype(int) - window, least)
+        spare = budget - int(low @ step)
+        if spare <= STATES * unit:
+            break
+    high = np.minimum(np.floor(share).astype(int) + window, most)
+    unit = max(unit, -(-spare // STATES))
+    cost, total = -(-step // unit), spare // unit  # rounded such that the budget is never passed
+
+    n = [range(top, lowest - 1, -1) for top, lowest in zip(high, low, strict=True)]  # of equals the earlier keeps more
+    costs = [[(steps - lowest) * one for steps in options] for options, lowest, one in zip(n, low, cost, strict=True)]
+    distances = [size * (np.array(options) - wish) ** 2 for options, size, wish in zip(n, step, share, strict=True)]
+    chosen = cheapest(costs, distances, total, spend_most=True)
+    return np.array([options[option] for options, option in zip(n, chosen, strict=True)])

@@ -17,13 +17,12 @@ from .masks import Change, Masks, bits, pack, prunable_weights, select, unpack
 from .patterns import Pattern, parse_pattern, regrow
 from .permutation import best_orders, reorder
 from .pruners import compute_masks
-from .recipe import LARGEST, Recipe
+from .recipe import Recipe
 from .reconstruction import NONE, reconstruct_layers
+from .saved_pruning import VERSION, SavedPruning
 from .schedules import SCHEDULES, Steps
 from .scores import SCORES, Scores
 from .statistics import collect_statistics
-
-VERSION = 1  # of the state
 
 
 class Sparsifier:
@@ -274,29 +273,24 @@ class Sparsifier:
         Raises:
             PruningError: a state that is damaged, of another model or of another recipe; nothing is changed then.
         """
-        state = _Saved(untrusted)
-        recipe = Recipe.from_dict(state.entry("recipe", Mapping))
+        state = SavedPruning(untrusted)
+        recipe = state.recipe()
         if differences := self.recipe.differences(recipe):
             raise PruningError(f"the saved run is one with {recipe.in_words()}, not {self.recipe.in_words()}: "
                                f"{', '.join(differences)} differ")
-        step, changed, late = state.integer("step"), state.integer("changed", -1), state.entry("late", bool)
-        if changed >= max(step, 1):
-            raise PruningError(f"the saved pruning has changed masks at step {changed}, after its step {step}")
+        step, changed, late = state.progress()
         steps = state.steps(recipe)
-        masks = unpack(state.entry("masks", dict))
+        masks = state.masks()
         self.masks.check(masks)
         expected = self.masks.masks or (self._shapes if self.recipe.pruner else {})
         for name in expected:
             if name not in masks and masks.keys() <= expected.keys():  # structured patterns mask other parameters
                 raise PruningError(f"mask {name!r} is missing from the saved masks")
-        learns = self.schedule.learns_masks and not SCHEDULES[recipe.prune_schedule](recipe, steps).is_final(changed)
+        learns = self.schedule.learns_masks and not state.is_final(recipe)
         learner = self._new_learner(masks) if learns else None
         learned = state.tensors("learned", {**learner.states, "updates": learner.updates}) if learner else {}
-        hidden = state.tensors("hidden", {name: self._parameters[name] for name in masks}
-                               if self.schedule.trains_pruned or learner else {})
-        for name, values in hidden.items():
-            if bits(values).cpu().mul(masks[name].view(torch.int8)).any():
-                raise PruningError(f"hidden {name!r} of the saved pruning: expected zeros where the weight is kept")
+        hides = self.schedule.trains_pruned or learner
+        hidden = state.hidden({name: self._parameters[name] for name in masks} if hides else {}, masks)
         has_rewind = steps.rewind is not None and steps.rewind < step
         rewind = state.tensors("rewind", self.model.state_dict() if has_rewind else {})
 
@@ -514,59 +508,3 @@ def prune(
                             walk=lambda visit, beside: visit_layers(model, batches, visit, beside=beside))
     sparsifier.start()
     return sparsifier.masks.masks
-
-
-def has_reached_target(untrusted) -> bool:
-    """Whether the `state_dict` of a `Sparsifier` is of a model with the sparsity and pattern that its recipe asks for.
-
-    Raises:
-        PruningError: a state that is damaged.
-    """
-    state = _Saved(untrusted)
-    recipe = Recipe.from_dict(state.entry("recipe", Mapping))
-    return SCHEDULES[recipe.prune_schedule](recipe, state.steps(recipe)).is_final(state.integer("changed", -1))
-
-
-class _Saved:
-    """What a checkpoint says of a run's pruning, read entry by entry. Raises PruningError for what cannot be."""
-
-    def __init__(self, untrusted):
-        if not isinstance(untrusted, Mapping):
-            raise PruningError("the saved pruning is not a dictionary")
-        self._entries = untrusted
-        if (version := self.integer("version")) != VERSION:
-            raise PruningError(f"the saved pruning is of version {version}, expected {VERSION}")
-
-    def entry(self, name: str, kind: type, entries: Mapping | None = None):
-        value = (self._entries if entries is None else entries).get(name)
-        if not isinstance(value, kind) or isinstance(value, bool) and kind is int:
-            raise PruningError(f"the saved pruning's {name} is a {type(value).__name__}, expected {kind.__name__}")
-        return value
-
-    def integer(self, name: str, smallest: int = 0, entries: Mapping | None = None) -> int:
-        value = self.entry(name, int, entries)
-        if not smallest <= value < LARGEST:
-            raise PruningError(f"the saved pruning's {name}: expected an integer from {smallest} to 2**53")
-        return value
-
-    def steps(self, recipe: Recipe) -> Steps:
-        found = self.entry("steps", Mapping)
-        rewind = None if recipe.rewind is None else self.integer("rewind", 0, found)
-        steps = Steps(*(self.integer(name, 0, found) for name in ("total", "epoch", "start", "end")), rewind)
-        if not steps.start <= steps.end <= max(steps.total - 1, 0) or not steps.epoch or (rewind or 0) > steps.start:
-            raise PruningError(f"the saved pruning's steps are out of order: {steps}")
-        return steps
-
-    def tensors(self, name: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of exactly the expected names, shapes and dtypes."""
-        found = self.entry(name, Mapping)
-        if found.keys() != expected.keys():
-            raise PruningError(f"the saved pruning's {name} has {len(found)} tensors, expected other names or "
-                               f"{len(expected)}")
-        for key, like in expected.items():
-            value = found[key]
-            if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype \
-                    or value.is_meta or value.layout != torch.strided:
-                raise PruningError(f"the saved pruning's {name} {key!r}: expected a {like.dtype} tensor of shape "
-                                   f"{list(like.shape)}")
-        return dict(found)

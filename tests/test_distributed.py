@@ -9,11 +9,12 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, start_main
-from two_processes import record
+from two_processes import record, record_weights
 
-from sparsity_factory import Masks, unpack
+from sparsity_factory import Masks, Sparsifier, unpack
 
 LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]
+PERMUTED = ["--pattern", "2:4", "--permute"]
 # The tiny data set has 48 training images: three steps of 16, or of 8 in each of two processes.
 # Fresh weights show whether all processes start from the same ones.
 # Drop path, erasing and mixing draw random numbers by batch, and so by process.
@@ -35,7 +36,7 @@ SAME_STEPS = {
     **{schedule: (["--batch-size", "16", *flags], ["--batch-size", "8", *flags]) for schedule, flags in (
         (name, ["--epochs", "2", "--prune-schedule", name, *more]) for name, more in (
             ("rigl", ["--prune-every", "1"]), ("set", ["--prune-every", "1"]), ("gradual", ["--prune-every", "1"]),
-            ("sr-ste", ["--prune-every", "1"])))},
+            ("sr-ste", ["--prune-every", "1"]), ("maskllm", ["--pattern", "x:4", "--mask-lr", "0.1"])))},
 }
 RECONSTRUCTED = ["--calibration-images", "48", "--prune-schedule", "iterative", "--prune-rounds", "2", "--opt", "sgd",
                  "--lr", "1e-3", "--drop-path", "0", "--reprob", "0", "--mixup", "0", "--cutmix", "0"]
@@ -48,7 +49,7 @@ def with_teacher(flags, folder):
 
 @pytest.fixture(scope="session")
 def pair(once, tiny):
-    """The folder with a run of two processes for each of SAME_STEPS, three that calibrate and one that evaluates."""
+    """The folder with a run of two processes for each of SAME_STEPS, three that calibrate and two that evaluate."""
     def make(folder):
         torch.manual_seed(0)
         torch.save({"model": timm.create_model("resnet10t", num_classes=10).state_dict()}, folder / "teacher.pth")
@@ -57,6 +58,7 @@ def pair(once, tiny):
         runs["taylor"] = [*tiny, *LAMP, *TAYLOR]
         runs |= {method: [*tiny, *LAMP, *RECONSTRUCTED, "--batch-size", "8", "--reconstruct", method]
                  for method in ("obs", "obs-mask")}
+        runs["permuted"] = [*tiny, *PERMUTED, "--eval"]
         runs["evaluation"] = [*tiny, *LAMP, "--eval", "--dist-eval"]
         (folder / "runs.json").write_text(json.dumps(runs))
         result = start_main(folder, cwd=folder, processes=2, script=ROOT / "tests" / "two_processes.py")
@@ -77,15 +79,23 @@ def read(path):
 
 
 def different(one: dict, two: dict) -> int:
-    """How many entries of two sets of masks differ."""
+    """How many entries of two sets of masks or weights differ."""
     assert one.keys() == two.keys()
     return sum(int((one[name] != two[name]).sum()) for name in one)
 
 
-def test_all_processes_have_the_masks_of_the_first(pair):
+def test_all_processes_have_the_masks_and_orders_of_the_first(pair):
+    """And its orders of channels, though their weights differ."""
     first, second = (read(pair / f"shared{rank}.pth") for rank in range(2))
-    assert len(first) == 24
-    assert different(first, second) == 0
+    assert len(first["masks"]) == 24
+    assert different(first["masks"], second["masks"]) == 0
+    assert different(first["before"], second["before"]) > 0
+
+    def order(shared):
+        before, after = (shared[when]["blocks.0.mlp.fc2.weight"] for when in ("before", "after"))
+        return [(before == column[:, None]).all(0).nonzero().item() for column in after.T]
+
+    assert order(first) == order(second) != sorted(order(first))
 
 
 @pytest.mark.parametrize("name", SAME_STEPS)
@@ -93,7 +103,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(pair, tiny, run_main, t
     run_main(*tiny, *LAMP, *SGD, *with_teacher(SAME_STEPS[name][0], pair), "--output_dir", "one")
     one, two = read(tmp_path / "one/checkpoint.pth"), read(pair / name / "checkpoint.pth")
     first, second = (read(pair / name / f"masks{rank}.pth") for rank in range(2))
-    changes = {"rigl": 4, "set": 4, "gradual": 5, "sr-ste": 5}.get(name, 1)
+    changes = {"rigl": 4, "set": 4, "gradual": 5, "sr-ste": 5, "maskllm": 6}.get(name, 1)
     assert len(had) == len(first) == len(second) == changes
     assert [different(*masks) for masks in zip(first, second, strict=True)] == [0] * changes
     # Sums in another order are rounded otherwise, and of weights as good as equal another may be kept.
@@ -132,6 +142,17 @@ def test_masks_by_a_reconstruction_are_the_same_with_one_process_and_two(pair, t
     assert different(first, masks[0][0]) <= (20 if method == "obs" else 0)
     assert different(second, masks[0][1]) <= 200
     assert (different(first, magnitude) > 1000) == (method == "obs")
+
+
+def test_two_processes_permute_as_one(pair, tiny, run_main, had, monkeypatch):
+    permuted = []
+    monkeypatch.setattr(Sparsifier, "_permute", record_weights(permuted, Sparsifier._permute))
+    run_main(*tiny, *PERMUTED, "--eval")
+    assert len(had) == len(permuted) == 1
+    for rank in range(2):
+        masks, weights = (read(pair / "permuted" / f"{kind}{rank}.pth") for kind in ("masks", "weights"))
+        assert [different(*both) for both in zip(had, masks, strict=True)] == [0]
+        assert [different(*both) for both in zip(permuted, weights, strict=True)] == [0]
 
 
 def test_shared_evaluation_counts_each_image_once(pair, tiny, run_main):

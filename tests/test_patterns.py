@@ -23,7 +23,8 @@ from sparsity_factory import (
     prunable_weights,
     regrow,
 )
-from sparsity_factory.patterns import PAIRWISE_UP_TO, _nearest_steps, n_of_m
+from sparsity_factory.knapsack import nearest_steps
+from sparsity_factory.patterns import PAIRWISE_UP_TO, n_of_m
 from sparsity_factory.scores import Scores
 
 few_values = st.sampled_from([0.0, 1e-40, 0.5, 1.0, 1.001, 1.002, 3.0, 1e30])  # many ties, several in one bin
@@ -177,7 +178,7 @@ def test_whole_steps_come_as_near_to_the_budget_as_any_do_and_then_as_near_to_wh
     wanted = np.array([data.draw(st.integers(0, int(s) * m)) for s in step])
     rounded = data.draw(st.integers(-len(step), len(step)))  # as an allocation that rounds in each layer
     budget = int(np.clip(wanted.sum() + rounded, step.sum(), step.sum() * m))
-    found = _nearest_steps(wanted, step, np.full(len(step), m), budget)
+    found = nearest_steps(wanted, step, np.full(len(step), m), budget)
     assert all(1 <= n <= m for n in found)
     ways = [way for way in product(range(1, m + 1), repeat=len(step)) if way @ step <= budget]
     whole = wanted == step * m
@@ -209,7 +210,7 @@ def test_many_layers_of_unlike_sizes_are_fitted_in_no_time_and_closely():
     step = random.randint(500, 5000, 60)  # a row of each, of sizes that have no divisor in common
     most = random.randint(300, 3000, 60)
     budget = int(step @ most * 0.35)
-    found = _nearest_steps((step * most * 0.35).astype(int), step, most, budget)
+    found = nearest_steps((step * most * 0.35).astype(int), step, most, budget)
     assert budget * (1 - 1e-5) <= found @ step <= budget
     assert abs(found - most * 0.35).max() < 10
 

@@ -3,15 +3,18 @@
     torchrun --nproc_per_node=2 two_processes.py FOLDER
 
 FOLDER/runs.json has the command lines by name. In FOLDER/NAME, each process leaves what it printed (printed0.txt), and
-every set of masks that the run has had (masks0.pth); and the weights after each reconstruction (weights0.pth).
+every set of masks that the run has had (masks0.pth); and the weights after each permutation and each reconstruction
+(weights0.pth).
 """
 
 import contextlib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import main
 import utils
@@ -21,43 +24,58 @@ from models import build_model
 from sparsity_factory import Masks, Sparsifier
 
 
+def copy_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
 def record(found: list, update):
     """`Masks.update`, which also adds a copy of the new masks to the list."""
     def recording(masks, new):
         changes = update(masks, new)
         if new:
-            found.append({name: mask.clone() for name, mask in masks.masks.items()})
+            found.append(copy_of(masks.masks))
         return changes
     return recording
 
 
-def record_weights(found: list, reconstruct):
-    """`Sparsifier._reconstruct`, which also adds a copy of the new weights to the list."""
-    def recording(sparsifier, masks):
-        new = reconstruct(sparsifier, masks)
-        if new is not masks:
-            found.append({name: weight.detach().clone() for name, weight in sparsifier.model.named_parameters()})
-        return new
+def record_weights(found: list, method):
+    """A method of `Sparsifier`, which also adds a copy of the weights to the list where it has changed them."""
+    def recording(sparsifier, *args):
+        weights = dict(sparsifier.model.named_parameters())
+        before = copy_of(weights)
+        result = method(sparsifier, *args)
+        if any(not torch.equal(weight, before[name]) for name, weight in weights.items()):
+            found.append(copy_of(weights))
+        return result
     return recording
 
 
 def share_masks(folder: Path) -> None:
-    """Saves the masks of each process for weights that differ on purpose."""
-    args = parse_args(["--pruner", "lamp", "--sparsity", "0.65"])
+    """Saves the masks of each process for weights that differ on purpose, and these before and after a permutation."""
+    args = parse_args(["--pattern", "2:4", "--permute"])
     torch.manual_seed(utils.rank())
-    sparsifier = build_sparsifier(args, build_model(args.model, 10, 28), {}, 1, torch.device("cpu"), None)
-    sparsifier.start()
-    torch.save(sparsifier.masks.masks, folder / f"shared{utils.rank()}.pth")
+    model = build_model(args.model, 10, 28)
+    weights = dict(model.named_parameters())
+    before = copy_of(weights)
+    sparsifier = build_sparsifier(args, model, {}, 1, torch.device("cpu"), None)
+    first = sparsifier.first_masks()
+    after = copy_of(weights)
+    sparsifier.start(first)
+    torch.save({"masks": sparsifier.masks.masks, "before": before, "after": after},
+               folder / f"shared{utils.rank()}.pth")
 
 
 def run_all(folder: Path) -> None:
-    device, update, reconstruct = utils.init_process_group("cpu"), Masks.update, Sparsifier._reconstruct
+    device, update = utils.init_process_group("cpu"), Masks.update
+    permute, reconstruct = Sparsifier._permute, Sparsifier._reconstruct
     utils.init_process_group = lambda *_: device  # the group is there already
     share_masks(folder)
     for name, argv in json.loads((folder / "runs.json").read_text()).items():
         (folder / name).mkdir(exist_ok=True)
         found, weights = [], []
-        Masks.update, Sparsifier._reconstruct = record(found, update), record_weights(weights, reconstruct)
+        Masks.update = record(found, update)
+        Sparsifier._permute, Sparsifier._reconstruct = (record_weights(weights, method)
+                                                        for method in (permute, reconstruct))
         with open(folder / name / f"printed{utils.rank()}.txt", "w") as file, contextlib.redirect_stdout(file):
             main.main(parse_args(argv))
         torch.save(found, folder / name / f"masks{utils.rank()}.pth")

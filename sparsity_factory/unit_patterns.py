@@ -1,0 +1,101 @@
+"""Patterns whose units reach over several layers: whole heads and neurons of the blocks that `structure.py` knows."""
+
+from math import prod
+
+import numpy as np
+import torch
+
+from .errors import PruningError
+from .knapsack import nearest_steps
+from .methods import method
+from .multiply_adds import image_of, multiply_adds_of_modules
+from .pattern_base import Pattern, down
+from .structure import HEADS, NEURONS, unit_groups
+
+
+class _Units(Pattern):
+    """Whole heads or neurons: their rows and columns in all parameters of their block, biases too.
+
+    Attributes:
+        kinds: of `structure.HEADS` and `structure.NEURONS`.
+    """
+
+    kinds: tuple[str, ...]
+    budgets = ("weights", "macs")
+    structured = True
+
+    @classmethod
+    def parse(cls, name: str) -> "_Units | None":
+        return cls() if name == cls.form else None
+
+    def masks(self, model, scores, allocate, sparsity, budget):
+        """An allocation sees the weights of all units, each with the mean score of its unit, and says how many it wants
+        of each layer. Blocks keep units in proportion to that, as nearly as whole ones allow, and never more than the
+        budget. A block with a layer that is wanted dense stays dense, if the budget allows that. Other weights stay.
+
+        Within a block the units of the largest sums are kept, on a tie the earlier. Units of zeros alone, such as those
+        that are pruned already, are never kept, unless no other is left.
+        """
+        groups = unit_groups(model, self.kinds)
+        if not groups:
+            raise PruningError(f"pattern {self.name}: {type(model).__name__} has none that are known: expected a "
+                               "transformer of timm")
+        numel = {name: prod(shape) for name, shape in scores.shapes.items()}
+        weights = [group.weights(numel) for group in groups]  # by name the part that says how its units lie
+        sizes = [sum(numel[name] for name in parts) for parts in weights]
+        costs, total = sizes, sum(numel.values())
+        if budget == "macs":
+            costs, total = multiply_adds_of_modules(model, [group.name for group in groups], image_of(model))
+        step = np.array([-(-cost // group.units) for cost, group in zip(costs, groups, strict=True)])
+        left = round(total * (1 - sparsity)) - (total - sum(costs))
+        if left < step.sum():
+            raise PruningError(f"pattern {self.name} keeps at least one unit of each block and all weights elsewhere: "
+                               f"expected a sparsity of at most {down((sum(costs) - step.sum()) / total)}")
+
+        sums = [group.sums(scores.__getitem__, parts) for group, parts in zip(groups, weights, strict=True)]
+        alive = [group.sums(lambda name: scores.weight(name) != 0, parts) > 0
+                 for group, parts in zip(groups, weights, strict=True)]
+        means = {name: (total_score * group.units / size)[part.unit].unsqueeze(1 - part.dim)
+                 for group, parts, size, total_score in zip(groups, weights, sizes, sums, strict=True)
+                 for name, part in parts.items()}
+        try:
+            wanted = allocate(scores.replaced(means), 1 - left / sum(costs))
+        except PruningError as error:  # with figures that are not those of all prunable weights
+            raise PruningError(f"pattern {self.name}, of the weights that it can remove: {error}") from None
+        shares = [1.0 if any(wanted[name] == numel[name] for name in parts) else
+                  sum(wanted[name] for name in parts) / size for parts, size in zip(weights, sizes, strict=True)]
+        most = np.array([max(int(units.sum()), 1) for units in alive])
+        kept = nearest_steps(np.array(shares) * [group.units for group in groups] * step, step, most, left)
+
+        masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in scores.weights.items()}
+        parameters = dict(model.named_parameters())
+        for group, total_score, live, count in zip(groups, sums, alive, kept, strict=True):
+            best_first = np.lexsort((-total_score.numpy(), ~live.numpy()))
+            chosen = torch.zeros(group.units, dtype=torch.bool)
+            chosen[torch.from_numpy(best_first[:count])] = True
+            masks |= group.masks(chosen, parameters)
+        return {name: masks[name] for name in parameters if name in masks}
+
+
+@method("Michel et al. 2019, arXiv:1905.10650")
+class Heads(_Units):
+    """Whole attention heads; every block keeps at least one."""
+
+    form = name = "heads"
+    kinds = (HEADS,)
+
+
+@method("Li et al. 2017, arXiv:1608.08710")
+class Neurons(_Units):
+    """Whole hidden neurons of the MLPs; every block keeps at least one."""
+
+    form = name = "neurons"
+    kinds = (NEURONS,)
+
+
+@method("Yang et al. 2023, arXiv:2110.04869")
+class HeadsAndNeurons(_Units):
+    """Whole heads and hidden neurons, under one budget."""
+
+    form = name = "heads+neurons"
+    kinds = (HEADS, NEURONS)
