@@ -68,7 +68,8 @@ WORLDS = {
     "finetuned": World(
         ("--config", "configs/run/sample.yaml"), ("sample", "tiny"), "sample",
         (Tuning(("0.5", "0.8", "2:4"), ("0.8", "2:4"), (2e-4, 6e-4, 2e-3)),
-         Tuning(("0.9", "0.95", "0.98", "1:4"), ("0.95", "1:4"), (6e-4, 2e-3, 6e-3))), {
+         Tuning(("0.9", "1:4"), ("0.9", "1:4"), (6e-4, 2e-3, 6e-3)),
+         Tuning(("0.95", "0.98"), ("0.95",), (6e-4, 2e-3, 6e-3))), {
             "unif": Method("allocation", {"name": "unif"}),
             "erk": Method("allocation", ERK, SPARSITIES),
             "lamp": Method("allocation", LAMP, SPARSITIES),
