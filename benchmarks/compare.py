@@ -123,6 +123,7 @@ class Bench:
 
         def prune():
             self.bench.model.load_state_dict(self.bench.dense)
+            self.bench.statistics.clear()
             taken.append(seconds(self.bench.sparsifier(args, {}).start, 1))
 
         needed = peak_above(prune)
@@ -202,10 +203,12 @@ def write_results(results: Results, folder: Path) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("official", type=Path, metavar="FASHION_MNIST")
+    parser.add_argument("official", type=Path, nargs="?", metavar="FASHION_MNIST")
     parser.add_argument("--tables", type=Path, metavar="FILE", help="a results.csv of which to make tables, no more")
     parser.add_argument("--costs", action="store_true", help="print what it takes to prune by each method, no more")
     args = parser.parse_args(argv)
+    if not args.official and not args.tables:
+        parser.error("expected FASHION_MNIST, the folder of the four official files")
     OUTPUT.mkdir(parents=True, exist_ok=True)
     if args.costs:
         make_images(args.official)

@@ -139,10 +139,9 @@ class Result(NamedTuple):
 
 
 def all_tasks() -> list[Task]:
-    """Every accuracy, in the order in which they are measured: one seed of all, then the next."""
+    """Every accuracy, in the order in which they are measured: one model after another, one seed after another."""
     tasks = []
-    places = [(name, model) for name, world in WORLDS.items() for model in world.models]
-    for place in places:
+    for place in [(name, model) for name, world in WORLDS.items() for model in world.models]:
         world = WORLDS[place[0]]
         for name, method in world.methods.items():
             tasks += [Task(TUNING, *place, name, level, rate=rate)
@@ -150,10 +149,9 @@ def all_tasks() -> list[Task]:
             if place[0] == "finetuned" and "schedule" not in method.choices and not method.arguments:
                 tasks += [Task(ONE_SHOT, *place, name, level) for level in method.levels]
         tasks += [Task(DENSE, *place)] * (place[0] == "finetuned")
-        tasks += [Task(FINETUNED, *place, name, level) for name, method in world.methods.items()
+        tasks += [Task(FINETUNED, *place, name, level, seed) for seed in SEEDS for name, method in world.methods.items()
                   for level in method.levels]
-    first = [task for task in tasks if task.kind == FINETUNED]
-    return tasks + [task._replace(seed=seed) for seed in SEEDS[1:] for task in first]
+    return tasks
 
 
 def rate_of(task: Task, results: Mapping[Task, Result]) -> float | None:
