@@ -92,14 +92,18 @@ WORLDS = {
         ("--config", "configs/run/sample_dense.yaml"), ("tiny",), "all",
         (Tuning(("0", *LEVELS), ("0", "0.9", "1:4"), (2.5e-3, 5e-3, 1e-2)),), {
             "dense": Method("", {"name": "unif"}, ("0",)),
-            "static": Method("from scratch", RANDOM),
-            "set": Method("from scratch", {**RANDOM, "schedule": "set"}, SPARSITIES),
-            "rigl": Method("from scratch", {**RANDOM, "schedule": "rigl"}, SPARSITIES),
-            "gmp": Method("from scratch", {**ERK, "schedule": "gradual"}),
-            "ste": Method("from scratch", {**ERK, "schedule": "ste"}, arguments=OFTEN),
-            "sr-ste": Method("from scratch", {"name": "unif", "schedule": "sr-ste"}, GROUPS, OFTEN),
+            "static": Method("training from scratch", RANDOM),
+            "set": Method("training from scratch", {**RANDOM, "schedule": "set"}, SPARSITIES),
+            "rigl": Method("training from scratch", {**RANDOM, "schedule": "rigl"}, SPARSITIES),
+            "gmp": Method("training from scratch", {**ERK, "schedule": "gradual"}),
+            "ste": Method("training from scratch", {**ERK, "schedule": "ste"}, arguments=OFTEN),
+            "sr-ste": Method("training from scratch", {"name": "unif", "schedule": "sr-ste"}, GROUPS, OFTEN),
         }),
 }
+
+
+#: By family the method that it is drawn beside, and what that is called there.
+BASELINES = {"score": ("erk", "magnitude"), "reconstruction": ("erk", "none"), "schedule": ("lamp", "one-shot")}
 
 
 class Task(NamedTuple):
@@ -219,27 +223,24 @@ def pictures(results: Mapping[Task, Result]) -> dict[str, bytes]:
         families = dict.fromkeys(method.family for method in setting.methods.values() if method.family)
         for model, family in ((model, family) for model in setting.models for family in families):
             curves = {}
+            baseline, called = BASELINES.get(family, ("", ""))
             for name, method in setting.methods.items():
-                if method.family != family and name != BASELINES.get(family):
+                if method.family != family and name != baseline:
                     continue
                 kinds = {kind: [(float(level), values) for level in SPARSITIES
                                 if (values := values_of(results, kind, world, model, name, level))]
                          for kind in (ONE_SHOT, FINETUNED)}
                 if kinds := {kind: points for kind, points in kinds.items() if points}:
-                    curves[name] = kinds
+                    curves[called if name == baseline else name] = kinds
             if curves:
                 dense = [result.accuracy for task, result in results.items() if task.kind != TUNING
                          and (task.world, task.model) == (world, model) and DENSE in (task.kind, task.method)]
                 seeds = max(len(values) for kinds in curves.values() for _, values in sum(kinds.values(), []))
                 title = f"{'finetuned' if world == 'finetuned' else 'trained'} for an epoch,\n"
                 title += f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
-                figure = sweep_lines(curves, mean(dense) if dense else None, f"{model}: {family}", title)
+                figure = sweep_lines(curves, mean(dense) if dense else None, f"{model}, by {family}", title)
                 found[f"compare_{model}_{family.replace(' ', '_')}.png"] = png(figure)
     return found
-
-
-#: What a family is drawn beside.
-BASELINES = {"score": "erk", "reconstruction": "erk", "schedule": "lamp"}
 
 
 def values_of(results: Mapping[Task, Result], *place) -> list[float]:
