@@ -549,7 +549,8 @@ def test_every_score_and_allocation_keeps_as_many_as_without_reconstruction(meth
     for score, pruner in zip(SCORES, itertools.cycle(["unif"] if pattern[0] == "2" else AUTOMATIC), strict=False):
         sparsity = {"2:4": None, "2:4t": None}.get(pattern, 0.1 if pruner == "unifplus" else 0.5)
         model = linears(*(weight.clone() for weight in weights))
-        before = compute_masks(model, pruner, sparsity, score=score, pattern=pattern, statistics=statistics)
+        before = compute_masks(model, pruner, sparsity, score=score, pattern=pattern, statistics=statistics,
+                               reconstructed=True)
         masks = prune(model, pruner, sparsity, score=score, pattern=pattern, batches=data, loss=loss,
                       reconstruct=method)
         assert [int(mask.sum()) for mask in masks.values()] == [int(mask.sum()) for mask in before.values()]
