@@ -64,7 +64,19 @@ from sparsity_factory import (
 )
 from sparsity_factory.recipe import timed_fields
 from stopping import Stopped, StopSignals
-from sweep_table import DENSE, FINETUNED, LAYER, ONE_SHOT, REFUSED, Combination, Outcome, Table, Task, labels
+from sweep_table import (
+    DENSE,
+    FINETUNED,
+    LAYER,
+    ONE_SHOT,
+    REFUSED,
+    Combination,
+    Outcome,
+    Table,
+    Task,
+    labels,
+    mean_and_range,
+)
 from training import Evaluator, train
 from utils import UserError, first_line
 
@@ -379,10 +391,7 @@ def _table(outcomes: Mapping[Task, Outcome], names: Mapping[Combination, str], d
             refused = any(outcome.error.startswith(REFUSED) for outcome in mine.values())
             return "refused" if refused else "failed" if mine else ""
         parts = [f"{value:.2f}" for value in one_shot]
-        if tuned:
-            spread = f" ({min(tuned):.2f} to {max(tuned):.2f})" if len(tuned) > 1 else ""
-            parts.append(f"{sum(tuned) / len(tuned):.2f}{spread}")
-        return " → ".join(parts)
+        return " → ".join(filter(None, [*parts, mean_and_range(tuned)]))
 
     places = {(task.combination, task.sparsity) for task in outcomes if task.combination in names}
     rows = [combination for combination in names if not combination.sets_sparsity]

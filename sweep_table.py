@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import utils
@@ -180,6 +181,13 @@ class Table:
 
     def write(self, name: str, content: bytes) -> None:
         utils.write_atomically(Path(self.folder, name), lambda file: file.write(content))
+
+
+def mean_and_range(values: list[float]) -> str:
+    """Accuracies in words: their mean, and the range of several; nothing of none."""
+    if not values:
+        return ""
+    return f"{mean(values):.2f}" + (f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else "")
 
 
 # ---- helpers, not exported ----

@@ -49,8 +49,9 @@ def compare(official: Path) -> None:
     with StopSignals() as stop:
         bench = Bench(stop)
         try:
-            while left := [task for task in tasks if task not in results.read()]:
-                if not any(attempt(task, official, bench, results) for task in left):
+            while not set(tasks) <= (found := results.read()).keys():
+                left = (task for task in tasks if task not in found)
+                if not any(attempt(task, official, bench, results, found) for task in left):
                     time.sleep(2)  # other processes are at what is left
                 stop.check_alone()
         except Stopped as stopped:
@@ -58,13 +59,16 @@ def compare(official: Path) -> None:
             raise
 
 
-def attempt(task: Task, official: Path, bench: "Bench", results: Results) -> bool:
-    """Does the task, or what it needs first; False where another process is at it, or at what it needs."""
+def attempt(task: Task, official: Path, bench: "Bench", results: Results, found: dict[Task, Result]) -> bool:
+    """Does the task, or what it needs first; False where another process is at it, or at what it needs.
+
+    found: what `results` had a moment ago.
+    """
     if not (OUTPUT / "images" / DONE).exists():
         return claimed("images", lambda: make_images(official))
     if task.world == "finetuned" and not (OUTPUT / task.model / DONE).exists() and MODELS[task.model]:
         return claimed(task.model, lambda: train_dense(task.model))
-    rate = rate_of(task, results.read()) if task.kind == FINETUNED else task.rate
+    rate = rate_of(task, found) if task.kind == FINETUNED else task.rate
     if task.kind == FINETUNED and not rate:
         return False
 
@@ -181,7 +185,7 @@ def make_images(official: Path) -> None:
 
 
 def train_dense(model: str) -> None:
-    """Trains a dense model as that of the sample was, on the same images; goes on where it was."""
+    """Trains a dense model as that of the sample was, on all images that are not held out; goes on where it was."""
     folder = OUTPUT / model
     command = [sys.executable, "main.py", "--config", "configs/run/sample_dense.yaml", *MODELS[model], "--num_workers",
                "0", "--data-path", str(OUTPUT / "images" / "all-test"), "--output_dir", str(folder), "--resume", "auto"]

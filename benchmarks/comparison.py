@@ -10,13 +10,13 @@ from typing import NamedTuple
 import measure  # noqa: F401, it finds the modules of the project
 
 from plots import png, sweep_lines
-from sweep_table import FINETUNED, ONE_SHOT
+from sweep_table import DENSE, FINETUNED, ONE_SHOT, mean_and_range
 from sweep_table import Task as Run
 
 SEEDS = (0, 1, 2)
 SPARSITIES, GROUPS = ("0.5", "0.8", "0.9", "0.95", "0.98"), ("2:4", "1:4")
 LEVELS = (*SPARSITIES, *GROUPS)
-DENSE, TUNING = "dense", "tuning"
+UNPRUNED, TUNING = "0", "tuning"
 
 #: By model the arguments of main.py for its shape; the second has DeiT-Tiny's depth and heads.
 MODELS = {"sample": (), "tiny": ("--model-kwargs", "depth=12", "patch_size=7")}
@@ -90,17 +90,16 @@ WORLDS = {
         }),
     "from scratch": World(
         ("--config", "configs/run/sample_dense.yaml"), ("tiny",), "all",
-        (Tuning(("0", *LEVELS), ("0", "0.9", "1:4"), (2.5e-3, 5e-3, 1e-2)),), {
-            "dense": Method("", {"name": "unif"}, ("0",)),
-            "static": Method("training from scratch", RANDOM),
-            "set": Method("training from scratch", {**RANDOM, "schedule": "set"}, SPARSITIES),
-            "rigl": Method("training from scratch", {**RANDOM, "schedule": "rigl"}, SPARSITIES),
-            "gmp": Method("training from scratch", {**ERK, "schedule": "gradual"}),
-            "ste": Method("training from scratch", {**ERK, "schedule": "ste"}, arguments=OFTEN),
-            "sr-ste": Method("training from scratch", {"name": "unif", "schedule": "sr-ste"}, GROUPS, OFTEN),
+        (Tuning((UNPRUNED, *LEVELS), (UNPRUNED, "0.9", "1:4"), (2.5e-3, 5e-3, 1e-2)),), {
+            DENSE: Method("", {"name": "unif"}, (UNPRUNED,)),
+            "static": Method("sparse training", RANDOM),
+            "set": Method("sparse training", {**RANDOM, "schedule": "set"}, SPARSITIES),
+            "rigl": Method("sparse training", {**RANDOM, "schedule": "rigl"}, SPARSITIES),
+            "gmp": Method("sparse training", {**ERK, "schedule": "gradual"}),
+            "ste": Method("sparse training", {**ERK, "schedule": "ste"}, arguments=OFTEN),
+            "sr-ste": Method("sparse training", {"name": "unif", "schedule": "sr-ste"}, GROUPS, OFTEN),
         }),
 }
-
 
 #: By family the method that it is drawn beside, and what that is called there.
 BASELINES = {"score": ("erk", "magnitude"), "reconstruction": ("erk", "none"), "schedule": ("lamp", "one-shot")}
@@ -202,17 +201,19 @@ def tables(results: Mapping[Task, Result]) -> dict[tuple[str, str, str], str]:
     """Top-1 in Markdown by world, model and kind (one-shot or finetuned): methods by level, mean and range."""
     found = {}
     for world, setting in WORLDS.items():
+        levels = [level for level in (UNPRUNED, *LEVELS)
+                  if any(level in method.levels for method in setting.methods.values())]
         for model in setting.models:
             for kind in (ONE_SHOT, FINETUNED):
                 rows = []
                 for name, method in setting.methods.items():
                     cells = {level: values_of(results, kind, world, model, name, level) for level in method.levels}
                     if any(cells.values()):
-                        rows.append(f"| `{name}` | " + " | ".join(in_words(cells.get(level, [])) for level in LEVELS)
-                                    + " |")
+                        texts = [mean_and_range(cells.get(level, [])) for level in levels]
+                        rows.append(f"| `{name}` | " + " | ".join(texts) + " |")
                 if rows:
-                    head = "| top-1 in % | " + " | ".join(map(level_name, LEVELS)) + " |"
-                    found[world, model, kind] = "\n".join([head, "| --- |" + " ---: |" * len(LEVELS), *rows])
+                    head = "| top-1 in % | " + " | ".join(map(level_name, levels)) + " |"
+                    found[world, model, kind] = "\n".join([head, "| --- |" + " ---: |" * len(levels), *rows])
     return found
 
 
@@ -246,13 +247,6 @@ def pictures(results: Mapping[Task, Result]) -> dict[str, bytes]:
 def values_of(results: Mapping[Task, Result], *place) -> list[float]:
     """The accuracies of all seeds. place: kind, world, model, method, level."""
     return [results[task].accuracy for seed in SEEDS if (task := Task(*place, seed)) in results]
-
-
-def in_words(values: list[float]) -> str:
-    """The mean, and the range of several."""
-    if not values:
-        return ""
-    return f"{mean(values):.2f}" + (f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else "")
 
 
 def level_name(level: str) -> str:

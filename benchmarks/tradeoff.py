@@ -16,7 +16,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from statistics import mean
 
 import timm.layers
 import torch
@@ -27,6 +26,7 @@ from arguments import parse_args
 from exporting import load_model
 from plots import png, tradeoff_points
 from sparsity_factory.kernels import in_turns
+from sweep_table import mean_and_range
 
 OUTPUT = ROOT / "output" / "tradeoff"
 SEEDS = (0, 1)
@@ -100,16 +100,9 @@ def main(official: Path) -> None:
         times = [rate[name] / rate["dense"] for rate in rates.values()]
         points[name] = (times[-1], final)
         print(f"| {name} | {macs[name] / macs['dense']:.0%} | " + " | ".join(f"{ratio:.2f}" for ratio in times)
-              + f" | {in_words(before)} | {in_words(final)} |")
+              + f" | {mean_and_range(before)} | {mean_and_range(final)} |")
     (OUTPUT / "tradeoff.png").write_bytes(png(tradeoff_points(points, f"times as fast as the dense model, "
                                                               f"batch {BATCHES[-1]}")))
-
-
-def in_words(values: list[float]) -> str:
-    """The mean, and the range of several."""
-    if not values:
-        return ""
-    return f"{mean(values):.2f}" + (f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,17 @@ def test_work_that_another_process_has_is_left_to_it_until_it_is_killed(small):
     assert done == [1]
 
 
+def test_a_table_has_the_means_and_ranges_of_the_levels_that_a_world_has(modules):
+    _, comparison = modules
+    found = {comparison.Task("finetuned", "from scratch", "tiny", method, level, seed): comparison.Result(accuracy, 1)
+             for method, level, seed, accuracy in (("dense", "0", 0, 88), ("set", "0.9", 0, 80), ("set", "0.9", 1, 81))}
+    assert comparison.tables(found) == {("from scratch", "tiny", "finetuned"): """\
+| top-1 in % | 0 % | 50 % | 80 % | 90 % | 95 % | 98 % | 2:4 | 1:4 |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| `dense` | 88.00 |  |  |  |  |  |  |  |
+| `set` |  |  |  | 80.50 (80.00 to 81.00) |  |  |  |  |"""}
+
+
 def test_half_a_line_is_no_result(modules, tmp_path):
     _, comparison = modules
     results = comparison.Results(tmp_path / "results.csv")
