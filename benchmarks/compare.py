@@ -190,7 +190,8 @@ def train_dense(model: str) -> None:
     command = [sys.executable, "main.py", "--config", "configs/run/sample_dense.yaml", *MODELS[model], "--num_workers",
                "0", "--data-path", str(OUTPUT / "images" / "all-test"), "--output_dir", str(folder), "--resume", "auto"]
     alone = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
-    subprocess.run(command, cwd=ROOT, check=True, env=alone)
+    if subprocess.run(command, cwd=ROOT, env=alone).returncode:
+        raise UserError(f"the training of {model} has ended early; the same command goes on")
     (folder / DONE).touch()
 
 

@@ -90,7 +90,7 @@ WORLDS = {
         }),
     "from scratch": World(
         ("--config", "configs/run/sample_dense.yaml"), ("tiny",), "all",
-        (Tuning((UNPRUNED, *LEVELS), (UNPRUNED, "0.9", "1:4"), (2.5e-3, 5e-3, 1e-2)),), {
+        (Tuning((UNPRUNED, *LEVELS), (UNPRUNED, "0.9", "1:4"), (1.25e-3, 2.5e-3, 5e-3)),), {
             DENSE: Method("", {"name": "unif"}, (UNPRUNED,)),
             "static": Method("sparse training", RANDOM),
             "set": Method("sparse training", {**RANDOM, "schedule": "set"}, SPARSITIES),
