@@ -12,12 +12,13 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from cli import exit_status  # noqa: E402
 from datasets import FashionMNIST, read_idx, write_idx  # noqa: E402
 
 PER_CLASS = {"train": 600, "t10k": 200}
 
 
-def main(source: Path) -> None:
+def main(source: Path) -> int:
     for prefix, count in PER_CLASS.items():
         images_name, labels_name = f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
         images, labels = read_idx(source, images_name, ndim=3), read_idx(source, labels_name, ndim=1)
@@ -26,9 +27,10 @@ def main(source: Path) -> None:
             path = HERE / f"{name}.gz"
             write_idx(path, array)
             print(f"{path.name}: {array.shape}, {path.stat().st_size:,} bytes")
+    return 0
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    sys.exit(exit_status(lambda: main(Path(sys.argv[1]))))

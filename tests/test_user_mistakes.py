@@ -2,11 +2,13 @@
 
 import pickle
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import start_main, write_idx
+from conftest import ROOT, start_main, write_idx
 from PIL import Image
 
 LAMP = ["--pruner", "lamp", "--sparsity", "0.5"]
@@ -183,3 +185,13 @@ def test_labels_without_images_are_refused(run_main, tmp_path):
     write_idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(2, np.uint8))
     error = run_main("--data-set", "FASHION", "--data-path", ".", status=2)
     assert "3 train images but 2 labels" in error
+
+
+@pytest.mark.parametrize("script, arguments", [("make_sample.py", ["missing"]),
+                                               ("export_weights.py", ["missing", "w.safetensors"])])
+def test_a_mistake_with_a_script_of_the_sample_is_one_line(script, arguments, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "sample" / script, *arguments], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: missing") and done.stderr.count("\n") == 1
+    assert not [*tmp_path.iterdir()]
