@@ -1,7 +1,8 @@
 """Measures every row of docs/performance.md and writes the page; `make bench` runs it whole.
 
     python benchmarks/run.py                  # everything, then the page
-    python benchmarks/run.py masks step       # some groups only, added to what was measured before, then the page
+    python benchmarks/run.py masks step       # some groups only, added to what was measured here before; the page
+                                              # is written once all groups have been
 
 Each figure stands beside what a user would otherwise use, measured in the same run. The machine should be idle.
 """
@@ -446,5 +447,6 @@ if __name__ == "__main__":
         results[name] = GROUPS[name]()
         results["machine"] = machine()
         RESULTS.write_text(json.dumps(results))
-    PAGE.write_text(page(results))
+    if results.keys() >= GROUPS.keys():
+        PAGE.write_text(page(results))
     print(page(results))
