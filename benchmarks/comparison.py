@@ -45,12 +45,13 @@ class Tuning(NamedTuple):
 class World(NamedTuple):
     """Where the training starts, and what is alike for all methods.
 
-    models: those of MODELS that take part. images: to train on, `sample`, or `all` that are not held out.
+    models: those of MODELS that take part. images: to train on, of those that are not held out: `sample`, or `half`.
     """
 
     arguments: tuple[str, ...]
     models: tuple[str, ...]
     images: str
+    epochs: int
     tunings: tuple[Tuning, ...]
     methods: Mapping[str, Method]
 
@@ -66,8 +67,9 @@ OFTEN = ("--prune-every", "10")
 ERK, LAMP, RANDOM = {"name": "erk"}, {"name": "lamp"}, {"name": "erk", "score": "random"}
 WORLDS = {
     "finetuned": World(
-        ("--config", "configs/run/sample.yaml"), ("sample", "tiny"), "sample",
-        (Tuning(("0.5", "0.8", "2:4"), ("0.8", "2:4"), (2e-4, 6e-4, 2e-3)),
+        ("--config", "configs/run/sample.yaml"), ("sample", "tiny"), "sample", 1,
+        (Tuning(("0.5", "2:4"), ("2:4", "0.5"), (2e-4, 6e-4, 2e-3)),
+         Tuning(("0.8",), ("0.8",), (2e-4, 6e-4, 2e-3)),
          Tuning(("0.9", "1:4"), ("0.9", "1:4"), (6e-4, 2e-3, 6e-3)),
          Tuning(("0.95", "0.98"), ("0.95",), (6e-4, 2e-3, 6e-3))), {
             "unif": Method("allocation", {"name": "unif"}),
@@ -89,8 +91,9 @@ WORLDS = {
             "maskllm": Method("schedule", {"name": "unif", "schedule": "maskllm"}, GROUPS),
         }),
     "from scratch": World(
-        ("--config", "configs/run/sample_dense.yaml"), ("tiny",), "all",
-        (Tuning((UNPRUNED, *LEVELS), (UNPRUNED, "0.9", "1:4"), (1.25e-3, 2.5e-3, 5e-3)),), {
+        ("--config", "configs/run/sample_dense.yaml", "--opt", "adamw"), ("tiny",), "half", 4,
+        (Tuning((UNPRUNED, "0.5", "0.8", "2:4"), (UNPRUNED, "0.8", "2:4"), (5e-4, 1e-3, 2e-3)),
+         Tuning(("0.9", "0.95", "0.98", "1:4"), ("0.95", "1:4"), (1e-3, 2e-3, 4e-3))), {
             DENSE: Method("", {"name": "unif"}, (UNPRUNED,)),
             "static": Method("sparse training", RANDOM),
             "set": Method("sparse training", {**RANDOM, "schedule": "set"}, SPARSITIES),
@@ -237,7 +240,8 @@ def pictures(results: Mapping[Task, Result]) -> dict[str, bytes]:
                 dense = [result.accuracy for task, result in results.items() if task.kind != TUNING
                          and (task.world, task.model) == (world, model) and DENSE in (task.kind, task.method)]
                 seeds = max(len(values) for kinds in curves.values() for _, values in sum(kinds.values(), []))
-                title = f"{'finetuned' if world == 'finetuned' else 'trained'} for an epoch,\n"
+                length = "an epoch" if setting.epochs == 1 else f"{setting.epochs} epochs"
+                title = f"{'finetuned' if world == 'finetuned' else 'trained'} for {length},\n"
                 title += f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
                 figure = sweep_lines(curves, mean(dense) if dense else None, f"{model}, by {family}", title)
                 found[f"compare_{model}_{family.replace(' ', '_')}.png"] = png(figure)
