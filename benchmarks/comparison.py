@@ -91,10 +91,9 @@ WORLDS = {
             "maskllm": Method("schedule", {"name": "unif", "schedule": "maskllm"}, GROUPS),
         }),
     "from scratch": World(
-        ("--config", "configs/run/sample_dense.yaml", "--opt", "adamw"), ("tiny",), "half", 4,
-        (Tuning((UNPRUNED,), (UNPRUNED,), (5e-4, 1e-3, 2e-3)),
-         Tuning(("0.5", "0.8", "2:4"), ("0.8", "2:4"), (1e-3, 2e-3, 4e-3, 8e-3)),
-         Tuning(("0.9", "0.95", "0.98", "1:4"), ("0.95", "1:4"), (1e-3, 2e-3, 4e-3, 8e-3))), {
+        ("--config", "configs/run/sample_dense.yaml"), ("tiny",), "half", 4,
+        (Tuning((UNPRUNED, "0.5", "0.8", "2:4"), (UNPRUNED, "0.8", "2:4"), (1.25e-3, 2.5e-3, 5e-3)),
+         Tuning(("0.9", "0.95", "0.98", "1:4"), ("0.95", "1:4"), (1.25e-3, 2.5e-3, 5e-3))), {
             DENSE: Method("", {"name": "unif"}, (UNPRUNED,)),
             "static": Method("sparse training", RANDOM),
             "set": Method("sparse training", {**RANDOM, "schedule": "set"}, SPARSITIES),
