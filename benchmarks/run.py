@@ -1,8 +1,7 @@
 """Measures every row of docs/performance.md and writes the page; `make bench` runs it whole.
 
     python benchmarks/run.py                  # everything, then the page
-    python benchmarks/run.py masks step       # some groups only, added to what was measured here before; the page
-                                              # is written once all groups have been
+    python benchmarks/run.py masks step       # some groups only; the page is written once all have been measured here
 
 Each figure stands beside what a user would otherwise use, measured in the same run. The machine should be idle.
 """
