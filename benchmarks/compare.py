@@ -4,8 +4,8 @@
     torchrun --standalone --nproc_per_node=2 benchmarks/compare.py FASHION_MNIST                # as `make compare`
 
 Two worlds: a dense model is pruned and finetuned for an epoch on the 6,000 images of the sample; or a random one is
-trained for four epochs on half of the training images that are not held out. Each method's learning rate is the best
-of three on 5,000 held-out training images, and the figures are of the 10,000 test images. `comparison.py` has the
+trained for four epochs on a quarter of the training images that are not held out. Each method's learning rate is the
+best of three on 5,000 held-out training images, and the figures are of the 10,000 test images. `comparison.py` has the
 methods.
 
 Every accuracy is a line of `results.csv` in `output/compare`, with the seconds that it took. Any number of processes
@@ -165,7 +165,7 @@ def arguments_of(task: Task) -> list[str]:
 
 
 def make_images(official: Path) -> None:
-    """Writes folders of images to train on (the sample, all that are not held out, half of these) and to test on."""
+    """Writes folders of images to train on (the sample, all not held out, a quarter of these) and to test on."""
     parts = {part: [read_idx(official, f"{part}-images-idx3-ubyte", ndim=3),
                     read_idx(official, f"{part}-labels-idx1-ubyte", ndim=1)] for part in ("train", "t10k")}
     labels = parts["train"][1]
@@ -174,7 +174,7 @@ def make_images(official: Path) -> None:
                         for chosen in (slice(SAMPLE), slice(SAMPLE, SAMPLE + HELD_OUT)))
     rest = np.setdiff1d(np.arange(len(labels)), held_out)
     train = {name: [array[chosen] for array in parts["train"]]
-             for name, chosen in {"sample": sample, "all": rest, "half": rest[::2]}.items()}
+             for name, chosen in {"sample": sample, "all": rest, "quarter": rest[::4]}.items()}
     test = {"held-out": [array[held_out] for array in parts["train"]], "test": parts["t10k"]}
     for name, trained in train.items():
         for other, tested in test.items():

@@ -45,7 +45,7 @@ class Tuning(NamedTuple):
 class World(NamedTuple):
     """Where the training starts, and what is alike for all methods.
 
-    models: those of MODELS that take part. images: to train on, of those that are not held out: `sample`, or `half`.
+    models: those of MODELS that take part. images: to train on, of those that are not held out: `sample`, or `quarter`.
     """
 
     arguments: tuple[str, ...]
@@ -63,7 +63,7 @@ class World(NamedTuple):
                 for tuning in self.tunings for level in tuning.levels if level in levels}
 
 
-OFTEN = ("--prune-every", "10")
+OFTEN, AT_TIMES = ("--prune-every", "10"), ("--prune-every", "25")
 ERK, LAMP, RANDOM = {"name": "erk"}, {"name": "lamp"}, {"name": "erk", "score": "random"}
 WORLDS = {
     "finetuned": World(
@@ -91,14 +91,14 @@ WORLDS = {
             "maskllm": Method("schedule", {"name": "unif", "schedule": "maskllm"}, GROUPS),
         }),
     "from scratch": World(
-        ("--config", "configs/run/sample_dense.yaml"), ("tiny",), "half", 4,
+        ("--config", "configs/run/sample_dense.yaml"), ("tiny",), "quarter", 4,
         (Tuning((UNPRUNED, "0.5", "0.8", "2:4"), (UNPRUNED, "0.8", "2:4"), (1.25e-3, 2.5e-3, 5e-3)),
          Tuning(("0.9", "0.95", "0.98", "1:4"), ("0.95", "1:4"), (1.25e-3, 2.5e-3, 5e-3))), {
             DENSE: Method("", {"name": "unif"}, (UNPRUNED,)),
             "static": Method("sparse training", RANDOM),
-            "set": Method("sparse training", {**RANDOM, "schedule": "set"}, SPARSITIES),
-            "rigl": Method("sparse training", {**RANDOM, "schedule": "rigl"}, SPARSITIES),
-            "gmp": Method("sparse training", {**ERK, "schedule": "gradual"}),
+            "set": Method("sparse training", {**RANDOM, "schedule": "set"}, SPARSITIES, AT_TIMES),
+            "rigl": Method("sparse training", {**RANDOM, "schedule": "rigl"}, SPARSITIES, AT_TIMES),
+            "gmp": Method("sparse training", {**ERK, "schedule": "gradual"}, arguments=AT_TIMES),
             "ste": Method("sparse training", {**ERK, "schedule": "ste"}, arguments=OFTEN),
             "sr-ste": Method("sparse training", {"name": "unif", "schedule": "sr-ste"}, GROUPS, OFTEN),
         }),

@@ -77,12 +77,12 @@ def test_held_out_images_are_trained_on_by_none(small):
     compare.OUTPUT.mkdir()
     compare.make_images(official)
     parts = {(folder, part): compare.read_idx(compare.OUTPUT / "images" / folder, f"{part}-images-idx3-ubyte", 3)
-             for folder in ("sample-held-out", "half-held-out", "all-test") for part in ("train", "t10k")}
+             for folder in ("sample-held-out", "quarter-held-out", "all-test") for part in ("train", "t10k")}
     held_out = {image.tobytes() for image in parts["sample-held-out", "t10k"]}
     assert len(held_out) == 8  # two classes have no more than the three images of the sample
-    for folder in ("sample-held-out", "half-held-out", "all-test"):
+    for folder in ("sample-held-out", "quarter-held-out", "all-test"):
         assert not held_out & {image.tobytes() for image in parts[folder, "train"]}
-    assert len(parts["all-test", "train"]) == 2 * len(parts["half-held-out", "train"]) == 48 - 8
+    assert len(parts["all-test", "train"]) == 4 * len(parts["quarter-held-out", "train"]) == 48 - 8
     assert len(parts["all-test", "t10k"]) == 61
 
 
