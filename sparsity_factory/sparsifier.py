@@ -50,6 +50,8 @@ class Sparsifier:
     - A change is a function of the seed, the step, the weights and their gradients, so that a resumed run goes on to
       the bit. What the first process chooses, all have.
     - Weights without a gradient neither drop nor grow by `set` and `rigl`.
+    - Optimizers see the gradients of the kept weights alone. Muon and its kin see whole ones: they give all singular
+      values of a gradient one size, and most of those of a gradient with holes are noise.
     - Whenever masks are chosen by the recipe, its reconstruction changes the weights and, where it chooses itself, the
       masks. Averages of the weights begin anew from there.
     - A rewind takes all parameters and buffers back, and clears the optimizer's state, as a training that begins at
@@ -91,7 +93,7 @@ class Sparsifier:
         self._shapes = {name: tuple(weight.shape) for name, weight in prunable_weights(model).items()}
         self._levels = recipe.levels(self._shapes)
         self._parameters = dict(model.named_parameters())
-        self._optimizer, self._averages = None, ()
+        self._optimizer, self._averages, self._orthogonalizes = None, (), False
         self._plan(recipe.steps(total_steps, epoch_steps))
         self.masks = Masks(model, masks or {})
         self.step, self._changed, self._late = 0, -1, False
@@ -144,6 +146,7 @@ class Sparsifier:
             averages: modules with the model's parameter names, such as moving averages of it, on any device.
         """
         self._optimizer, self._averages = optimizer, tuple(averages)
+        self._orthogonalizes = any("ns_steps" in group for group in optimizer.param_groups)  # Muon and its kin
         for average in self._averages:
             self.masks.apply_to(average)
 
@@ -174,7 +177,7 @@ class Sparsifier:
         elif self.schedule.trains_pruned:
             self._decay_hidden(scale)
             self._reveal()
-        else:
+        elif not self._orthogonalizes:
             self.masks.apply_to_grads()
 
     @torch.no_grad()

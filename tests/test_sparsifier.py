@@ -205,6 +205,30 @@ def test_a_schedule_trains_as_the_plain_loop_does(schedule):
     assert run.sparsifier.masks.sparsity() == pytest.approx(SPARSITY, abs=0.01)
 
 
+@pytest.mark.parametrize("make", [
+    lambda model: create_optimizer_v2(model, "muon", lr=0.03),
+    lambda model: create_optimizer_v2(model, "lookahead_muon", lr=0.03),
+    lambda model: torch.optim.Muon([model[0].weight, model[3].weight], lr=0.03),
+], ids=["timm", "lookahead", "torch"])
+def test_muon_sees_whole_gradients(make):
+    run, model = Run(recipe("one-shot"), make), network()
+    masks, optimizer = run.masks(), make(model)
+
+    def mask_weights():
+        for name, mask in masks.items():
+            model.get_parameter(name).data.mul_(mask)
+
+    mask_weights()
+    for step in range(4):
+        run.step()
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+        mask_weights()
+        assert all(torch.equal(value, model.get_parameter(name)) for name, value in run.model.named_parameters())
+    assert any(weight.grad[~masks[name]].any() for name in masks for weight in [run.model.get_parameter(name)])
+
+
 def test_the_final_sparsity_is_reached_at_the_end_of_the_schedule_and_not_before():
     reached = {}
     for schedule in SCHEDULES:
