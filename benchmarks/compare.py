@@ -5,8 +5,8 @@
 
 Two worlds: a dense model is pruned and finetuned for an epoch on the 6,000 images of the sample; or a random one is
 trained for four epochs on a quarter of the training images that are not held out. Each method's learning rate is the
-best of three on 5,000 held-out training images, and the figures are of the 10,000 test images. `comparison.py` has the
-methods.
+best of three or four on 5,000 held-out training images, and the figures are of the 10,000 test images. `comparison.py`
+has the methods.
 
 Every accuracy is a line of `results.csv` in `output/compare`, with the seconds that it took. Any number of processes
 share the work, also those that are started later; killed and started again, they go on, a training from its last

@@ -93,7 +93,7 @@ WORLDS = {
     "from scratch": World(
         ("--config", "configs/run/sample_dense.yaml"), ("tiny",), "quarter", 4,
         (Tuning((UNPRUNED, "0.5", "0.8", "2:4"), (UNPRUNED, "0.8", "2:4"), (2.5e-3, 5e-3, 1e-2)),
-         Tuning(("0.9", "0.95", "0.98", "1:4"), ("0.95", "1:4"), (5e-3, 1e-2, 2e-2))), {
+         Tuning(("0.9", "0.95", "0.98", "1:4"), ("0.95", "1:4"), (5e-3, 1e-2, 2e-2, 4e-2))), {
             DENSE: Method("", {"name": "unif"}, (UNPRUNED,)),
             "static": Method("sparse training", RANDOM),
             "set": Method("sparse training", {**RANDOM, "schedule": "set"}, SPARSITIES, AT_TIMES),
