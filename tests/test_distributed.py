@@ -138,9 +138,12 @@ def test_masks_by_a_reconstruction_are_the_same_with_one_process_and_two(pair, t
     for one, other in zip(*weights, strict=True):
         assert all(torch.equal(weight, other[name]) for name, weight in one.items())
     assert len(weights[0]) == 2
-    # Sums of other batches are rounded otherwise, and of weights as good as equal another may be kept.
-    assert different(first, masks[0][0]) <= (20 if method == "obs" else 0)
-    assert different(second, masks[0][1]) <= 200
+    # Sums of other batches are rounded otherwise, and of weights as good as equal another may be kept; with `obs` all
+    # that is behind it then differs. Half of the images would change 20,892 and 34,190 with `obs`, 0 and 8,804 without.
+    most = {"obs": (5000, 25000), "obs-mask": (0, 200)}[method]
+    assert different(first, masks[0][0]) <= most[0] and different(second, masks[0][1]) <= most[1]
+    if method == "obs":
+        assert (first["blocks.0.attn.qkv.weight"] != masks[0][0]["blocks.0.attn.qkv.weight"]).sum() <= 20
     assert (different(first, magnitude) > 1000) == (method == "obs")
 
 
