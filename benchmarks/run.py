@@ -27,6 +27,7 @@ from measure import CPU, ROOT, batches, in_turns, over, peak_above, random_model
 from PIL import Image
 from smaller import kernels, structured
 from timm.data import create_transform
+from timm.optim import create_optimizer_v2, muon
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -48,7 +49,7 @@ from sparsity_factory import (
     visit_layers,
 )
 from sparsity_factory import prune as prune_and_reconstruct
-from state import TrainingState
+from state import NEWTON_SCHULZ, TrainingState
 
 RESULTS = ROOT / "output" / "benchmarks.json"
 PAGE = ROOT / "docs" / "performance.md"
@@ -328,7 +329,25 @@ def train() -> list[dict]:
     return [row("training step, DeiT-Small, batch 16, `--amp auto`", "2.5 times a float32 step with timm's defaults",
                 f"{plain / quick:.2f} times ({16 / quick:.1f} images/s in {name}, {16 / plain:.1f} in float32; matrix "
                 f"products alone {products(amp_dtype):.2f} times)",
-                under(plain / quick, 2.5))]
+                under(plain / quick, 2.5)), muon_step()]
+
+
+def muon_step() -> dict:
+    """A step of Muon on the sample's model, and one in bfloat16, as timm makes it on every device."""
+    model = ours("deit_sample_patch4_28").model
+    optimizer, chosen = create_optimizer_v2(model, "muon"), muon.zeropower_via_newtonschulz
+    for weight in model.parameters():
+        weight.grad = torch.randn_like(weight)
+
+    def step(newton_schulz):
+        muon.zeropower_via_newtonschulz = newton_schulz
+        optimizer.step()
+
+    taken = in_turns({"quick": lambda: step(chosen), "plain": lambda: step(NEWTON_SCHULZ)}, 4)
+    muon.zeropower_via_newtonschulz = chosen
+    quick, plain = taken["quick"], taken["plain"]
+    return row("step of `--opt muon`, the sample's model", "no slower than timm's, which is in bfloat16",
+               f"{plain / quick:.1f} times ({1e3 * quick:.0f} ms, {1e3 * plain:.0f} ms)", under(plain / quick, 0.95))
 
 
 def evaluation() -> list[dict]:

@@ -19,6 +19,7 @@ from augment import BatchTransform
 from engine import DivergedError, Learner, Progress, StepOptions, evaluate, train_one_epoch
 from losses import CosubLoss, DistillationLoss
 from sparsity_factory import SCHEDULES, Masks, Recipe, Sparsifier, check_masks, compute_masks, prunable_weights
+from state import NEWTON_SCHULZ, choose_muon_dtype
 from training import distribute
 
 CPU = torch.device("cpu")
@@ -218,6 +219,24 @@ def test_pruned_weights_are_zero_after_every_step_of_an_optimizer_that_moves_the
     train(model, batches(9), optimizer, sparsifier=sparsifier, ema=ema, after_step=after_step)
     assert len(checked) == 9
     assert checked[-1] == pytest.approx(0.5, abs=0.001)
+
+
+@pytest.mark.parametrize(("native", "bound"), [(torch.bfloat16, 0.1), (None, 1e-5)])
+def test_muon_computes_in_float32_unless_the_device_has_bfloat16(native, bound, monkeypatch):
+    monkeypatch.setattr(utils, "choose_amp", lambda name, device: native)  # as another processor has it
+    monkeypatch.setattr(timm.optim.muon, "zeropower_via_newtonschulz", NEWTON_SCHULZ)  # and the old one afterwards
+    choose_muon_dtype(CPU)
+    weight = torch.nn.Parameter(torch.zeros(8, 16))
+    weight.grad = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    a, b, c = 3.4445, -4.775, 2.0315
+    timm.optim.Muon([weight], lr=1.0, momentum=0.0, adjust_lr_fn=None, ns_coefficients=(a, b, c)).step()
+
+    expected = weight.grad.double() / weight.grad.double().norm()
+    for _ in range(5):
+        squared = expected @ expected.T
+        expected = a * expected + (b * squared + c * squared @ squared) @ expected
+    error = (weight.detach() + expected).abs().max()
+    assert bound / 100 < error < bound
 
 
 def test_processes_exchange_gradients_once_a_step(tmp_path):
