@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -134,7 +133,7 @@ def test_the_group_is_left_only_where_all_succeed(group_of_one, capfd):
 
 
 def test_processes_exchange_numbers_objects_errors_and_flags_over_gloo_in_a_group_with_gpus(tmp_path):
-    result = start_main(tmp_path, "talk", cwd=tmp_path, processes=2, script=EXCHANGE, timeout=60)
+    result = start_main(tmp_path, "talk", cwd=tmp_path, processes=2, script=EXCHANGE)
     assert result.returncode == 0, result.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     for received in (first, second):
@@ -160,7 +159,7 @@ def test_whoever_waits_for_a_process_that_is_killed_or_late_ends_by_itself_in_on
                                                                                        line):
     def start(rank):
         env = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-        return start_main(tmp_path, scenario, cwd=tmp_path, script=EXCHANGE, env=env, timeout=60)
+        return start_main(tmp_path, scenario, cwd=tmp_path, script=EXCHANGE, env=env)
 
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(start, range(2)))
@@ -170,9 +169,8 @@ def test_whoever_waits_for_a_process_that_is_killed_or_late_ends_by_itself_in_on
 
 
 def test_a_process_that_fails_alone_ends_at_once_with_its_data_workers_and_torchrun_sees_it(tmp_path):
-    start = time.monotonic()
-    result = start_main(tmp_path, "alone", cwd=tmp_path, processes=2, script=EXCHANGE, timeout=60)
-    assert time.monotonic() - start < 25, "torchrun kills what still runs after 30 seconds"
+    result = start_main(tmp_path, "alone", cwd=tmp_path, processes=2, script=EXCHANGE)
+    assert "forcefully" not in result.stderr, "torchrun had to kill a process"
     assert result.returncode == 1
     assert result.stderr.count("error: ") == 1
     assert "error: one image cannot be read\n" in result.stderr
@@ -182,10 +180,10 @@ def test_a_process_that_fails_alone_ends_at_once_with_its_data_workers_and_torch
 def test_a_bug_in_one_of_several_processes_ends_it_with_a_traceback(tmp_path):
     program = ("import utils, atexit, time, torch.distributed as dist\n"
                f"dist.init_process_group('gloo', init_method='file://{tmp_path}/meet', rank=0, world_size=1)\n"
-               "atexit.register(time.sleep, 60)\n"
+               "atexit.register(time.sleep, 600)\n"
                "print('before')\n"
                "utils.end_process(lambda: {}['key'])\n")
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=40)
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stdout) == (1, "before\n")
     assert result.stderr.endswith("KeyError: 'key'\n")
 
