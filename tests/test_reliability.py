@@ -15,19 +15,16 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, start_main
-from PIL import Image
 from torch.utils.data import DataLoader
 
 import utils
 from benchmarks.torture import RECIPE, differences, finish, kill, start, trains_again, wait_until
 from loaders import SeededDataset
 from run_folder import RunFolder, newest_checkpoint, read_log
-from samplers import TrainSampler
-from sparsity_factory import SCHEDULES, pack, unpack
+from sparsity_factory import SCHEDULES, unpack
 from state import own_metrics
 from stopping import ignore_signals
 
@@ -369,72 +366,6 @@ def test_weights_that_are_not_finite_are_never_written(run_main, tiny, tmp_path)
         assert all(weight.isfinite().all() for weight in read(path)["model"].values())
 
 
-@pytest.fixture
-def folder_with(tmp_path):
-    """A data set of 32 PNG images a class in which some cannot be read."""
-    def make(broken):
-        generator = np.random.default_rng(0)
-        for split in ("train", "val"):
-            for label in "ab":
-                (tmp_path / "data" / split / label).mkdir(parents=True)
-                for number in range(16):
-                    path = tmp_path / "data" / split / label / f"{number:02}.png"
-                    Image.fromarray(generator.integers(0, 256, (28, 28, 3), np.uint8)).save(path)
-                    if split == "train" and f"{label}{number}" in broken:
-                        path.write_bytes(path.read_bytes()[:60])
-        return ["--data-path", "data", "--model", "deit_sample_patch4_28", "--input-size", "28", "--batch-size", "8",
-                "--epochs", "2", "--warmup-epochs", "0", "--no-repeated-aug", "--amp", "off", "--output_dir", "out"]
-    return make
-
-
-def test_an_error_in_a_data_worker_ends_the_process(folder_with, tmp_path):
-    result = start_main(*folder_with(["a3", "b7"]), "--num_workers", "2", cwd=tmp_path)
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_images_that_cannot_be_read_are_skipped_up_to_a_number(run_main, folder_with, capfd, workers):
-    recipe = [*folder_with(["a3", "b7"]), "--num_workers", workers, "--skip-bad-images"]
-    assert "data/train/" in run_main(*recipe[:-1], status=2)
-    error = run_main(*recipe, "1", status=2)
-    assert "one more than --skip-bad-images 1" in error.splitlines()[-1]
-    run_main(*recipe, "2")
-    assert read("out/checkpoint.pth")["bad_images"] == [3, 23]
-
-
-def test_an_error_of_one_process_is_told_once_and_ends_the_others(folder_with, tmp_path):
-    index, _ = next(iter(TrainSampler(32, rank=1, world_size=2)))
-    recipe = [*folder_with([f"{'ab'[index // 16]}{index % 16}"]), "--num_workers", "1"]
-    result = start_main(*recipe, cwd=tmp_path, processes=2)
-    assert result.returncode != 0
-    assert result.stderr.count("error: data/train/") == 1
-    assert "main.py\", line" not in result.stderr
-
-
-def test_the_images_that_processes_skip_are_counted_together(run_main, folder_with, monkeypatch):
-    recipe = [*folder_with(["a3"]), "--num_workers", "0", "--skip-bad-images"]
-    # Another process, too, has one that it cannot read.
-    monkeypatch.setattr(utils, "gather_objects", lambda value: [value, [23]] if value == [3] else [value])
-    error = run_main(*recipe, "1", status=2)
-    assert "2 training images cannot be read" in error.splitlines()[-1]
-    run_main(*recipe, "2")
-    assert read("out/checkpoint.pth")["bad_images"] == [3, 23]
-
-
-def test_a_resumed_run_skips_the_same_images_and_counts_on(run_main, folder_with, tmp_path, stop_at):
-    recipe = [*folder_with(["a3", "b7"]), "--num_workers", "0", "--skip-bad-images", "2"]
-    run_main(*recipe)
-    whole = read(tmp_path / "out/checkpoint.pth")["model"]
-    stop_at(4)
-    run_main(*recipe, status=143)
-    good = Path("data/train/a/04.png").read_bytes()
-    Path("data/train/a/03.png").write_bytes(good)  # readable by now, and still left out
-    run_main(*recipe, "--resume", "auto")
-    resumed = read(tmp_path / "out/checkpoint.pth")
-    assert resumed["bad_images"] == [3, 23]
-    assert all(torch.equal(whole[name], resumed["model"][name]) for name in whole)
-
-
 def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_leaves_no_lock(run_main, tiny, tmp_path):
     program = ("import time, run_folder\n"
                f"held = run_folder.RunFolder({str(tmp_path / 'out')!r})\nprint(1, flush=True)\ntime.sleep(60)")
@@ -453,55 +384,6 @@ def test_log_txt_has_each_epoch_once_whatever_was_in_it(tmp_path):
     (tmp_path / "log.txt").write_text('{"epoch": 0, "a": 1}\n{"epoch": 1, "a": 2}\n{"epoch": 2}\n{"epo')
     folder.log_epoch({"epoch": 1, "a": 3})
     assert read_log(tmp_path) == [{"epoch": 0, "a": 1}, {"epoch": 1, "a": 3}]
-
-
-def test_audit_shows_the_layers_of_a_file_and_finds_weights_that_do_not_obey(run_main, tiny, tmp_path):
-    (tmp_path / "c.yaml").write_text("sparsity:\n  mode: nxm\n  level: {default: 2:4, blocks.0.*: dense}\n")
-    run_main(*tiny, "--pruner", "custom", "--custom-config", "c.yaml", "--output_dir", "out")
-    output = run_main("--audit", "out/checkpoint.pth")
-    assert re.search(r"blocks\.1\.attn\.qkv\.weight +288 x 96 +13,824 +27,648 +50\.00%", output)
-    checkpoint = read(tmp_path / "out/checkpoint.pth")
-    weight = checkpoint["model"]["blocks.2.mlp.fc1.weight"]
-    weight[weight == 0] = 1
-    torch.save(checkpoint, "changed.pth")
-    assert "blocks.2.mlp.fc1.weight: 18432 of its pruned weights are not zero" in run_main(
-        "--audit", "changed.pth", status=1)
-    assert "not zero" in run_main(*tiny, "--eval", "--resume", "changed.pth", status=2)
-    checkpoint = read(tmp_path / "out/checkpoint.pth")
-    checkpoint["masks"]["blocks.3.mlp.fc1.weight"]["bits"][0] ^= 0b11110000
-    checkpoint["model"]["blocks.3.mlp.fc1.weight"].zero_()
-    checkpoint["model_ema"]["blocks.3.mlp.fc1.weight"].zero_()
-    torch.save(checkpoint, "regrouped.pth")
-    run_main("--audit", "regrouped.pth")  # still two of the four
-    checkpoint["masks"]["blocks.3.mlp.fc1.weight"]["bits"][0] |= 0b11110000
-    torch.save(checkpoint, "changed.pth")
-    assert "a group of 4 does not keep 2" in run_main("--audit", "changed.pth", status=1)
-    run_main(*tiny, "--output_dir", "dense", "--no-pretrained")
-    assert "holds no masks" in run_main("--audit", "dense/checkpoint.pth", status=2)
-
-
-def test_a_transposable_mask_is_kept_audited_and_reported_as_n_of_m(run_main, tiny, tmp_path):
-    run_main(*tiny, "--pattern", "2:4t", "--reconstruct", "obs", "--calibration-images", "16", "--prune-schedule",
-             "gradual", "--prune-every", "1", "--prune-end", "0.5", "--output_dir", "out")
-    checkpoint = torch.load("out/checkpoint.pth", weights_only=True)
-    masks = unpack(checkpoint["masks"])
-    for name, mask in masks.items():
-        assert (mask.reshape(-1, 4).sum(1) == 2).all() and (mask.T.reshape(-1, 4).sum(1) == 2).all()
-        assert not checkpoint["model"][name][~mask].any()
-    assert "blocks.0.attn.qkv.weight: [2, 4]" in (tmp_path / "out/sparsity.yaml").read_text()
-    run_main("--audit", "out/checkpoint.pth")
-    name, mask = next(iter(masks.items()))
-    masks[name] = torch.tensor([True, True, False, False]).repeat(len(mask), mask.shape[1] // 4)
-    torch.save({**checkpoint, "masks": pack(masks), "model": {**checkpoint["model"], name: torch.zeros(mask.shape)},
-                "pruning": {**checkpoint["pruning"], "masks": pack(masks)}}, "rows.pth")
-    assert "a group of 4 does not keep 2" in run_main("--audit", "rows.pth", status=1)
-
-
-def test_audit_does_not_claim_a_target_that_a_schedule_has_not_reached(run_main, tiny, tmp_path, stop_at):
-    stop_at(2)
-    run_main(*tiny, "--pattern", "2:4", "--prune-schedule", "gradual", "--prune-every", "1", "--prune-end", "1",
-             "--epochs", "2", "--output_dir", "out", status=143)
-    assert "has not reached the target yet" in run_main("--audit", "out/checkpoint.pth")
 
 
 def test_every_promise_names_a_test_that_there_is():
