@@ -10,7 +10,7 @@ from pathlib import Path
 from argument_checks import check_args
 from datasets import DATA_SETS
 from sparsity_factory import PRUNERS, RECONSTRUCTIONS, SCHEDULES, SCORES, PruningError, Recipe, parse_pattern, read_yaml
-from sparsity_factory.config import level_section
+from sparsity_factory.custom_yaml import level_section
 from utils import TIMEOUT, UserError, available_cores, log, processes_here
 
 SAMPLE_PRESET = Path(__file__).resolve().parent / "configs" / "run" / "sample.yaml"

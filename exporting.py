@@ -35,9 +35,9 @@ from sparsity_factory import (
     sparse_multiply_adds,
     sparsity_rows,
 )
-from sparsity_factory.kernels import SparseLinear
 from sparsity_factory.shrink import ClassAttn, TalkingHeadAttn
-from sparsity_factory.structure import HEADS, NEURONS, unit_groups
+from sparsity_factory.sparse_kernels import SparseLinear
+from sparsity_factory.units import HEADS, NEURONS, unit_groups
 from utils import UserError, WriteError, first_line, log
 
 WEIGHTS, SHAPE, LOADER, PROGRAM, ONNX, README = (

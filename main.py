@@ -29,7 +29,7 @@ from cli import audit, exit_status
 from exporting import export
 from results import open_results
 from sparsity_factory import LayerSparsity, Sparsifier, sparsity_rows, sparsity_table
-from sparsity_factory.menu import menu
+from sparsity_factory.list_methods import menu
 from stopping import StopSignals
 from training import Evaluator, train
 from utils import log

@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, its checkpoints and its log; and the pruning that a checkpoint holds."""
+"""The folder of a run: its lock, its checkpoints and its log."""
 
 import contextlib
 import errno
@@ -10,10 +10,7 @@ import socket
 from datetime import datetime
 from pathlib import Path
 
-import torch
-
 import utils
-from sparsity_factory import PruningError, Recipe, check_masks, has_reached_target, unpack
 from utils import UserError
 
 CHECKPOINT, BEST, LOG, LOCK = "checkpoint.pth", "best_checkpoint.pth", "log.txt", ".lock"
@@ -110,23 +107,3 @@ def newest_checkpoint(folder: str) -> str:
         if reached > furthest:
             furthest, found = reached, path
     return found
-
-
-def read_pruning(checkpoint: dict) -> tuple[Recipe, dict[str, torch.Tensor] | None]:
-    """The recipe and the masks of an untrusted checkpoint, None where it has none; its weights are checked by them.
-
-    Raises PruningError for what is damaged, weights that do not obey their masks, and groups that do not hold.
-    """
-    pruning = checkpoint.get("pruning")
-    stored = pruning.get("recipe") if isinstance(pruning, dict) else checkpoint.get("pruner")
-    recipe = Recipe() if stored is None else Recipe.from_dict(stored)
-    if "masks" not in checkpoint:
-        return recipe, None
-    masks = unpack(checkpoint["masks"])
-    reached = has_reached_target(pruning) if isinstance(pruning, dict) else True
-    for kind in ("model", "model_ema"):
-        try:
-            check_masks(checkpoint.get(kind, {}), masks, recipe if reached else None)
-        except PruningError as error:
-            raise PruningError(f"{kind}: {error}") from None
-    return recipe, masks

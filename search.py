@@ -45,12 +45,12 @@ from sparsity_factory import (
     sparse_kernels,
     sparsity_yaml,
 )
-from sparsity_factory.config import resolve_choices
+from sparsity_factory.custom_yaml import resolve_choices
 from sparsity_factory.knapsack import cheapest
+from sparsity_factory.levels import MEASURES, Divergence, Pruned, at_levels, exchanges
 from sparsity_factory.multiply_adds import ATTENTION
 from sparsity_factory.pruners import mask_at
 from sparsity_factory.scores import Layer, Scores
-from sparsity_factory.search import MEASURES, Divergence, Pruned, at_levels, exchanges
 from stopping import Stopped, StopSignals
 from utils import UserError, log
 

@@ -41,7 +41,7 @@ from sparsity_factory import (
     shrink,
     sparse_kernels,
 )
-from sparsity_factory.kernels import in_turns
+from sparsity_factory.sparse_kernels import in_turns
 
 
 def of_random_weights(name: str, pruner: str, pattern: str, sparsity: float) -> tuple[nn.Module, nn.Module, int]:

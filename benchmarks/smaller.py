@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sparsity_factory import Masks, compute_masks, shrink, sparse_kernels
-from sparsity_factory.kernels import in_turns
+from sparsity_factory.sparse_kernels import in_turns
 
 NAME = "deit_small_patch16_224"
 BATCHES = (1, 64)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from arguments import parse_args
 from exporting import load_model
 from plots import png, tradeoff_points
-from sparsity_factory.kernels import in_turns
+from sparsity_factory.sparse_kernels import in_turns
 from sweep_table import mean_and_range
 
 OUTPUT = ROOT / "output" / "tradeoff"

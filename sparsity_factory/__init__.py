@@ -8,19 +8,23 @@
 This folder needs torch, numpy and yaml, and nothing else of the project around it.
 """
 
-from .audit import check_masks
-from .config import read_yaml
+from .checkpoint import check_masks, has_reached_target, read_pruning
+from .custom_yaml import read_yaml
 from .errors import PruningError
-from .kernels import KERNELS, KernelReport, sparse_kernels
-from .layerwise import Inputs, visit_layers
+from .layer_walk import Inputs, visit_layers
 from .masks import Masks, pack, prunable_weights, unpack
-from .methods import Description, describe
+from .method import Description, describe
 from .multiply_adds import multiply_adds
 from .patterns import PATTERNS, parse_pattern, regrow
 from .pruners import PRUNERS, check_request, compute_masks, needs_of
 from .recipe import Recipe
 from .reconstruction import RECONSTRUCTIONS, obs_prune
-from .report import (
+from .schedules import SCHEDULES
+from .scores import SCORES
+from .shrink import shrink, unit_counts, with_units
+from .sparse_kernels import KERNELS, KernelReport, sparse_kernels
+from .sparsifier import Sparsifier, prune
+from .sparsity_table import (
     LayerSparsity,
     checkpoint_table,
     sparse_multiply_adds,
@@ -29,11 +33,6 @@ from .report import (
     sparsity_table,
     sparsity_yaml,
 )
-from .saved_pruning import has_reached_target
-from .schedules import SCHEDULES
-from .scores import SCORES
-from .shrink import shrink, unit_counts, with_units
-from .sparsifier import Sparsifier, prune
 from .statistics import STATISTICS, Statistics, collect_statistics
 
 __all__ = [
@@ -67,6 +66,7 @@ __all__ = [
     "parse_pattern",
     "prunable_weights",
     "prune",
+    "read_pruning",
     "read_yaml",
     "regrow",
     "shrink",

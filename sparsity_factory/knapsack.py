@@ -5,7 +5,7 @@ from math import gcd
 
 import numpy as np
 
-from .counting import largest_threshold
+from .k_largest import largest_threshold
 
 STATES = 2**16  # the totals that are told apart
 

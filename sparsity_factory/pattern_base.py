@@ -90,7 +90,7 @@ class Pattern:
     def mask(self, score: Tensor, kept: int, at_least: Tensor | None = None) -> Tensor:
         """Bool tensor of the weight's shape that keeps `kept` units.
 
-        at_least: `counting.suffix_sums(counting.histogram(score))`, where it is known already.
+        at_least: `suffix_sums(histogram(score))`, where it is known already.
         """
         raise NotImplementedError
 

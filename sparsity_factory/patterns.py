@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .counting import k_largest
 from .errors import PruningError
+from .k_largest import k_largest
 from .knapsack import nearest_steps
-from .methods import method
+from .method import method
 from .pattern_base import Pattern, down
 from .unit_patterns import Heads, HeadsAndNeurons, Neurons
 

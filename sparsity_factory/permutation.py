@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .patterns import Pattern
-from .structure import COLUMNS, HEADS, NEURONS, Group, unit_groups
+from .units import COLUMNS, HEADS, NEURONS, Group, unit_groups
 
 VALUES = ("qkv", "v", "gate")  # layers whose last rows are the channels of the values, in the order of proj's columns
 ROUNDS = 100  # of the search
@@ -39,7 +39,7 @@ def best_orders(
     """Orders of channels with which more score is kept, by name of the weight whose columns they are.
 
     Args:
-        model: its blocks that `structure.py` knows are looked at. It is not changed.
+        model: its blocks that `units.py` knows are looked at. It is not changed.
         scores: of the prunable weights, by name.
         masks: of the same, by the patterns: they say how many weights each layer keeps.
         pattern_of: from the name of a weight to its pattern. Only one with groups of m along the inputs gives an order.

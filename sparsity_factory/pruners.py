@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import counting
-from .config import resolve_levels
+from .custom_yaml import resolve_levels
 from .errors import PruningError
+from .k_largest import largest_lamp_scores_overall, largest_overall, largest_threshold
 from .knapsack import cheapest
+from .levels import at_levels, kfac
 from .masks import prunable_weights
-from .methods import method
+from .method import method
 from .patterns import n_of_m, parse_pattern
 from .scores import SCORES, Scores, wanda
-from .search import at_levels, kfac
 from .statistics import Statistics
 
 OUTLIER = 5  # M of OWL: a weight is an outlier above so many times the mean of its layer
@@ -177,7 +177,7 @@ def unifplus(scores: Scores, sparsity: float) -> dict[str, int]:
 @method()
 def glob(scores: Scores, sparsity: float) -> dict[str, int]:
     """Global: the largest scores over all layers together are kept; on a tie the earlier layer's. Meets the budget."""
-    return counting.largest_overall(scores, _budget(scores.sizes, sparsity))
+    return largest_overall(scores, _budget(scores.sizes, sparsity))
 
 
 @method("Evci et al. 2020, arXiv:1911.11134")
@@ -216,7 +216,7 @@ def lamp(scores: Scores, sparsity: float) -> dict[str, int]:
 
     Lee et al. 2021, arXiv:2010.07611.
     """
-    return counting.largest_lamp_scores_overall(scores, _budget(scores.sizes, sparsity))
+    return largest_lamp_scores_overall(scores, _budget(scores.sizes, sparsity))
 
 
 @method("Yin et al. 2024, arXiv:2310.05175", needs=wanda.needs)
@@ -365,7 +365,7 @@ def _meet_budget(scores: Scores, sparsity: float, density: Callable[[float], np.
     def wanted(share: float) -> np.ndarray:
         return np.clip(density(share) * sizes, least, sizes)
 
-    exact = wanted(counting.largest_threshold(lambda share: wanted(share).sum() <= budget))
+    exact = wanted(largest_threshold(lambda share: wanted(share).sum() <= budget))
     kept = np.floor(exact)
     by_fraction = np.argsort(kept - exact, kind="stable")
     kept[by_fraction[: budget - int(kept.sum())]] += 1

@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
-from .config import level_section, parse_level, resolve_levels
+from .custom_yaml import level_section, parse_level, resolve_levels
 from .errors import PruningError
 from .patterns import parse_pattern
 from .pruners import PRUNERS, needs_of

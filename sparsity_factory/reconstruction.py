@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PruningError
-from .layerwise import Inputs
-from .methods import describe, method
+from .layer_walk import Inputs
+from .method import describe, method
 from .patterns import Pattern, Unstructured, parse_pattern
 
 log = logging.getLogger(__name__)

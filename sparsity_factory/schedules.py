@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .methods import method
+from .method import method
 
 
 @dataclass(frozen=True)

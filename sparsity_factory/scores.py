@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import counting
 from .errors import PruningError
-from .methods import method
+from .k_largest import histogram, suffix_sums
+from .method import method
 from .patterns import Pattern, Unstructured
 from .statistics import STATISTICS, Statistics
 
@@ -217,9 +217,9 @@ class Scores(Mapping[str, Tensor]):
         return self._layers[name]
 
     def at_least(self, name: str) -> Tensor:
-        """For each bin of `counting` the scores in it and in all higher bins: counted once, then remembered."""
+        """For each bin of `k_largest.py` the scores in it and in all higher bins: counted once, then remembered."""
         if name not in self._at_least:
-            self._at_least[name] = counting.suffix_sums(counting.histogram(self[name]))
+            self._at_least[name] = suffix_sums(histogram(self[name]))
         return self._at_least[name]
 
     def mask(self, name: str, kept: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from .errors import PruningError
 from .masks import Masks, dense_shapes
-from .structure import HEADS, Group, unit_groups
+from .units import HEADS, Group, unit_groups
 
 
 def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:

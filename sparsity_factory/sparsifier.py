@@ -9,9 +9,10 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
-from .config import read_yaml
+from .checkpoint import VERSION, SavedPruning
+from .custom_yaml import read_yaml
 from .errors import PruningError
-from .layerwise import visit_layers
+from .layer_walk import visit_layers
 from .learned_masks import MaskLearner
 from .masks import Change, Masks, bits, pack, prunable_weights, select, unpack
 from .patterns import Pattern, parse_pattern, regrow
@@ -19,7 +20,6 @@ from .permutation import best_orders, reorder
 from .pruners import compute_masks
 from .recipe import Recipe
 from .reconstruction import NONE, reconstruct_layers
-from .saved_pruning import VERSION, SavedPruning
 from .schedules import SCHEDULES, Steps
 from .scores import SCORES, Scores
 from .statistics import collect_statistics

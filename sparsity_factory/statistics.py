@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import PruningError
 from .masks import prunable_weights
-from .removal import blocks_of, cut, removal_costs
+from .removal_costs import blocks_of, cut, removal_costs
 
 # x: the inputs of the layer over all tokens of all images; g: the gradient of the mean loss over all images.
 STATISTICS = {
@@ -225,7 +225,7 @@ def collect_statistics(
     return Statistics._joined(found)
 
 
-# ---- shared with layerwise.py ----
+# ---- shared with layer_walk.py ----
 
 
 def images_of(batch) -> Tensor:

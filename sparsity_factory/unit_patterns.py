@@ -1,4 +1,4 @@
-"""Patterns whose units reach over several layers: whole heads and neurons of the blocks that `structure.py` knows."""
+"""Patterns whose units reach over several layers: whole heads and neurons of the blocks that `units.py` knows."""
 
 from math import prod
 
@@ -7,10 +7,10 @@ import torch
 
 from .errors import PruningError
 from .knapsack import nearest_steps
-from .methods import method
+from .method import method
 from .multiply_adds import image_of, multiply_adds_of_modules
 from .pattern_base import Pattern, down
-from .structure import HEADS, NEURONS, unit_groups
+from .units import HEADS, NEURONS, unit_groups
 
 
 class _Units(Pattern):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from sparsity_factory import SCHEDULES, STATISTICS, Statistics, prunable_weights
-from sparsity_factory.removal import cut
+from sparsity_factory.removal_costs import cut
 
 
 def linears(*weights) -> nn.Module:

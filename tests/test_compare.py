@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from arguments import recipe_of
-from sparsity_factory.menu import COMPARED
+from sparsity_factory.list_methods import COMPARED
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import utils
 from arguments import read_preset
 from benchmarks.torture import equal
 from sparsity_factory import PruningError, Recipe, check_masks, compute_masks, unpack
-from sparsity_factory.config import resolve_levels
+from sparsity_factory.custom_yaml import resolve_levels
 from utils import UserError, load_checkpoint
 
 LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]

@@ -6,7 +6,7 @@ from itertools import combinations
 import pytest
 import torch
 from made_up import linears
-from test_structure import MODELS, images_for, model_of
+from test_units import MODELS, images_for, model_of
 
 from benchmarks.torture import differences
 from sparsity_factory import (

@@ -52,7 +52,7 @@ def slow(score, weight, known) -> torch.Tensor:
     return by_loops(lambda i, j: w[i][j] ** 2 / inverse[j][j], weight)
 
 
-@pytest.mark.parametrize("score", [name for name in SCORES if name not in ("random", "cap")])  # see test_removal.py
+@pytest.mark.parametrize("score", [name for name in SCORES if name not in ("random", "cap")])  # see test_removal_costs.py
 def test_a_score_is_its_formula(model, score):
     statistics = statistics_of(model)
     scores = Scores(prunable_weights(model), SCORES[score], statistics=statistics)

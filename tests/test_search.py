@@ -17,12 +17,12 @@ import search
 from cli import exit_status
 from models import build_model
 from sparsity_factory import PruningError, collect_statistics, compute_masks, obs_prune, prunable_weights
-from sparsity_factory.config import resolve_choices, resolve_levels
-from sparsity_factory.kernels import KernelReport, LayerTimes
+from sparsity_factory.custom_yaml import resolve_choices, resolve_levels
 from sparsity_factory.knapsack import STATES, cheapest
+from sparsity_factory.levels import MEASURES, Divergence, at_levels, exchanges
 from sparsity_factory.patterns import n_of_m
 from sparsity_factory.scores import Layer
-from sparsity_factory.search import MEASURES, Divergence, at_levels, exchanges
+from sparsity_factory.sparse_kernels import KernelReport, LayerTimes
 
 SHAPES = {"a.weight": (4, 8), "b.weight": (6, 8)}
 NEEDS = {"gram", "gradient_gram", "removal_costs"}

@@ -20,7 +20,7 @@ from sparsity_factory import (
     compute_masks,
     prunable_weights,
 )
-from sparsity_factory.removal import cut, removal_costs
+from sparsity_factory.removal_costs import cut, removal_costs
 
 
 class Uncalled(nn.Module):

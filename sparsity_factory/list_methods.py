@@ -6,7 +6,7 @@ from dataclasses import fields
 from itertools import combinations
 
 from .errors import PruningError
-from .methods import describe
+from .method import describe
 from .patterns import PATTERNS, parse_pattern
 from .pruners import PRUNERS
 from .recipe import Recipe

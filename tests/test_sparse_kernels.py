@@ -15,7 +15,8 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from models import build_model
-from sparsity_factory import KERNELS, Masks, compute_masks, kernels, prunable_weights, sparse_kernels
+from sparsity_factory import KERNELS, Masks, compute_masks, prunable_weights, sparse_kernels
+from sparsity_factory.sparse_kernels import Bsr, Csr, in_turns
 
 CPU_KERNELS = ["csr-mkl", "csr", "bsr", "compact"]
 RNG = torch.Generator().manual_seed(0)
@@ -77,10 +78,10 @@ def test_between_two_sparse_layers_nothing_is_transposed():
 
 
 def test_blocks_are_found_where_they_are_and_nowhere_else():
-    assert kernels.Bsr.block(in_blocks(SOME).weight) == 16
-    assert kernels.Bsr.block(torch.ones(128, 64) * (torch.arange(128) < 64)[:, None]) == 64
-    assert kernels.Bsr.block(torch.ones(24, 48)) == 0
-    assert kernels.Bsr.block(torch.rand(32, 32, generator=RNG) > 0.5) == 0
+    assert Bsr.block(in_blocks(SOME).weight) == 16
+    assert Bsr.block(torch.ones(128, 64) * (torch.arange(128) < 64)[:, None]) == 64
+    assert Bsr.block(torch.ones(24, 48)) == 0
+    assert Bsr.block(torch.rand(32, 32, generator=RNG) > 0.5) == 0
 
 
 def pruned_sample(pruner="lamp", sparsity=0.9, **options):
@@ -157,7 +158,7 @@ def test_a_layer_that_the_model_does_not_call_or_that_is_of_another_class_is_lef
 
 
 def test_a_kernel_that_fails_on_a_layer_is_listed_with_its_reason_and_the_layer_stays_dense():
-    class Fails(kernels.Csr):
+    class Fails(Csr):
         def compute(self, x):
             raise RuntimeError("shapes of this kind\nare not supported")
 
@@ -180,12 +181,12 @@ def test_the_table_has_a_line_for_each_layer_with_both_times():
 def test_a_model_that_is_one_layer_becomes_that_layer():
     layer = in_blocks(SOME)
     quick, _ = sparse_kernels(layer, torch.randn(3, 48), measure=Clock(dense=2.0, bsr=1.0, sparse=1.0))
-    assert type(quick) is kernels.Bsr
+    assert type(quick) is Bsr
 
 
 def test_times_are_the_shortest_of_turns_after_a_first_call_that_is_not_counted():
     calls = []
-    taken = kernels.in_turns({name: lambda name=name: calls.append(name) for name in ("dense", "sparse")}, budget=0)
+    taken = in_turns({name: lambda name=name: calls.append(name) for name in ("dense", "sparse")}, budget=0)
     assert set(taken) == {"dense", "sparse"} and calls[:4] == ["dense", "sparse"] * 2 and len(calls) <= 6
 
 

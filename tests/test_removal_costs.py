@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from sparsity_factory import removal
-from sparsity_factory.removal import DAMPING, RELATIVE_DAMPING, cut, removal_costs
+from sparsity_factory import removal_costs as module
+from sparsity_factory.removal_costs import DAMPING, RELATIVE_DAMPING, cut, removal_costs
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Of 16 weights; two are eliminated together."""
-    monkeypatch.setattr(removal, "BLOCK", 16)
-    monkeypatch.setattr(removal, "ON_CPU", 2)
+    monkeypatch.setattr(module, "BLOCK", 16)
+    monkeypatch.setattr(module, "ON_CPU", 2)
 
 
 def fisher_of(shape, images, seed=0, scale=1.0):

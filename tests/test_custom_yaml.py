@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsity_factory import PruningError, prunable_weights
-from sparsity_factory.config import MAX_BYTES, resolve_levels
+from sparsity_factory.custom_yaml import MAX_BYTES, resolve_levels
 
 SHAPES = {"blocks.0.qkv.weight": (6, 8), "blocks.0.proj.weight": (4, 8), "blocks.1.qkv.weight": (6, 12)}
 QKV0, PROJ0, QKV1 = SHAPES

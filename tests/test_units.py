@@ -35,7 +35,7 @@ from sparsity_factory import (
 )
 from sparsity_factory.multiply_adds import OTHERS, multiply_adds_of_modules
 from sparsity_factory.scores import Scores
-from sparsity_factory.structure import unit_groups
+from sparsity_factory.units import unit_groups
 
 SIZE = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4, "num_classes": 5}
 MODELS = {

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsity_factory.counting import _k_largest_by_sorting, k_largest
+from sparsity_factory.k_largest import _k_largest_by_sorting, k_largest
 
 few_values = st.sampled_from([0.0, 1e-40, 0.5, 1.0, 1.001, 1.002, 3.0, 1e30])  # many ties, several in one bin
 

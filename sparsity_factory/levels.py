@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .masks import prunable_weights
-from .methods import method
+from .method import method
 from .patterns import Pattern
 from .reconstruction import few_columns, obs_prune
 from .scores import Layer
