@@ -12,11 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from sparsity_factory import Recipe, Sparsifier
-from utils import MetricLogger, SmoothedValue
-
-
-class DivergedError(RuntimeError):
-    """The training loss is no longer a finite number."""
+from utils import Compute, DivergedError, MetricLogger, SmoothedValue
 
 
 def training_logger() -> MetricLogger:
@@ -57,7 +53,6 @@ class StepOptions:
 
     criterion: called with the images, the outputs of the network for them, and the targets; returns the loss.
     batch_transform: called with images and targets on the device, returns those that the network is trained on.
-    amp_dtype: torch.bfloat16 or torch.float16 to run the forward pass under autocast, None for float32.
     clip_grad: the largest norm of the gradients, None to leave them as they are.
     accum_iter: an optimizer step takes the mean gradient of so many batches; the last one of an epoch may have fewer.
     train_mode: drop path and dropout are on.
@@ -65,16 +60,12 @@ class StepOptions:
     """
 
     criterion: Callable
-    device: torch.device
+    compute: Compute
     batch_transform: Callable | None = None
-    amp_dtype: torch.dtype | None = None
     clip_grad: float | None = None
     accum_iter: int = 1
     train_mode: bool = True
     cosub: bool = False
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
 
 @dataclass
@@ -99,6 +90,11 @@ class Progress:
         self.epoch, self.epoch_step, self.images, self.logger = self.epoch + 1, 0, 0, training_logger()
 
 
+def steps_of_epoch(loader, accum_iter: int) -> int:
+    """Optimizer steps of a whole epoch of the training loader; the last may have fewer batches."""
+    return math.ceil(len(loader) / accum_iter)
+
+
 def train_one_epoch(learner: Learner, options: StepOptions, loader, progress: Progress, *, after_step=None,
                     print_freq: int = 10) -> dict[str, float]:
     """Trains on the batches of `loader`, the rest of an epoch, and returns the mean of each metric over all processes.
@@ -109,7 +105,7 @@ def train_one_epoch(learner: Learner, options: StepOptions, loader, progress: Pr
     for the device.
     """
     network, model, optimizer, scaler = learner.network, learner.model, learner.optimizer, learner.scaler
-    sparsifier, logger, device, accum_iter = learner.sparsifier, progress.logger, options.device, options.accum_iter
+    sparsifier, logger, device, accum_iter = learner.sparsifier, progress.logger, options.compute.device, options.accum_iter
     network.train(options.train_mode)
     second_order = getattr(optimizer, "is_second_order", False)
     first_batch, seen, one = progress.epoch_step * accum_iter, 0, torch.ones((), device=device)
@@ -132,7 +128,7 @@ def train_one_epoch(learner: Learner, options: StepOptions, loader, progress: Pr
             sparsifier.begin_step()
         # Processes exchange their gradients once a step.
         with network.no_sync() if network is not model and not completes_step else contextlib.nullcontext():
-            with options.autocast():
+            with options.compute.autocast():
                 outputs = network(torch.cat([images, images]) if options.cosub else images)
                 loss = options.criterion(images, outputs, targets)
             scaler.scale(loss / group).backward(create_graph=second_order)
@@ -159,7 +155,7 @@ def train_one_epoch(learner: Learner, options: StepOptions, loader, progress: Pr
 
 
 @torch.no_grad()
-def evaluate(loader, model, device, *, amp_dtype=None, shared=False, after_batch=None, print_freq=10):
+def evaluate(loader, model, compute: Compute, *, shared=False, after_batch=None, print_freq=10):
     """Evaluates `model` on the images of `loader`, each counted once.
 
     shared: each process has a part of the images, and the counts of all are added up. Otherwise each process has all
@@ -170,11 +166,11 @@ def evaluate(loader, model, device, *, amp_dtype=None, shared=False, after_batch
     """
     model.eval()
     logger = MetricLogger()
-    totals = torch.zeros(4, dtype=torch.float64, device=device)  # right at first, right among five, loss, images
+    totals = torch.zeros(4, dtype=torch.float64, device=compute.device)  # right at first, right among five, loss, images
     for images, targets in logger.log_every(loader, print_freq, "Test:"):
-        images = images.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+        images = images.to(compute.device, non_blocking=True)
+        targets = targets.to(compute.device, non_blocking=True)
+        with compute.autocast():
             logits = model(images).float()
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         loss = torch.nn.functional.cross_entropy(logits, targets)

@@ -13,8 +13,12 @@ import sys
 import torch
 
 import utils
-from arguments import parse_args
-from builders import (
+from engine import steps_of_epoch
+from sparsity_factory import LayerSparsity, Sparsifier, sparsity_rows, sparsity_table
+from sparsity_factory.list_methods import menu
+from trainer.arguments import parse_args
+from trainer.audit import audit
+from trainer.builders import (
     build_dense_teacher,
     build_loaders,
     build_sparsifier,
@@ -23,48 +27,45 @@ from builders import (
     load_start,
     prepare_model,
     shrink_before_training,
-    steps_of_epoch,
 )
-from cli import audit, exit_status
-from exporting import export
-from results import open_results
-from sparsity_factory import LayerSparsity, Sparsifier, sparsity_rows, sparsity_table
-from sparsity_factory.list_methods import menu
-from stopping import StopSignals
-from training import Evaluator, train
-from utils import log
+from trainer.epochs import Evaluator, train
+from trainer.exit_status import exit_status
+from trainer.export import export
+from trainer.results import open_results
+from trainer.stop_signals import StopSignals
+from utils import Compute, log
 
 
 def main(args) -> dict[str, float]:
     """The whole run; returns the top-1 accuracies in percent (dense, pruned, finetuned) that it measured."""
-    device = utils.init_process_group(args.device, args.dist_url, args.distributed, args.world_size,
-                                      args.dist_timeout)
-    amp_dtype = utils.choose_amp(args.amp, device)
-    describe(args, device, amp_dtype)
+    compute = Compute.choose(args.device, args.amp)
+    utils.init_process_group(compute.device.type, args.dist_url, args.distributed, args.world_size, args.dist_timeout)
+    describe(args, compute)
     utils.seed_everything(utils.INIT, args.seed)  # the same on every process, so that fresh weights are the same
 
     with StopSignals() as stop:
-        train_loader, val_loader, num_classes = build_loaders(args, device)
+        train_loader, val_loader, num_classes = build_loaders(args, compute.device)
         args, checkpoint = load_start(args)
-        model = prepare_model(args, num_classes, checkpoint, device)
-        teacher = build_dense_teacher(args, num_classes, model, checkpoint, device)  # while the model is dense
-        sparsifier = build_sparsifier(args, model, checkpoint, steps_of_epoch(train_loader, args), device, amp_dtype)
+        model = prepare_model(args, num_classes, checkpoint, compute.device)
+        teacher = build_dense_teacher(args, num_classes, model, checkpoint, compute.device)  # while the model is dense
+        sparsifier = build_sparsifier(args, model, checkpoint, steps_of_epoch(train_loader, args.accum_iter), compute)
         first_masks = {} if sparsifier.masks else sparsifier.first_masks()
         dense = model
         if args.shrink and (first_masks or "shape" not in checkpoint):
             dense, model, sparsifier = shrink_before_training(args, model, sparsifier, first_masks)
         state = options = None
         if not args.eval:  # before any evaluation, so that a mistake shows at once
-            options = build_step_options(args, num_classes, device, amp_dtype, teacher)
-            state = build_state(args, model, sparsifier, checkpoint, device, train_loader.dataset.bad, teacher)
-        results = open_results(args, sparsifier.recipe, state, train_loader, val_loader, device)
-        test = Evaluator(val_loader, args, device, amp_dtype, stop, state.accuracy if state else {})
+            options = build_step_options(args, num_classes, compute, teacher)
+            state = build_state(args, model, sparsifier, checkpoint, compute, train_loader.dataset.bad, teacher)
+        results = open_results(args, sparsifier.recipe, state.progress.epoch if state else 0, train_loader, val_loader,
+                               compute)
+        test = Evaluator(val_loader, args, compute, stop, state.accuracy if state else {})
         before = "before pruning" if "masks" in checkpoint else "dense"
         checkpoint = None  # from here on it would only take memory
 
         rows = prune(dense, model, sparsifier, first_masks, test, before, args.eval)
         dense = None
-        results.start(model, rows, test.accuracy, torch.zeros(1, 3, args.input_size, args.input_size, device=device))
+        results.start(model, rows, test.accuracy, torch.zeros(1, 3, args.input_size, args.input_size, device=compute.device))
         accuracy = test.accuracy
         if state:
             trained = train(state, options, train_loader, test, stop, results)
@@ -94,7 +95,7 @@ def prune(dense, model, sparsifier: Sparsifier, first_masks: dict, test: Evaluat
     return rows
 
 
-def describe(args, device: torch.device, amp_dtype: torch.dtype | None) -> None:
+def describe(args, compute: Compute) -> None:
     """Prints the first lines of a run: its arguments, and what it runs on."""
     utils.show_progress(args.quiet)
     if args.data_path:
@@ -103,7 +104,7 @@ def describe(args, device: torch.device, amp_dtype: torch.dtype | None) -> None:
         log("No --data-path: using the built-in sample, 6,000 training and 2,000 test images of Fashion-MNIST.\n"
             "For a data set of your own: --data-path DIR --model NAME, DIR having train/ and val/ with a folder per "
             "class.")
-    log(f"{args.model} on {device} in {utils.in_words(amp_dtype)}, {utils.world_size()} process(es)")
+    log(f"{args.model} on {compute.in_words()}, {utils.world_size()} process(es)")
 
 
 def command(argv: list[str]) -> int:

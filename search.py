@@ -27,14 +27,7 @@ from pathlib import Path
 
 import torch
 
-import plots
 import utils
-from arguments import FREE, REFUSED, get_args_parser, given, parse_args
-from builders import build_loaders, load_start, prepare_model
-from calibration import Calibration
-from cli import exit_status
-from results import versions
-from run_folder import RunFolder
 from sparsity_factory import (
     LayerSparsity,
     Masks,
@@ -51,8 +44,14 @@ from sparsity_factory.levels import MEASURES, Divergence, Pruned, at_levels, exc
 from sparsity_factory.multiply_adds import ATTENTION
 from sparsity_factory.pruners import mask_at
 from sparsity_factory.scores import Layer, Scores
-from stopping import Stopped, StopSignals
-from utils import UserError, log
+from trainer import plots
+from trainer.arguments import FREE, REFUSED, get_args_parser, given, parse_args
+from trainer.builders import build_loaders, load_start, prepare_model
+from trainer.calibration_images import Calibration
+from trainer.exit_status import exit_status
+from trainer.run_folder import RunFolder
+from trainer.stop_signals import Stopped, StopSignals
+from utils import Compute, UserError, log
 
 BUDGETS = ("weights", "macs", "latency")
 TRIAL_IMAGES = 256  # of the calibration images, on which predictions are compared with the dense ones
@@ -62,17 +61,16 @@ def search(argv: list[str]) -> int:
     """The command line; returns the exit status."""
     options, args = parse_search_args(argv)
     utils.show_progress(args.quiet)
-    device = utils.choose_device(args.device)
-    amp_dtype = utils.choose_amp(args.amp, device)
+    compute = Compute.choose(args.device, args.amp)
     utils.seed_everything(utils.INIT, args.seed)
     with StopSignals() as stop:
         try:
-            *_, num_classes = build_loaders(args, device)
+            *_, num_classes = build_loaders(args, compute.device)
             args, checkpoint = load_start(args)
-            model = prepare_model(args, num_classes, checkpoint, device).eval()
+            model = prepare_model(args, num_classes, checkpoint, compute.device).eval()
             space = Space.of(options, model)
             record = Record(options, args, space)
-            calibration = Calibration(args, model, device, amp_dtype)
+            calibration = Calibration(args, model, compute)
             costs, budget, reached = price(options, args, space, model, calibration, record)
             record.open()
             bench = Bench(options, space, model, calibration, record, stop)
@@ -83,7 +81,8 @@ def search(argv: list[str]) -> int:
     rows = space.rows(chosen)
     command = shlex.join(["python", "main.py", *options.others, "--pruner", "custom", "--custom-config",
                           str(Path(options.output_dir, "search.yaml")), "--reconstruct", options.reconstruct])
-    write_results(options, args, chosen, rows, bench, reached(chosen), command, versions(device))
+    write_results(options, args, chosen, rows, bench, reached(chosen), command,
+                  utils.versions(compute.device))
     record.finish()
     print(f"To use it: {command}")
     return 0
@@ -176,7 +175,7 @@ def price(options, args, space: Space, model, calibration: Calibration, record: 
         dense = {name: prod(shape) for name, shape in space.shapes.items()}
         if options.budget_of == "macs":
             size = args.input_size
-            dense = multiply_adds(model, torch.zeros(1, 3, size, size, device=calibration.device))
+            dense = multiply_adds(model, torch.zeros(1, 3, size, size, device=calibration.compute.device))
             fixed = dense[ATTENTION]
         costs = {name: {level: dense[name] * space.kept(name, level) / prod(space.shapes[name]) for level in levels}
                  for name, levels in space.levels.items()}
@@ -201,7 +200,7 @@ def measure_times(args, space: Space, model, calibration: Calibration, record: "
 
     Raises UserError where no layer is quicker at any level.
     """
-    images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=calibration.device)
+    images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=calibration.compute.device)
     ratios, dense = {}, {}
     for level in (text for text in space.texts if text != "dense"):
         if level not in record.times:
@@ -210,7 +209,7 @@ def measure_times(args, space: Space, model, calibration: Calibration, record: "
             config = {"sparsity": {"mode": "nxm", "level": {"default": "dense", **own}}}
             state = {name: value.clone() for name, value in model.state_dict().items()}
             Masks(model, compute_masks(model, "custom", custom_config=config))
-            with calibration.autocast():
+            with calibration.compute.autocast():
                 _, report = sparse_kernels(model, images)
             model.load_state_dict(state)
             record.add(times={level: {layer.name: [layer.seconds["dense"], layer.seconds[layer.kernel]]
@@ -238,7 +237,7 @@ class Bench:
         self._weights, self._measure, self._pruned = prunable_weights(model), MEASURES[options.measure], {}
         self._magnitudes = Scores(self._weights) if options.reconstruct == "none" else None
         batches = list(islice(calibration.loader, -(-TRIAL_IMAGES // calibration.loader.batch_sampler.batch_size)))
-        self._divergence = Divergence(model, batches, calibration.autocast())
+        self._divergence = Divergence(model, batches, calibration.compute.autocast())
         self._statistics = self._collect(model, calibration)
         logger = utils.MetricLogger()
         for name in logger.log_every(list(space.levels), 12, "Layer:"):

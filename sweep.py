@@ -28,25 +28,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import plots
 import utils
-from arguments import REFUSED as REFUSED_FLAG
-from arguments import get_args_parser, given, parse_args, recipe_of
-from builders import (
-    build_dense_teacher,
-    build_loaders,
-    build_sparsifier,
-    build_state,
-    build_step_options,
-    load_start,
-    prepare_model,
-    steps_of_epoch,
-)
-from calibration import Calibration
-from cli import exit_status
-from engine import DivergedError
-from models import load_weights
-from results import open_results, versions
+from engine import steps_of_epoch
 from sparsity_factory import (
     PRUNERS,
     RECONSTRUCTIONS,
@@ -63,8 +46,24 @@ from sparsity_factory import (
     sparsity_rows,
 )
 from sparsity_factory.recipe import timed_fields
-from stopping import Stopped, StopSignals
-from sweep_table import (
+from trainer import plots
+from trainer.arguments import REFUSED as REFUSED_FLAG
+from trainer.arguments import get_args_parser, given, parse_args, recipe_of
+from trainer.builders import (
+    build_dense_teacher,
+    build_loaders,
+    build_sparsifier,
+    build_state,
+    build_step_options,
+    load_start,
+    prepare_model,
+)
+from trainer.calibration_images import Calibration
+from trainer.epochs import Evaluator, train
+from trainer.exit_status import exit_status
+from trainer.results import open_results
+from trainer.stop_signals import Stopped, StopSignals
+from trainer.sweep_table import (
     DENSE,
     FINETUNED,
     LAYER,
@@ -77,8 +76,8 @@ from sweep_table import (
     labels,
     mean_and_range,
 )
-from training import Evaluator, train
-from utils import UserError, first_line
+from trainer.weights import load_weights
+from utils import Compute, DivergedError, UserError, first_line
 
 AUTOMATIC = [name for name in PRUNERS if name != "custom"]
 
@@ -87,12 +86,12 @@ def sweep(argv: list[str]) -> int:
     """The command line; returns the exit status."""
     options, args = parse_sweep_args(argv)
     utils.show_progress(quiet=True)  # of each training; the sweep has lines of its own
+    compute = Compute.choose(args.device, args.amp)
     if options.processes_per_run == "all":
-        device = utils.init_process_group(args.device, args.dist_url, args.distributed, args.world_size,
-                                          args.dist_timeout)
+        utils.init_process_group(compute.device.type, args.dist_url, args.distributed, args.world_size,
+                                 args.dist_timeout)
         rank, processes, mine = utils.rank(), utils.world_size(), slice(None)
     else:  # no process group: each process is one of its own
-        device = utils.choose_device(args.device)
         rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         mine = slice(rank, None, processes)
     launcher = "python" if processes == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
@@ -100,7 +99,7 @@ def sweep(argv: list[str]) -> int:
     table = Table(options.output_dir, args, utils.world_size())
     with StopSignals() as stop:
         try:
-            bench = Workbench(args, device, stop)
+            bench = Workbench(args, compute, stop)
             tasks = plan(options, bench)
             bench.check(tasks)
             utils.on_first_process(lambda: table.open(first=rank == 0))
@@ -122,7 +121,7 @@ def sweep(argv: list[str]) -> int:
     if rank == 0:
         progress.close()
         table.sort(tasks)
-        facts = [f"    {launcher} {args.command}", f"- versions: {versions(device)}"]
+        facts = [f"    {launcher} {args.command}", f"- versions: {utils.versions(compute.device)}"]
         write_results(options, args.model, table, tasks, facts)
     return 0
 
@@ -220,22 +219,21 @@ def plan(options, bench: "Workbench") -> list[Task]:
 class Workbench:
     """The data and the dense model, with which one accuracy after another is measured."""
 
-    def __init__(self, args, device: torch.device, stop: StopSignals):
-        self.args, self.device, self.stop = args, device, stop
-        self.amp_dtype = utils.choose_amp(args.amp, device)
+    def __init__(self, args, compute: Compute, stop: StopSignals):
+        self.args, self.compute, self.stop = args, compute, stop
         utils.seed_everything(utils.INIT, args.seed)
-        self.train_loader, self.val_loader, num_classes = build_loaders(args, device)
+        self.train_loader, self.val_loader, num_classes = build_loaders(args, compute.device)
         args, checkpoint = load_start(args)
-        self.model = prepare_model(args, num_classes, checkpoint, device)
+        self.model = prepare_model(args, num_classes, checkpoint, compute.device)
         self.dense = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.statistics = {}  # of the dense model
-        self.test = Evaluator(self.val_loader, args, device, self.amp_dtype, stop, {})
-        self.epoch_steps = steps_of_epoch(self.train_loader, args)
+        self.test = Evaluator(self.val_loader, args, compute, stop, {})
+        self.epoch_steps = steps_of_epoch(self.train_loader, args.accum_iter)
         if args.epochs:
-            self.teacher = build_dense_teacher(args, num_classes, self.model, checkpoint, device)
-            self.options = build_step_options(args, num_classes, device, self.amp_dtype, self.teacher)
+            self.teacher = build_dense_teacher(args, num_classes, self.model, checkpoint, compute.device)
+            self.options = build_step_options(args, num_classes, compute, self.teacher)
             sparsifier = Sparsifier(self.model, Recipe(), total_steps=1, epoch_steps=1)
-            build_state(args, self.model, sparsifier, {}, device, None)  # a mistake of the optimizer shows at once
+            build_state(args, self.model, sparsifier, {}, compute, None)  # a mistake of the optimizer shows at once
 
     def check(self, tasks: Sequence[Task]) -> None:
         """Raises PruningError where every recipe is refused, UserError where calibration images cannot be had."""
@@ -246,7 +244,7 @@ class Workbench:
         runs = [run for run, reason in zip(runs, reasons, strict=True) if not reason]
         looking = [run for run in runs if recipe_of(run).looks_at_data]
         if looking:
-            Calibration(looking[0], self.model, self.device, self.amp_dtype)
+            Calibration(looking[0], self.model, self.compute)
 
     def outcome(self, task: Task) -> Outcome:
         """Measures what the task asks for; what fails is told in the outcome, since the others may succeed."""
@@ -284,8 +282,7 @@ class Workbench:
 
     def sparsifier(self, args, checkpoint: dict) -> Sparsifier:
         """What prunes the model in such a run, or goes on from the checkpoint."""
-        return build_sparsifier(args, self.model, checkpoint, self.epoch_steps, self.device, self.amp_dtype,
-                                self.statistics)
+        return build_sparsifier(args, self.model, checkpoint, self.epoch_steps, self.compute, self.statistics)
 
     def _try(self, args) -> None:
         """Raises PruningError for what recipe or model refuse, whatever the scores: none is computed from images."""
@@ -302,12 +299,13 @@ class Workbench:
             load_weights(self.model, checkpoint["model"], args.resume)
         sparsifier = self.sparsifier(args, checkpoint)
         first_masks = {} if sparsifier.masks else sparsifier.first_masks()
-        state = build_state(args, self.model, sparsifier, checkpoint, self.device, self.train_loader.dataset.bad,
+        state = build_state(args, self.model, sparsifier, checkpoint, self.compute, self.train_loader.dataset.bad,
                             self.teacher)
-        results = open_results(args, sparsifier.recipe, state, self.train_loader, self.val_loader, self.device)
+        results = open_results(args, sparsifier.recipe, state.progress.epoch, self.train_loader, self.val_loader,
+                               self.compute)
         if first_masks:
             sparsifier.start(first_masks)
-        image = torch.zeros(1, 3, args.input_size, args.input_size, device=self.device)
+        image = torch.zeros(1, 3, args.input_size, args.input_size, device=self.compute.device)
         results.start(self.model, sparsity_rows(self.model, sparsifier.masks.masks), {}, image)
         self.train_loader.sampler.set_seed(args.seed)
         accuracy = train(state, self.options, self.train_loader, self.test, self.stop, results)

@@ -28,12 +28,12 @@ from comparison import MODELS, TUNING, WORLDS, Result, Results, Task, all_tasks,
 from measure import ROOT, peak_above, seconds
 
 import utils
-from cli import exit_status
 from datasets import FashionMNIST, read_idx, write_idx
-from run_folder import RunFolder
-from stopping import Stopped, StopSignals
 from sweep import Workbench, parse_sweep_args
-from sweep_table import FINETUNED, ONE_SHOT
+from trainer.exit_status import exit_status
+from trainer.run_folder import RunFolder
+from trainer.stop_signals import Stopped, StopSignals
+from trainer.sweep_table import FINETUNED, ONE_SHOT
 from utils import UserError
 
 OUTPUT, DONE = ROOT / "output" / "compare", "done"

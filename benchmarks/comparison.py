@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import measure  # noqa: F401, it finds the modules of the project
 
-from plots import png, sweep_lines
-from sweep_table import DENSE, FINETUNED, ONE_SHOT, mean_and_range
-from sweep_table import Task as Run
+from trainer.plots import png, sweep_lines
+from trainer.sweep_table import DENSE, FINETUNED, ONE_SHOT, mean_and_range
+from trainer.sweep_table import Task as Run
 
 SEEDS = (0, 1, 2)
 SPARSITIES, GROUPS = ("0.5", "0.8", "0.9", "0.95", "0.98"), ("2:4", "1:4")

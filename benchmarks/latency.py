@@ -26,11 +26,7 @@ from measure import multiply_adds_left, peak_above
 from torch import nn
 
 import utils
-from arguments import parse_args
-from builders import build_loaders
-from cli import exit_status
 from engine import evaluate
-from exporting import load_model
 from models import build_model
 from sparsity_factory import (
     PRUNERS,
@@ -42,6 +38,10 @@ from sparsity_factory import (
     sparse_kernels,
 )
 from sparsity_factory.sparse_kernels import in_turns
+from trainer.arguments import parse_args
+from trainer.builders import build_loaders
+from trainer.exit_status import exit_status
+from trainer.export import load_model
 
 
 def of_random_weights(name: str, pruner: str, pattern: str, sparsity: float) -> tuple[nn.Module, nn.Module, int]:
@@ -86,27 +86,27 @@ def peak_memory(function, device: torch.device) -> int:
     return peak_above(function)
 
 
-def accuracy(model: nn.Module, size: int, args, device: torch.device, amp_dtype) -> str:
+def accuracy(model: nn.Module, size: int, args, compute: utils.Compute) -> str:
     """Top-1 on the validation images of `--data-path`, where that is given."""
     if not args.data_path:
         return ""
     data = parse_args(["--data-path", args.data_path, "--data-set", args.data_set, "--input-size", str(size), "--eval"])
     with contextlib.redirect_stdout(io.StringIO()):
-        found = evaluate(build_loaders(data, device)[1], model, device, amp_dtype=amp_dtype)
+        found = evaluate(build_loaders(data, compute.device)[1], model, compute)
     return f"{found['acc1']:.2f} %"
 
 
 def rows(title: str, dense: nn.Module, pruned: nn.Module, size: int, args) -> Iterator[str]:
     """The rows of one model, at each batch size: dense, and pruned."""
-    device = utils.choose_device(args.device)
-    amp_dtype = utils.choose_amp(args.amp, device)
+    compute = utils.Compute.choose(args.device, args.amp)
+    device = compute.device
     models = {"dense": dense, "pruned": pruned}
     models = {kind: model.to(device).eval().requires_grad_(False) for kind, model in models.items()}
     image = torch.zeros(1, 3, size, size, device=device)
     macs = {kind: multiply_adds_left(model, image) for kind, model in models.items()}
     for batch in args.batch_sizes:
         images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-        with torch.no_grad(), torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+        with torch.no_grad(), compute.autocast():
             quick, sparse = models["pruned"], "none"
             if args.sparse_kernels:
                 quick, report = sparse_kernels(quick, images)
@@ -128,7 +128,7 @@ def rows(title: str, dense: nn.Module, pruned: nn.Module, size: int, args) -> It
                      f"{taken['dense'] / taken[kind]:.2f}", f"{memory[kind] / 2**20:.0f}",
                      f"{file_size(model) / 2**20:.1f}", f"{macs[kind] / 1e6:.1f}",
                      sparse if kind == "pruned" else "",
-                     accuracy(quick, size, args, device, amp_dtype) if kind == "pruned" else ""]
+                     accuracy(quick, size, args, compute) if kind == "pruned" else ""]
             yield f"| {' | '.join(map(str, cells))} |"
 
 

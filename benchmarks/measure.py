@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 from engine import Learner, Progress, StepOptions, train_one_epoch  # noqa: E402
 from losses import DistillationLoss  # noqa: E402
 from sparsity_factory import multiply_adds, prunable_weights, sparse_multiply_adds, sparsity_rows  # noqa: E402
+from utils import Compute  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -80,11 +81,11 @@ def batches(count: int, size: int) -> list:
              torch.randint(1000, (size,), generator=generator))] * count
 
 
-def step_seconds(model, optimizer, size: int, amp_dtype, steps: int = 2) -> float:
+def step_seconds(model, optimizer, size: int, dtype: torch.dtype, steps: int = 2) -> float:
     """The shortest of some training steps, after a first one that is not counted."""
     marks = []
     with contextlib.redirect_stdout(io.StringIO()):
-        options = StepOptions(DistillationLoss(torch.nn.CrossEntropyLoss()), CPU, amp_dtype=amp_dtype)
+        options = StepOptions(DistillationLoss(torch.nn.CrossEntropyLoss()), Compute(CPU, dtype))
         train_one_epoch(Learner(model, optimizer), options, batches(steps + 1, size), Progress(),
                         after_step=lambda: marks.append(time.perf_counter()))
     return min(later - earlier for earlier, later in zip(marks[:-1], marks[1:], strict=True))

@@ -34,8 +34,6 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 import utils
-from arguments import parse_args
-from builders import build_batch_transform, build_loaders, prepare_model
 from engine import Learner, evaluate
 from sparsity_factory import (
     SCHEDULES,
@@ -49,7 +47,9 @@ from sparsity_factory import (
     visit_layers,
 )
 from sparsity_factory import prune as prune_and_reconstruct
-from state import NEWTON_SCHULZ, TrainingState
+from trainer.arguments import parse_args
+from trainer.builders import build_batch_transform, build_loaders, prepare_model
+from trainer.training_state import NEWTON_SCHULZ, TrainingState
 
 RESULTS = ROOT / "output" / "benchmarks.json"
 PAGE = ROOT / "docs" / "performance.md"
@@ -136,7 +136,7 @@ def step() -> list[dict]:
         bytes_each = sum(mask.element_size() * mask.numel() for mask in kept.masks.values()) / sum(
             mask.numel() for mask in kept.masks.values())
         dense = {dtype: step_seconds(state.model, state.optimizer, 64, dtype)
-                 for dtype in {None, utils.choose_amp("auto", CPU)}}  # what the machine has no instructions for is slow
+                 for dtype in {torch.float32, utils.choose_amp("auto", CPU)}}  # what the machine has no instructions for is slow
 
         def masked(kept=kept):
             kept.apply_to_grads()
@@ -157,7 +157,7 @@ def step() -> list[dict]:
         for dtype, whole in dense.items():
             share = 100 * added / whole
             rows.append(row(
-                f"masks in a step, {title}, batch 64, {'bfloat16' if dtype else 'float32'}",
+                f"masks in a step, {title}, batch 64, {str(dtype).removeprefix('torch.')}",
                 "at most 1 % of the dense step, 1 byte a weight, less than `torch.nn.utils.prune`",
                 f"{share:.2f} %, {bytes_each:g} byte ({1e3 * added:.1f} ms of {whole:.2f} s; "
                 f"`prune` {1e3 * theirs:.1f} ms)",
@@ -167,9 +167,9 @@ def step() -> list[dict]:
 
 def schedules() -> list[dict]:
     """What a schedule adds to a training step of DeiT-Small: measured by itself, since steps vary by more than that."""
-    amp_dtype, rows = utils.choose_amp("auto", CPU), []
+    compute, rows = utils.Compute.choose("cpu", "auto"), []
     state = ours("deit_small_patch16_224")
-    dense = step_seconds(state.model, state.optimizer, BATCH, amp_dtype)  # leaves gradients and the optimizer's state
+    dense = step_seconds(state.model, state.optimizer, BATCH, compute.dtype)  # leaves gradients and the optimizer's state
     weights = copy.deepcopy(state.model.state_dict())
     for schedule in tqdm(SCHEDULES, "schedules"):
         state.model.load_state_dict(weights)
@@ -213,15 +213,15 @@ def again() -> list[dict]:
 
 def statistics() -> list[dict]:
     """Collecting what scores look at, and an evaluation or a training pass of DeiT-Small over the same images."""
-    amp_dtype, data, rows = utils.choose_amp("auto", CPU), batches(*CALIBRATION), []
+    compute, data, rows = utils.Compute.choose("cpu", "auto"), batches(*CALIBRATION), []
     model, loss = ours("deit_small_patch16_224").model, torch.nn.functional.cross_entropy
 
     def autocast():
-        return torch.autocast("cpu", dtype=amp_dtype, enabled=amp_dtype is not None)
+        return compute.autocast()
 
     def evaluation_pass():
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluate(data, model, CPU, amp_dtype=amp_dtype)
+            evaluate(data, model, compute)
 
     def training_pass():
         model.train()
@@ -279,21 +279,21 @@ def reconstruction() -> list[dict]:
     ratio = taken["plain"] / taken["ours"]
     rows = [row(f"`obs_prune`, {inputs} inputs, {outputs} outputs", "2 times plain code, column by column",
                 f"{ratio:.1f} times ({taken['ours']:.1f} s, {taken['plain']:.1f} s)", under(ratio, 2))]
-    amp_dtype, data = utils.choose_amp("auto", CPU), batches(*CALIBRATION)
+    compute, data = utils.Compute.choose("cpu", "auto"), batches(*CALIBRATION)
     model = ours("deit_small_patch16_224").model
     dense = copy.deepcopy(model.state_dict())
 
     def evaluation_pass():
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluate(data, model, CPU, amp_dtype=amp_dtype)
+            evaluate(data, model, compute)
 
     def walk():
-        with torch.autocast("cpu", dtype=amp_dtype, enabled=amp_dtype is not None):
+        with compute.autocast():
             visit_layers(model, data, lambda name, inputs: None)
 
     def whole():
         model.load_state_dict(dense)
-        with torch.autocast("cpu", dtype=amp_dtype, enabled=amp_dtype is not None):
+        with compute.autocast():
             prune_and_reconstruct(model, "lamp", SPARSITY, batches=data)
 
     taken = in_turns({"evaluation": evaluation_pass, "walk": walk, "whole": whole}, 2)
@@ -310,25 +310,25 @@ def products(dtype) -> float:
     def product(kind):
         inputs, weight = torch.randn(16 * 197, 384, dtype=kind), torch.randn(1536, 384, dtype=kind)
         return lambda: torch.nn.functional.linear(inputs, weight)
-    taken = in_turns({"plain": product(torch.float32), "quick": product(dtype or torch.float32)}, 50)
+    taken = in_turns({"plain": product(torch.float32), "quick": product(dtype)}, 50)
     return taken["plain"] / taken["quick"]
 
 
 def train() -> list[dict]:
     """A training step of DeiT-Small with what the machine has, and a plain one in float32."""
-    amp_dtype = utils.choose_amp("auto", CPU)
+    dtype = utils.choose_amp("auto", CPU)
     state = ours("deit_small_patch16_224")
     timm.layers.set_fused_attn(True)  # as it is by default
     model = random_model("deit_small_patch16_224")
     optimizer = torch.optim.AdamW(model.parameters())
     quick = plain = float("inf")
     for _ in tqdm(range(3), "train"):  # in turns, since the speed of a machine drifts
-        quick = min(quick, step_seconds(state.model, state.optimizer, 16, amp_dtype))
-        plain = min(plain, step_seconds(model, optimizer, 16, None))
-    name = str(amp_dtype or torch.float32).removeprefix("torch.")
+        quick = min(quick, step_seconds(state.model, state.optimizer, 16, dtype))
+        plain = min(plain, step_seconds(model, optimizer, 16, torch.float32))
+    name = str(dtype).removeprefix("torch.")
     return [row("training step, DeiT-Small, batch 16, `--amp auto`", "2.5 times a float32 step with timm's defaults",
                 f"{plain / quick:.2f} times ({16 / quick:.1f} images/s in {name}, {16 / plain:.1f} in float32; matrix "
-                f"products alone {products(amp_dtype):.2f} times)",
+                f"products alone {products(dtype):.2f} times)",
                 under(plain / quick, 2.5)), muon_step()]
 
 
@@ -352,16 +352,16 @@ def muon_step() -> dict:
 
 def evaluation() -> list[dict]:
     """Evaluation of DeiT-Small likewise, and what it changes in the accuracy of the sample."""
-    amp_dtype = utils.choose_amp("auto", CPU)
+    dtype = utils.choose_amp("auto", CPU)
 
     def run(model, dtype):
         with contextlib.redirect_stdout(io.StringIO()):
-            return evaluate(batches(2, 32), model, CPU, amp_dtype=dtype)
+            return evaluate(batches(2, 32), model, utils.Compute(CPU, dtype))
 
     state = ours("deit_small_patch16_224")
     timm.layers.set_fused_attn(True)  # as it is by default
     model = random_model("deit_small_patch16_224")
-    taken = in_turns({"quick": lambda: run(state.model, amp_dtype), "plain": lambda: run(model, None)}, 4)
+    taken = in_turns({"quick": lambda: run(state.model, dtype), "plain": lambda: run(model, torch.float32)}, 4)
     quick, plain = taken["quick"], taken["plain"]
     accuracy = []
     for amp in ("auto", "off"):
@@ -369,7 +369,7 @@ def evaluation() -> list[dict]:
         with contextlib.redirect_stdout(io.StringIO()):
             _, loader, classes = build_loaders(args, CPU)
             sample = prepare_model(args, classes, {}, CPU)
-            accuracy.append(evaluate(loader, sample, CPU, amp_dtype=utils.choose_amp(amp, CPU))["acc1"])
+            accuracy.append(evaluate(loader, sample, utils.Compute.choose("cpu", amp))["acc1"])
     apart = abs(accuracy[0] - accuracy[1])
     return [row("evaluation, DeiT-Small, `--amp auto`", "2.5 times float32 with timm's defaults, accuracy of the "
                 "sample within 0.1 points", f"{plain / quick:.2f} times ({64 / quick:.0f} images/s, {64 / plain:.0f} "

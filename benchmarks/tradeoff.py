@@ -22,11 +22,11 @@ import torch
 from measure import ROOT, multiply_adds_left
 from tqdm import tqdm
 
-from arguments import parse_args
-from exporting import load_model
-from plots import png, tradeoff_points
 from sparsity_factory.sparse_kernels import in_turns
-from sweep_table import mean_and_range
+from trainer.arguments import parse_args
+from trainer.export import load_model
+from trainer.plots import png, tradeoff_points
+from trainer.sweep_table import mean_and_range
 
 OUTPUT = ROOT / "output" / "tradeoff"
 SEEDS = (0, 1)

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cli import exit_status  # noqa: E402
+from trainer.exit_status import exit_status  # noqa: E402
 from utils import UserError, load_checkpoint  # noqa: E402
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from cli import exit_status  # noqa: E402
 from datasets import FashionMNIST, read_idx, write_idx  # noqa: E402
+from trainer.exit_status import exit_status  # noqa: E402
 
 PER_CLASS = {"train": 600, "t10k": 200}
 

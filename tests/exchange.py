@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 import utils
 from sparsity_factory import PruningError
-from stopping import Stopped, StopSignals, ignore_signals
+from trainer.stop_signals import Stopped, StopSignals, ignore_signals
 from utils import UserError, WriteError
 
 FOLDER = Path(sys.argv[1])
@@ -127,7 +127,7 @@ if __name__ == "__main__":
     if sys.argv[2] == "talk":
         talk()
     else:
-        from cli import exit_status
+        from trainer.exit_status import exit_status
 
         def work():
             globals()[sys.argv[2]]()

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from arguments import get_args_parser, parse_args
+from trainer.arguments import get_args_parser, parse_args
 from utils import UserError
 
 

@@ -8,8 +8,8 @@ import time
 import pytest
 from conftest import ROOT
 
-from arguments import recipe_of
 from sparsity_factory.list_methods import COMPARED
+from trainer.arguments import recipe_of
 
 
 @pytest.fixture

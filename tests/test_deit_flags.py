@@ -10,18 +10,18 @@ import torch
 from PIL import Image
 from timm.utils import ModelEmaV3
 
-import builders
-import training
 import utils
-from arguments import parse_args
 from datasets import build_transform
 from engine import StepOptions, train_one_epoch
 from losses import CosubLoss
 from sparsity_factory import Recipe, Sparsifier, check_masks, unpack
-from state import TrainingState
-from utils import UserError
+from trainer import builders, epochs
+from trainer.arguments import parse_args
+from trainer.training_state import TrainingState
+from utils import Compute, UserError
 
 CPU = torch.device("cpu")
+COMPUTE = Compute(CPU)
 MODEL = ["--data-path", "unused", "--model", "deit_sample_patch4_28", "--input-size", "28"]
 
 
@@ -35,7 +35,7 @@ def model_of(*flags):
 
 def state_of(*flags):
     model = timm.create_model("deit_sample_patch4_28")
-    return TrainingState(model, Sparsifier(model, Recipe(), total_steps=1, epoch_steps=1), options(*flags), CPU)
+    return TrainingState(model, Sparsifier(model, Recipe(), total_steps=1, epoch_steps=1), options(*flags), COMPUTE)
 
 
 def group(*flags):
@@ -115,11 +115,11 @@ def test_num_workers_and_pin_mem_reach_the_loader(tiny):
 
 
 def test_the_default_number_of_workers_is_at_most_the_cores_and_a_flag_is_taken_as_it_is(monkeypatch):
-    monkeypatch.setattr("arguments.available_cores", lambda: 4)
-    monkeypatch.setattr("arguments.processes_here", lambda: 2)
+    monkeypatch.setattr("trainer.arguments.available_cores", lambda: 4)
+    monkeypatch.setattr("trainer.arguments.processes_here", lambda: 2)
     assert options().num_workers == 2
     assert options("--num_workers", "7").num_workers == 7
-    monkeypatch.setattr("arguments.available_cores", lambda: 64)
+    monkeypatch.setattr("trainer.arguments.available_cores", lambda: 64)
     assert options().num_workers == 10
 
 
@@ -158,15 +158,15 @@ def test_model_ema_follows_with_its_decay_and_can_be_left_out(run_main, tiny, tm
 
 def test_model_ema_force_cpu_keeps_the_average_in_the_cpus_memory(monkeypatch):
     asked, average = [], ModelEmaV3(torch.nn.Linear(2, 2))
-    monkeypatch.setattr("state.ModelEmaV3", lambda model, decay, device: asked.append(device) or average)
+    monkeypatch.setattr("trainer.training_state.ModelEmaV3", lambda model, decay, device: asked.append(device) or average)
     for flags in (["--model-ema-force-cpu"], []):
         state_of(*flags)
     assert asked == ["cpu", None]
 
 
 def test_train_mode_reaches_the_training(run_main, tiny, monkeypatch):
-    seen, train = [], training.train_one_epoch
-    monkeypatch.setattr(training, "train_one_epoch", lambda learner, options, *args, **others: seen.append(
+    seen, train = [], epochs.train_one_epoch
+    monkeypatch.setattr(epochs, "train_one_epoch", lambda learner, options, *args, **others: seen.append(
         options.train_mode) or train(learner, options, *args, **others))
     run_main(*tiny)
     run_main(*tiny, "--no-train-mode")
@@ -199,10 +199,10 @@ def test_an_optimizer_moves_the_weights_that_are_kept_and_no_others(opt):
     sparsifier = Sparsifier(model, Recipe("unif", 0.5), total_steps=2, epoch_steps=2)
     sparsifier.start()
     args = options("--opt", opt, "--lr", "0.1", "--unscale-lr", "--warmup-epochs", "0")
-    state = TrainingState(model, sparsifier, args, CPU)
+    state = TrainingState(model, sparsifier, args, COMPUTE)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     batches = [(torch.randn(4, 3, 28, 28), torch.arange(4)) for _ in range(2)]
-    step = StepOptions(lambda images, logits, targets: torch.nn.functional.cross_entropy(logits, targets), CPU)
+    step = StepOptions(lambda images, logits, targets: torch.nn.functional.cross_entropy(logits, targets), COMPUTE)
     train_one_epoch(state.learner, step, batches, state.progress)
     for name, mask in sparsifier.masks.masks.items():
         moved = model.get_parameter(name) != before[name]
@@ -313,7 +313,7 @@ def test_bce_is_not_told_by_smoothing_that_every_class_is_there():
                                            (["--bce-loss"], True)])
 def test_cosub_is_its_own_loss(flags, binary):
     """test_engine.py shows how it trains."""
-    step = builders.build_step_options(options("--cosub", *flags), 10, CPU, None)
+    step = builders.build_step_options(options("--cosub", *flags), 10, COMPUTE)
     assert step.cosub
     assert isinstance(step.criterion, CosubLoss)
     assert step.criterion.binary == binary

@@ -6,15 +6,17 @@ import pytest
 import timm
 import torch
 
-import builders
 import losses
-from arguments import parse_args
 from benchmarks.torture import differences
-from engine import DivergedError, Learner, Progress, StepOptions, train_one_epoch
+from engine import Learner, Progress, StepOptions, train_one_epoch
+from trainer import builders
+from trainer.arguments import parse_args
+from utils import Compute, DivergedError
 
 LAMP = ["--pruner", "lamp", "--sparsity", "0.9"]
 TAUGHT = [*LAMP, "--dense-teacher", "0.7", "--distillation-tau", "2"]
 CPU = torch.device("cpu")
+COMPUTE = Compute(CPU)
 
 
 def read(path):
@@ -76,7 +78,7 @@ def test_the_teacher_sees_the_images_that_the_student_sees():
     student, teacher = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)) for _ in range(2))
     for name, network in (("student", student), ("teacher", teacher)):
         network.register_forward_hook(lambda module, inputs, output, name=name: seen[name].append(inputs[0]))
-    options = StepOptions(losses.DenseTeacherLoss(torch.nn.CrossEntropyLoss(), teacher, 0.5), CPU,
+    options = StepOptions(losses.DenseTeacherLoss(torch.nn.CrossEntropyLoss(), teacher, 0.5), COMPUTE,
                           batch_transform=lambda images, targets: (images.flip(0) * 0.3 + images * 0.7, targets))
     loader = [(torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))]
     train_one_epoch(Learner(student, torch.optim.SGD(student.parameters(), 0.1)), options, loader, Progress())
@@ -162,7 +164,7 @@ def test_dense_weights_that_teach_nothing_are_refused_in_one_line(run_main, tiny
 def test_a_teacher_whose_logits_are_not_finite_ends_the_training():
     student, teacher = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)) for _ in range(2))
     teacher[1].bias.data[0] = torch.inf
-    options = StepOptions(losses.DenseTeacherLoss(torch.nn.CrossEntropyLoss(), teacher, 0.5), CPU)
+    options = StepOptions(losses.DenseTeacherLoss(torch.nn.CrossEntropyLoss(), teacher, 0.5), COMPUTE)
     loader = [(torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))]
     with pytest.raises(DivergedError, match="not finite"):
         train_one_epoch(Learner(student, torch.optim.SGD(student.parameters(), 0.1)), options, loader, Progress())

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from packaging.requirements import Requirement
 
-from arguments import get_args_parser
+from trainer.arguments import get_args_parser
 
 README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
 PRESETS = sorted((ROOT / "configs" / "run").glob("*.yaml"))

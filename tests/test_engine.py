@@ -16,13 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
 from augment import BatchTransform
-from engine import DivergedError, Learner, Progress, StepOptions, evaluate, train_one_epoch
+from engine import Learner, Progress, StepOptions, evaluate, train_one_epoch
 from losses import CosubLoss, DistillationLoss
 from sparsity_factory import SCHEDULES, Masks, Recipe, Sparsifier, check_masks, compute_masks, prunable_weights
-from state import NEWTON_SCHULZ, choose_muon_dtype
-from training import distribute
+from trainer.epochs import distribute
+from trainer.training_state import NEWTON_SCHULZ, choose_muon_dtype
+from utils import Compute, DivergedError
 
-CPU = torch.device("cpu")
+CPU = Compute(torch.device("cpu"))
 PLAIN = DistillationLoss(torch.nn.CrossEntropyLoss())
 
 
@@ -56,12 +57,12 @@ def weights_of(model):
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
-def train(network, loader, optimizer, *, criterion=PLAIN, device=CPU, progress=None, after_step=None, masks=None,
+def train(network, loader, optimizer, *, criterion=PLAIN, compute=CPU, progress=None, after_step=None, masks=None,
           sparsifier=None, ema=None, scaler=None, **options):
     learner = Learner(network, optimizer, ema=ema)
     learner.sparsifier = sparsifier or Sparsifier(learner.model, Recipe(), total_steps=99, epoch_steps=9, masks=masks)
     learner.scaler = scaler or learner.scaler
-    return train_one_epoch(learner, StepOptions(criterion, device, **options), loader, progress or Progress(),
+    return train_one_epoch(learner, StepOptions(criterion, compute, **options), loader, progress or Progress(),
                            after_step=after_step)
 
 
@@ -192,7 +193,7 @@ def test_a_step_that_overflows_in_float16_is_skipped_and_changes_masks_with_the_
         masks = torch.cat([mask.flatten() for mask in sparsifier.masks.masks.values()])
         seen.append((scaler.get_scale(), weights_of(model), masks))
 
-    train(model, batches(3), optimizer, sparsifier=sparsifier, scaler=scaler, amp_dtype=torch.float16, clip_grad=1.0,
+    train(model, batches(3), optimizer, sparsifier=sparsifier, scaler=scaler, compute=Compute(CPU.device, torch.float16), clip_grad=1.0,
           after_step=after_step)
     scales, weights, masks = zip(*seen, strict=True)
     assert scales == (2.0**48, 2.0**8, 2.0**48)
@@ -225,7 +226,7 @@ def test_pruned_weights_are_zero_after_every_step_of_an_optimizer_that_moves_the
 def test_muon_computes_in_float32_unless_the_device_has_bfloat16(native, bound, monkeypatch):
     monkeypatch.setattr(utils, "choose_amp", lambda name, device: native)  # as another processor has it
     monkeypatch.setattr(timm.optim.muon, "zeropower_via_newtonschulz", NEWTON_SCHULZ)  # and the old one afterwards
-    choose_muon_dtype(CPU)
+    choose_muon_dtype(CPU.device)
     weight = torch.nn.Parameter(torch.zeros(8, 16))
     weight.grad = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
     a, b, c = 3.4445, -4.775, 2.0315
@@ -310,7 +311,7 @@ def test_no_training_step_waits_for_the_device_but_those_with_a_log_line(meta):
     transform = BatchTransform(meta, RandomErasing(1.0, mode="pixel", device=meta), Mixup(0.8, 1.0, num_classes=10))
     loader = [(images.byte(), targets) for images, targets in batches(25)]
     with HostReads() as host:
-        train(model, loader, adamw(model), criterion=DistillationLoss(SoftTargetCrossEntropy()), device=meta,
+        train(model, loader, adamw(model), criterion=DistillationLoss(SoftTargetCrossEntropy()), compute=Compute(meta),
               batch_transform=transform, masks=masks, ema=ema, clip_grad=1.0,
               after_step=lambda: reads.append(host.count))
     # A line is logged after steps 0, 10 and 20, and what it has read is counted with the next step.
@@ -322,7 +323,7 @@ def test_no_batch_of_an_evaluation_waits_for_the_device_but_those_with_a_log_lin
     monkeypatch.setattr(torch.Tensor, "tolist", lambda totals: [1.0] * len(totals))
     reads = []
     with HostReads() as host:
-        evaluate(batches(25), tiny_vit().to(meta), meta, after_batch=lambda: reads.append(host.count))
+        evaluate(batches(25), tiny_vit().to(meta), Compute(meta), after_batch=lambda: reads.append(host.count))
     assert [batch for batch in range(1, 25) if reads[batch] > reads[batch - 1]] == [1, 11, 21]
 
 
@@ -372,13 +373,13 @@ def test_evaluation_leaves_the_model_as_it_was():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("amp_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_masked_training_on_a_gpu_keeps_pruned_weights_at_zero(amp_dtype):
     device = torch.device("cuda")
     model = tiny_vit(drop_path=0.1).to(device)
     chosen = compute_masks(model, "lamp", 0.5)
     scaler = torch.amp.GradScaler("cuda", enabled=amp_dtype == torch.float16)
-    stats = train(model, batches(4), adamw(model), device=device, amp_dtype=amp_dtype, scaler=scaler, clip_grad=1.0,
+    stats = train(model, batches(4), adamw(model), compute=Compute(device, amp_dtype), scaler=scaler, clip_grad=1.0,
                   masks=chosen, ema=ModelEmaV3(model))
     assert stats["loss"] > 0
     for name, weight in prunable_weights(model).items():

@@ -14,9 +14,9 @@ import timm
 import torch
 from made_up import Clock
 
-import exporting
 import main
 from sparsity_factory import Recipe, Sparsifier, multiply_adds, shrink, sparse_kernels
+from trainer import export as exporting
 
 SAMPLE = "deit_sample_patch4_28"
 SHRINK = ["--pruner", "lamp", "--sparsity", "0.5", "--pattern", "heads+neurons", "--shrink"]
@@ -29,7 +29,7 @@ from load import load
 images = torch.load("images.pt")
 with torch.inference_mode():
     torch.save([load()(images), torch.export.load("model.pt2").module()(images)], "logits.pt")
-ours = {"exported", "exporting", "models", "sparsity_factory", "utils"} & sys.modules.keys()
+ours = {"trainer", "models", "sparsity_factory", "utils"} & sys.modules.keys()
 assert not ours, ours
 """
 
@@ -43,7 +43,7 @@ with torch.inference_mode():
     torch.save([load(sparse_kernels=quick)(images) for quick in (False, True)], "logits.pt")
 kinds = {type(module).__name__ for module in load(sparse_kernels=True).modules()}
 assert {kernel.__name__ for kernel in KERNELS.values()} <= kinds, kinds
-ours = {"exported", "exporting", "models", "sparsity_factory", "utils"} & sys.modules.keys()
+ours = {"trainer", "models", "sparsity_factory", "utils"} & sys.modules.keys()
 assert not ours, ours
 """
 
@@ -278,7 +278,7 @@ def test_where_no_kernel_is_quicker_a_line_says_so_and_the_folder_is_as_without_
     assert with_flag.pop("README.md").replace("--export flag --sparse-kernels --batch-size 2", "--export none") == (
         without.pop("README.md"))
     assert with_flag == without
-    assert without["load.py"] == Path(exporting.__file__).with_name("exported.py").read_text()
+    assert without["load.py"] == Path(exporting.__file__).with_name("export_template.py").read_text()
 
 
 def test_kernels_that_compute_something_else_are_not_written(run_main, tmp_path, weights_only, monkeypatch):

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import utils
-from arguments import read_preset
 from benchmarks.torture import equal
 from sparsity_factory import PruningError, Recipe, check_masks, compute_masks, unpack
 from sparsity_factory.custom_yaml import resolve_levels
+from trainer.arguments import read_preset
 from utils import UserError, load_checkpoint
 
 LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]

@@ -7,9 +7,9 @@ import pytest
 from conftest import ROOT
 from made_up import pattern_for
 
-from arguments import get_args_parser
 from sparsity_factory import PATTERNS, PRUNERS, RECONSTRUCTIONS, SCHEDULES, SCORES, PruningError, Recipe, describe
 from sparsity_factory.list_methods import ALONE, CHOICES, EXAMPLES, WIDTH, example, menu, refused_pairs, users_of
+from trainer.arguments import get_args_parser
 
 PAGE = (ROOT / "docs" / "methods.md").read_text()
 

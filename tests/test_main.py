@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import utils
-from arguments import read_preset
 from benchmarks.torture import differences
-from run_folder import RunFolder, read_log
 from sparsity_factory import unpack
+from trainer.arguments import read_preset
+from trainer.run_folder import RunFolder, read_log
 
 LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]
 

@@ -4,15 +4,8 @@ import pytest
 import timm
 import torch
 
-from models import (
-    adapt_weights,
-    build_model,
-    load_weights,
-    resize_pos_embed,
-    timm_call,
-    timm_name,
-    train_attention_only,
-)
+from models import build_model, timm_call, timm_name, train_attention_only
+from trainer.weights import adapt_weights, load_weights, resize_pos_embed
 from utils import UserError
 
 TINY = {"embed_dim": 24, "depth": 1, "num_heads": 2}

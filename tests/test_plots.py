@@ -10,8 +10,8 @@ from matplotlib.text import Text
 from PIL import Image
 
 import models  # noqa: F401, the sample's model
-import plots
 from sparsity_factory import prunable_weights
+from trainer import plots
 
 
 def texts(figure):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from arguments import parse_args, recipe_of
 from sparsity_factory import SCHEDULES, Recipe, Sparsifier
-from state import TrainingState
+from trainer.arguments import parse_args, recipe_of
+from trainer.training_state import TrainingState
+from utils import Compute
 
 PRESETS = ROOT / "configs" / "run"
 ADDED = {  # what the command line has to add
@@ -87,7 +88,8 @@ def test_what_starts_from_dense_weights_does_not_train_as_from_scratch(name):
 def test_the_rate_of_the_short_finetuning_falls_in_a_line(name, first, last):
     args, rates = args_of(name, "--model", "deit_sample_patch4_28", "--input-size", "28"), []
     model = torch.nn.Linear(2, 2)
-    state = TrainingState(model, Sparsifier(model, Recipe(), total_steps=1, epoch_steps=1), args, torch.device("cpu"))
+    state = TrainingState(model, Sparsifier(model, Recipe(), total_steps=1, epoch_steps=1), args,
+                          Compute(torch.device("cpu")))
     for epoch in range(args.epochs):
         state.lr_scheduler.step(epoch)
         rates.append(state.learner.optimizer.param_groups[0]["lr"])

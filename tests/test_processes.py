@@ -11,7 +11,7 @@ import torch.distributed as dist
 from conftest import ROOT, start_main
 
 import utils
-from cli import exit_status
+from trainer.exit_status import exit_status
 from utils import UserError, processes
 
 EXCHANGE = ROOT / "tests" / "exchange.py"

@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader
 
 import utils
 from benchmarks.torture import RECIPE, differences, finish, kill, start, trains_again, wait_until
-from loaders import SeededDataset
-from run_folder import RunFolder, newest_checkpoint, read_log
 from sparsity_factory import SCHEDULES, unpack
-from state import own_metrics
-from stopping import ignore_signals
+from trainer.run_folder import RunFolder, newest_checkpoint, read_log
+from trainer.seeded_data import SeededDataset
+from trainer.stop_signals import ignore_signals
+from trainer.training_state import own_metrics
 
 LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]
 # 48 training images: six steps of eight an epoch, with everything that is random.

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from results import SPARSITY_CSV, SPARSITY_PNG, SPARSITY_YAML, SUMMARY, TRAINING_PNG
 from sparsity_factory import unpack
+from trainer.results import SPARSITY_CSV, SPARSITY_PNG, SPARSITY_YAML, SUMMARY, TRAINING_PNG
 
 LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]
 

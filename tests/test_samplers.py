@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from loaders import SeededDataset
 from samplers import EvalBatchSampler, TrainSampler
+from trainer.seeded_data import SeededDataset
 
 sizes = st.integers(1, 2000)
 worlds = st.integers(1, 9)

@@ -14,7 +14,6 @@ from made_up import linears, statistics_of
 from torch.nn import functional as F
 
 import search
-from cli import exit_status
 from models import build_model
 from sparsity_factory import PruningError, collect_statistics, compute_masks, obs_prune, prunable_weights
 from sparsity_factory.custom_yaml import resolve_choices, resolve_levels
@@ -23,6 +22,7 @@ from sparsity_factory.levels import MEASURES, Divergence, at_levels, exchanges
 from sparsity_factory.patterns import n_of_m
 from sparsity_factory.scores import Layer
 from sparsity_factory.sparse_kernels import KernelReport, LayerTimes
+from trainer.exit_status import exit_status
 
 SHAPES = {"a.weight": (4, 8), "b.weight": (6, 8)}
 NEEDS = {"gram", "gradient_gram", "removal_costs"}

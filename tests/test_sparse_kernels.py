@@ -269,7 +269,7 @@ def test_an_evaluation_with_sparse_kernels_gives_the_accuracy_of_the_dense_one(r
         used.append(kernels_in(quick))
         return quick, report
 
-    monkeypatch.setattr("training.sparse_kernels", measured)
+    monkeypatch.setattr("trainer.epochs.sparse_kernels", measured)
     evaluate = [*tiny, "--eval", "--pruner", "lamp", "--sparsity", "0.8"]
     dense = run_main(*evaluate, "--output_dir", "dense").splitlines()[-1]
     assert not used

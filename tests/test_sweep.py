@@ -12,14 +12,13 @@ import torch
 from conftest import ROOT, start_main
 from PIL import Image
 
-import builders
-import calibration
 import sweep as sweeping
-from cli import exit_status
 from engine import Progress
-from run_folder import read_log
 from sparsity_factory import PRUNERS, prunable_weights
-from sweep_table import Outcome
+from trainer import builders, calibration_images
+from trainer.exit_status import exit_status
+from trainer.run_folder import read_log
+from trainer.sweep_table import Outcome
 from utils import UserError, load_checkpoint
 
 
@@ -185,14 +184,14 @@ def test_runs_share_the_statistics_of_the_dense_model_and_of_no_other(run_sweep,
     command = ["--pruners", "unif", "--scores", "taylor", "--schedules", "one-shot", "gradual", "--sparsities", "0.5",
                "--finetune-epochs", "1", "--prune-every", "1", "--calibration-images", "16"]
     first, looked = {}, []
-    collect = calibration.collect_statistics
+    collect = calibration_images.collect_statistics
 
     def note(model, *args, **kwargs):
         weight = next(iter(prunable_weights(model).values()))
         looked.append(torch.equal(weight, first.setdefault("weight", weight.clone())))
         return collect(model, *args, **kwargs)
 
-    monkeypatch.setattr(calibration, "collect_statistics", note)
+    monkeypatch.setattr(calibration_images, "collect_statistics", note)
     run_sweep(*command)
     assert looked.count(True) == 1  # for three runs
     assert looked.count(False) == 2  # at the second and the third step of the gradual one

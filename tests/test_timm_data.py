@@ -11,10 +11,10 @@ import torch
 from conftest import start_main
 from PIL import Image
 
-from arguments import parse_args
 from benchmarks.torture import differences
 from datasets import SAMPLE_PATH, build_dataset, read_idx
-from loaders import SeededStream, StreamLoader
+from trainer.arguments import parse_args
+from trainer.seeded_data import SeededStream, StreamLoader
 
 RUN = ["--model", "deit_sample_patch4_28", "--input-size", "28", "--epochs", "1", "--warmup-epochs", "0",
        "--batch-size", "8", "--num_workers", "2", "--no-pretrained", "--amp", "off", "--no-repeated-aug",

@@ -18,10 +18,10 @@ from torch import Tensor
 
 import main
 import utils
-from arguments import parse_args
-from builders import build_sparsifier
 from models import build_model
 from sparsity_factory import Masks, Sparsifier
+from trainer.arguments import parse_args
+from trainer.builders import build_sparsifier
 
 
 def copy_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ def share_masks(folder: Path) -> None:
     model = build_model(args.model, 10, 28)
     weights = dict(model.named_parameters())
     before = copy_of(weights)
-    sparsifier = build_sparsifier(args, model, {}, 1, torch.device("cpu"), None)
+    sparsifier = build_sparsifier(args, model, {}, 1, utils.Compute(torch.device("cpu")))
     first = sparsifier.first_masks()
     after = copy_of(weights)
     sparsifier.start(first)
@@ -66,9 +66,10 @@ def share_masks(folder: Path) -> None:
 
 
 def run_all(folder: Path) -> None:
-    device, update = utils.init_process_group("cpu"), Masks.update
+    utils.init_process_group("cpu")
+    update = Masks.update
     permute, reconstruct = Sparsifier._permute, Sparsifier._reconstruct
-    utils.init_process_group = lambda *_: device  # the group is there already
+    utils.init_process_group = lambda *_: None  # the group is there already
     share_masks(folder)
     for name, argv in json.loads((folder / "runs.json").read_text()).items():
         (folder / name).mkdir(exist_ok=True)

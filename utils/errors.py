@@ -9,6 +9,10 @@ class BadImageError(UserError):
     """A file that cannot be read as an image."""
 
 
+class DivergedError(RuntimeError):
+    """The training loss is no longer a finite number."""
+
+
 class WriteError(Exception):
     """A file that cannot be written, for want of room or otherwise; what it held before is whole."""
 

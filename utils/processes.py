@@ -1,17 +1,15 @@
-"""The processes of a run: their devices and cores, how they meet, talk and end, and their random numbers."""
+"""The processes of a run: their cores, and how they meet, talk and end."""
 
 import contextlib
 import datetime
 import math
 import os
 import pickle
-import random
 import sys
 import traceback
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
@@ -64,57 +62,9 @@ def available_cores() -> int:
     return max(cores, 1)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that `--device` names; `auto` is this process's GPU where there is one, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: expected auto, cuda or cpu") from None
-    if device.type not in ("cuda", "cpu"):
-        raise UserError(f"--device {name}: expected auto, cuda or cpu")
-    if device.type == "cuda":
-        if device.index is not None and processes_here() > 1:
-            raise UserError(f"--device {name}: one GPU for {processes_here()} processes on this machine; expected auto "
-                            "or cuda, with which each has its own")
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {name}: no CUDA GPU is available here; use --device cpu or auto")
-        # SLURM may show each process no GPU but its own, so only torchrun's processes are compared with the GPUs.
-        count, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if processes > count:
-            raise UserError(f"--device {name}: {processes} processes but {count} GPU(s) on this machine")
-        device = torch.device("cuda", local_rank() % count if device.index is None else device.index)
-        if device.index >= count:
-            raise UserError(f"--device {name}: there are {count} GPU(s) on this machine")
-        torch.cuda.set_device(device)
-    return device
-
-
-def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
-    """The dtype that `--amp` means on this device, None for float32 throughout.
-
-    `auto` is bfloat16 where the device computes it in hardware; else float16 on a GPU and float32 on a CPU.
-    """
-    if name == "off":
-        return None
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if native else torch.float16
-    capabilities = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    native = any(getattr(torch.cpu, name, lambda: False)() for name in capabilities)
-    return torch.bfloat16 if native else None
-
-
-def in_words(amp_dtype: torch.dtype | None) -> str:
-    return str(amp_dtype or torch.float32).removeprefix("torch.")
-
-
-def init_process_group(device_name: str, dist_url: str = "env://", distributed: bool = False, wanted: int = 1,
-                       timeout: float = TIMEOUT) -> torch.device:
-    """Joins the processes that torchrun or SLURM started, and returns this process's device.
+def init_process_group(device_type: str, dist_url: str = "env://", distributed: bool = False, wanted: int = 1,
+                       timeout: float = TIMEOUT) -> None:
+    """Joins the processes that torchrun or SLURM started.
 
     Reads RANK, WORLD_SIZE and LOCAL_RANK (torchrun), else SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID where
     MASTER_ADDR says that the job was meant to be distributed. Without them the run has a single process.
@@ -128,23 +78,21 @@ def init_process_group(device_name: str, dist_url: str = "env://", distributed: 
         process, processes = int(env["RANK"]), int(env["WORLD_SIZE"])
     elif "SLURM_PROCID" in env and "MASTER_ADDR" in env:
         process, processes = int(env["SLURM_PROCID"]), int(env.get("SLURM_NTASKS", 1))
-    device = choose_device(device_name)
     if processes == 1 and distributed or wanted not in (1, processes):
         raise UserError(f"{'--distributed' if distributed else f'--world_size {wanted}'}: there "
                         f"{'is one process' if processes == 1 else f'are {processes} processes'}; start as many as you "
                         "want with torchrun")
     if processes == 1:
-        return device
+        return
     limit = datetime.timedelta(seconds=timeout)
     try:
         store, process, processes = next(rendezvous(dist_url, process, processes, timeout=limit))
         # Processes that torchrun starts again meet at the old store, where some torch releases leave stale addresses.
         store = dist.PrefixStore(f"start_{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=process,
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", store=store, rank=process,
                                 world_size=processes, timeout=limit)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--dist_url {dist_url}: the processes do not meet ({first_line(error)})") from None
-    return device
 
 
 def on_first_process(compute):
@@ -235,20 +183,6 @@ def end_process(work) -> NoReturn:
                 stream.flush()
         os._exit(status)
     sys.exit(status)
-
-
-#: What random numbers are drawn for; first in every key, so that no two purposes share their numbers.
-INIT, ORDER, SAMPLE, STEP, CALIBRATION = range(5)
-
-
-def seed_everything(purpose: int, *key: int) -> None:
-    """Seeds every generator from a key such as (SAMPLE, seed, epoch, position), whatever was drawn before."""
-    seed = int(np.random.SeedSequence((purpose, *key)).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a hundred times as long where there is no GPU
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(seed)
 
 
 # ---- helpers, not exported ----

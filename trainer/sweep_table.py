@@ -11,10 +11,11 @@ from statistics import mean
 from typing import NamedTuple
 
 import utils
-from arguments import FREE, get_args_parser
-from run_folder import RunFolder
 from sparsity_factory import Recipe, parse_pattern
 from utils import UserError
+
+from .arguments import FREE, get_args_parser
+from .run_folder import RunFolder
 
 DENSE, ONE_SHOT, FINETUNED, LAYER = "dense", "one-shot", "finetuned", "layer"
 REFUSED = "refused: "  # what the error of a combination begins with that recipe or model refuse

@@ -1,15 +1,14 @@
-"""From what a command raises to one line on standard error and an exit status; and `--audit`."""
+"""Turns exceptions into a one-line message and an exit status."""
 
 import sys
 
 import torch.distributed as dist
 
 import utils
-from engine import DivergedError
-from run_folder import read_pruning
-from sparsity_factory import PruningError, checkpoint_table, has_reached_target, unpack
-from stopping import Stopped
-from utils import UserError, WriteError
+from sparsity_factory import PruningError
+from utils import DivergedError, UserError, WriteError
+
+from .stop_signals import Stopped
 
 
 def exit_status(work) -> int:
@@ -22,28 +21,6 @@ def exit_status(work) -> int:
     if dist.is_initialized():  # after a failure of this process alone, NCCL would wait here for the others
         dist.destroy_process_group()
     return status
-
-
-def audit(path: str) -> int:
-    """Prints what a checkpoint keeps of each layer, from the file alone; 1 if its weights do not obey its masks."""
-    checkpoint = utils.load_checkpoint(path)
-    masks = unpack(checkpoint.get("masks", {}))
-    if not masks:
-        raise UserError(f"{path}: holds no masks; expected a checkpoint of a pruned run")
-    print(checkpoint_table(checkpoint["model"], masks))
-    try:
-        recipe, _ = read_pruning(checkpoint)
-    except PruningError as error:
-        print(f"error: {path}: {error}", file=sys.stderr)
-        return 1
-    print(f"pruned with {recipe.in_words()}")
-    if "shape" in checkpoint:
-        print("shrunk: the pruned heads and neurons are gone, and the table is of those that are left")
-    if "pruning" in checkpoint and not has_reached_target(checkpoint["pruning"]):
-        print("every pruned weight is zero; its schedule has not reached the target yet")
-    else:
-        print("every pruned weight is zero, and every n:m group holds")
-    return 0
 
 
 # ---- helpers, not exported ----

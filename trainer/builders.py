@@ -3,7 +3,6 @@
 import argparse
 import copy
 import hashlib
-import math
 from dataclasses import dataclass
 
 import timm.layers
@@ -14,28 +13,23 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch.utils.data import DataLoader, IterableDataset
 
 import utils
-from argument_checks import mixes
-from arguments import continued_args, naming_the_config, recipe_of
 from augment import BatchTransform
-from calibration import Calibration
 from datasets import build_dataset
 from engine import StepOptions
-from loaders import SeededDataset, SeededStream, StreamLoader
 from losses import CosubLoss, DenseTeacherLoss, DistillationLoss
-from models import (
-    adapt_weights,
-    build_model,
-    has_trained_head,
-    load_weights,
-    train_attention_only,
-    train_both_heads,
-)
-from run_folder import newest_checkpoint, read_pruning
+from models import build_model, train_attention_only, train_both_heads
 from samplers import EvalBatchSampler, TrainSampler
-from sparsity_factory import PruningError, Recipe, Sparsifier, prunable_weights, shrink, with_units
-from state import TrainingState
-from stopping import ignore_signals
-from utils import UserError, log
+from sparsity_factory import PruningError, Recipe, Sparsifier, prunable_weights, read_pruning, shrink, with_units
+from utils import Compute, UserError, log
+
+from .argument_checks import mixes
+from .arguments import continued_args, naming_the_config, recipe_of
+from .calibration_images import Calibration
+from .run_folder import newest_checkpoint
+from .seeded_data import SeededDataset, SeededStream, StreamLoader
+from .stop_signals import ignore_signals
+from .training_state import TrainingState
+from .weights import adapt_weights, has_trained_head, load_weights
 
 
 @dataclass(frozen=True)
@@ -85,11 +79,6 @@ def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
     return train_loader, val_loader, num_classes
 
 
-def steps_of_epoch(loader, args) -> int:
-    """Optimizer steps of a whole epoch of the training loader."""
-    return math.ceil(len(loader) / args.accum_iter)
-
-
 def load_start(args) -> tuple[argparse.Namespace, dict]:
     """The checkpoint that `--resume` or `--finetune` names, or an empty one, and the arguments of a run from there.
 
@@ -115,13 +104,13 @@ def load_start(args) -> tuple[argparse.Namespace, dict]:
     return args, checkpoint
 
 
-def build_state(args, model, sparsifier: Sparsifier, checkpoint: dict, device: torch.device,
+def build_state(args, model, sparsifier: Sparsifier, checkpoint: dict, compute: Compute,
                 bad_images: torch.Tensor | None, teacher: DenseTeacher | None = None) -> TrainingState:
     """The state that the training starts with, or goes on with where the checkpoint has one.
 
     Raises UserError where the checkpoint had another dense teacher.
     """
-    state = TrainingState(model, sparsifier, args, device, bad_images)
+    state = TrainingState(model, sparsifier, args, compute, bad_images)
     state.dense_teacher = teacher.origin if teacher else None
     if "optimizer" in checkpoint:
         stored = checkpoint.get("dense_teacher")
@@ -222,8 +211,8 @@ def prepare_model(args, num_classes: int, checkpoint: dict, device: torch.device
     return model.to(device)
 
 
-def build_sparsifier(args, model: torch.nn.Module, checkpoint: dict, epoch_steps: int, device: torch.device,
-                     amp_dtype: torch.dtype | None, known: dict | None = None) -> Sparsifier:
+def build_sparsifier(args, model: torch.nn.Module, checkpoint: dict, epoch_steps: int, compute: Compute,
+                     known: dict | None = None) -> Sparsifier:
     """What prunes the model: with the masks of the checkpoint, or else with a recipe whose masks are not chosen yet.
 
     A run that goes on has the recipe of its checkpoint, and its place in the schedule. With `--finetune`, a pruner that
@@ -237,7 +226,7 @@ def build_sparsifier(args, model: torch.nn.Module, checkpoint: dict, epoch_steps
     def sparsifier(recipe: Recipe, masks=None) -> Sparsifier:
         data = {}
         if recipe.looks_at_data and (goes_on or not masks):
-            calibration = Calibration(args, model, device, amp_dtype, None if goes_on else known)
+            calibration = Calibration(args, model, compute, None if goes_on else known)
             data = {"statistics": calibration, "walk": calibration.walk}
         return Sparsifier(model, recipe, total_steps=max(args.epochs - args.start_epoch, 1) * epoch_steps,
                           epoch_steps=epoch_steps, masks=masks, share=utils.on_first_process, **data)
@@ -275,11 +264,11 @@ def shrink_before_training(args, model: torch.nn.Module, sparsifier: Sparsifier,
                                     epoch_steps=sparsifier.steps.epoch, masks=kept, share=utils.on_first_process)
 
 
-def build_step_options(args, num_classes: int, device: torch.device, amp_dtype: torch.dtype | None,
+def build_step_options(args, num_classes: int, compute: Compute,
                        teacher: DenseTeacher | None = None) -> StepOptions:
     """How the steps of a run are made."""
-    return StepOptions(build_criterion(args, num_classes, device, teacher), device,
-                       build_batch_transform(args, num_classes, device), amp_dtype, args.clip_grad, args.accum_iter,
+    return StepOptions(build_criterion(args, num_classes, compute.device, teacher), compute,
+                       build_batch_transform(args, num_classes, compute.device), args.clip_grad, args.accum_iter,
                        args.train_mode, args.cosub)
 
 

@@ -20,16 +20,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 import utils
-from arguments import with_model_of
-from builders import evaluation_batch_size, load_start, prepare_model
 from models import build_model, head_parameters, timm_call
-from results import versions
-from run_folder import read_pruning
 from sparsity_factory import (
     KERNELS,
     PruningError,
     multiply_adds,
     parse_pattern,
+    read_pruning,
     shrink,
     sparse_kernels,
     sparse_multiply_adds,
@@ -39,6 +36,9 @@ from sparsity_factory.shrink import ClassAttn, TalkingHeadAttn
 from sparsity_factory.sparse_kernels import SparseLinear
 from sparsity_factory.units import HEADS, NEURONS, unit_groups
 from utils import UserError, WriteError, first_line, log
+
+from .arguments import with_model_of
+from .builders import evaluation_batch_size, load_start, prepare_model
 
 WEIGHTS, SHAPE, LOADER, PROGRAM, ONNX, README = (
     "model.safetensors", "shape.json", "load.py", "model.pt2", "model.onnx", "README.md")
@@ -160,8 +160,8 @@ def write_weights(folder: Path, model: nn.Module, call: tuple[str, dict]) -> nn.
 
 
 def loader_for(model: nn.Module) -> str:
-    """The source of `exported.py`; for a CaiT with fewer heads with this project's attention in it."""
-    source = Path(__file__).with_name("exported.py").read_text(encoding="utf-8")
+    """The source of `export_template.py`; for a CaiT with fewer heads with this project's attention in it."""
+    source = Path(__file__).with_name("export_template.py").read_text(encoding="utf-8")
     own = [kind for kind in (ClassAttn, TalkingHeadAttn) if any(type(module) is kind for module in model.modules())]
     return with_classes(source, own).replace(LAST, OWN_ATTENTION + LAST) if own else source
 
@@ -251,7 +251,7 @@ def describe(args, dense: nn.Module, model: nn.Module, masks, recipe, image: tor
         "facts": [f"weights: {weights}, pruned with {recipe.in_words()}",
                   f"images: float32 of shape (images, 3, {args.input_size}, {args.input_size}): pixels in [0, 1], less "
                   f"the mean {IMAGENET_DEFAULT_MEAN}, over the deviation {IMAGENET_DEFAULT_STD}",
-                  f"versions: {versions(torch.device('cpu'))}"],
+                  f"versions: {utils.versions(torch.device('cpu'))}"],
         "zeros": pruned and bool(masks),
     }
 

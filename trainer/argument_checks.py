@@ -5,8 +5,9 @@ import os
 import shutil
 
 from datasets import DATA_SETS, TIMM
-from trackers import require
 from utils import UserError
+
+from .trackers import require
 
 
 def check_args(args) -> None:

@@ -2,45 +2,42 @@
 
 import functools
 import os
-import platform
 import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy
-import timm
 import torch
-import torchvision
 
-import plots
 import utils
-from run_folder import CHECKPOINT, RunFolder, read_log
 from sparsity_factory import LayerSparsity, Recipe, multiply_adds, sparse_multiply_adds, sparsity_csv, sparsity_yaml
 from sparsity_factory.multiply_adds import ATTENTION
-from state import TrainingState
-from trackers import Tracker, build_trackers
+from utils import Compute
+
+from . import plots
+from .run_folder import CHECKPOINT, RunFolder, read_log
+from .trackers import Tracker, build_trackers
 
 SPARSITY_CSV, SPARSITY_YAML, SPARSITY_PNG = "sparsity.csv", "sparsity.yaml", "sparsity.png"
 TRAINING_PNG, SUMMARY = "training.png", "summary.md"
 REDRAW_AFTER = 60  # seconds: the picture of the training follows a long run, and a short one draws it once
 
 
-def open_results(args, recipe: Recipe, state: TrainingState | None, train_loader, val_loader, device) -> "Results":
+def open_results(args, recipe: Recipe, epoch: int, train_loader, val_loader, compute: Compute) -> "Results":
     """The results of a run: its folder, locked, and its trackers, both on the first process only.
 
-    state: None for an evaluation.
+    epoch: the one that the run starts with.
     Raises UserError when the folder cannot be had.
     """
-    processes, target, epoch = utils.world_size(), recipe.sparsity, state.progress.epoch if state else 0
+    processes, target = utils.world_size(), recipe.sparsity
     title = f"{args.model}, {recipe.pruner or 'dense'}" + ("" if target is None else f" at {100 * target:g} %")
     launcher = "python" if processes == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
     facts = {"command": f"{launcher} {args.command}", "model": f"{args.model}, {args.input_size} x {args.input_size}",
              "data": f"{args.data_path or 'the built-in sample'}, {images_in(train_loader):,} training and "
                      f"{images_in(val_loader):,} validation images",
-             "computed": f"in {utils.in_words(utils.choose_amp(args.amp, device))} on {device.type}, by {processes} "
+             "computed": f"on {compute.in_words()}, by {processes} "
                          f"process{'es' * (processes > 1)}",
-             "versions": versions(device)}
+             "versions": utils.versions(compute.device)}
     results = Results(title, facts, target, epoch)
 
     def open_both():
@@ -170,10 +167,3 @@ class Results:
 
     def _write(self, name: str, content: bytes) -> None:
         utils.write_atomically(self.folder.path / name, lambda file: file.write(content))
-
-
-def versions(device: torch.device) -> str:
-    """What a run runs on, for its summary."""
-    gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
-    packages = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, torchvision, timm, numpy))
-    return f"Python {platform.python_version()}, {packages}{gpu}"

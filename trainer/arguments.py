@@ -7,13 +7,14 @@ import shlex
 from dataclasses import fields
 from pathlib import Path
 
-from argument_checks import check_args
 from datasets import DATA_SETS
 from sparsity_factory import PRUNERS, RECONSTRUCTIONS, SCHEDULES, SCORES, PruningError, Recipe, parse_pattern, read_yaml
 from sparsity_factory.custom_yaml import level_section
 from utils import TIMEOUT, UserError, available_cores, log, processes_here
 
-SAMPLE_PRESET = Path(__file__).resolve().parent / "configs" / "run" / "sample.yaml"
+from .argument_checks import check_args
+
+SAMPLE_PRESET = Path(__file__).resolve().parent.parent / "configs" / "run" / "sample.yaml"
 
 
 #: What a sweep makes of an argument: its runs share it, and two starts of one sweep have to agree on it; or two starts

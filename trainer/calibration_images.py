@@ -11,8 +11,9 @@ import utils
 from datasets import build_dataset, build_transform
 from samplers import EvalBatchSampler
 from sparsity_factory import Inputs, Statistics, collect_statistics, prunable_weights, visit_layers
-from stopping import ignore_signals
-from utils import UserError, log
+from utils import Compute, UserError, log
+
+from .stop_signals import ignore_signals
 
 BATCH_SIZE = 32  # whatever --batch-size is, since the gradient of a batch depends on its images
 
@@ -30,12 +31,11 @@ class Calibration:
     of which none can be drawn.
     """
 
-    def __init__(self, args, model: torch.nn.Module, device: torch.device, amp_dtype: torch.dtype | None,
-                 known: dict | None = None):
-        self.model, self.device, self.images = model, device, args.calibration_images
+    def __init__(self, args, model: torch.nn.Module, compute: Compute, known: dict | None = None):
+        self.model, self.images = model, args.calibration_images
         self._seed, self._known = args.seed, known
         # The gradients of a loss that is not scaled vanish in float16.
-        self.amp_dtype = amp_dtype if amp_dtype != torch.float16 else None
+        self.compute = Compute(compute.device) if compute.dtype == torch.float16 else compute
         data, _ = build_dataset(True, args, build_transform(False, args))
         if isinstance(data, IterableDataset):
             raise UserError(f"--data-set {args.data_set}: calibration images cannot be drawn out of a stream")
@@ -58,7 +58,7 @@ class Calibration:
             return known[key]
         log(f"Calibrating on {self.images:,} training images: {', '.join(sorted(needs))}")
         shares = {"share": utils.rank(), "add_up": dist.all_reduce} if utils.world_size() > 1 else {}
-        with self.autocast():
+        with self.compute.autocast():
             statistics = collect_statistics(self.model, self.loader, loss, needs, **shares)
         if known is not None:
             known.clear()  # of one kind at a time, for their memory
@@ -78,10 +78,6 @@ class Calibration:
             visit(name, inputs)
 
         add_up = dist.all_reduce if utils.world_size() > 1 else None
-        with self.autocast():
+        with self.compute.autocast():
             visit_layers(self.model, self._loader_for_all, visit_and_tell, beside=beside, add_up=add_up)
         next(logger, None)
-
-    def autocast(self) -> torch.autocast:
-        """Under which the model runs."""
-        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)

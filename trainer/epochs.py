@@ -8,13 +8,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
-from builders import steps_of_epoch
-from engine import StepOptions, check_finite, evaluate, train_one_epoch
-from results import Results
+from engine import StepOptions, check_finite, evaluate, steps_of_epoch, train_one_epoch
 from sparsity_factory import sparse_kernels
-from state import TrainingState
-from stopping import Stopped, StopSignals
-from utils import log
+from utils import Compute, log
+
+from .results import Results
+from .stop_signals import Stopped, StopSignals
+from .training_state import TrainingState
 
 
 class Evaluator:
@@ -23,16 +23,15 @@ class Evaluator:
     accuracy: takes what `measure` measures, top-1 in percent by name.
     """
 
-    def __init__(self, loader, args, device: torch.device, amp_dtype: torch.dtype | None, stop: StopSignals,
-                 accuracy: dict[str, float]):
-        self.loader, self.device, self.amp_dtype, self.stop = loader, device, amp_dtype, stop
+    def __init__(self, loader, args, compute: Compute, stop: StopSignals, accuracy: dict[str, float]):
+        self.loader, self.compute, self.stop = loader, compute, stop
         self.shared, self.print_freq, self.sparse_kernels = args.dist_eval, args.print_freq, args.sparse_kernels
         self.accuracy = accuracy
 
     def __call__(self, model: torch.nn.Module) -> dict[str, float]:
-        if next(model.parameters()).device != self.device:  # an average in the CPU's memory
-            model = copy.deepcopy(model).to(self.device)
-        return evaluate(self.loader, model, self.device, amp_dtype=self.amp_dtype, shared=self.shared,
+        if next(model.parameters()).device != self.compute.device:  # an average in the CPU's memory
+            model = copy.deepcopy(model).to(self.compute.device)
+        return evaluate(self.loader, model, self.compute, shared=self.shared,
                         after_batch=self.stop.checks(self._common_batches()), print_freq=self.print_freq)
 
     def measure(self, name: str, model: torch.nn.Module) -> None:
@@ -48,8 +47,8 @@ class Evaluator:
         images = next((images for images, _ in self.loader), None) if self.sparse_kernels else None
         if images is None:  # not asked for, or none of the images are this process's
             return model
-        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            model, report = sparse_kernels(model.eval(), images.to(self.device))
+        with self.compute.autocast():
+            model, report = sparse_kernels(model.eval(), images.to(self.compute.device))
         log(report.table())
         return model
 
@@ -66,7 +65,7 @@ def train(state: TrainingState, options: StepOptions, loader, test: Evaluator, s
     if utils.world_size() > 1:
         learner.network = distribute(learner.model, options, args.input_size, args.batch_size)
     loader.sampler.set_epoch(progress.epoch)
-    steps = steps_of_epoch(loader, args)
+    steps = steps_of_epoch(loader, args.accum_iter)
     log(f"Training epochs {progress.epoch} to {args.epochs - 1}, {steps} steps each"
         + (f"; going on after step {progress.epoch_step} of epoch {progress.epoch}" if progress.epoch_step else ""))
     last = learner.sparsifier.step + (args.epochs - progress.epoch) * steps - progress.epoch_step - 1
@@ -115,12 +114,12 @@ def distribute(model: torch.nn.Module, options: StepOptions, input_size: int,
     here, so that the first step of a resumed run sums as the same step of an undisturbed one does. It leaves no trace:
     what batch normalization counts is put back. The batch has its real size, as a compiled model is compiled for it.
     """
-    devices = [options.device.index] if options.device.type == "cuda" else None
+    devices = [options.compute.device.index] if options.compute.device.type == "cuda" else None
     network = DistributedDataParallel(model, device_ids=devices)
     buffers = [buffer.clone() for buffer in model.buffers()]
     network.train(options.train_mode)
-    images = torch.zeros(batch_size * (1 + options.cosub), 3, input_size, input_size, device=options.device)
-    with options.autocast():
+    images = torch.zeros(batch_size * (1 + options.cosub), 3, input_size, input_size, device=options.compute.device)
+    with options.compute.autocast():
         outputs = network(images)
     sum(output.float().sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
     model.zero_grad()

@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-import calibration
-from arguments import parse_args
-from calibration import Calibration
 from models import build_model
-from utils import UserError
+from trainer import calibration_images
+from trainer.arguments import parse_args
+from trainer.calibration_images import Calibration
+from utils import Compute, UserError
 
-CPU = torch.device("cpu")
+CPU = Compute(torch.device("cpu"))
 
 
 def calibrate(tiny, *flags):
     args = parse_args([*tiny, "--calibration-images", "40", *flags])
     torch.manual_seed(0)
-    return Calibration(args, build_model(args.model, 10, 28), CPU, None)
+    return Calibration(args, build_model(args.model, 10, 28), CPU)
 
 
 def images(found):
@@ -39,15 +39,15 @@ def test_the_batch_size_of_the_training_changes_nothing(tiny):
 
 @pytest.mark.parametrize("needs", [{"input_norms", "gradient"}, {"squared_gradient", "first_gradient"}])
 def test_two_processes_add_up_to_what_one_finds(tiny, monkeypatch, needs):
-    monkeypatch.setattr(calibration, "BATCH_SIZE", 16)  # three batches
+    monkeypatch.setattr(calibration_images, "BATCH_SIZE", 16)  # three batches
     whole, parts = calibrate(tiny)(needs), []
-    monkeypatch.setattr(calibration.utils, "world_size", lambda: 2)
+    monkeypatch.setattr(calibration_images.utils, "world_size", lambda: 2)
     for rank in (1, 0):  # the second call adds the first one's share, as an all-reduce does
-        monkeypatch.setattr(calibration.utils, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(calibration_images.utils, "rank", lambda rank=rank: rank)
         others = iter(parts)
-        monkeypatch.setattr(calibration.dist, "all_reduce",
+        monkeypatch.setattr(calibration_images.dist, "all_reduce",
                             lambda total, others=others: total.add_(next(others, torch.zeros_like(total))))
-        monkeypatch.setattr(calibration.Statistics, "check", lambda statistics: None)
+        monkeypatch.setattr(calibration_images.Statistics, "check", lambda statistics: None)
         found = calibrate(tiny)(needs)
         parts = [total.clone() for total in found.state_dict().values()]
     for name, total in whole.state_dict().items():
@@ -59,13 +59,13 @@ def test_each_of_two_processes_has_a_batch_for_the_walk_and_statistics_have_the_
         tiny, monkeypatch, images):
     flags = ["--calibration-images", images]
     whole = [len(targets) for _, targets in calibrate(tiny, *flags).loader]
-    monkeypatch.setattr(calibration.utils, "world_size", lambda: 2)
+    monkeypatch.setattr(calibration_images.utils, "world_size", lambda: 2)
     drawn, statistics = [], []
     for rank in range(2):
-        monkeypatch.setattr(calibration.utils, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(calibration_images.utils, "rank", lambda rank=rank: rank)
         found = calibrate(tiny, *flags)
         statistics += [len(targets) for _, targets in found.loader]
-        monkeypatch.setattr(calibration, "visit_layers", lambda model, loader, *_, **__: drawn.append(
+        monkeypatch.setattr(calibration_images, "visit_layers", lambda model, loader, *_, **__: drawn.append(
             [len(targets) for _, targets in loader]))
         found.walk(lambda name, inputs: None)
     assert sum(map(sum, drawn)) == int(images) and all(drawn)
@@ -74,14 +74,14 @@ def test_each_of_two_processes_has_a_batch_for_the_walk_and_statistics_have_the_
 
 def test_fewer_images_than_inputs_are_told(tiny, monkeypatch):
     told = []
-    monkeypatch.setattr(calibration, "log", told.append)
-    monkeypatch.setattr(calibration, "visit_layers", lambda *args, **options: None)
+    monkeypatch.setattr(calibration_images, "log", told.append)
+    monkeypatch.setattr(calibration_images, "visit_layers", lambda *args, **options: None)
     calibrate(tiny).walk(lambda name, inputs: None)
     assert "--calibration-images 40: fewer than the 384 inputs of a layer" in told
 
 
 def test_fewer_images_than_processes_are_an_error(tiny, monkeypatch):
-    monkeypatch.setattr(calibration.utils, "world_size", lambda: 3)
+    monkeypatch.setattr(calibration_images.utils, "world_size", lambda: 3)
     with pytest.raises(UserError, match="--calibration-images 2: there are 48 training images, for 3 process"):
         calibrate(tiny, "--calibration-images", "2")
 

@@ -13,7 +13,7 @@ import utils
 from engine import Learner, Progress
 from sparsity_factory import Sparsifier, check_masks, unit_counts
 from sparsity_factory.masks import dense_shapes
-from utils import UserError, first_line, log
+from utils import Compute, UserError, first_line, log
 
 DROPPED_OPTIMIZERS = ("nvnovograd", "fusedmomentum")  # in timm 0.3.2, which DeiT used, and in no current release
 
@@ -41,14 +41,14 @@ class TrainingState:
     Raises UserError for an optimizer or a schedule that timm refuses.
     """
 
-    def __init__(self, model, sparsifier: Sparsifier, args, device, bad_images=None):
+    def __init__(self, model, sparsifier: Sparsifier, args, compute: Compute, bad_images=None):
         self.args, self.bad_images = args, bad_images
         self.progress = Progress(args.seed, args.start_epoch)
         self.max_accuracy, self.best, self.accuracy = -1.0, "model", {}
         self.dense_teacher: dict | None = None
         lr = args.lr if args.unscale_lr else args.lr * self._images_per_step() / 512
         fused = {"fused": True} if args.opt in FUSED else None
-        choose_muon_dtype(device)
+        choose_muon_dtype(compute.device)
         settings = argparse.Namespace(**{**vars(args), "lr": lr, "opt_args": fused})
         try:
             optimizer = create_optimizer(settings, model)
@@ -62,7 +62,7 @@ class TrainingState:
         ema = None
         if args.model_ema:
             ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
-        scaler = torch.amp.GradScaler(device.type, enabled=utils.choose_amp(args.amp, device) == torch.float16)
+        scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.dtype == torch.float16)
         sparsifier.attach(optimizer, [ema.module] if ema else [])
         self.learner = Learner(model, optimizer, sparsifier, ema, scaler)
 
