@@ -1,6 +1,7 @@
 """Augmentations beyond timm's, quicker forms of some of timm's, and the repair of one.
 
-The transforms of a training image end in uint8 pixels, (3, height, width); `BatchTransform` does the rest.
+The transforms of a training image end in uint8 pixels, (3, height, width); `BatchTransform` does
+the rest.
 """
 
 import contextlib
@@ -9,35 +10,54 @@ import random
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, RandomResizedCropAndInterpolation, auto_augment
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    RandomResizedCropAndInterpolation,
+    auto_augment,
+)
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
 
-def three_augment(input_size: int, color_jitter: float = 0.0, simple_crop: bool = False) -> transforms.Compose:
+def three_augment(
+    input_size: int, color_jitter: float = 0.0, simple_crop: bool = False
+) -> transforms.Compose:
     """3-Augment: grayscale, solarization or Gaussian blur, one at random, then colour jitter.
 
-    Touvron et al. 2022, arXiv:2204.07118 (DeiT III). simple_crop: crop out of the image resized to `input_size` and
-    padded by four mirrored pixels, instead of zooming into it.
+    Touvron et al. 2022, arXiv:2204.07118 (DeiT III). simple_crop: crop out of the image resized to
+    `input_size` and padded by four mirrored pixels, instead of zooming into it.
     """
     if simple_crop:
-        crop = [transforms.Resize(input_size, interpolation=transforms.InterpolationMode.BICUBIC),
-                transforms.RandomCrop(input_size, padding=4, padding_mode="reflect")]
+        crop = [
+            transforms.Resize(input_size, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomCrop(input_size, padding=4, padding_mode="reflect"),
+        ]
     else:
         crop = [RandomResizedCrop(input_size, interpolation="bicubic")]
-    return transforms.Compose([
-        *crop,
-        transforms.RandomHorizontalFlip(),
-        transforms.RandomChoice([transforms.Grayscale(3), transforms.RandomSolarize(128, p=1.0), gaussian_blur]),
-        *([transforms.ColorJitter(color_jitter, color_jitter, color_jitter)] if color_jitter else []),
-        transforms.PILToTensor()])
+    return transforms.Compose(
+        [
+            *crop,
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomChoice(
+                [transforms.Grayscale(3), transforms.RandomSolarize(128, p=1.0), gaussian_blur]
+            ),
+            *(
+                [transforms.ColorJitter(color_jitter, color_jitter, color_jitter)]
+                if color_jitter
+                else []
+            ),
+            transforms.PILToTensor(),
+        ]
+    )
 
 
 class RandomResizedCrop(RandomResizedCropAndInterpolation):
-    """timm's random crop, with the same random choices, resized by torch in a quarter of the time that Pillow takes.
+    """timm's random crop, with the same random choices, resized by torch in a quarter of the time
+    that Pillow takes.
 
-    Both smooth what they shrink, and round in other places: a pixel differs by two of its 256 levels at most.
-    Takes uint8 pixels (3, height, width) as well as an image.
+    Both smooth what they shrink, and round in other places: a pixel differs by two of its 256
+    levels at most. Takes uint8 pixels (3, height, width) as well as an image.
     """
 
     def __call__(self, image: Image.Image | torch.Tensor) -> Image.Image:
@@ -46,35 +66,44 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
         if isinstance(mode, tuple | list):
             mode = random.choice(mode)
         if isinstance(image, torch.Tensor):
-            crop = image[:, top:top + height, left:left + width]
+            crop = image[:, top : top + height, left : left + width]
         else:
             crop = pil_to_tensor(image.crop((left, top, left + width, top + height)))
         crop = crop[None].contiguous(memory_format=torch.channels_last)
-        resized = torch.nn.functional.interpolate(crop, self.size, mode=mode.value, antialias=True)[0]
+        resized = torch.nn.functional.interpolate(crop, self.size, mode=mode.value, antialias=True)[
+            0
+        ]
         return Image.fromarray(resized.permute(1, 2, 0).contiguous().numpy())
 
 
 class BatchTransform:
-    """What is done to a whole training batch, on the model's device: normalization, random erasing, mixup.
+    """What is done to a whole training batch, on the model's device: normalization, random erasing,
+    mixup.
 
-    In the training process, as in timm's loader, so that data workers hand over a byte for each value, and not four.
+    In the training process, as in timm's loader, so that data workers hand over a byte for each
+    value, and not four.
 
     erase: maps normalized images to images, or None; see `timm.data.random_erasing.RandomErasing`.
     mixup: maps images and labels to images and soft targets, or None; see `timm.data.Mixup`.
     """
 
     def __init__(self, device: torch.device, erase=None, mixup=None):
-        self.erase, self.mixup = erase, mixup
+        self.erase = erase
+        self.mixup = mixup
         self.mean = (255 * torch.tensor(IMAGENET_DEFAULT_MEAN)).view(3, 1, 1).to(device)
         self.std = (255 * torch.tensor(IMAGENET_DEFAULT_STD)).view(3, 1, 1).to(device)
 
-    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, images: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """images: uint8 (batch, 3, height, width); targets: the labels (batch,).
 
-        Returns float32 images, and the labels or, with mixup, a target for each class (batch, classes).
+        Returns float32 images, and the labels or, with mixup, a target for each class (batch,
+        classes).
         """
         with one_thread():
-            if images.device.type == "cpu":  # new memory of numpy is in large pages, and takes less time than torch's
+            # New memory of numpy is in large pages, and takes less time than torch's
+            if images.device.type == "cpu":
                 images = torch.from_numpy(np.empty(images.shape, np.float32)).copy_(images)
             images = images.float().sub_(self.mean).div_(self.std)
             if self.erase is not None:
@@ -84,7 +113,9 @@ class BatchTransform:
 
 @contextlib.contextmanager
 def one_thread():
-    """Keeps torch to one thread on the CPU: several would wait for each other, while data workers hold the cores."""
+    """Keeps torch to one thread on the CPU: several would wait for each other, while data workers
+    hold the cores.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -99,7 +130,8 @@ def gaussian_blur(image: Image.Image) -> Image.Image:
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **options) -> Image.Image:
-    """timm's posterize, except that 0 bits give a black image, as before Pillow 13, and not an error.
+    """timm's posterize, except that 0 bits give a black image, as before Pillow 13, and not an
+    error.
 
     DeiT's default policy, rand-m9-mstd0.5-inc1, asks for 0 bits now and then.
     """

@@ -1,7 +1,7 @@
 """The data sets of `--data-set`, the built-in sample, and their image transforms.
 
-Named as in DeiT. It hides the package `datasets` of the Hugging Face hub from everything that runs beside it, timm's
-reader `hfds/` among them.
+Named as in DeiT. It hides the package `datasets` of the Hugging Face hub from everything that runs
+beside it, timm's reader `hfds/` among them.
 """
 
 import contextlib
@@ -14,7 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_dataset, create_transform
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ImageNetInfo,
+    create_dataset,
+    create_transform,
+)
 from torch.utils.data import Dataset
 from torchvision import io, transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
@@ -22,9 +28,11 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from augment import RandomResizedCrop, repair_posterize, three_augment
 from utils import BadImageError, UserError, first_line
 
-SYNONYMS = {"train": ("training",), "validation": ("val", "valid", "eval", "evaluation")}  # timm's, of splits
+# timm's, of splits
+SYNONYMS = {"train": ("training",), "validation": ("val", "valid", "eval", "evaluation")}
 TIMM = "timm:"  # what --data-set begins with for timm's readers
-decode_jpeg = getattr(io, "decode_jpeg", None)  # deprecated since torchvision 0.29; without it Pillow decodes
+# Deprecated since torchvision 0.29; without it Pillow decodes
+decode_jpeg = getattr(io, "decode_jpeg", None)
 SAMPLE_PATH = Path(__file__).resolve().parent / "sample"
 
 
@@ -32,9 +40,12 @@ def build_dataset(is_train: bool, args, transform=None) -> tuple[Dataset, int]:
     """The training or validation images that the arguments ask for, and the number of classes.
 
     transform: of one image; by default DeiT's for that kind of images.
-    Without `--data-path` it is the built-in sample. Raises UserError when files are missing or damaged.
+    Without `--data-path` it is the built-in sample. Raises UserError when files are missing or
+    damaged.
     """
-    name, path = (args.data_set, Path(args.data_path)) if args.data_path else ("FASHION", SAMPLE_PATH)
+    name, path = (
+        (args.data_set, Path(args.data_path)) if args.data_path else ("FASHION", SAMPLE_PATH)
+    )
     if not path.is_dir():
         raise UserError(f"--data-path {path}: no such folder")
     build = _timm if name.startswith(TIMM) else DATA_SETS[name]
@@ -42,7 +53,8 @@ def build_dataset(is_train: bool, args, transform=None) -> tuple[Dataset, int]:
 
 
 def build_transform(is_train: bool, args):
-    """DeiT's transforms of one image; training images end as uint8 pixels, for `augment.BatchTransform`.
+    """DeiT's transforms of one image; training images end as uint8 pixels, for
+    `augment.BatchTransform`.
 
     Images of 32 x 32 and less are cropped out of a padded image instead of being zoomed into.
     """
@@ -53,30 +65,45 @@ def build_transform(is_train: bool, args):
         repair_posterize()
         try:
             crop, augment, _ = create_transform(
-                separate=True, input_size=args.input_size, is_training=True, color_jitter=args.color_jitter or None,
-                auto_augment=args.aa if args.aa != "none" else None, interpolation=args.train_interpolation)
+                separate=True,
+                input_size=args.input_size,
+                is_training=True,
+                color_jitter=args.color_jitter or None,
+                auto_augment=args.aa if args.aa != "none" else None,
+                interpolation=args.train_interpolation,
+            )
         except (AssertionError, ValueError, KeyError) as error:
-            raise UserError(f"--aa {args.aa}: not a policy that timm knows ({first_line(error)})") from None
+            raise UserError(
+                f"--aa {args.aa}: not a policy that timm knows ({first_line(error)})"
+            ) from None
         zoom = RandomResizedCrop(args.input_size, interpolation=args.train_interpolation)
         if small:
-            zoom = transforms.Compose([
-                transforms.Resize(args.input_size, interpolation=transforms.InterpolationMode.BICUBIC),
-                transforms.RandomCrop(args.input_size, padding=args.crop_padding)])
+            zoom = transforms.Compose(
+                [
+                    transforms.Resize(
+                        args.input_size, interpolation=transforms.InterpolationMode.BICUBIC
+                    ),
+                    transforms.RandomCrop(args.input_size, padding=args.crop_padding),
+                ]
+            )
         # timm's own crop is the first step.
         return transforms.Compose([zoom, *crop.transforms[1:], augment, transforms.PILToTensor()])
     resized = args.input_size if small else int(args.input_size / args.eval_crop_ratio)
-    return transforms.Compose([
-        transforms.Resize(resized, interpolation=transforms.InterpolationMode.BICUBIC),
-        transforms.CenterCrop(args.input_size),
-        transforms.ToTensor(),
-        transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+    return transforms.Compose(
+        [
+            transforms.Resize(resized, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(args.input_size),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        ]
+    )
 
 
 class FashionMNIST(Dataset):
     """Images and labels in MNIST's idx files, gzipped or not; the grey images are given as RGB.
 
-    Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747) has 60,000 training and 10,000 test images of 28 x 28, in ten
-    classes; any idx pair of that layout will do.
+    Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747) has 60,000 training and 10,000 test images of
+    28 x 28, in ten classes; any idx pair of that layout will do.
     """
 
     num_classes = 10
@@ -86,20 +113,28 @@ class FashionMNIST(Dataset):
         self.images = read_idx(root, f"{prefix}-images-idx3-ubyte", ndim=3)
         self.labels = read_idx(root, f"{prefix}-labels-idx1-ubyte", ndim=1)
         if len(self.images) != len(self.labels):
-            raise UserError(f"{root}: {len(self.images)} {prefix} images but {len(self.labels)} labels")
+            raise UserError(
+                f"{root}: {len(self.images)} {prefix} images but {len(self.labels)} labels"
+            )
         if self.labels.max(initial=0) >= self.num_classes:
-            raise UserError(f"{root}: {prefix} label {self.labels.max()}, expected 0 to {self.num_classes - 1}")
+            raise UserError(
+                f"{root}: {prefix} label {self.labels.max()}, expected 0 to {self.num_classes - 1}"
+            )
         self.transform = transform or (lambda image: image)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int):
-        return self.transform(Image.fromarray(self.images[index]).convert("RGB")), int(self.labels[index])
+        return self.transform(Image.fromarray(self.images[index]).convert("RGB")), int(
+            self.labels[index]
+        )
 
 
 def read_idx(root: Path, name: str, ndim: int) -> np.ndarray:
-    """The uint8 array of `root/name` or `root/name.gz`, in MNIST's idx format with `ndim` dimensions."""
+    """The uint8 array of `root/name` or `root/name.gz`, in MNIST's idx format with `ndim`
+    dimensions.
+    """
     plain, packed = root / name, root / f"{name}.gz"
     try:
         content = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
@@ -107,10 +142,15 @@ def read_idx(root: Path, name: str, ndim: int) -> np.ndarray:
         raise UserError(f"{plain}: no such file, with or without .gz") from None
     except (OSError, EOFError, gzip.zlib.error) as error:
         raise UserError(f"{packed}: damaged ({error})") from None
-    # The header: two zero bytes, 8 for uint8, the number of dimensions, then each size as a big-endian uint32.
+    # The header: two zero bytes, 8 for uint8, the number of dimensions, then each size as a
+    # big-endian uint32.
     header = 4 + 4 * ndim
     shape = np.frombuffer(content[4:header], ">u4").tolist() if len(content) >= header else []
-    if content[:4] != bytes([0, 0, 8, ndim]) or len(content) - header != np.prod(shape, dtype=object) or 0 in shape:
+    if (
+        content[:4] != bytes([0, 0, 8, ndim])
+        or len(content) - header != np.prod(shape, dtype=object)
+        or 0 in shape
+    ):
         raise UserError(f"{plain}: not an idx file of {ndim} dimensions in uint8, or not all of it")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
@@ -124,29 +164,43 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 class INaturalist(Dataset):
     """iNaturalist 2018 or 2019, labelled by one rank of the taxonomy.
 
-    root: has `train{year}.json` and `val{year}.json` (COCO's form: images, annotations), `categories.json` (for each
-        category id, in order, its name in every rank) and the images at `train_val{year}/{category id}/{file}`.
-    category: kingdom, phylum, class, order, supercategory, family, genus or name; classes are numbered as they first
-        appear among the training annotations, as in DeiT.
+    root: has `train{year}.json` and `val{year}.json` (COCO's form: images, annotations),
+        `categories.json` (for each category id, in order, its name in every rank) and the images at
+        `train_val{year}/{category id}/{file}`.
+    category: kingdom, phylum, class, order, supercategory, family, genus or name; classes are
+        numbered as they first appear among the training annotations, as in DeiT.
     """
 
-    def __init__(self, root: Path, year: int, is_train: bool, category: str = "name", transform=None):
-        self.transform, self.loader = transform or (lambda image: image), loader_for(transform)
+    def __init__(
+        self, root: Path, year: int, is_train: bool, category: str = "name", transform=None
+    ):
+        self.transform = transform or (lambda image: image)
+        self.loader = loader_for(transform)
         try:
-            ranks = dict(enumerate(entry[category] for entry in _read_json(root / "categories.json")))
+            ranks = dict(
+                enumerate(entry[category] for entry in _read_json(root / "categories.json"))
+            )
             annotations = _read_json(root / f"train{year}.json")["annotations"]
-            classes = dict.fromkeys(ranks[int(annotation["category_id"])] for annotation in annotations)
+            classes = dict.fromkeys(
+                ranks[int(annotation["category_id"])] for annotation in annotations
+            )
             labels = {name: label for label, name in enumerate(classes)}
             self.samples = []
-            for entry in _read_json(root / f"{'train' if is_train else 'val'}{year}.json")["images"]:
+            for entry in _read_json(root / f"{'train' if is_train else 'val'}{year}.json")[
+                "images"
+            ]:
                 top, _, number, file = entry["file_name"].split("/")
                 self.samples.append((root / top / number / file, labels[ranks[int(number)]]))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise UserError(f"--data-path {root}: its annotations are not iNaturalist {year}'s "
-                            f"({type(error).__name__}: {first_line(error)})") from None
+            raise UserError(
+                f"--data-path {root}: its annotations are not iNaturalist {year}'s "
+                f"({type(error).__name__}: {first_line(error)})"
+            ) from None
         self.num_classes = len(labels)
         if not self.samples:
-            raise UserError(f"--data-path {root}: no images in the annotations of iNaturalist {year}")
+            raise UserError(
+                f"--data-path {root}: no images in the annotations of iNaturalist {year}"
+            )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -159,8 +213,8 @@ class INaturalist(Dataset):
 def load_image(path, as_pixels: bool = False, file=None) -> Image.Image | torch.Tensor:
     """The image of a file in RGB; `file` is what to read it from, where it is open already.
 
-    as_pixels: a JPEG in colour is decoded by torchvision, which takes two thirds of Pillow's time for the same pixels,
-        and given as a uint8 tensor (3, height, width).
+    as_pixels: a JPEG in colour is decoded by torchvision, which takes two thirds of Pillow's time
+        for the same pixels, and given as a uint8 tensor (3, height, width).
     Raises BadImageError naming the file when it cannot be read.
     """
     try:
@@ -168,11 +222,15 @@ def load_image(path, as_pixels: bool = False, file=None) -> Image.Image | torch.
             content = source.read()
         image = Image.open(BytesIO(content))  # reads no more than the header
         if as_pixels and decode_jpeg and (image.format, image.mode) == ("JPEG", "RGB"):
-            with contextlib.suppress(RuntimeError):  # Pillow then says what is wrong with it
+            # Pillow then says what is wrong with it
+            with contextlib.suppress(RuntimeError):
                 return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         return image.convert("RGB")
-    except Exception as error:  # damaged files raise whatever the byte that is wrong leads to
-        reason = "in no known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
+    except Exception as error:
+        # Damaged files raise whatever the byte that is wrong leads to
+        reason = (
+            "in no known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        )
         raise BadImageError(f"{path}: cannot be read as an image ({reason})") from None
 
 
@@ -183,10 +241,14 @@ def loader_for(transform):
 
 
 class ReaderImages(Dataset):
-    """The images of one of timm's readers with random access: a folder or a tar file with a folder per class."""
+    """The images of one of timm's readers with random access: a folder or a tar file with a folder
+    per class.
+    """
 
     def __init__(self, reader, transform):
-        self.reader, self.transform, self.loader = reader, transform, loader_for(transform)
+        self.reader = reader
+        self.transform = transform
+        self.loader = loader_for(transform)
         self.class_to_idx = getattr(reader, "class_to_idx", None) or reader.class_name_to_idx
 
     def __len__(self) -> int:
@@ -194,36 +256,60 @@ class ReaderImages(Dataset):
 
     def __getitem__(self, index: int):
         file, label = self.reader[index]
-        return self.transform(self.loader(self.reader.filename(index, absolute=True), file=file)), label
+        return self.transform(
+            self.loader(self.reader.filename(index, absolute=True), file=file)
+        ), label
 
 
 def _timm(path, is_train, transform, args):
     """What `timm.data.create_dataset` makes of the name in `--data-set timm:NAME`."""
-    name, split = args.data_set.removeprefix(TIMM), args.train_split if is_train else args.val_split
+    name = args.data_set.removeprefix(TIMM)
+    split = args.train_split if is_train else args.val_split
     kind = name.partition("/")[0]
-    if kind in ("", "folder") and not any((path / folder).exists() for folder in (split, *SYNONYMS.get(split, ()))):
-        raise UserError(f"--data-path {path}: has no {split} in it; expected --train-split and --val-split to name "
-                        "folders or tar files there")
+    if kind in ("", "folder") and not any(
+        (path / folder).exists() for folder in (split, *SYNONYMS.get(split, ()))
+    ):
+        raise UserError(
+            f"--data-path {path}: has no {split} in it; expected --train-split and --val-split to "
+            "name "
+            "folders or tar files there"
+        )
     try:
-        data = create_dataset(name, str(path), split, is_training=is_train, batch_size=args.batch_size, seed=args.seed,
-                              transform=transform)
+        data = create_dataset(
+            name,
+            str(path),
+            split,
+            is_training=is_train,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            transform=transform,
+        )
     except ImportError as error:
         raise UserError(f"--data-set {args.data_set}: {first_line(error)}") from None
     except Exception as error:  # each reader has its own way to refuse
         hint = "; pip install webdataset" if "install webdataset" in str(error) else ""
-        raise UserError(f"--data-set {args.data_set} --data-path {path}, split {split}: {first_line(error)}{hint}"
-                        ) from None
+        raise UserError(
+            f"--data-set {args.data_set} --data-path {path}, split {split}: "
+            f"{first_line(error)}{hint}"
+        ) from None
     classes = args.num_classes
     if kind == "wds":
         if not classes:
-            raise UserError(f"--data-set {args.data_set}: expected --num-classes beside it, as shards do not tell")
+            raise UserError(
+                f"--data-set {args.data_set}: expected --num-classes beside it, as shards do not "
+                "tell"
+            )
         return data, classes
     if kind == "torch":
-        names = next((getattr(data, name) for name in ("all_categories", "classes") if hasattr(data, name)), [])
+        names = next(
+            (getattr(data, name) for name in ("all_categories", "classes") if hasattr(data, name)),
+            [],
+        )
         if hasattr(data, "loader"):
             data.loader = loader_for(transform)  # which names the files that cannot be read
     else:
-        data = ReaderImages(data.reader, transform)  # timm's own class passes over files that cannot be read
+        # timm's own class passes over files that cannot be read
+        data = ReaderImages(data.reader, transform)
         names = data.class_to_idx
     if classes and classes < len(names):
         raise UserError(f"--num-classes {classes}: {path} has {len(names)} classes")
@@ -242,16 +328,21 @@ def _read_json(path: Path):
 def _image_folder(path, is_train, transform, args):
     root = path / ("train" if is_train else "val")
     if not root.is_dir():
-        raise UserError(f"--data-path {path}: has no folder {root.name}/ with one folder of images per class")
+        raise UserError(
+            f"--data-path {path}: has no folder {root.name}/ with one folder of images per class"
+        )
     try:
         data = ImageFolder(root, transform=transform, loader=loader_for(transform))
     except FileNotFoundError as error:
         raise UserError(f"--data-path {path}: {' '.join(str(error).split())}") from None
-    # A part of ImageNet keeps ImageNet's own labels, so that the head of a pretrained model fits it.
+    # A part of ImageNet keeps ImageNet's own labels, so that the head of a pretrained model fits
+    # it.
     synsets = {name: label for label, name in enumerate(ImageNetInfo().label_names())}
     if set(data.classes) <= set(synsets):
         data.class_to_idx = {name: synsets[name] for name in data.classes}
-        data.samples = data.imgs = [(file, synsets[data.classes[label]]) for file, label in data.samples]
+        data.samples = data.imgs = [
+            (file, synsets[data.classes[label]]) for file, label in data.samples
+        ]
         data.targets = [label for _, label in data.samples]
         return data, len(synsets)
     return data, len(data.classes)
@@ -262,7 +353,10 @@ def _cifar(kind, num_classes):
         try:
             return kind(path, train=is_train, transform=transform), num_classes
         except RuntimeError:
-            raise UserError(f"--data-path {path}: has no intact {kind.base_folder}/ in it") from None
+            raise UserError(
+                f"--data-path {path}: has no intact {kind.base_folder}/ in it"
+            ) from None
+
     return build
 
 
@@ -274,6 +368,7 @@ def _inaturalist(year):
     def build(path, is_train, transform, args):
         data = INaturalist(path, year, is_train, args.inat_category, transform)
         return data, data.num_classes
+
     return build
 
 

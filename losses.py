@@ -1,4 +1,5 @@
-"""The losses that training adds to a plain criterion: distillation, the dense model as teacher, co-distillation.
+"""The losses that training adds to a plain criterion: distillation, the dense model as teacher,
+co-distillation.
 
 Each is called as `loss(images, outputs, targets)` with what the model gave for the images.
 """
@@ -11,21 +12,30 @@ from torch import nn
 class DistillationLoss(nn.Module):
     """The criterion on the class head, and on the distillation head what the teacher says.
 
-    Touvron et al. 2021, arXiv:2012.12877. `soft` is the Kullback-Leibler divergence at temperature `tau`, times tau
-    squared, over the number of logits; `hard` is the cross-entropy with the teacher's first class. `alpha` is the share
-    of the teacher in the loss; `none` uses the criterion alone.
+    Touvron et al. 2021, arXiv:2012.12877. `soft` is the Kullback-Leibler divergence at temperature
+    `tau`, times tau squared, over the number of logits; `hard` is the cross-entropy with the
+    teacher's first class. `alpha` is the share of the teacher in the loss; `none` uses the
+    criterion alone.
 
     teacher_model: maps the images to logits; None with `none`. It runs without gradients.
-    outputs: logits (batch, classes), or the pair (class head, distillation head) of a distilled model.
+    outputs: logits (batch, classes), or the pair (class head, distillation head) of a distilled
+    model.
     targets: whatever the criterion takes.
     """
 
-    def __init__(self, base_criterion, teacher_model=None, distillation_type="none", alpha=0.5, tau=1.0):
+    def __init__(
+        self, base_criterion, teacher_model=None, distillation_type="none", alpha=0.5, tau=1.0
+    ):
         super().__init__()
         if distillation_type not in ("none", "soft", "hard"):
-            raise ValueError(f"distillation_type {distillation_type!r}: expected none, soft or hard")
-        self.base_criterion, self.teacher_model = base_criterion, teacher_model
-        self.distillation_type, self.alpha, self.tau = distillation_type, alpha, tau
+            raise ValueError(
+                f"distillation_type {distillation_type!r}: expected none, soft or hard"
+            )
+        self.base_criterion = base_criterion
+        self.teacher_model = teacher_model
+        self.distillation_type = distillation_type
+        self.alpha = alpha
+        self.tau = tau
 
     def forward(self, images, outputs, targets):
         outputs, outputs_kd = (outputs, None) if isinstance(outputs, torch.Tensor) else outputs
@@ -33,13 +43,21 @@ class DistillationLoss(nn.Module):
         if self.distillation_type == "none":
             return loss
         if outputs_kd is None:
-            raise ValueError("distillation needs a model that returns the logits of two heads while it trains")
+            raise ValueError(
+                "distillation needs a model that returns the logits of two heads while it trains"
+            )
         with torch.no_grad():
             teacher = self.teacher_model(images).float()
         outputs_kd = outputs_kd.float()
         if self.distillation_type == "soft":
-            student, teacher = (F.log_softmax(logits / self.tau, dim=1) for logits in (outputs_kd, teacher))
-            kd_loss = F.kl_div(student, teacher, reduction="sum", log_target=True) * self.tau**2 / student.numel()
+            student, teacher = (
+                F.log_softmax(logits / self.tau, dim=1) for logits in (outputs_kd, teacher)
+            )
+            kd_loss = (
+                F.kl_div(student, teacher, reduction="sum", log_target=True)
+                * self.tau**2
+                / student.numel()
+            )
         else:
             kd_loss = F.cross_entropy(outputs_kd, teacher.argmax(dim=1))
         return loss * (1 - self.alpha) + kd_loss * self.alpha
@@ -48,17 +66,23 @@ class DistillationLoss(nn.Module):
 class DenseTeacherLoss(nn.Module):
     """The criterion on the targets, and what the model before it was pruned says of the images.
 
-    Hinton et al. 2015, arXiv:1503.02531: (1 - weight) * criterion + weight * tau^2 * the mean over images of the
-    Kullback-Leibler divergence KL(teacher || student), both at temperature `tau`. A weight of 1 uses no targets.
+    Hinton et al. 2015, arXiv:1503.02531: (1 - weight) * criterion + weight * tau^2 * the mean over
+    images of the Kullback-Leibler divergence KL(teacher || student), both at temperature `tau`. A
+    weight of 1 uses no targets.
 
     criterion: called with logits (batch, classes) and the targets; whatever targets it takes.
-    teacher: maps the images to logits (batch, classes). It runs without gradients, in the precision of the student.
-    outputs: logits (batch, classes), or a pair of them; then each learns both, and the loss is the mean.
+    teacher: maps the images to logits (batch, classes). It runs without gradients, in the precision
+    of the student.
+    outputs: logits (batch, classes), or a pair of them; then each learns both, and the loss is the
+    mean.
     """
 
     def __init__(self, criterion, teacher: nn.Module, weight: float, tau: float = 1.0):
         super().__init__()
-        self.criterion, self.teacher, self.weight, self.tau = criterion, teacher, weight, tau
+        self.criterion = criterion
+        self.teacher = teacher
+        self.weight = weight
+        self.tau = tau
 
     def forward(self, images, outputs, targets):
         with torch.no_grad():
@@ -66,8 +90,16 @@ class DenseTeacherLoss(nn.Module):
 
         def loss(logits):
             student = F.log_softmax(logits / self.tau, dim=1)
-            loss = self.weight * self.tau**2 * F.kl_div(student, wanted, reduction="batchmean", log_target=True)
-            return loss if self.weight == 1 else loss + (1 - self.weight) * self.criterion(logits, targets)
+            loss = (
+                self.weight
+                * self.tau**2
+                * F.kl_div(student, wanted, reduction="batchmean", log_target=True)
+            )
+            return (
+                loss
+                if self.weight == 1
+                else loss + (1 - self.weight) * self.criterion(logits, targets)
+            )
 
         heads = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
         return sum(loss(logits.float()) for logits in heads) / len(heads)
@@ -76,10 +108,10 @@ class DenseTeacherLoss(nn.Module):
 class CosubLoss(nn.Module):
     """Co-training of two submodels: each learns the targets and what the other one says.
 
-    Touvron et al. 2022, arXiv:2212.04884. The submodels are two forward passes of one network under drop path:
-    `outputs` has the logits of the batch twice, shape (2 * batch, classes). Binary cross-entropy throughout; targets
-    are class indices (batch,) or the weights (batch, classes) that mixup gives. binary: every class with a weight
-    counts fully.
+    Touvron et al. 2022, arXiv:2212.04884. The submodels are two forward passes of one network under
+    drop path: `outputs` has the logits of the batch twice, shape (2 * batch, classes). Binary
+    cross-entropy throughout; targets are class indices (batch,) or the weights (batch, classes)
+    that mixup gives. binary: every class with a weight counts fully.
     """
 
     def __init__(self, binary: bool = False):
@@ -91,6 +123,12 @@ class CosubLoss(nn.Module):
         if targets.ndim == 1:
             targets = F.one_hot(targets, first.shape[1])
         targets = (targets > 0 if self.binary else targets).to(first.dtype)
-        pairs = ((first, targets), (second, targets), (first, second.detach().sigmoid()),
-                 (second, first.detach().sigmoid()))
-        return sum(F.binary_cross_entropy_with_logits(logits, wanted) for logits, wanted in pairs) / 4
+        pairs = (
+            (first, targets),
+            (second, targets),
+            (first, second.detach().sigmoid()),
+            (second, first.detach().sigmoid()),
+        )
+        return (
+            sum(F.binary_cross_entropy_with_logits(logits, wanted) for logits, wanted in pairs) / 4
+        )

@@ -1,8 +1,9 @@
 """Prunes a vision transformer and finetunes it, with DeiT's recipe and DeiT's arguments.
 
     python main.py --pruner lamp --sparsity 0.65
-    python main.py --model deit_small_patch16_224 --data-path IMAGENET --output_dir OUT --pruner lamp --sparsity 0.65
-    torchrun --nproc_per_node=8 main.py --model deit_small_patch16_224 --data-path IMAGENET --output_dir OUT \
+    python main.py --model deit_small_patch16_224 --data-path IMAGENET --output_dir OUT --pruner
+    lamp --sparsity 0.65 torchrun --nproc_per_node=8 main.py --model deit_small_patch16_224
+    --data-path IMAGENET --output_dir OUT \
         --pruner lamp --sparsity 0.65
 
 The first line needs no data set: it uses the sample in this repository.
@@ -37,18 +38,26 @@ from utils import Compute, log
 
 
 def main(args) -> dict[str, float]:
-    """The whole run; returns the top-1 accuracies in percent (dense, pruned, finetuned) that it measured."""
+    """The whole run; returns the top-1 accuracies in percent (dense, pruned, finetuned) that it
+    measured.
+    """
     compute = Compute.choose(args.device, args.amp)
-    utils.init_process_group(compute.device.type, args.dist_url, args.distributed, args.world_size, args.dist_timeout)
+    utils.init_process_group(
+        compute.device.type, args.dist_url, args.distributed, args.world_size, args.dist_timeout
+    )
     describe(args, compute)
-    utils.seed_everything(utils.INIT, args.seed)  # the same on every process, so that fresh weights are the same
+    # The same on every process, so that fresh weights are the same
+    utils.seed_everything(utils.INIT, args.seed)
 
     with StopSignals() as stop:
         train_loader, val_loader, num_classes = build_loaders(args, compute.device)
         args, checkpoint = load_start(args)
         model = prepare_model(args, num_classes, checkpoint, compute.device)
-        teacher = build_dense_teacher(args, num_classes, model, checkpoint, compute.device)  # while the model is dense
-        sparsifier = build_sparsifier(args, model, checkpoint, steps_of_epoch(train_loader, args.accum_iter), compute)
+        # While the model is dense
+        teacher = build_dense_teacher(args, num_classes, model, checkpoint, compute.device)
+        sparsifier = build_sparsifier(
+            args, model, checkpoint, steps_of_epoch(train_loader, args.accum_iter), compute
+        )
         first_masks = {} if sparsifier.masks else sparsifier.first_masks()
         dense = model
         if args.shrink and (first_masks or "shape" not in checkpoint):
@@ -56,31 +65,55 @@ def main(args) -> dict[str, float]:
         state = options = None
         if not args.eval:  # before any evaluation, so that a mistake shows at once
             options = build_step_options(args, num_classes, compute, teacher)
-            state = build_state(args, model, sparsifier, checkpoint, compute, train_loader.dataset.bad, teacher)
-        results = open_results(args, sparsifier.recipe, state.progress.epoch if state else 0, train_loader, val_loader,
-                               compute)
+            state = build_state(
+                args, model, sparsifier, checkpoint, compute, train_loader.dataset.bad, teacher
+            )
+        results = open_results(
+            args,
+            sparsifier.recipe,
+            state.progress.epoch if state else 0,
+            train_loader,
+            val_loader,
+            compute,
+        )
         test = Evaluator(val_loader, args, compute, stop, state.accuracy if state else {})
         before = "before pruning" if "masks" in checkpoint else "dense"
         checkpoint = None  # from here on it would only take memory
 
         rows = prune(dense, model, sparsifier, first_masks, test, before, args.eval)
         dense = None
-        results.start(model, rows, test.accuracy, torch.zeros(1, 3, args.input_size, args.input_size, device=compute.device))
+        results.start(
+            model,
+            rows,
+            test.accuracy,
+            torch.zeros(1, 3, args.input_size, args.input_size, device=compute.device),
+        )
         accuracy = test.accuracy
         if state:
             trained = train(state, options, train_loader, test, stop, results)
             accuracy = {**accuracy, "finetuned" if sparsifier.masks else "trained": trained}
     results.finish(accuracy, sparsity_rows(model, sparsifier.masks.masks))
     if utils.is_main_process():  # also with --quiet
-        print("Top-1 accuracy: " + ", ".join(f"{name} {value:.2f} %" for name, value in accuracy.items()))
+        print(
+            "Top-1 accuracy: "
+            + ", ".join(f"{name} {value:.2f} %" for name, value in accuracy.items())
+        )
     return accuracy
 
 
-def prune(dense, model, sparsifier: Sparsifier, first_masks: dict, test: Evaluator, before: str,
-          evaluates: bool) -> list[LayerSparsity]:
+def prune(
+    dense,
+    model,
+    sparsifier: Sparsifier,
+    first_masks: dict,
+    test: Evaluator,
+    before: str,
+    evaluates: bool,
+) -> list[LayerSparsity]:
     """Prunes the model by masks that it does not have yet, and reports what is kept of each layer.
 
-    The accuracy is measured before (under the name `before`) and after; with `evaluates` also of a model as it is.
+    The accuracy is measured before (under the name `before`) and after; with `evaluates` also of a
+    model as it is.
     dense: the model as it was before, which is another one only where it was shrunk.
     """
     if first_masks:
@@ -101,9 +134,13 @@ def describe(args, compute: Compute) -> None:
     if args.data_path:
         log(f"Arguments: {vars(args)}", only=utils.LINES)
     else:
-        log("No --data-path: using the built-in sample, 6,000 training and 2,000 test images of Fashion-MNIST.\n"
-            "For a data set of your own: --data-path DIR --model NAME, DIR having train/ and val/ with a folder per "
-            "class.")
+        log(
+            "No --data-path: using the built-in sample, 6,000 training and 2,000 test images of "
+            "Fashion-MNIST.\n"
+            "For a data set of your own: --data-path DIR --model NAME, DIR having train/ and val/ "
+            "with a folder per "
+            "class."
+        )
     log(f"{args.model} on {compute.in_words()}, {utils.world_size()} process(es)")
 
 

@@ -12,15 +12,24 @@ from timm.models.vision_transformer import VisionTransformer
 
 from utils import UserError, first_line
 
-default_cfgs = generate_default_cfgs({
-    "deit_sample_patch4_28.fashion_mnist": {
-        "file": str(Path(__file__).resolve().parent / "sample" / "deit_sample_patch4_28.safetensors"),
-        "num_classes": 10, "input_size": (3, 28, 28), "fixed_input_size": True,
-        "first_conv": "patch_embed.proj", "classifier": "head", "license": "mit",
-    },
-})
+default_cfgs = generate_default_cfgs(
+    {
+        "deit_sample_patch4_28.fashion_mnist": {
+            "file": str(
+                Path(__file__).resolve().parent / "sample" / "deit_sample_patch4_28.safetensors"
+            ),
+            "num_classes": 10,
+            "input_size": (3, 28, 28),
+            "fixed_input_size": True,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "license": "mit",
+        }
+    }
+)
 
-#: Beginnings of names that `--model-kwargs` has no say in: other arguments set them, or they load files.
+#: Beginnings of names that `--model-kwargs` has no say in: other arguments set them, or they load
+#: files.
 FIXED = ("num_classes", "img_size", "pretrained", "checkpoint", "cache")
 
 SAMPLE_SHAPE = {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
@@ -28,16 +37,20 @@ SAMPLE_SHAPE = {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
 
 @register_model
 def deit_sample_patch4_28(pretrained=False, **kwargs) -> VisionTransformer:
-    """A DeiT of 0.7 M parameters for images of 28 x 28, with weights for Fashion-MNIST in this repository."""
+    """A DeiT of 0.7 M parameters for images of 28 x 28, with weights for Fashion-MNIST in this
+    repository.
+    """
     model_args = {"img_size": 28, **SAMPLE_SHAPE, **kwargs}
-    return build_model_with_cfg(VisionTransformer, "deit_sample_patch4_28", pretrained, **model_args)
+    return build_model_with_cfg(
+        VisionTransformer, "deit_sample_patch4_28", pretrained, **model_args
+    )
 
 
 def timm_name(name: str) -> str:
     """timm's name of a model in DeiT's repository; any other name as it is.
 
-    A DeiT III such as `deit_small_patch16_LS` is `deit3_small_patch16_224` in timm, and a CaiT such as `cait_S24`, for
-    images of 384 unless it says otherwise, is `cait_s24_384`.
+    A DeiT III such as `deit_small_patch16_LS` is `deit3_small_patch16_224` in timm, and a CaiT such
+    as `cait_S24`, for images of 384 unless it says otherwise, is `cait_s24_384`.
     """
     if found := re.fullmatch(r"deit_(small|medium|base|large|huge)_patch(14|16)_LS", name):
         return f"deit3_{found[1]}_patch{found[2]}_224"
@@ -56,8 +69,11 @@ def shape_arguments(assignments: list[str] | None) -> dict:
     for assignment in assignments or ():
         name, _, value = assignment.partition("=")
         if not name.isidentifier() or not value or name.startswith(FIXED):
-            raise UserError(f"--model-kwargs {assignment}: expected KEY=VALUE with an argument of the architecture, "
-                            "such as embed_dim=64")
+            raise UserError(
+                f"--model-kwargs {assignment}: expected KEY=VALUE with an argument of the "
+                "architecture, "
+                "such as embed_dim=64"
+            )
         try:
             found[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -65,23 +81,40 @@ def shape_arguments(assignments: list[str] | None) -> dict:
     return found
 
 
-def build_model(name: str, num_classes: int, input_size: int, *, drop: float = 0.0, drop_path: float = 0.0,
-                pretrained: bool = False, assignments: list[str] | None = None,
-                flag: str = "--model") -> torch.nn.Module:
+def build_model(
+    name: str,
+    num_classes: int,
+    input_size: int,
+    *,
+    drop: float = 0.0,
+    drop_path: float = 0.0,
+    pretrained: bool = False,
+    assignments: list[str] | None = None,
+    flag: str = "--model",
+) -> torch.nn.Module:
     """timm's model of that name for square images of `input_size` pixels, on the CPU.
 
-    pretrained: load the weights that timm knows for the name; a head for another number of classes starts anew.
+    pretrained: load the weights that timm knows for the name; a head for another number of classes
+    starts anew.
     assignments: of `--model-kwargs`.
-    Raises UserError for an unknown name, a size the model cannot take, or weights that cannot be had.
+    Raises UserError for an unknown name, a size the model cannot take, or weights that cannot be
+    had.
     """
     name, shape = timm_name(name), shape_arguments(assignments)
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
+        hint = (
+            f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
+        )
         raise UserError(f"{flag} {name}: timm has no such model; {hint}")
 
     def create(pretrained):
-        options = {"pretrained": pretrained, "num_classes": num_classes, "drop_rate": drop, "drop_path_rate": drop_path}
+        options = {
+            "pretrained": pretrained,
+            "num_classes": num_classes,
+            "drop_rate": drop,
+            "drop_path_rate": drop_path,
+        }
         options |= shape
         try:
             return timm.create_model(name, img_size=input_size, **options)
@@ -90,22 +123,33 @@ def build_model(name: str, num_classes: int, input_size: int, *, drop: float = 0
 
     try:
         model = create(pretrained=False)
-        with torch.no_grad():  # some architectures find out about a wrong size only when they are used
+        # Some architectures find out about a wrong size only when they are used
+        with torch.no_grad():
             model.eval()(torch.zeros(1, 3, input_size, input_size))
     except Exception as error:  # each architecture has its own way to refuse
-        wanted = f"{flag} {name}" + (f" --model-kwargs {' '.join(assignments)}" if assignments else "")
-        raise UserError(f"{wanted} cannot be built for --input-size {input_size} ({first_line(error)})") from None
+        wanted = f"{flag} {name}" + (
+            f" --model-kwargs {' '.join(assignments)}" if assignments else ""
+        )
+        raise UserError(
+            f"{wanted} cannot be built for --input-size {input_size} ({first_line(error)})"
+        ) from None
     if pretrained:
         try:
             model = create(pretrained=True)
         except Exception as error:  # hub clients raise errors of many libraries
-            raise UserError(f"no pretrained weights for {flag} {name} ({first_line(error)}); give weights with "
-                            "--finetune FILE, or start from random ones with --no-pretrained") from None
+            raise UserError(
+                f"no pretrained weights for {flag} {name} ({first_line(error)}); give weights with "
+                "--finetune FILE, or start from random ones with --no-pretrained"
+            ) from None
     return model
 
 
-def timm_call(name: str, num_classes: int, input_size: int, assignments: list[str] | None = None) -> tuple[str, dict]:
-    """The name and arguments with which `timm.create_model`, without this project, builds what `build_model` does."""
+def timm_call(
+    name: str, num_classes: int, input_size: int, assignments: list[str] | None = None
+) -> tuple[str, dict]:
+    """The name and arguments with which `timm.create_model`, without this project, builds what
+    `build_model` does.
+    """
     name, shape = timm_name(name), shape_arguments(assignments)
     arguments = {"num_classes": num_classes, "img_size": input_size, **shape}
     if name == deit_sample_patch4_28.__name__:
@@ -118,22 +162,31 @@ def timm_call(name: str, num_classes: int, input_size: int, assignments: list[st
 
 
 def train_attention_only(model: torch.nn.Module) -> None:
-    """Freezes all but attention, position embedding and head (Touvron et al. 2022, arXiv:2203.09795)."""
+    """Freezes all but attention, position embedding and head (Touvron et al. 2022,
+    arXiv:2203.09795).
+    """
     head = head_parameters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = ".attn." in name or name == "pos_embed" or name in head
 
 
 def train_both_heads(model: torch.nn.Module, name: str) -> None:
-    """Makes a distilled model return the logits of both heads while it trains; UserError without a second head."""
+    """Makes a distilled model return the logits of both heads while it trains; UserError without a
+    second head.
+    """
     if not hasattr(model, "set_distilled_training"):
-        raise UserError(f"--model {name}: has no distillation head for --distillation-type; expected a distilled model "
-                        "such as deit_small_distilled_patch16_224")
+        raise UserError(
+            f"--model {name}: has no distillation head for --distillation-type; expected a "
+            "distilled model "
+            "such as deit_small_distilled_patch16_224"
+        )
     model.set_distilled_training(True)
 
 
 def head_parameters(model: torch.nn.Module) -> list[str]:
-    """The names of the parameters of the classifier, or of both classifiers of a distilled model; a weight first."""
+    """The names of the parameters of the classifier, or of both classifiers of a distilled model; a
+    weight first.
+    """
     heads = model.get_classifier()
     heads = heads if isinstance(heads, (tuple, list)) else [heads]
     ids = {id(parameter) for head in heads for parameter in head.parameters()}

@@ -9,19 +9,27 @@ import utils
 
 
 class TrainSampler(Sampler):
-    """One process's share of a shuffled epoch: yields `(index, key)`, the key being the seed of that one sample.
+    """One process's share of a shuffled epoch: yields `(index, key)`, the key being the seed of
+    that one sample.
 
-    Position p of the epoch goes to process `p % world_size`. The order depends on (seed, epoch) and a sample's key on
-    (seed, epoch, p), so neither depends on the number of data workers.
+    Position p of the epoch goes to process `p % world_size`. The order depends on (seed, epoch) and
+    a sample's key on (seed, epoch, p), so neither depends on the number of data workers.
 
-    repeats: how often each drawn image appears, with an augmentation of its own, in neighbouring positions and so on
-        different processes where possible. With 3 this is DeiT's repeated augmentation (Berman et al. 2019,
-        arXiv:1902.05509): an epoch has as many samples as without it, rounded down to a multiple of 256, and shows
-        about a third of the images. Fewer than 256 images are not rounded, since nothing would be left.
+    repeats: how often each drawn image appears, with an augmentation of its own, in neighbouring
+        positions and so on different processes where possible. With 3 this is DeiT's repeated
+        augmentation (Berman et al. 2019, arXiv:1902.05509): an epoch has as many samples as without
+        it, rounded down to a multiple of 256, and shows about a third of the images. Fewer than 256
+        images are not rounded, since nothing would be left.
     """
 
-    def __init__(self, size: int, seed: int = 0, repeats: int = 1, rank: int = 0, world_size: int = 1):
-        self.size, self.seed, self.repeats, self.rank, self.world_size = size, seed, repeats, rank, world_size
+    def __init__(
+        self, size: int, seed: int = 0, repeats: int = 1, rank: int = 0, world_size: int = 1
+    ):
+        self.size = size
+        self.seed = seed
+        self.repeats = repeats
+        self.rank = rank
+        self.world_size = world_size
         self.epoch = self.skipped = 0
         if repeats > 1:
             self.num_samples = max((size // 256 * 256 or size) // world_size, 1)
@@ -33,29 +41,40 @@ class TrainSampler(Sampler):
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Moves to an epoch, without the first `skip` samples of this process."""
-        self.epoch, self.skipped = epoch, min(skip, self.num_samples)
+        self.epoch = epoch
+        self.skipped = min(skip, self.num_samples)
 
     def __len__(self) -> int:
         return self.num_samples - self.skipped
 
     def __iter__(self):
         order = np.random.default_rng((utils.ORDER, self.seed, self.epoch)).permutation(self.size)
-        for position in range(self.skipped * self.world_size + self.rank, self.num_samples * self.world_size,
-                              self.world_size):
-            # Without repeats the last round may pass the end; it starts again from the front, so that every
-            # process has equally many samples.
-            yield int(order[position // self.repeats % self.size]), (self.seed, self.epoch, position)
+        for position in range(
+            self.skipped * self.world_size + self.rank,
+            self.num_samples * self.world_size,
+            self.world_size,
+        ):
+            # Without repeats the last round may pass the end; it starts again from the front, so
+            # that every process has equally many samples.
+            yield (
+                int(order[position // self.repeats % self.size]),
+                (self.seed, self.epoch, position),
+            )
 
 
 class EvalBatchSampler(BatchSampler):
     """Every sample once, in order; process r of w gets the whole batches r, r + w, r + 2w, ...
 
-    Whole batches, and not samples, are shared out: each batch is then the very one that a single process sees, so
-    accuracies are equal to the last image for any number of processes, also when nothing divides evenly.
+    Whole batches, and not samples, are shared out: each batch is then the very one that a single
+    process sees, so accuracies are equal to the last image for any number of processes, also when
+    nothing divides evenly.
     """
 
     def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1):
-        self.size, self.batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
+        self.size = size
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
 
     def __len__(self) -> int:
         return len(self._starts())

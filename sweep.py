@@ -1,17 +1,20 @@
-"""Compares recipes: accuracy against sparsity right after pruning and, if asked for, after finetuning.
+"""Compares recipes: accuracy against sparsity right after pruning and, if asked for, after
+finetuning.
 
-    python sweep.py --pruners lamp glob unif unifplus erk --sparsities 0.5 0.65 0.8 0.9 --finetune-epochs 2
-    python sweep.py --pruners lamp erk --scores magnitude taylor --schedules one-shot gradual --finetune-epochs 2
-    python sweep.py --sensitivity --sparsities 0.5 0.8 0.95
-    torchrun --nproc_per_node=8 sweep.py --finetune-epochs 30 --model deit_small_patch16_224 --data-path IMAGENET
+    python sweep.py --pruners lamp glob unif unifplus erk --sparsities 0.5 0.65 0.8 0.9
+    --finetune-epochs 2 python sweep.py --pruners lamp erk --scores magnitude taylor --schedules
+    one-shot gradual --finetune-epochs 2 python sweep.py --sensitivity --sparsities 0.5 0.8 0.95
+    torchrun --nproc_per_node=8 sweep.py --finetune-epochs 30 --model deit_small_patch16_224
+    --data-path IMAGENET
 
-Takes any argument of main.py beside its own, and crosses pruners, scores, patterns, schedules, reconstructions,
-sparsities and seeds.
-Data and dense model are loaded once. Each result is a line of sweep.csv in `--output_dir`; started again, it computes
-only what is missing there. Each finetuning is a run with a folder of its own under runs/, as main.py makes it: started
-again, it goes on from its last checkpoint. The folder stays, with log.txt, checkpoint.pth, best_checkpoint.pth, tables
-and pictures. Under torchrun the processes share the combinations, each on a GPU of its own; with
-`--processes-per-run all` they share the images of one run after another.
+Takes any argument of main.py beside its own, and crosses pruners, scores, patterns, schedules,
+reconstructions, sparsities and seeds.
+Data and dense model are loaded once. Each result is a line of sweep.csv in `--output_dir`; started
+again, it computes only what is missing there. Each finetuning is a run with a folder of its own
+under runs/, as main.py makes it: started again, it goes on from its last checkpoint. The folder
+stays, with log.txt, checkpoint.pth, best_checkpoint.pth, tables and pictures. Under torchrun the
+processes share the combinations, each on a GPU of its own; with `--processes-per-run all` they
+share the images of one run after another.
 """
 
 import argparse
@@ -88,13 +91,21 @@ def sweep(argv: list[str]) -> int:
     utils.show_progress(quiet=True)  # of each training; the sweep has lines of its own
     compute = Compute.choose(args.device, args.amp)
     if options.processes_per_run == "all":
-        utils.init_process_group(compute.device.type, args.dist_url, args.distributed, args.world_size,
-                                 args.dist_timeout)
-        rank, processes, mine = utils.rank(), utils.world_size(), slice(None)
+        utils.init_process_group(
+            compute.device.type, args.dist_url, args.distributed, args.world_size, args.dist_timeout
+        )
+        rank = utils.rank()
+        processes = utils.world_size()
+        mine = slice(None)
     else:  # no process group: each process is one of its own
-        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank = int(os.environ.get("RANK", 0))
+        processes = int(os.environ.get("WORLD_SIZE", 1))
         mine = slice(rank, None, processes)
-    launcher = "python" if processes == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
+    launcher = (
+        "python"
+        if processes == 1
+        else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
+    )
     args.command = shlex.join(["sweep.py", *argv])
     table = Table(options.output_dir, args, utils.world_size())
     with StopSignals() as stop:
@@ -105,18 +116,23 @@ def sweep(argv: list[str]) -> int:
             utils.on_first_process(lambda: table.open(first=rank == 0))
             done = utils.on_first_process(table.outcomes)
             progress = Progress(tasks, table, shown=rank == 0 and not args.quiet)
-            for task in tasks[mine]:  # shared out whole: another process may have done some of its own
+            # Shared out whole: another process may have done some of its own
+            for task in tasks[mine]:
                 if task not in done:
                     outcome = bench.outcome(task)
-                    utils.on_first_process(lambda task=task, outcome=outcome: table.add(task, outcome))
+                    utils.on_first_process(
+                        lambda task=task, outcome=outcome: table.add(task, outcome)
+                    )
                     progress.show()
             while rank == 0 and not set(tasks) <= set(table.outcomes()):
                 time.sleep(0.5)  # the other processes are at work
                 stop.check_alone()
                 progress.show()
         except Stopped as stopped:
-            stopped.args = (f"stopped by {stopped.name}; the same command does what is missing in "
-                            f"{options.output_dir}",)
+            stopped.args = (
+                f"stopped by {stopped.name}; the same command does what is missing in "
+                f"{options.output_dir}",
+            )
             raise
     if rank == 0:
         progress.close()
@@ -127,26 +143,63 @@ def sweep(argv: list[str]) -> int:
 
 
 def parse_sweep_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
-    """The options of the sweep, and the arguments of main.py that its runs share. Raises UserError."""
-    parser = _Parser("sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                     allow_abbrev=False)
-    parser.add_argument("--pruners", nargs="*", choices=AUTOMATIC,
-                        help="what to compare; by default all of them, and with --sensitivity none")
+    """The sweep's options, and main.py's arguments that its runs share. Raises UserError."""
+    parser = _Parser(
+        "sweep.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--pruners",
+        nargs="*",
+        choices=AUTOMATIC,
+        help="what to compare; by default all of them, and with --sensitivity none",
+    )
     parser.add_argument("--scores", nargs="+", choices=list(SCORES), help="magnitude by default")
-    parser.add_argument("--patterns", nargs="+", help="unstructured by default; one such as 2:4, which has a sparsity "
-                        "of its own, is crossed with neither pruners nor sparsities")
-    parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES),
-                        help="one-shot by default; only that is also measured right after pruning")
-    parser.add_argument("--reconstructions", nargs="+", choices=list(RECONSTRUCTIONS), help="none by default")
-    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.65, 0.8, 0.9], help="each in [0, 1)")
-    parser.add_argument("--custom-configs", nargs="+", default=[], metavar="FILE",
-                        help="YAML files that take part at the sparsity they reach, with each score and schedule")
-    parser.add_argument("--finetune-epochs", type=int, default=0, help="epochs of finetuning; 0 for none")
-    parser.add_argument("--seeds", nargs="+", type=int, help="finetune once with each; --seed by default")
-    parser.add_argument("--sensitivity", action="store_true", help="prune one layer at a time, by magnitude")
-    parser.add_argument("--processes-per-run", choices=["1", "all"], default="1",
-                        help="under torchrun: each process does combinations of its own, or all do each together")
-    parser.add_argument("--output_dir", default="output/sweep", metavar="DIR", help="where the results go")
+    parser.add_argument(
+        "--patterns",
+        nargs="+",
+        help="unstructured by default; one such as 2:4, which has a sparsity "
+        "of its own, is crossed with neither pruners nor sparsities",
+    )
+    parser.add_argument(
+        "--schedules",
+        nargs="+",
+        choices=list(SCHEDULES),
+        help="one-shot by default; only that is also measured right after pruning",
+    )
+    parser.add_argument(
+        "--reconstructions", nargs="+", choices=list(RECONSTRUCTIONS), help="none by default"
+    )
+    parser.add_argument(
+        "--sparsities", nargs="+", type=float, default=[0.5, 0.65, 0.8, 0.9], help="each in [0, 1)"
+    )
+    parser.add_argument(
+        "--custom-configs",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="YAML files that take part at the sparsity they reach, with each score and schedule",
+    )
+    parser.add_argument(
+        "--finetune-epochs", type=int, default=0, help="epochs of finetuning; 0 for none"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, help="finetune once with each; --seed by default"
+    )
+    parser.add_argument(
+        "--sensitivity", action="store_true", help="prune one layer at a time, by magnitude"
+    )
+    parser.add_argument(
+        "--processes-per-run",
+        choices=["1", "all"],
+        default="1",
+        help="under torchrun: each process does combinations of its own, or all do each together",
+    )
+    parser.add_argument(
+        "--output_dir", default="output/sweep", metavar="DIR", help="where the results go"
+    )
     options, others = parser.parse_known_args(argv)
     given_here = given(others)
     for action in get_args_parser()._actions:
@@ -154,10 +207,16 @@ def parse_sweep_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Name
             instead = f"; see {action.instead}" if action.instead else ""
             raise UserError(f"{action.option_strings[0]}: not with a sweep{instead}")
     args = parse_args([*others, "--output_dir", options.output_dir], one_recipe=False)
-    left = [action.option_strings[0] for action in get_args_parser()._actions
-            if getattr(action, "sweep", None) == REFUSED_FLAG and action.dest in args.given]
+    left = [
+        action.option_strings[0]
+        for action in get_args_parser()._actions
+        if getattr(action, "sweep", None) == REFUSED_FLAG and action.dest in args.given
+    ]
     if left and os.environ.get("RANK", "0") == "0":
-        print(f"--config {args.config}: the sweep has flags of its own for {', '.join(left)}", flush=True)
+        print(
+            f"--config {args.config}: the sweep has flags of its own for {', '.join(left)}",
+            flush=True,
+        )
     options.seeds = options.seeds or [args.seed]
     options.scores = options.scores or [args.score]
     options.patterns = options.patterns or [args.pattern]
@@ -171,7 +230,9 @@ def parse_sweep_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Name
 
 
 def check_options(options, args) -> None:
-    """Raises UserError for options that no sweep can have, PruningError for a pattern that there is not."""
+    """Raises UserError for options that no sweep can have, PruningError for a pattern that there is
+    not.
+    """
     for sparsity in options.sparsities:
         if not 0 <= sparsity < 1:
             raise UserError(f"--sparsities {sparsity}: expected numbers in [0, 1)")
@@ -181,38 +242,72 @@ def check_options(options, args) -> None:
         parse_pattern(pattern)
     schedules = " ".join(options.schedules)
     if set(options.schedules) != {"one-shot"} and not options.finetune_epochs:
-        raise UserError(f"--schedules {schedules}: expected --finetune-epochs of at least 1 beside it")
+        raise UserError(
+            f"--schedules {schedules}: expected --finetune-epochs of at least 1 beside it"
+        )
     used = {name for schedule in options.schedules for name in SCHEDULES[schedule].uses}
     for name in sorted(timed_fields() - used):
         if name in args.given:
-            raise UserError(f"--{name.replace('_', '-')}: not with --schedules {schedules}, which do not use it")
+            raise UserError(
+                f"--{name.replace('_', '-')}: not with --schedules {schedules}, which do not use it"
+            )
 
 
 def plan(options, bench: "Workbench") -> list[Task]:
-    """The accuracies to measure, the dense one first. Raises PruningError for a YAML that does not fit the model."""
-    pruners, scores, patterns, schedules, reconstructions, seeds = map(dict.fromkeys, (
-        options.pruners, options.scores, options.patterns, options.schedules, options.reconstructions, options.seeds))
+    """The accuracies to measure, the dense one first. Raises PruningError for a YAML that does not
+    fit the model.
+    """
+    pruners, scores, patterns, schedules, reconstructions, seeds = map(
+        dict.fromkeys,
+        (
+            options.pruners,
+            options.scores,
+            options.patterns,
+            options.schedules,
+            options.reconstructions,
+            options.seeds,
+        ),
+    )
     sparsities = sorted(set(options.sparsities))
     own = {pattern: parse_pattern(pattern).sparsity for pattern in patterns}
-    places = [(Combination(*choices), sparsity)
-              for *choices, sparsity in product(pruners, scores, patterns, schedules, reconstructions, sparsities)
-              if own[choices[2]] is None]
-    places += [(Combination("unif", *choices), round(own[choices[1]], 6))
-               for choices in product(scores, patterns, schedules, reconstructions) if own[choices[1]] is not None]
+    places = [
+        (Combination(*choices), sparsity)
+        for *choices, sparsity in product(
+            pruners, scores, patterns, schedules, reconstructions, sparsities
+        )
+        if own[choices[2]] is None
+    ]
+    places += [
+        (Combination("unif", *choices), round(own[choices[1]], 6))
+        for choices in product(scores, patterns, schedules, reconstructions)
+        if own[choices[1]] is not None
+    ]
     for path in dict.fromkeys(options.custom_configs):
         masks = compute_masks(bench.model, "custom", custom_config=path)
-        config, sparsity = f"{zlib.crc32(Path(path).read_bytes()):08x}", round(_pruned(masks), 6)
-        places += [(Combination(path, score, schedule=schedule, reconstruct=reconstruct, config=config), sparsity)
-                   for score, schedule, reconstruct in product(scores, schedules, reconstructions)]
+        config = f"{zlib.crc32(Path(path).read_bytes()):08x}"
+        sparsity = round(_pruned(masks), 6)
+        places += [
+            (
+                Combination(path, score, schedule=schedule, reconstruct=reconstruct, config=config),
+                sparsity,
+            )
+            for score, schedule, reconstruct in product(scores, schedules, reconstructions)
+        ]
 
     def task(kind, combination, sparsity, seed=None):
         return Task(kind, sparsity=sparsity, seed=seed, **combination._asdict())
 
-    tasks = [Task(DENSE)] + [task(ONE_SHOT, *place) for place in places if place[0].schedule == "one-shot"]
+    tasks = [Task(DENSE)] + [
+        task(ONE_SHOT, *place) for place in places if place[0].schedule == "one-shot"
+    ]
     if options.finetune_epochs:
         tasks += [task(FINETUNED, *place, seed) for seed in seeds for place in places]
     if options.sensitivity:
-        tasks += [Task(LAYER, name, sparsity) for name in prunable_weights(bench.model) for sparsity in sparsities]
+        tasks += [
+            Task(LAYER, name, sparsity)
+            for name in prunable_weights(bench.model)
+            for sparsity in sparsities
+        ]
     return tasks
 
 
@@ -220,7 +315,9 @@ class Workbench:
     """The data and the dense model, with which one accuracy after another is measured."""
 
     def __init__(self, args, compute: Compute, stop: StopSignals):
-        self.args, self.compute, self.stop = args, compute, stop
+        self.args = args
+        self.compute = compute
+        self.stop = stop
         utils.seed_everything(utils.INIT, args.seed)
         self.train_loader, self.val_loader, num_classes = build_loaders(args, compute.device)
         args, checkpoint = load_start(args)
@@ -230,15 +327,22 @@ class Workbench:
         self.test = Evaluator(self.val_loader, args, compute, stop, {})
         self.epoch_steps = steps_of_epoch(self.train_loader, args.accum_iter)
         if args.epochs:
-            self.teacher = build_dense_teacher(args, num_classes, self.model, checkpoint, compute.device)
+            self.teacher = build_dense_teacher(
+                args, num_classes, self.model, checkpoint, compute.device
+            )
             self.options = build_step_options(args, num_classes, compute, self.teacher)
             sparsifier = Sparsifier(self.model, Recipe(), total_steps=1, epoch_steps=1)
-            build_state(args, self.model, sparsifier, {}, compute, None)  # a mistake of the optimizer shows at once
+            # A mistake of the optimizer shows at once
+            build_state(args, self.model, sparsifier, {}, compute, None)
 
     def check(self, tasks: Sequence[Task]) -> None:
-        """Raises PruningError where every recipe is refused, UserError where calibration images cannot be had."""
+        """Raises PruningError where every recipe is refused, UserError where calibration images
+        cannot be had.
+        """
         runs = [self.arguments(task) for task in tasks if task.kind in (ONE_SHOT, FINETUNED)]
-        reasons = [_refusal(lambda run=run: recipe_of(run).check(run.epochs or None)) for run in runs]
+        reasons = [
+            _refusal(lambda run=run: recipe_of(run).check(run.epochs or None)) for run in runs
+        ]
         if runs and all(reasons):
             raise PruningError(reasons[0])
         runs = [run for run, reason in zip(runs, reasons, strict=True) if not reason]
@@ -247,18 +351,29 @@ class Workbench:
             Calibration(looking[0], self.model, self.compute)
 
     def outcome(self, task: Task) -> Outcome:
-        """Measures what the task asks for; what fails is told in the outcome, since the others may succeed."""
+        """Measures what the task asks for; what fails is told in the outcome, since the others may
+        succeed.
+        """
         self.model.load_state_dict(self.dense)
         self.model.zero_grad()
-        # Where one process of several has no memory left, the others wait for it, and nothing can be told.
-        failures = (PruningError, DivergedError) + (() if utils.world_size() > 1 else (torch.OutOfMemoryError,))
+        # Where one process of several has no memory left, the others wait for it, and nothing can
+        # be told.
+        failures = (PruningError, DivergedError) + (
+            () if utils.world_size() > 1 else (torch.OutOfMemoryError,)
+        )
         try:
             if task.kind == DENSE:
                 return Outcome(self.test(self.model)["acc1"])
             if task.kind == LAYER:
                 level = {"default": "dense", task.name: task.sparsity}
-                masks = Masks(self.model, compute_masks(self.model, "custom", custom_config={
-                    "sparsity": {"mode": "unstructured", "level": level}}))
+                masks = Masks(
+                    self.model,
+                    compute_masks(
+                        self.model,
+                        "custom",
+                        custom_config={"sparsity": {"mode": "unstructured", "level": level}},
+                    ),
+                )
                 return Outcome(self.test(self.model)["acc1"], masks.sparsity())
             args = self.arguments(task)
             if reason := _refusal(lambda: self._try(args)):
@@ -272,37 +387,69 @@ class Workbench:
             return Outcome(None, error=first_line(error))
 
     def arguments(self, task: Task) -> argparse.Namespace:
-        """What main.py would be given for a run; what its schedule does not use is at its default."""
+        """The arguments of a run; what its schedule does not use is at its default."""
         seed = self.args.seed if task.seed is None else task.seed
         folder = Path(self.args.output_dir, "runs", task.run)
-        values = {**vars(self.args), **task.choices, "seed": seed, "output_dir": str(folder), "resume": "auto",
-                  "finetune": "", "use_ema": False}  # the dense weights are here already
+        values = {
+            **vars(self.args),
+            **task.choices,
+            "seed": seed,
+            "output_dir": str(folder),
+            "resume": "auto",
+            "finetune": "",
+            "use_ema": False,
+        }  # the dense weights are here already
         recipe = recipe_of(argparse.Namespace(**values)).with_schedule(task.schedule)
-        return argparse.Namespace(**{**values, **{name: getattr(recipe, name) for name in timed_fields()}})
+        return argparse.Namespace(
+            **{**values, **{name: getattr(recipe, name) for name in timed_fields()}}
+        )
 
     def sparsifier(self, args, checkpoint: dict) -> Sparsifier:
         """What prunes the model in such a run, or goes on from the checkpoint."""
-        return build_sparsifier(args, self.model, checkpoint, self.epoch_steps, self.compute, self.statistics)
+        return build_sparsifier(
+            args, self.model, checkpoint, self.epoch_steps, self.compute, self.statistics
+        )
 
     def _try(self, args) -> None:
-        """Raises PruningError for what recipe or model refuse, whatever the scores: none is computed from images."""
+        """Raises PruningError for what recipe or model refuse, whatever the scores: none is
+        computed from images.
+        """
         recipe = recipe_of(args)
         recipe.check(args.epochs or None)
         pruner = "unif" if needs_of(recipe.pruner) else recipe.pruner
-        Sparsifier(self.model, replace(recipe, score="magnitude", pruner=pruner, permute=False),
-                   epoch_steps=self.epoch_steps, total_steps=max(args.epochs, 1) * self.epoch_steps).first_masks()
+        Sparsifier(
+            self.model,
+            replace(recipe, score="magnitude", pruner=pruner, permute=False),
+            epoch_steps=self.epoch_steps,
+            total_steps=max(args.epochs, 1) * self.epoch_steps,
+        ).first_masks()
 
     def _finetune(self, args) -> Outcome:
-        """A run as main.py makes it, from the dense weights or, with a checkpoint in its folder, from there."""
+        """A run as main.py makes it, from the dense weights or, with a checkpoint in its folder,
+        from there.
+        """
         args, checkpoint = load_start(args)
         if checkpoint:
             load_weights(self.model, checkpoint["model"], args.resume)
         sparsifier = self.sparsifier(args, checkpoint)
         first_masks = {} if sparsifier.masks else sparsifier.first_masks()
-        state = build_state(args, self.model, sparsifier, checkpoint, self.compute, self.train_loader.dataset.bad,
-                            self.teacher)
-        results = open_results(args, sparsifier.recipe, state.progress.epoch, self.train_loader, self.val_loader,
-                               self.compute)
+        state = build_state(
+            args,
+            self.model,
+            sparsifier,
+            checkpoint,
+            self.compute,
+            self.train_loader.dataset.bad,
+            self.teacher,
+        )
+        results = open_results(
+            args,
+            sparsifier.recipe,
+            state.progress.epoch,
+            self.train_loader,
+            self.val_loader,
+            self.compute,
+        )
         if first_masks:
             sparsifier.start(first_masks)
         image = torch.zeros(1, 3, args.input_size, args.input_size, device=self.compute.device)
@@ -317,12 +464,20 @@ class Progress:
     """Shows the outcomes of all processes as they come: as a bar on a terminal, else as lines."""
 
     def __init__(self, tasks: list[Task], table: Table, shown: bool):
-        self.tasks, self.table, self.shown = tasks, table, shown
+        self.tasks = tasks
+        self.table = table
+        self.shown = shown
         self.seen = set(tasks) & set(table.outcomes())
         if shown and self.seen:
             print(f"{table.path}: {len(self.seen)} of {len(tasks)} done before", flush=True)
-        self.bar = tqdm(total=len(tasks), initial=len(self.seen), unit="run", dynamic_ncols=True, file=sys.stdout,
-                        disable=not (shown and sys.stdout.isatty()))
+        self.bar = tqdm(
+            total=len(tasks),
+            initial=len(self.seen),
+            unit="run",
+            dynamic_ncols=True,
+            file=sys.stdout,
+            disable=not (shown and sys.stdout.isatty()),
+        )
 
     def show(self) -> None:
         outcomes = self.table.outcomes() if self.shown else {}
@@ -340,18 +495,28 @@ class Progress:
 
 
 def write_results(options, model: str, table: Table, tasks: list[Task], facts: list[str]) -> None:
-    """The pictures and sweep.md, of what this command asked for; prints the table. facts: its first and last line."""
+    """The pictures and sweep.md, of what this command asked for; prints the table. facts: its first
+    and last line.
+    """
     outcomes = {task: outcome for task, outcome in table.outcomes().items() if task in set(tasks)}
-    accuracies = {task: outcome.accuracy for task, outcome in outcomes.items() if outcome.accuracy is not None}
+    accuracies = {
+        task: outcome.accuracy for task, outcome in outcomes.items() if outcome.accuracy is not None
+    }
     dense, pictures = accuracies.get(Task(DENSE)), []
-    names = labels(task.combination for kind in (FINETUNED, ONE_SHOT) for task in tasks if task.kind == kind)
+    names = labels(
+        task.combination for kind in (FINETUNED, ONE_SHOT) for task in tasks if task.kind == kind
+    )
     if curves := _curves(accuracies, names):
         epochs, seeds = options.finetune_epochs, len(options.seeds)
         finetuned = f"finetuned for {epochs} epoch{'s' * (epochs > 1)}"
         finetuned += f",\nmean and range of {seeds} seeds" if seeds > 1 else ""
         table.write("sweep.png", plots.png(plots.sweep_lines(curves, dense, model, finetuned)))
         pictures.append("![Top-1 accuracy against sparsity](sweep.png)")
-    drops = {(task.name, task.sparsity): dense - value for task, value in accuracies.items() if task.kind == LAYER}
+    drops = {
+        (task.name, task.sparsity): dense - value
+        for task, value in accuracies.items()
+        if task.kind == LAYER
+    }
     if drops:
         title = f"{model}, one layer pruned at a time"
         table.write("sensitivity.png", plots.png(plots.sensitivity_map(drops, title)))
@@ -360,31 +525,58 @@ def write_results(options, model: str, table: Table, tasks: list[Task], facts: l
     parts = [f"# {model}, a sweep", facts[0], text, *pictures, facts[1]]
     table.write("sweep.md", "\n\n".join(parts).encode() + b"\n")
     print(text)
-    print(f"Written to {table.folder}: " + ", ".join(sorted(
-        path.name for path in Path(table.folder).iterdir() if path.name.startswith(("sweep.", "sensitivity.")))))
+    print(
+        f"Written to {table.folder}: "
+        + ", ".join(
+            sorted(
+                path.name
+                for path in Path(table.folder).iterdir()
+                if path.name.startswith(("sweep.", "sensitivity."))
+            )
+        )
+    )
 
 
 # ---- helpers, not exported ----
 
 
-def _curves(accuracies: Mapping[Task, float], names: Mapping[Combination, str]) -> dict[str, dict[str, list]]:
-    """By the name of a combination and kind: the sparsities, each with the accuracies of all seeds."""
+def _curves(
+    accuracies: Mapping[Task, float], names: Mapping[Combination, str]
+) -> dict[str, dict[str, list]]:
+    """Per combination and kind: the sparsities, each with the accuracies of all seeds."""
     curves = {name: {} for name in names.values()}
     for task, accuracy in accuracies.items():
         if task.kind in (ONE_SHOT, FINETUNED):
             points = curves[names[task.combination]].setdefault(task.kind, {})
             points.setdefault(task.sparsity, []).append(accuracy)
-    return {name: {kind: sorted(points.items()) for kind, points in kinds.items()}
-            for name, kinds in curves.items() if kinds}
+    return {
+        name: {kind: sorted(points.items()) for kind, points in kinds.items()}
+        for name, kinds in curves.items()
+        if kinds
+    }
 
 
-def _table(outcomes: Mapping[Task, Outcome], names: Mapping[Combination, str], dense: float | None) -> list[str]:
-    """Top-1 accuracy in Markdown: combinations by sparsity, then those of one sparsity, then what failed."""
+def _table(
+    outcomes: Mapping[Task, Outcome], names: Mapping[Combination, str], dense: float | None
+) -> list[str]:
+    """Top-1 accuracy in Markdown: combinations by sparsity, then those of one sparsity, then what
+    failed.
+    """
+
     def cell(combination, sparsity):
-        mine = {task: outcome for task, outcome in outcomes.items()
-                if (task.combination, task.sparsity) == (combination, sparsity) and task.kind != LAYER}
-        one_shot, tuned = ([outcome.accuracy for task, outcome in mine.items()
-                            if task.kind == kind and outcome.accuracy is not None] for kind in (ONE_SHOT, FINETUNED))
+        mine = {
+            task: outcome
+            for task, outcome in outcomes.items()
+            if (task.combination, task.sparsity) == (combination, sparsity) and task.kind != LAYER
+        }
+        one_shot, tuned = (
+            [
+                outcome.accuracy
+                for task, outcome in mine.items()
+                if task.kind == kind and outcome.accuracy is not None
+            ]
+            for kind in (ONE_SHOT, FINETUNED)
+        )
         if not one_shot and not tuned:
             refused = any(outcome.error.startswith(REFUSED) for outcome in mine.values())
             return "refused" if refused else "failed" if mine else ""
@@ -396,21 +588,35 @@ def _table(outcomes: Mapping[Task, Outcome], names: Mapping[Combination, str], d
     sparsities = sorted({sparsity for combination, sparsity in places if combination in rows})
     lines = []
     if rows:
-        lines += ["| top-1 in % | " + " | ".join(f"{100 * sparsity:g} %" for sparsity in sparsities) + " |",
-                  "| --- |" + " --- |" * len(sparsities)]
-        lines += [f"| `{names[combination]}` | "
-                  + " | ".join(cell(combination, sparsity) for sparsity in sparsities) + " |" for combination in rows]
+        lines += [
+            "| top-1 in % | "
+            + " | ".join(f"{100 * sparsity:g} %" for sparsity in sparsities)
+            + " |",
+            "| --- |" + " --- |" * len(sparsities),
+        ]
+        lines += [
+            f"| `{names[combination]}` | "
+            + " | ".join(cell(combination, sparsity) for sparsity in sparsities)
+            + " |"
+            for combination in rows
+        ]
         lines.append("")
-    lines += [f"- `{names[combination]}`, {100 * sparsity:.2f} % pruned: {cell(combination, sparsity)}"
-              for combination in names if combination not in rows
-              for place, sparsity in places if place == combination]
+    lines += [
+        f"- `{names[combination]}`, {100 * sparsity:.2f} % pruned: {cell(combination, sparsity)}"
+        for combination in names
+        if combination not in rows
+        for place, sparsity in places
+        if place == combination
+    ]
     lines += [f"- dense: {dense:.2f}"] if dense is not None else []
     failed = {}  # one line for the sparsities that share a reason
     for task, outcome in outcomes.items():
         if outcome.error:
             name = names.get(task.combination, task.name)
             failed.setdefault((name, outcome.error), {})[f"{100 * task.sparsity:.4g}"] = None
-    return lines + [f"- {name} at {', '.join(levels)} %: {error}" for (name, error), levels in failed.items()]
+    return lines + [
+        f"- {name} at {', '.join(levels)} %: {error}" for (name, error), levels in failed.items()
+    ]
 
 
 def _refusal(check) -> str:

@@ -2,12 +2,14 @@
 
     python benchmarks/latency.py CHECKPOINT [CHECKPOINT ...]
     python benchmarks/latency.py --sparse-kernels CHECKPOINT [CHECKPOINT ...]
-    python benchmarks/latency.py --model deit_small_patch16_224 --pattern heads+neurons --sparsity 0.25 0.5
-    python benchmarks/latency.py --sparse-kernels --model deit_small_patch16_224 --sparsity 0.8 0.9 0.95 0.98
+    python benchmarks/latency.py --model deit_small_patch16_224 --pattern heads+neurons --sparsity
+    0.25 0.5 python benchmarks/latency.py --sparse-kernels --model deit_small_patch16_224 --sparsity
+    0.8 0.9 0.95 0.98
 
-The first two forms take checkpoints of main.py; the others prune random weights, which do for speed. Heads and neurons
-that are pruned are taken out. Single weights that are pruned are computed as other zeros are, or with
-`--sparse-kernels` as `main.py --eval --sparse-kernels` does. The shortest of many times; the machine should be idle.
+The first two forms take checkpoints of main.py; the others prune random weights, which do for
+speed. Heads and neurons that are pruned are taken out. Single weights that are pruned are computed
+as other zeros are, or with `--sparse-kernels` as `main.py --eval --sparse-kernels` does. The
+shortest of many times; the machine should be idle.
 """
 
 import argparse
@@ -44,13 +46,17 @@ from trainer.exit_status import exit_status
 from trainer.export import load_model
 
 
-def of_random_weights(name: str, pruner: str, pattern: str, sparsity: float) -> tuple[nn.Module, nn.Module, int]:
+def of_random_weights(
+    name: str, pruner: str, pattern: str, sparsity: float
+) -> tuple[nn.Module, nn.Module, int]:
     """A model of random weights, the same pruned, and the side of their images."""
     torch.manual_seed(0)
     size = timm.get_pretrained_cfg(name).input_size[1] if timm.get_pretrained_cfg(name) else 224
     dense = build_model(name, 1000, size)
     try:
-        masks = compute_masks(dense, pruner, None if parse_pattern(pattern).sparsity else sparsity, pattern=pattern)
+        masks = compute_masks(
+            dense, pruner, None if parse_pattern(pattern).sparsity else sparsity, pattern=pattern
+        )
     except PruningError as error:
         raise utils.UserError(str(error)) from None
     if parse_pattern(pattern).structured:
@@ -61,8 +67,8 @@ def of_random_weights(name: str, pruner: str, pattern: str, sparsity: float) -> 
 
 
 def of_checkpoint(path: str) -> tuple[nn.Module, nn.Module, int]:
-    """The model of a checkpoint of main.py as it was before pruning, of any weights, the pruned one, and their images'
-    side.
+    """The model of a checkpoint of main.py as it was before pruning, of any weights, the pruned
+    one, and their images' side.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         args, dense, pruned, *_ = load_model(parse_args(["--resume", path, "--eval"]))
@@ -90,7 +96,17 @@ def accuracy(model: nn.Module, size: int, args, compute: utils.Compute) -> str:
     """Top-1 on the validation images of `--data-path`, where that is given."""
     if not args.data_path:
         return ""
-    data = parse_args(["--data-path", args.data_path, "--data-set", args.data_set, "--input-size", str(size), "--eval"])
+    data = parse_args(
+        [
+            "--data-path",
+            args.data_path,
+            "--data-set",
+            args.data_set,
+            "--input-size",
+            str(size),
+            "--eval",
+        ]
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         found = evaluate(build_loaders(data, compute.device)[1], model, compute)
     return f"{found['acc1']:.2f} %"
@@ -105,7 +121,9 @@ def rows(title: str, dense: nn.Module, pruned: nn.Module, size: int, args) -> It
     image = torch.zeros(1, 3, size, size, device=device)
     macs = {kind: multiply_adds_left(model, image) for kind, model in models.items()}
     for batch in args.batch_sizes:
-        images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+        images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(
+            device
+        )
         with torch.no_grad(), compute.autocast():
             quick, sparse = models["pruned"], "none"
             if args.sparse_kernels:
@@ -124,35 +142,63 @@ def rows(title: str, dense: nn.Module, pruned: nn.Module, size: int, args) -> It
             taken = in_turns(runs, args.seconds)
             memory = {kind: peak_memory(runs[kind], device) for kind in runs}
         for kind, model in models.items():
-            cells = [title, batch, kind, f"{batch / taken[kind]:.1f}", f"{1000 * taken[kind]:.1f}",
-                     f"{taken['dense'] / taken[kind]:.2f}", f"{memory[kind] / 2**20:.0f}",
-                     f"{file_size(model) / 2**20:.1f}", f"{macs[kind] / 1e6:.1f}",
-                     sparse if kind == "pruned" else "",
-                     accuracy(quick, size, args, compute) if kind == "pruned" else ""]
+            cells = [
+                title,
+                batch,
+                kind,
+                f"{batch / taken[kind]:.1f}",
+                f"{1000 * taken[kind]:.1f}",
+                f"{taken['dense'] / taken[kind]:.2f}",
+                f"{memory[kind] / 2**20:.0f}",
+                f"{file_size(model) / 2**20:.1f}",
+                f"{macs[kind] / 1e6:.1f}",
+                sparse if kind == "pruned" else "",
+                accuracy(quick, size, args, compute) if kind == "pruned" else "",
+            ]
             yield f"| {' | '.join(map(str, cells))} |"
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT")
-    parser.add_argument("--model", help="random weights of this model of timm instead of checkpoints")
-    parser.add_argument("--pruner", choices=[name for name in PRUNERS if name != "custom"], default="unif")
+    parser.add_argument(
+        "--model", help="random weights of this model of timm instead of checkpoints"
+    )
+    parser.add_argument(
+        "--pruner", choices=[name for name in PRUNERS if name != "custom"], default="unif"
+    )
     parser.add_argument("--pattern", default="unstructured", help="as that of main.py")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.95])
     parser.add_argument("--sparse-kernels", action="store_true")
-    parser.add_argument("--layers", action="store_true", help="print what was measured of each layer")
+    parser.add_argument(
+        "--layers", action="store_true", help="print what was measured of each layer"
+    )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--seconds", type=float, default=20, help="for the turns of a model at a batch size")
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="for the turns of a model at a batch size"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", choices=["auto", "bfloat16", "float16", "off"], default="auto")
-    parser.add_argument("--data-path", default="", metavar="DIR", help="measure the accuracy on its validation images")
+    parser.add_argument(
+        "--data-path",
+        default="",
+        metavar="DIR",
+        help="measure the accuracy on its validation images",
+    )
     parser.add_argument("--data-set", default="IMNET")
     args = parser.parse_args(argv)
     if bool(args.checkpoints) == bool(args.model):
         raise utils.UserError("expected either checkpoints or --model")
-    timm.layers.set_fused_attn(utils.choose_device(args.device).type == "cuda")  # as main.py has it
-    print("| model | batch | | images/s | ms | times | MiB at work | file, MiB | M multiply-adds | sparse layers | "
-          "top-1 |\n| --- | ---: | --- |" + " ---: |" * 8, flush=True)
+    # As main.py has it
+    timm.layers.set_fused_attn(utils.choose_device(args.device).type == "cuda")
+    print(
+        "| model | batch | | images/s | ms | times | MiB at work | file, MiB | M multiply-adds | "
+        "sparse layers | "
+        "top-1 |\n| --- | ---: | --- |" + " ---: |" * 8,
+        flush=True,
+    )
     for source in args.checkpoints or args.sparsity:
         if args.checkpoints:
             title, found = source, of_checkpoint(source)

@@ -1,4 +1,4 @@
-"""How benchmarks measure: times, memory, training steps, and the rows of a table with its targets."""
+"""How benchmarks measure time, memory and training steps, and the rows of their tables."""
 
 import contextlib
 import ctypes
@@ -32,12 +32,16 @@ def seconds(function, repeats: int = 3) -> float:
 
 def in_turns(functions: dict, rounds: int) -> dict[str, float]:
     """The shortest time of each function, called in turns, since the speed of a machine drifts."""
-    times = [{name: seconds(function, 1) for name, function in functions.items()} for _ in range(rounds)]
+    times = [
+        {name: seconds(function, 1) for name, function in functions.items()} for _ in range(rounds)
+    ]
     return {name: min(taken[name] for taken in times) for name in functions}
 
 
 def row(what: str, target: str, found: str, missed: str = "") -> dict:
-    """A row of the table; `missed` says by how much the target is missed, and is empty where it is met."""
+    """A row of the table; `missed` says by how much the target is missed, and is empty where it is
+    met.
+    """
     return {"what": what, "target": target, "found": found, "missed": missed}
 
 
@@ -57,18 +61,23 @@ def random_model(name: str) -> torch.nn.Module:
 def multiply_adds_left(model: torch.nn.Module, image: torch.Tensor) -> int:
     """The multiply-adds of an image, without those of pruned weights, be they zeros or gone."""
     kept = {name: weight != 0 for name, weight in prunable_weights(model).items()}
-    return sum(sparse_multiply_adds(sparsity_rows(model, kept), multiply_adds(model, image)).values())
+    return sum(
+        sparse_multiply_adds(sparsity_rows(model, kept), multiply_adds(model, image)).values()
+    )
 
 
 def memory(field: str) -> int:
     """A field of /proc/self/status, in bytes."""
     status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
+    return next(
+        int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field)
+    )
 
 
 def peak_above(function) -> int:
     """The bytes that a call needs at its peak beyond what the process has before it."""
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed would hide what this one needs
+    # What earlier calls have freed would hide what this one needs
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
     before = memory("VmRSS")
     function()
@@ -77,8 +86,12 @@ def peak_above(function) -> int:
 
 def batches(count: int, size: int) -> list:
     generator = torch.Generator().manual_seed(0)
-    return [(torch.randn(size, 3, 224, 224, generator=generator),
-             torch.randint(1000, (size,), generator=generator))] * count
+    return [
+        (
+            torch.randn(size, 3, 224, 224, generator=generator),
+            torch.randint(1000, (size,), generator=generator),
+        )
+    ] * count
 
 
 def step_seconds(model, optimizer, size: int, dtype: torch.dtype, steps: int = 2) -> float:
@@ -86,6 +99,11 @@ def step_seconds(model, optimizer, size: int, dtype: torch.dtype, steps: int = 2
     marks = []
     with contextlib.redirect_stdout(io.StringIO()):
         options = StepOptions(DistillationLoss(torch.nn.CrossEntropyLoss()), Compute(CPU, dtype))
-        train_one_epoch(Learner(model, optimizer), options, batches(steps + 1, size), Progress(),
-                        after_step=lambda: marks.append(time.perf_counter()))
+        train_one_epoch(
+            Learner(model, optimizer),
+            options,
+            batches(steps + 1, size),
+            Progress(),
+            after_step=lambda: marks.append(time.perf_counter()),
+        )
     return min(later - earlier for earlier, later in zip(marks[:-1], marks[1:], strict=True))

@@ -1,9 +1,11 @@
 """Measures every row of docs/performance.md and writes the page; `make bench` runs it whole.
 
     python benchmarks/run.py                  # everything, then the page
-    python benchmarks/run.py masks step       # some groups only; the page is written once all have been measured here
+    python benchmarks/run.py masks step       # some groups only; the page is written once all have
+    been measured here
 
-Each figure stands beside what a user would otherwise use, measured in the same run. The machine should be idle.
+Each figure stands beside what a user would otherwise use, measured in the same run. The machine
+should be idle.
 """
 
 import argparse
@@ -23,7 +25,19 @@ import numpy as np
 import timm
 import torch
 import torchvision
-from measure import CPU, ROOT, batches, in_turns, over, peak_above, random_model, row, seconds, step_seconds, under
+from measure import (
+    CPU,
+    ROOT,
+    batches,
+    in_turns,
+    over,
+    peak_above,
+    random_model,
+    row,
+    seconds,
+    step_seconds,
+    under,
+)
 from PIL import Image
 from smaller import kernels, structured
 from timm.data import create_transform
@@ -55,7 +69,13 @@ RESULTS = ROOT / "output" / "benchmarks.json"
 PAGE = ROOT / "docs" / "performance.md"
 SPARSITY = 0.65
 TWO_OF_FOUR = {"sparsity": {"mode": "nxm", "level": {"default": [2, 4]}}}
-LIMITS = {"lamp": (1.0, 10), "glob": (0.5, 25), "unif": (0.6, 10), "unifplus": (0.6, 10), "erk": (0.6, 10)}
+LIMITS = {
+    "lamp": (1.0, 10),
+    "glob": (0.5, 25),
+    "unif": (0.6, 10),
+    "unifplus": (0.6, 10),
+    "erk": (0.6, 10),
+}
 REQUESTS = (*LIMITS, "2:4")
 BATCH = 64  # images of a training step
 CALIBRATION = (2, 32)  # batches that statistics look at, and images in each
@@ -77,39 +97,69 @@ def masks() -> list[dict]:
     layers = [model.get_submodule(name.removesuffix(".weight")) for name in prunable_weights(model)]
 
     def all_at_once():
-        prune.global_unstructured([(layer, "weight") for layer in copy.deepcopy(layers)], prune.L1Unstructured,
-                                  amount=SPARSITY)
+        prune.global_unstructured(
+            [(layer, "weight") for layer in copy.deepcopy(layers)],
+            prune.L1Unstructured,
+            amount=SPARSITY,
+        )
 
     def layer_by_layer():
         for layer in copy.deepcopy(layers):
             prune.l1_unstructured(layer, "weight", SPARSITY)
 
     copying = seconds(lambda: copy.deepcopy(layers))
-    others = {"prune.global_unstructured": seconds(all_at_once, 1) - copying,
-              "prune.l1_unstructured": seconds(layer_by_layer, 1) - copying}
+    others = {
+        "prune.global_unstructured": seconds(all_at_once, 1) - copying,
+        "prune.l1_unstructured": seconds(layer_by_layer, 1) - copying,
+    }
     rows, most = [], 0
     for pruner in tqdm(REQUESTS, "masks"):
         most = max(most, peak_above(partial(choose, model, pruner)))
         taken = seconds(partial(choose, model, pruner), 6)
         if pruner == "2:4":
-            rows.append(row("2:4 everywhere, DeiT-Base", "at most 0.8 s", f"{taken:.2f} s", over(taken, 0.8, "s")))
+            rows.append(
+                row(
+                    "2:4 everywhere, DeiT-Base",
+                    "at most 0.8 s",
+                    f"{taken:.2f} s",
+                    over(taken, 0.8, "s"),
+                )
+            )
             continue
         limit, times = LIMITS[pruner]
         other = f"prune.{'global' if pruner in ('lamp', 'glob') else 'l1'}_unstructured"
         ratio = others[other] / taken
-        rows.append(row(f"`{pruner}` masks, DeiT-Base", f"at most {limit} s, {times} times `{other}`",
-                        f"{taken:.2f} s, {ratio:.0f} times ({others[other]:.1f} s)",
-                        over(taken, limit, "s") or under(ratio, times)))
-    rows.append(row("memory above the model for any of them", "at most 1.0 GB", f"{most / 1e9:.2f} GB",
-                    over(most / 1e9, 1, "GB")))
+        rows.append(
+            row(
+                f"`{pruner}` masks, DeiT-Base",
+                f"at most {limit} s, {times} times `{other}`",
+                f"{taken:.2f} s, {ratio:.0f} times ({others[other]:.1f} s)",
+                over(taken, limit, "s") or under(ratio, times),
+            )
+        )
+    rows.append(
+        row(
+            "memory above the model for any of them",
+            "at most 1.0 GB",
+            f"{most / 1e9:.2f} GB",
+            over(most / 1e9, 1, "GB"),
+        )
+    )
     return rows
 
 
 def growth() -> dict:
     """Seconds and memory of every pruner, by size of the model."""
     table = {}
-    for name in tqdm(["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224",
-                      "vit_large_patch16_224"], "growth"):
+    for name in tqdm(
+        [
+            "deit_tiny_patch16_224",
+            "deit_small_patch16_224",
+            "deit_base_patch16_224",
+            "vit_large_patch16_224",
+        ],
+        "growth",
+    ):
         model = random_model(name)
         most = max(peak_above(partial(choose, model, pruner)) for pruner in REQUESTS)
         weights = sum(weight.numel() for weight in prunable_weights(model).values())
@@ -123,20 +173,30 @@ def ours(name: str) -> Learner:
     args = parse_args(["--data-path", "unused", "--model", name, "--no-pretrained"])
     with contextlib.redirect_stdout(io.StringIO()):
         model = prepare_model(args, 1000, {}, CPU)
-        return TrainingState(model, Sparsifier(model, Recipe(), total_steps=1, epoch_steps=1), args, CPU).learner
+        return TrainingState(
+            model, Sparsifier(model, Recipe(), total_steps=1, epoch_steps=1), args, CPU
+        ).learner
 
 
 def step() -> list[dict]:
-    """What masks add to a training step: measured by themselves, since steps vary by more than that."""
+    """What masks add to a training step: measured by themselves, since steps vary by more than
+    that.
+    """
     rows = []
-    for name, title in tqdm([("deit_tiny_patch16_224", "DeiT-Tiny"), ("deit_small_patch16_224", "DeiT-Small")], "step"):
+    for name, title in tqdm(
+        [("deit_tiny_patch16_224", "DeiT-Tiny"), ("deit_small_patch16_224", "DeiT-Small")], "step"
+    ):
         state = ours(name)
         chosen = compute_masks(state.model, "lamp", SPARSITY)
         kept = Masks(state.model, chosen)
         bytes_each = sum(mask.element_size() * mask.numel() for mask in kept.masks.values()) / sum(
-            mask.numel() for mask in kept.masks.values())
-        dense = {dtype: step_seconds(state.model, state.optimizer, 64, dtype)
-                 for dtype in {torch.float32, utils.choose_amp("auto", CPU)}}  # what the machine has no instructions for is slow
+            mask.numel() for mask in kept.masks.values()
+        )
+        dense = {
+            dtype: step_seconds(state.model, state.optimizer, 64, dtype)
+            # What the machine has no instructions for is slow
+            for dtype in {torch.float32, utils.choose_amp("auto", CPU)}
+        }
 
         def masked(kept=kept):
             kept.apply_to_grads()
@@ -156,29 +216,45 @@ def step() -> list[dict]:
         theirs = seconds(reparametrised, 10)
         for dtype, whole in dense.items():
             share = 100 * added / whole
-            rows.append(row(
-                f"masks in a step, {title}, batch 64, {str(dtype).removeprefix('torch.')}",
-                "at most 1 % of the dense step, 1 byte a weight, less than `torch.nn.utils.prune`",
-                f"{share:.2f} %, {bytes_each:g} byte ({1e3 * added:.1f} ms of {whole:.2f} s; "
-                f"`prune` {1e3 * theirs:.1f} ms)",
-                over(share, 1, "%") or over(bytes_each, 1, "bytes") or over(added, theirs, "s")))
+            rows.append(
+                row(
+                    f"masks in a step, {title}, batch 64, {str(dtype).removeprefix('torch.')}",
+                    "at most 1 % of the dense step, 1 byte a weight, less than "
+                    "`torch.nn.utils.prune`",
+                    f"{share:.2f} %, {bytes_each:g} byte ({1e3 * added:.1f} ms of {whole:.2f} s; "
+                    f"`prune` {1e3 * theirs:.1f} ms)",
+                    over(share, 1, "%") or over(bytes_each, 1, "bytes") or over(added, theirs, "s"),
+                )
+            )
     return rows
 
 
 def schedules() -> list[dict]:
-    """What a schedule adds to a training step of DeiT-Small: measured by itself, since steps vary by more than that."""
+    """What a schedule adds to a training step of DeiT-Small: measured by itself, since steps vary
+    by more than that.
+    """
     compute, rows = utils.Compute.choose("cpu", "auto"), []
     state = ours("deit_small_patch16_224")
-    dense = step_seconds(state.model, state.optimizer, BATCH, compute.dtype)  # leaves gradients and the optimizer's state
+    # Leaves gradients and the optimizer's state
+    dense = step_seconds(state.model, state.optimizer, BATCH, compute.dtype)
     weights = copy.deepcopy(state.model.state_dict())
     for schedule in tqdm(SCHEDULES, "schedules"):
         state.model.load_state_dict(weights)
         recipe = Recipe("lamp", SPARSITY, prune_schedule=schedule)
-        sparsifier = Sparsifier(state.model, recipe, total_steps=100 * PRUNE_EVERY, epoch_steps=10 * PRUNE_EVERY,
-                                share=utils.on_first_process)
+        sparsifier = Sparsifier(
+            state.model,
+            recipe,
+            total_steps=100 * PRUNE_EVERY,
+            epoch_steps=10 * PRUNE_EVERY,
+            share=utils.on_first_process,
+        )
         sparsifier.start()
         sparsifier.attach(state.optimizer)
-        changes = [step for step in range(1, sparsifier.steps.total) if sparsifier.schedule.changes_at(step)]
+        changes = [
+            step
+            for step in range(1, sparsifier.steps.total)
+            if sparsifier.schedule.changes_at(step)
+        ]
 
         def calls(step, sparsifier=sparsifier):
             sparsifier.step = step  # the same one again and again: step 1 has no change
@@ -191,11 +267,21 @@ def schedules() -> list[dict]:
         share = 100 * (plain + change / PRUNE_EVERY) / dense
         copies = sum(values.nbytes for values in sparsifier.state_dict()["hidden"].values())
         limit = 6 if sparsifier.schedule.trains_pruned else 2
-        rows.append(row(
-            f"schedule `{schedule}`, DeiT-Small, batch {BATCH}", f"at most {limit} % of the dense step",
-            f"{share:.2f} % ({1e3 * plain:.1f} ms each step of {dense:.2f} s"
-            + (f", {1e3 * change:.0f} ms a change, counted each {PRUNE_EVERY} steps" if changes else "")
-            + (f"; {copies / 1e6:.0f} MB for the second copy" if copies else "") + ")", over(share, limit, "%")))
+        rows.append(
+            row(
+                f"schedule `{schedule}`, DeiT-Small, batch {BATCH}",
+                f"at most {limit} % of the dense step",
+                f"{share:.2f} % ({1e3 * plain:.1f} ms each step of {dense:.2f} s"
+                + (
+                    f", {1e3 * change:.0f} ms a change, counted each {PRUNE_EVERY} steps"
+                    if changes
+                    else ""
+                )
+                + (f"; {copies / 1e6:.0f} MB for the second copy" if copies else "")
+                + ")",
+                over(share, limit, "%"),
+            )
+        )
     return rows + again()
 
 
@@ -203,18 +289,31 @@ def again() -> list[dict]:
     """Choosing the masks of DeiT-Base once more, as a schedule does."""
     model = random_model("deit_base_patch16_224")
     recipe = Recipe("lamp", SPARSITY, prune_schedule="gradual")
-    sparsifier = Sparsifier(model, recipe, total_steps=99, epoch_steps=9, share=utils.on_first_process)
+    sparsifier = Sparsifier(
+        model, recipe, total_steps=99, epoch_steps=9, share=utils.on_first_process
+    )
     sparsifier.start()
     taken = in_turns({"again": sparsifier.choose, "lamp": partial(choose, model, "lamp")}, 4)
     ratio = taken["again"] / taken["lamp"]
-    return [row("masks chosen again by a schedule, DeiT-Base", "at most 1.1 times `lamp` masks",
-                f"{ratio:.2f} times ({taken['again']:.2f} s, {taken['lamp']:.2f} s)", over(ratio, 1.1, "times"))]
+    return [
+        row(
+            "masks chosen again by a schedule, DeiT-Base",
+            "at most 1.1 times `lamp` masks",
+            f"{ratio:.2f} times ({taken['again']:.2f} s, {taken['lamp']:.2f} s)",
+            over(ratio, 1.1, "times"),
+        )
+    ]
 
 
 def statistics() -> list[dict]:
-    """Collecting what scores look at, and an evaluation or a training pass of DeiT-Small over the same images."""
-    compute, data, rows = utils.Compute.choose("cpu", "auto"), batches(*CALIBRATION), []
-    model, loss = ours("deit_small_patch16_224").model, torch.nn.functional.cross_entropy
+    """Collecting what scores look at, and an evaluation or a training pass of DeiT-Small over the
+    same images.
+    """
+    compute = utils.Compute.choose("cpu", "auto")
+    data = batches(*CALIBRATION)
+    rows = []
+    model = ours("deit_small_patch16_224").model
+    loss = torch.nn.functional.cross_entropy
 
     def autocast():
         return compute.autocast()
@@ -235,19 +334,28 @@ def statistics() -> list[dict]:
         with autocast():
             collect_statistics(model, data, loss, {need})
 
-    for pass_, name, needs in ((evaluation_pass, "an evaluation", ("input_norms", "gram")),
-                               (training_pass, "a training pass", ("gradient", "squared_gradient"))):
+    for pass_, name, needs in (
+        (evaluation_pass, "an evaluation", ("input_norms", "gram")),
+        (training_pass, "a training pass", ("gradient", "squared_gradient")),
+    ):
         taken = in_turns({"pass": pass_, **{need: partial(collected, need) for need in needs}}, 4)
         for need in needs:
             ratio = taken[need] / taken["pass"]
-            rows.append(row(f"collecting `{need}`, DeiT-Small", f"at most 1.3 times {name} of the same images",
-                            f"{ratio:.2f} times ({taken[need]:.2f} s, {taken['pass']:.2f} s)",
-                            over(ratio, 1.3, "times")))
+            rows.append(
+                row(
+                    f"collecting `{need}`, DeiT-Small",
+                    f"at most 1.3 times {name} of the same images",
+                    f"{ratio:.2f} times ({taken[need]:.2f} s, {taken['pass']:.2f} s)",
+                    over(ratio, 1.3, "times"),
+                )
+            )
     return rows
 
 
 def plain_obs(weight, gram, kept: int, damping: float = 0.01, block_size: int = 128):
-    """`obs_prune` as plainly as it can be written: each column updates all those to its right, where they lie."""
+    """`obs_prune` as plainly as it can be written: each column updates all those to its right,
+    where they lie.
+    """
     weight, (outputs, inputs) = weight.double(), weight.shape
     damped = gram + damping * gram.diagonal().mean() * torch.eye(inputs, dtype=gram.dtype)
     factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
@@ -265,9 +373,11 @@ def plain_obs(weight, gram, kept: int, damping: float = 0.01, block_size: int = 
 
 def reconstruction() -> list[dict]:
     """Optimal Brain Surgeon on a layer, and on DeiT-Small layer after layer."""
-    generator, (inputs, outputs) = torch.Generator().manual_seed(0), (3072, 768)
+    generator = torch.Generator().manual_seed(0)
+    (inputs, outputs) = (3072, 768)
     tokens = torch.randn(2 * inputs, inputs, generator=generator)
-    weight, gram = torch.randn(outputs, inputs, generator=generator), (tokens.T @ tokens).double()
+    weight = torch.randn(outputs, inputs, generator=generator)
+    gram = (tokens.T @ tokens).double()
     kept = round(weight.numel() * (1 - SPARSITY))
     found = {}
 
@@ -275,11 +385,19 @@ def reconstruction() -> list[dict]:
         found[function] = function(weight, gram, kept)[1]
 
     taken = in_turns({"ours": partial(pruned, obs_prune), "plain": partial(pruned, plain_obs)}, 1)
-    assert int((found[obs_prune] != found[plain_obs]).sum()) <= 20  # of weights as good as equal, either may go
+    # Of weights as good as equal, either may go
+    assert int((found[obs_prune] != found[plain_obs]).sum()) <= 20
     ratio = taken["plain"] / taken["ours"]
-    rows = [row(f"`obs_prune`, {inputs} inputs, {outputs} outputs", "2 times plain code, column by column",
-                f"{ratio:.1f} times ({taken['ours']:.1f} s, {taken['plain']:.1f} s)", under(ratio, 2))]
-    compute, data = utils.Compute.choose("cpu", "auto"), batches(*CALIBRATION)
+    rows = [
+        row(
+            f"`obs_prune`, {inputs} inputs, {outputs} outputs",
+            "2 times plain code, column by column",
+            f"{ratio:.1f} times ({taken['ours']:.1f} s, {taken['plain']:.1f} s)",
+            under(ratio, 2),
+        )
+    ]
+    compute = utils.Compute.choose("cpu", "auto")
+    data = batches(*CALIBRATION)
     model = ours("deit_small_patch16_224").model
     dense = copy.deepcopy(model.state_dict())
 
@@ -298,18 +416,30 @@ def reconstruction() -> list[dict]:
 
     taken = in_turns({"evaluation": evaluation_pass, "walk": walk, "whole": whole}, 2)
     ratio = taken["walk"] / taken["evaluation"]
-    return [*rows, row(
-        f"`prune` of DeiT-Small, {CALIBRATION[0] * CALIBRATION[1]} images, but factors and updates",
-        "at most 4 times an evaluation of the same images",
-        f"{ratio:.1f} times ({taken['walk']:.1f} s, {taken['evaluation']:.1f} s; with factors and updates "
-        f"{taken['whole'] / taken['evaluation']:.1f} times, {taken['whole']:.1f} s)", over(ratio, 4, "times"))]
+    return [
+        *rows,
+        row(
+            f"`prune` of DeiT-Small, {CALIBRATION[0] * CALIBRATION[1]} images, but factors and "
+            "updates",
+            "at most 4 times an evaluation of the same images",
+            f"{ratio:.1f} times ({taken['walk']:.1f} s, {taken['evaluation']:.1f} s; with factors "
+            "and updates "
+            f"{taken['whole'] / taken['evaluation']:.1f} times, {taken['whole']:.1f} s)",
+            over(ratio, 4, "times"),
+        ),
+    ]
 
 
 def products(dtype) -> float:
-    """How many times as fast as in float32 the machine multiplies the matrices of DeiT-Small's MLP, batch 16."""
+    """How many times as fast as in float32 the machine multiplies the matrices of DeiT-Small's MLP,
+    batch 16.
+    """
+
     def product(kind):
-        inputs, weight = torch.randn(16 * 197, 384, dtype=kind), torch.randn(1536, 384, dtype=kind)
+        inputs = torch.randn(16 * 197, 384, dtype=kind)
+        weight = torch.randn(1536, 384, dtype=kind)
         return lambda: torch.nn.functional.linear(inputs, weight)
+
     taken = in_turns({"plain": product(torch.float32), "quick": product(dtype)}, 50)
     return taken["plain"] / taken["quick"]
 
@@ -326,16 +456,24 @@ def train() -> list[dict]:
         quick = min(quick, step_seconds(state.model, state.optimizer, 16, dtype))
         plain = min(plain, step_seconds(model, optimizer, 16, torch.float32))
     name = str(dtype).removeprefix("torch.")
-    return [row("training step, DeiT-Small, batch 16, `--amp auto`", "2.5 times a float32 step with timm's defaults",
-                f"{plain / quick:.2f} times ({16 / quick:.1f} images/s in {name}, {16 / plain:.1f} in float32; matrix "
-                f"products alone {products(dtype):.2f} times)",
-                under(plain / quick, 2.5)), muon_step()]
+    return [
+        row(
+            "training step, DeiT-Small, batch 16, `--amp auto`",
+            "2.5 times a float32 step with timm's defaults",
+            f"{plain / quick:.2f} times ({16 / quick:.1f} images/s in {name}, {16 / plain:.1f} in "
+            "float32; matrix "
+            f"products alone {products(dtype):.2f} times)",
+            under(plain / quick, 2.5),
+        ),
+        muon_step(),
+    ]
 
 
 def muon_step() -> dict:
-    """A step of Muon on the sample's model, and one in bfloat16, as timm makes it on every device."""
+    """A step of Muon on the sample's model, beside timm's, which is in bfloat16 everywhere."""
     model = ours("deit_sample_patch4_28").model
-    optimizer, chosen = create_optimizer_v2(model, "muon"), muon.zeropower_via_newtonschulz
+    optimizer = create_optimizer_v2(model, "muon")
+    chosen = muon.zeropower_via_newtonschulz
     for weight in model.parameters():
         weight.grad = torch.randn_like(weight)
 
@@ -346,8 +484,12 @@ def muon_step() -> dict:
     taken = in_turns({"quick": lambda: step(chosen), "plain": lambda: step(NEWTON_SCHULZ)}, 4)
     muon.zeropower_via_newtonschulz = chosen
     quick, plain = taken["quick"], taken["plain"]
-    return row("step of `--opt muon`, the sample's model", "no slower than timm's, which is in bfloat16",
-               f"{plain / quick:.1f} times ({1e3 * quick:.0f} ms, {1e3 * plain:.0f} ms)", under(plain / quick, 0.95))
+    return row(
+        "step of `--opt muon`, the sample's model",
+        "no slower than timm's, which is in bfloat16",
+        f"{plain / quick:.1f} times ({1e3 * quick:.0f} ms, {1e3 * plain:.0f} ms)",
+        under(plain / quick, 0.95),
+    )
 
 
 def evaluation() -> list[dict]:
@@ -361,7 +503,9 @@ def evaluation() -> list[dict]:
     state = ours("deit_small_patch16_224")
     timm.layers.set_fused_attn(True)  # as it is by default
     model = random_model("deit_small_patch16_224")
-    taken = in_turns({"quick": lambda: run(state.model, dtype), "plain": lambda: run(model, torch.float32)}, 4)
+    taken = in_turns(
+        {"quick": lambda: run(state.model, dtype), "plain": lambda: run(model, torch.float32)}, 4
+    )
     quick, plain = taken["quick"], taken["plain"]
     accuracy = []
     for amp in ("auto", "off"):
@@ -371,55 +515,130 @@ def evaluation() -> list[dict]:
             sample = prepare_model(args, classes, {}, CPU)
             accuracy.append(evaluate(loader, sample, utils.Compute.choose("cpu", amp))["acc1"])
     apart = abs(accuracy[0] - accuracy[1])
-    return [row("evaluation, DeiT-Small, `--amp auto`", "2.5 times float32 with timm's defaults, accuracy of the "
-                "sample within 0.1 points", f"{plain / quick:.2f} times ({64 / quick:.0f} images/s, {64 / plain:.0f} "
-                f"in float32), {apart:.2f} points apart", under(plain / quick, 2.5) or over(apart, 0.1, "points"))]
+    return [
+        row(
+            "evaluation, DeiT-Small, `--amp auto`",
+            "2.5 times float32 with timm's defaults, accuracy of the sample within 0.1 points",
+            f"{plain / quick:.2f} times ({64 / quick:.0f} images/s, {64 / plain:.0f} "
+            f"in float32), {apart:.2f} points apart",
+            under(plain / quick, 2.5) or over(apart, 0.1, "points"),
+        )
+    ]
 
 
 def inputs() -> list[dict]:
     """Images a second of the training loader, and of a plain ImageFolder and DataLoader."""
-    rates = {"ours": [], "workers": [], "plain": []}  # "workers": ours, but for what is done to whole batches
+    # "workers": ours, but for what is done to whole batches
+    rates = {"ours": [], "workers": [], "plain": []}
     with tempfile.TemporaryDirectory() as folder:
         random = np.random.RandomState(0)
         for number in range(512):
             for part in ("train", "val"):
                 Path(folder, part, "one").mkdir(parents=True, exist_ok=True)
             coarse = Image.fromarray(random.randint(0, 256, (24, 32, 3), dtype=np.uint8))
-            coarse.resize((500, 375), Image.Resampling.BICUBIC).save(f"{folder}/train/one/{number}.jpg", quality=90)
+            coarse.resize((500, 375), Image.Resampling.BICUBIC).save(
+                f"{folder}/train/one/{number}.jpg", quality=90
+            )
         coarse.save(f"{folder}/val/one/0.jpg")
-        args = parse_args(["--data-path", folder, "--model", "deit_small_patch16_224", "--num_workers", "2",
-                           "--no-repeated-aug", "--mixup", "0", "--cutmix", "0"])
-        loaders = {"ours": build_loaders(args, CPU)[0]}  # first, as it repairs timm's posterize for both
+        args = parse_args(
+            [
+                "--data-path",
+                folder,
+                "--model",
+                "deit_small_patch16_224",
+                "--num_workers",
+                "2",
+                "--no-repeated-aug",
+                "--mixup",
+                "0",
+                "--cutmix",
+                "0",
+            ]
+        )
+        # First, as it repairs timm's posterize for both
+        loaders = {"ours": build_loaders(args, CPU)[0]}
         loaders["workers"] = loaders["ours"]
         finish = {"ours": build_batch_transform(args, 1, CPU)}
-        transform = create_transform(224, is_training=True, color_jitter=args.color_jitter, auto_augment=args.aa,
-                                     interpolation="bicubic", re_prob=0.25, re_mode="pixel", re_count=1)
-        loaders["plain"] = DataLoader(ImageFolder(f"{folder}/train", transform), 64, shuffle=True, num_workers=2,
-                                      drop_last=True, persistent_workers=True)
-        for _ in tqdm(range(16), "inputs"):  # many short ones in turns, since the speed of the machine drifts
+        transform = create_transform(
+            224,
+            is_training=True,
+            color_jitter=args.color_jitter,
+            auto_augment=args.aa,
+            interpolation="bicubic",
+            re_prob=0.25,
+            re_mode="pixel",
+            re_count=1,
+        )
+        loaders["plain"] = DataLoader(
+            ImageFolder(f"{folder}/train", transform),
+            64,
+            shuffle=True,
+            num_workers=2,
+            drop_last=True,
+            persistent_workers=True,
+        )
+        # Many short ones in turns, since the speed of the machine drifts
+        for _ in tqdm(range(16), "inputs"):
             for kind, loader in loaders.items():
                 start = time.perf_counter()
-                images = sum(len(finish[kind](*batch)[0] if kind in finish else batch[0]) for batch in loader)
+                images = sum(
+                    len(finish[kind](*batch)[0] if kind in finish else batch[0]) for batch in loader
+                )
                 rates[kind].append(images / (time.perf_counter() - start))
     quick, workers, plain = (float(np.median(rates[kind][1:])) for kind in rates)
-    return [row("input pipeline, JPEG of 500 x 375, DeiT's training transforms, 2 workers",
-                "1.4 times ImageFolder and DataLoader with timm's transform",
-                f"{quick / plain:.2f} times ({quick:.0f} and {plain:.0f} images/s; {workers:.0f} before batches are "
-                "normalized)", under(quick / plain, 1.4))]
+    return [
+        row(
+            "input pipeline, JPEG of 500 x 375, DeiT's training transforms, 2 workers",
+            "1.4 times ImageFolder and DataLoader with timm's transform",
+            f"{quick / plain:.2f} times ({quick:.0f} and {plain:.0f} images/s; {workers:.0f} "
+            "before batches are "
+            "normalized)",
+            under(quick / plain, 1.4),
+        )
+    ]
 
 
 def sample() -> list[dict]:
     """The sample run."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "main.py"), "--pruner", "lamp", "--sparsity", str(SPARSITY)]
-        taken = seconds(lambda: subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL), 2)
-    return [row("`python main.py --pruner lamp --sparsity 0.65`", "at most 40 s", f"{taken:.0f} s",
-                over(taken, 40, "s"))]
+        command = [
+            sys.executable,
+            str(ROOT / "main.py"),
+            "--pruner",
+            "lamp",
+            "--sparsity",
+            str(SPARSITY),
+        ]
+        taken = seconds(
+            lambda: subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL), 2
+        )
+    return [
+        row(
+            "`python main.py --pruner lamp --sparsity 0.65`",
+            "at most 40 s",
+            f"{taken:.0f} s",
+            over(taken, 40, "s"),
+        )
+    ]
 
 
-GROUPS = {group.__name__: group for group in (
-    masks, step, schedules, statistics, reconstruction, train, evaluation, structured, kernels, inputs, sample,
-    growth)}
+GROUPS = {
+    group.__name__: group
+    for group in (
+        masks,
+        step,
+        schedules,
+        statistics,
+        reconstruction,
+        train,
+        evaluation,
+        structured,
+        kernels,
+        inputs,
+        sample,
+        growth,
+    )
+}
 
 
 # ---- the page ----
@@ -427,34 +646,67 @@ GROUPS = {group.__name__: group for group in (
 
 def machine() -> str:
     cpuinfo = Path("/proc/cpuinfo").read_text()
-    model = next(line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name"))
-    features = ", ".join(name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in cpuinfo.split())
-    return (f"{model} ({features}), {torch.get_num_threads()} cores; Python {platform.python_version()}, torch "
-            f"{torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, numpy "
-            f"{np.__version__}, Pillow {Image.__version__}")
+    model = next(
+        line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")
+    )
+    features = ", ".join(
+        name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in cpuinfo.split()
+    )
+    return (
+        f"{model} ({features}), {torch.get_num_threads()} cores; Python "
+        f"{platform.python_version()}, torch "
+        f"{torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, "
+        "numpy "
+        f"{np.__version__}, Pillow {Image.__version__}"
+    )
 
 
 def page(results: dict) -> str:
-    lines = ["# Performance", "", "Made by `make bench`, which measures each figure and what it is compared with in "
-             "one run: the shortest of several times, and for the input pipeline the median.", "",
-             f"Machine: {results['machine']}.", "", "| what | target | measured | met |", "| --- | --- | --- | --- |"]
+    lines = [
+        "# Performance",
+        "",
+        "Made by `make bench`, which measures each figure and what it is compared with in "
+        "one run: the shortest of several times, and for the input pipeline the median.",
+        "",
+        f"Machine: {results['machine']}.",
+        "",
+        "| what | target | measured | met |",
+        "| --- | --- | --- | --- |",
+    ]
     rows = [found for group in GROUPS if group != "growth" for found in results.get(group, [])]
-    lines += [f"| {found['what']} | {found['target']} | {found['found']} | "
-              f"{'missed: ' + found['missed'] if found['missed'] else 'yes'} |" for found in rows]
+    lines += [
+        f"| {found['what']} | {found['target']} | {found['found']} | "
+        f"{'missed: ' + found['missed'] if found['missed'] else 'yes'} |"
+        for found in rows
+    ]
     if "growth" in results:
         names = " | ".join(f"`{name}`" for name in REQUESTS)
-        lines += ["", "## Growth", "",
-                  "Seconds to choose the masks, and the most memory above the model that one of them needs:", "",
-                  f"| model | prunable weights | {names} | memory |", "| --- |" + " ---: |" * (len(REQUESTS) + 2)]
+        lines += [
+            "",
+            "## Growth",
+            "",
+            "Seconds to choose the masks, and the most memory above the model that one of them "
+            "needs:",
+            "",
+            f"| model | prunable weights | {names} | memory |",
+            "| --- |" + " ---: |" * (len(REQUESTS) + 2),
+        ]
         for name, found in results["growth"].items():
             cells = " | ".join(f"{found[pruner]:.2f}" for pruner in REQUESTS)
-            lines.append(f"| `{name}` | {found['weights'] / 1e6:.1f} M | {cells} | {found['memory'] / 1e9:.2f} GB |")
+            lines.append(
+                f"| `{name}` | {found['weights'] / 1e6:.1f} M | {cells} | "
+                f"{found['memory'] / 1e9:.2f} GB |"
+            )
     return "\n".join([*lines, "", (Path(__file__).parent / "notes.md").read_text()])
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; all by default")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; all by default"
+    )
     chosen = parser.parse_args().groups
     for unknown in set(chosen) - set(GROUPS):
         parser.error(f"no group {unknown}: expected some of {', '.join(GROUPS)}")

@@ -30,20 +30,36 @@ def structured() -> list[dict]:
         what = f"DeiT-Small without {share:.0%} of heads and neurons"
         for batch in BATCHES:
             found = compare(dense, small, batch)
-            rows.append(row(f"{what}, batch {batch}",
-                            f"{times} times the dense model, and 85 % of what the multiply-adds promise",
-                            f"{found} times of {promised:.2f} promised",
-                            under(found, times) or under(found, PROMISED * promised)))
+            rows.append(
+                row(
+                    f"{what}, batch {batch}",
+                    f"{times} times the dense model, and 85 % of what the multiply-adds promise",
+                    f"{found} times of {promised:.2f} promised",
+                    under(found, times) or under(found, PROMISED * promised),
+                )
+            )
         if share == 0.5:
             files = {name: onnx_file(model) for name, model in (("dense", dense), ("small", small))}
             ratio = len(files["dense"]) / len(files["small"])
             weights = size(dense) / size(small)
-            rows.append(row(f"{what}, ONNX file", "as many times smaller as the weights are fewer",
-                            f"{ratio:.2f} times of {weights:.2f}", under(ratio, 0.98 * weights)))
+            rows.append(
+                row(
+                    f"{what}, ONNX file",
+                    "as many times smaller as the weights are fewer",
+                    f"{ratio:.2f} times of {weights:.2f}",
+                    under(ratio, 0.98 * weights),
+                )
+            )
             for batch in BATCHES:
                 found = compare_sessions(files, batch)
-                rows.append(row(f"{what}, onnxruntime, batch {batch}", "1.7 times the dense model in onnxruntime",
-                                f"{found} times", under(found, 1.7)))
+                rows.append(
+                    row(
+                        f"{what}, onnxruntime, batch {batch}",
+                        "1.7 times the dense model in onnxruntime",
+                        f"{found} times",
+                        under(found, 1.7),
+                    )
+                )
             rows.append(training(what, dense, small))
     return rows
 
@@ -51,7 +67,10 @@ def structured() -> list[dict]:
 def kernels() -> list[dict]:
     """DeiT-Small with single weights pruned, and sparse kernels where they are quicker."""
     rows = []
-    for batch, asked in ((1, {0.8: 1.0, 0.9: 1.0, 0.95: 1.5, 0.98: 2.0}), (64, {0.8: 1.0, 0.95: 1.0})):
+    for batch, asked in (
+        (1, {0.8: 1.0, 0.9: 1.0, 0.95: 1.5, 0.98: 2.0}),
+        (64, {0.8: 1.0, 0.95: 1.0}),
+    ):
         images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
         for sparsity, times in tqdm(asked.items(), f"kernels, batch {batch}"):
             model = random_model(NAME).eval()
@@ -59,10 +78,16 @@ def kernels() -> list[dict]:
             quick, report = sparse_kernels(model, images)
             used = sum(layer.kernel != "dense" for layer in report.layers) if report.used else 0
             found = compare(model, quick, batch) if report.used else Ratio(1.0)
-            rows.append(row(f"`--sparse-kernels`, DeiT-Small, `unif` {sparsity:.0%}, batch {batch}",
-                            f"{times} times the dense model" if times > 1 else "no slower than the dense model",
-                            f"{found} times, {used} of {len(report.layers)} layers sparse",
-                            under(found, times)))
+            rows.append(
+                row(
+                    f"`--sparse-kernels`, DeiT-Small, `unif` {sparsity:.0%}, batch {batch}",
+                    f"{times} times the dense model"
+                    if times > 1
+                    else "no slower than the dense model",
+                    f"{found} times, {used} of {len(report.layers)} layers sparse",
+                    under(found, times),
+                )
+            )
     return rows
 
 
@@ -99,10 +124,13 @@ def size(model: nn.Module) -> int:
 
 
 def onnx_file(model: nn.Module) -> bytes:
-    program = torch.export.export(model, (torch.randn(2, 3, 224, 224),),
-                                  dynamic_shapes=({0: torch.export.Dim("batch")},))
+    program = torch.export.export(
+        model, (torch.randn(2, 3, 224, 224),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
     file = io.BytesIO()
-    torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]).save(file)
+    torch.onnx.export(
+        program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
+    ).save(file)
     return file.getvalue()
 
 
@@ -110,18 +138,28 @@ def compare_sessions(files: dict[str, bytes], batch: int) -> Ratio:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     images = {"images": np.random.RandomState(0).randn(batch, 3, 224, 224).astype(np.float32)}
-    sessions = {name: onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-                for name, file in files.items()}
-    return ratio_of({name: partial(session.run, None, images) for name, session in sessions.items()})
+    sessions = {
+        name: onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        for name, file in files.items()
+    }
+    return ratio_of(
+        {name: partial(session.run, None, images) for name, session in sessions.items()}
+    )
 
 
 def training(what: str, dense: nn.Module, small: nn.Module) -> dict:
     """Steps a second of a model after `--shrink`."""
     models = {"dense": dense, "pruned": small}
-    optimizers = {name: torch.optim.AdamW(model.parameters(), fused=True) for name, model in models.items()}
+    optimizers = {
+        name: torch.optim.AdamW(model.parameters(), fused=True) for name, model in models.items()
+    }
     taken = {name: float("inf") for name in models}
     for name in (*models, *models):  # in turns, since the speed of a machine drifts
         taken[name] = min(taken[name], step_seconds(models[name], optimizers[name], 32, None))
     ratio = taken["dense"] / taken["pruned"]
-    return row(f"{what}, training after `--shrink`, batch 32", "1.6 times the steps a second of the dense model",
-               f"{ratio:.2f} times ({taken['dense']:.2f} s, {taken['pruned']:.2f} s a step)", under(ratio, 1.6))
+    return row(
+        f"{what}, training after `--shrink`, batch 32",
+        "1.6 times the steps a second of the dense model",
+        f"{ratio:.2f} times ({taken['dense']:.2f} s, {taken['pruned']:.2f} s a step)",
+        under(ratio, 1.6),
+    )

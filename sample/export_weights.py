@@ -1,6 +1,7 @@
 """Takes the weights out of a checkpoint of main.py, for any program that reads safetensors.
 
-    python sample/export_weights.py output/sample_dense/checkpoint.pth sample/deit_sample_patch4_28.safetensors
+python sample/export_weights.py output/sample_dense/checkpoint.pth
+sample/deit_sample_patch4_28.safetensors
 """
 
 import argparse
@@ -15,10 +16,14 @@ from utils import UserError, load_checkpoint  # noqa: E402
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint")
     parser.add_argument("target", help="a .safetensors file")
-    parser.add_argument("--use-ema", action="store_true", help="take the moving average of the weights")
+    parser.add_argument(
+        "--use-ema", action="store_true", help="take the moving average of the weights"
+    )
     args = parser.parse_args()
     checkpoint = load_checkpoint(args.checkpoint)
     if args.use_ema and "model_ema" not in checkpoint:

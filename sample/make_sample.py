@@ -1,8 +1,10 @@
-"""Makes the built-in sample from the official Fashion-MNIST files: the first images of each class, in file order.
+"""Makes the built-in sample from the official Fashion-MNIST files: the first images of each class,
+in file order.
 
     python sample/make_sample.py FOLDER_WITH_THE_FOUR_IDX_FILES
 
-Writes four gzipped idx files beside this script; they are the same to the byte whenever they are made.
+Writes four gzipped idx files beside this script; they are the same to the byte whenever they are
+made.
 """
 
 import sys
@@ -20,9 +22,15 @@ PER_CLASS = {"train": 600, "t10k": 200}
 
 def main(source: Path) -> int:
     for prefix, count in PER_CLASS.items():
-        images_name, labels_name = f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
-        images, labels = read_idx(source, images_name, ndim=3), read_idx(source, labels_name, ndim=1)
-        chosen = np.sort(np.concatenate([np.flatnonzero(labels == c)[:count] for c in range(FashionMNIST.num_classes)]))
+        images_name = f"{prefix}-images-idx3-ubyte"
+        labels_name = f"{prefix}-labels-idx1-ubyte"
+        images = read_idx(source, images_name, ndim=3)
+        labels = read_idx(source, labels_name, ndim=1)
+        chosen = np.sort(
+            np.concatenate(
+                [np.flatnonzero(labels == c)[:count] for c in range(FashionMNIST.num_classes)]
+            )
+        )
         for name, array in ((images_name, images[chosen]), (labels_name, labels[chosen])):
             path = HERE / f"{name}.gz"
             write_idx(path, array)

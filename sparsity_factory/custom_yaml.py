@@ -7,10 +7,11 @@
         blocks.0.*: dense
         "*.mlp.fc2": [1, 4]      # later lines win
 
-The two modes differ in nothing but the reader's expectation: an entry of either form is understood in both.
+The two modes differ in nothing but the reader's expectation: an entry of either form is understood
+in both.
 
-`choices` in the place of `level` has a list of levels for each weight. With one each it is a configuration; with more
-it is a space, out of which `search.py` takes one each.
+`choices` in the place of `level` has a list of levels for each weight. With one each it is a
+configuration; with more it is a space, out of which `search.py` takes one each.
 """
 
 import logging
@@ -27,7 +28,8 @@ from .errors import PruningError
 
 MODES = ("nxm", "unstructured")
 EXPECTED_LEVEL = 'expected [n, m] with 1 <= n <= m, "n:m", a sparsity in [0, 1), or dense'
-MAX_BYTES = 2**18  # parsing takes some seconds per megabyte; a list of a thousand entries has ten kilobytes
+# Parsing takes some seconds per megabyte; a list of a thousand entries has ten kilobytes
+MAX_BYTES = 2**18
 MAX_DEPTH = 8  # a correct file has six levels
 
 log = logging.getLogger(__name__)
@@ -40,10 +42,12 @@ def resolve_levels(
 
     Args:
         source: path of a YAML file, or what such a file parses to.
-        shapes: the shape (outputs, inputs) of every prunable weight by parameter name, in model order.
+        shapes: the shape (outputs, inputs) of every prunable weight by parameter name, in model
+            order.
 
     Returns:
-        In the order of `shapes`: the number of weights kept, or (n, m) to keep n of every m along the inputs.
+        In the order of `shapes`: the number of weights kept, or (n, m) to keep n of every m along
+        the inputs.
 
     Raises:
         PruningError: one line with the file (or `custom_config`), the entry and what was expected.
@@ -64,8 +68,8 @@ def resolve_choices(
         where: what messages name in the place of the file.
 
     Returns:
-        In the order of `shapes`: by the text of each level, such as `2:4`, `0.5` or `dense`, the number of weights kept
-        or (n, m), as `resolve_levels` has it.
+        In the order of `shapes`: by the text of each level, such as `2:4`, `0.5` or `dense`, the
+        number of weights kept or (n, m), as `resolve_levels` has it.
 
     Raises:
         PruningError: as `resolve_levels`, and for an empty list of levels.
@@ -74,10 +78,17 @@ def resolve_choices(
     where = where or name
     section = _checked(config, where)
     if "choices" not in section:
-        raise PruningError(f"{where}: has a level for each weight: expected choices, a list of levels for each")
+        raise PruningError(
+            f"{where}: has a level for each weight: expected choices, a list of levels for each"
+        )
     entries = _by_name(section["choices"], list(shapes), where, "choices", _parse_choices)
-    return {name: {level_text(level): _amount(label, level, name, shape, where) for label, level in entries[name][1]}
-            for name, shape in shapes.items()}
+    return {
+        name: {
+            level_text(level): _amount(label, level, name, shape, where)
+            for label, level in entries[name][1]
+        }
+        for name, shape in shapes.items()
+    }
 
 
 def level_text(level: float | tuple[int, int]) -> str:
@@ -98,14 +109,18 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"key {_short(key.value)} twice", problem_mark=key.start_mark)
+                    raise yaml.MarkedYAMLError(
+                        problem=f"key {_short(key.value)} twice", problem_mark=key.start_mark
+                    )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def _path(source) -> str:
     if not isinstance(source, str | PathLike):
-        raise PruningError(f"custom_config is {_short(source)}: expected the path of a YAML file, or a mapping")
+        raise PruningError(
+            f"custom_config is {_short(source)}: expected the path of a YAML file, or a mapping"
+        )
     return str(fspath(source))
 
 
@@ -114,7 +129,9 @@ def read_yaml(path: str):
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise PruningError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise PruningError(
+            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
     if len(content) > MAX_BYTES:
         raise PruningError(f"{path}: expected at most {MAX_BYTES // 1024} KiB of YAML")
     try:
@@ -127,23 +144,35 @@ def read_yaml(path: str):
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be parsed"
+        problem = (
+            getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be parsed"
+        )
         raise PruningError(f"{path}: {place}not valid YAML here: {problem}") from None
     except ValueError as error:  # scalars that look like a date or a number, but are none
         raise PruningError(f"{path}: not valid YAML here: {error}") from None
 
 
 def _refuse_exotic(text: str, path: str) -> None:
-    """No configuration needs tags, anchors or deep nesting; hostile ones use them to run code or to fill the memory."""
+    """No configuration needs tags, anchors or deep nesting; hostile ones use them to run code or to
+    fill the memory.
+    """
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+            event, yaml.CollectionEndEvent
+        )
         for kind in ("tag", "anchor"):
             if found := getattr(event, kind, None):
                 line = event.start_mark.line + 1
-                raise PruningError(f"{path}: line {line}: {kind} {_short(found)}: expected plain YAML without {kind}s")
+                raise PruningError(
+                    f"{path}: line {line}: {kind} {_short(found)}: expected plain YAML without "
+                    f"{kind}s"
+                )
         if depth > MAX_DEPTH:
-            raise PruningError(f"{path}: line {event.start_mark.line + 1}: expected at most {MAX_DEPTH} nested levels")
+            raise PruningError(
+                f"{path}: line {event.start_mark.line + 1}: expected at most {MAX_DEPTH} nested "
+                "levels"
+            )
 
 
 def level_section(config, where: str):
@@ -156,8 +185,10 @@ def level_section(config, where: str):
         return choices
     for place, entry in choices.items() if isinstance(choices, Mapping) else enumerate(choices):
         if not isinstance(entry, list | tuple) or len(entry) != 1:
-            raise PruningError(f"{where}: is a space for search.py --space, with {_short(entry)} in choices "
-                               f"{_short(place)}: expected one level for each weight")
+            raise PruningError(
+                f"{where}: is a space for search.py --space, with {_short(entry)} in choices "
+                f"{_short(place)}: expected one level for each weight"
+            )
     if isinstance(choices, Mapping):
         return {place: entry[0] for place, entry in choices.items()}
     return [entry[0] for entry in choices]
@@ -173,14 +204,23 @@ def _checked(config, where: str) -> Mapping:
     """The section of a configuration, which has a mode and either `level` or `choices`."""
     if config is None:
         raise PruningError(f"{where}: is empty: expected a mapping with the key sparsity")
-    section = _section(config, ("sparsity",), where, "the file" if where != "custom_config" else "it")["sparsity"]
-    if isinstance(section, Mapping) and "choices" in section:  # in the format's later files beside those of a search
-        section = _section({key: section[key] for key in section if key != "greedy"}, ("mode", "choices"), where,
-                           "sparsity")
+    section = _section(
+        config, ("sparsity",), where, "the file" if where != "custom_config" else "it"
+    )["sparsity"]
+    # In the format's later files beside those of a search
+    if isinstance(section, Mapping) and "choices" in section:
+        section = _section(
+            {key: section[key] for key in section if key != "greedy"},
+            ("mode", "choices"),
+            where,
+            "sparsity",
+        )
     else:
         section = _section(section, ("mode", "level"), where, "sparsity")
     if section["mode"] not in MODES:
-        raise PruningError(f"{where}: mode is {_short(section['mode'])}: expected {' or '.join(MODES)}")
+        raise PruningError(
+            f"{where}: mode is {_short(section['mode'])}: expected {' or '.join(MODES)}"
+        )
     return section
 
 
@@ -199,41 +239,57 @@ def _section(found, keys: tuple[str, ...], where: str, what: str) -> Mapping:
 
 
 def _by_name(level, names: list[str], where: str, key: str, parse: Callable) -> dict[str, tuple]:
-    """Name to (entry in words, parsed entry). key: `level` or `choices`; parse: `_parse_all` or `_parse_choices`."""
+    """Name to (entry in words, parsed entry). key: `level` or `choices`; parse: `_parse_all` or
+    `_parse_choices`.
+    """
     if isinstance(level, list | tuple):
         return _from_list(level, names, where, key, parse)
     if isinstance(level, Mapping):
         return _from_patterns(level, names, where, key, parse)
-    raise PruningError(f"{where}: {key} is {_short(level)}: expected a list, or a mapping from patterns to levels")
+    raise PruningError(
+        f"{where}: {key} is {_short(level)}: expected a list, or a mapping from patterns to levels"
+    )
 
 
-def _from_list(level: Sequence, names: list[str], where: str, key: str, parse: Callable) -> dict[str, tuple]:
+def _from_list(
+    level: Sequence, names: list[str], where: str, key: str, parse: Callable
+) -> dict[str, tuple]:
     if len(level) != len(names):
         raise PruningError(
-            f"{where}: {key} has {len(level)} entries: expected {len(names)}, one for each of {', '.join(names)}"
+            f"{where}: {key} has {len(level)} entries: expected {len(names)}, one for each of "
+            f"{', '.join(names)}"
         )
     labels = [f"{key}[{index}]" for index in range(len(level))]
     return dict(zip(names, parse(zip(labels, level, strict=True), where), strict=True))
 
 
-def _from_patterns(level: Mapping, names: list[str], where: str, key: str, parse: Callable) -> dict[str, tuple]:
+def _from_patterns(
+    level: Mapping, names: list[str], where: str, key: str, parse: Callable
+) -> dict[str, tuple]:
     """`default` is looked at first, wherever it stands; later lines win."""
     for pattern in level:
         if not isinstance(pattern, str):
-            raise PruningError(f"{where}: {key} has the key {_short(pattern)}: expected a pattern of weight names")
+            raise PruningError(
+                f"{where}: {key} has the key {_short(pattern)}: expected a pattern of weight names"
+            )
     ordered = sorted(level, key=lambda pattern: pattern != "default")
     parsed = parse(((f"{key} {_short(pattern)}", level[pattern]) for pattern in ordered), where)
     entries = {}
     for pattern, entry in zip(ordered, parsed, strict=True):
-        matched = names if pattern == "default" else [name for name in names if _matches(name, pattern)]
+        matched = (
+            names if pattern == "default" else [name for name in names if _matches(name, pattern)]
+        )
         if not matched:
             raise PruningError(
-                f"{where}: {key} {_short(pattern)} matches no prunable weight: expected a pattern such as {names[0]}"
+                f"{where}: {key} {_short(pattern)} matches no prunable weight: expected a pattern "
+                f"such as {names[0]}"
             )
         entries |= dict.fromkeys(matched, entry)
     for name in names:
         if name not in entries:
-            raise PruningError(f"{where}: {key} says nothing of {name}: expected a default or a pattern that fits")
+            raise PruningError(
+                f"{where}: {key} says nothing of {name}: expected a default or a pattern that fits"
+            )
     return entries
 
 
@@ -242,7 +298,9 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _parse_all(entries, where: str) -> list[tuple]:
-    """(entry in words, sparsity or (n, m)) for each entry; says once that entries are in the oldest form."""
+    """(entry in words, sparsity or (n, m)) for each entry; says once that entries are in the oldest
+    form.
+    """
     parsed, oldest = [], []
     for label, entry in entries:
         level = parse_level(entry, f"{where}: {label}")
@@ -252,7 +310,13 @@ def _parse_all(entries, where: str) -> list[tuple]:
     if oldest:
         label, (m, p), (n, _) = oldest[0]
         reading = f"[{m}, {p}] is read as group size and number pruned, so {n}:{m}"
-        log.warning("%s: %s: %s%s", where, label, reading, f" (as {len(oldest) - 1} more)" if len(oldest) > 1 else "")
+        log.warning(
+            "%s: %s: %s%s",
+            where,
+            label,
+            reading,
+            f" (as {len(oldest) - 1} more)" if len(oldest) > 1 else "",
+        )
     return parsed
 
 
@@ -261,9 +325,19 @@ def _parse_choices(entries, where: str) -> list[tuple]:
     entries, parsed = list(entries), []
     for label, entry in entries:
         if not isinstance(entry, list | tuple) or not entry:
-            raise PruningError(f"{where}: {label} is {_short(entry)}: expected a list of at least one level")
-    levels = iter(_parse_all(((f"{label}[{place}]", level) for label, entry in entries
-                              for place, level in enumerate(entry)), where))
+            raise PruningError(
+                f"{where}: {label} is {_short(entry)}: expected a list of at least one level"
+            )
+    levels = iter(
+        _parse_all(
+            (
+                (f"{label}[{place}]", level)
+                for label, entry in entries
+                for place, level in enumerate(entry)
+            ),
+            where,
+        )
+    )
     for label, entry in entries:
         parsed.append((label, [next(levels) for _ in entry]))
     return parsed
@@ -280,7 +354,11 @@ def parse_level(entry, label: str) -> float | tuple[int, int]:
         n, m = divmod(int(entry), 60)  # an unquoted 2:4 is a base-60 integer in YAML 1.1
     elif _is_number(entry, numbers.Real) and 0 <= entry < 1:
         return float(entry)
-    elif isinstance(entry, list | tuple) and len(entry) == 2 and all(_is_number(e, numbers.Integral) for e in entry):
+    elif (
+        isinstance(entry, list | tuple)
+        and len(entry) == 2
+        and all(_is_number(e, numbers.Integral) for e in entry)
+    ):
         n, m = map(int, entry)
         if n > m >= 0:  # the oldest form: group size first, then how many of it are pruned
             n, m = n - m, n
@@ -293,7 +371,9 @@ def _is_number(entry, kind: type) -> bool:
     return isinstance(entry, kind) and not isinstance(entry, bool)
 
 
-def _amount(label: str, level, name: str, shape: Sequence[int], where: str) -> int | tuple[int, int]:
+def _amount(
+    label: str, level, name: str, shape: Sequence[int], where: str
+) -> int | tuple[int, int]:
     """The level of one weight, checked against its shape."""
     if isinstance(level, float):
         total = shape[0] * shape[1]
@@ -301,7 +381,9 @@ def _amount(label: str, level, name: str, shape: Sequence[int], where: str) -> i
     n, m = level
     if shape[1] % m:
         found = f"{where}: {label} is {_short(n)}:{_short(m)}"
-        raise PruningError(f"{found}: expected a group size that divides the {shape[1]} inputs of {name}")
+        raise PruningError(
+            f"{found}: expected a group size that divides the {shape[1]} inputs of {name}"
+        )
     return n, m
 
 

@@ -1,12 +1,14 @@
-"""Finds the largest scores by counting instead of sorting: of one tensor, or over all layers together.
+"""Finds the largest scores by counting instead of sorting: of one tensor, or over all layers
+together.
 
-Scores are finite and non-negative. Non-negative floats are ordered as their bit patterns are, so the leading 16 bits
-put every score into one of 32768 bins, of which a few thousand are occupied, and only the bin in which the k-th largest
-lies has to be sorted. numpy does the passes over scores on a CPU: it asks for large pages, and without them the page
-faults of fresh memory take longer than the work itself. A GPU sorts in less time than it would take to copy the scores.
+Scores are finite and non-negative. Non-negative floats are ordered as their bit patterns are, so
+the leading 16 bits put every score into one of 32768 bins, of which a few thousand are occupied,
+and only the bin in which the k-th largest lies has to be sorted. numpy does the passes over scores
+on a CPU: it asks for large pages, and without them the page faults of fresh memory take longer than
+the work itself. A GPU sorts in less time than it would take to copy the scores.
 
-Among equal scores the earlier one is kept, in row-major order and the earlier layer first, so that a result does not
-depend on the device, the number of threads or the sorting algorithm.
+Among equal scores the earlier one is kept, in row-major order and the earlier layer first, so that
+a result does not depend on the device, the number of threads or the sorting algorithm.
 """
 
 import math
@@ -19,7 +21,8 @@ import torch
 from torch import Tensor
 
 BINS = 2**15  # the leading 16 bits of a non-negative float; the sign bit is 0
-CHUNK = 2**18  # scores looked at together, so that what is computed from them stays in the cache
+# Scores looked at together, so that what is computed from them stays in the cache
+CHUNK = 2**18
 
 
 def k_largest(score: Tensor, k: int, at_least: Tensor | None = None) -> Tensor:
@@ -50,11 +53,13 @@ def largest_overall(scores: Mapping[str, Tensor], budget: int) -> dict[str, int]
 
 
 def largest_lamp_scores_overall(scores: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """How many of the `budget` largest LAMP scores over all layers lie in each layer; `pruners.lamp` defines them.
+    """How many of the `budget` largest LAMP scores over all layers lie in each layer;
+    `pruners.lamp` defines them.
 
-    A LAMP score grows with the score that it is made from, so the bins of a layer bound the LAMP scores of what is in
-    them. A threshold is found by bisection that decides nearly all weights from these bounds; the LAMP scores
-    themselves are computed in the one or two bins of each layer in which it lies.
+    A LAMP score grows with the score that it is made from, so the bins of a layer bound the LAMP
+    scores of what is in them. A threshold is found by bisection that decides nearly all weights
+    from these bounds; the LAMP scores themselves are computed in the one or two bins of each layer
+    in which it lies.
 
     Args:
         scores: a `Scores`, which counts what is in each bin once and remembers it.
@@ -65,20 +70,22 @@ def largest_lamp_scores_overall(scores: Mapping[str, Tensor], budget: int) -> di
     floor = torch.stack([layer.floor for layer in layers])
 
     def first_sure(threshold: float) -> Tensor:
-        """For each layer the lowest bin of which every weight surely scores at least the threshold."""
+        """Per layer the lowest bin whose weights all surely score at least the threshold."""
         return torch.searchsorted(floor, torch.full((len(floor), 1), threshold, dtype=floor.dtype))
 
     def last_possible(threshold: float) -> Tensor:
         """For each layer the lowest bin that may hold a weight that scores at least the threshold.
 
-        It is the next one: weights further below have smaller squares and larger sums than the floor of that bin.
+        It is the next one: weights further below have smaller squares and larger sums than the
+        floor of that bin.
         """
         return (first_sure(threshold) - 1).clamp(min=0)
 
     def reaches_budget(lowest_bin: Callable[[float], Tensor]) -> Callable[[float], bool]:
         return lambda threshold: int(at_least.gather(1, lowest_bin(threshold)).sum()) >= budget
 
-    # The score of the last weight kept lies between these two thresholds: only the bins between need a closer look.
+    # The score of the last weight kept lies between these two thresholds: only the bins between
+    # need a closer look.
     low = last_possible(largest_threshold(reaches_budget(first_sure)))
     high = first_sure(math.nextafter(largest_threshold(reaches_budget(last_possible)), 2))
     kept = at_least.gather(1, high).squeeze(1)
@@ -90,16 +97,20 @@ def largest_lamp_scores_overall(scores: Mapping[str, Tensor], budget: int) -> di
 
 
 def largest_threshold(holds: Callable[[float], bool]) -> float:
-    """The largest float64 in [0, 1] for which `holds`, which is true at 0 and, if false anywhere, false from there on.
+    """The largest float64 in [0, 1] for which `holds`, which is true at 0 and, if false anywhere,
+    false from there on.
 
-    Non-negative floats are ordered as their bit patterns are, so bisecting those takes 62 steps whatever the scale.
+    Non-negative floats are ordered as their bit patterns are, so bisecting those takes 62 steps
+    whatever the scale.
     """
 
     def threshold(bits: int) -> float:
         return struct.unpack("<d", struct.pack("<q", bits))[0]
 
     bits_of_one = struct.unpack("<q", struct.pack("<d", 1.0))[0]
-    return threshold(bisect_left(range(1, bits_of_one + 1), True, key=lambda bits: not holds(threshold(bits))))
+    return threshold(
+        bisect_left(range(1, bits_of_one + 1), True, key=lambda bits: not holds(threshold(bits)))
+    )
 
 
 def histogram(score: Tensor, weight_of: Callable[[np.ndarray], np.ndarray] | None = None) -> Tensor:
@@ -124,7 +135,9 @@ def suffix_sums(values: Tensor) -> Tensor:
 
 
 def distinct(score: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """The distinct scores in bins start to stop - 1, largest first, and how many there are of each; on the CPU."""
+    """The distinct scores in bins start to stop - 1, largest first, and how many there are of each;
+    on the CPU.
+    """
     edges = bin_edges(score.dtype)
     low, high = edges[start].item(), edges[stop].item()
     if score.device.type == "cpu":
@@ -137,7 +150,9 @@ def distinct(score: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
 
 
 def bin_edges(dtype: torch.dtype) -> Tensor:
-    """The smallest score of each bin, shape (BINS + 1,); infinity for the bins past every finite score."""
+    """The smallest score of each bin, shape (BINS + 1,); infinity for the bins past every finite
+    score.
+    """
     bits, dropped = _LAYOUT[dtype]
     edges = (torch.arange(BINS + 1, dtype=bits).clamp(max=BINS - 1) << dropped).view(dtype)
     return edges.nan_to_num(nan=torch.inf, posinf=torch.inf)
@@ -145,11 +160,14 @@ def bin_edges(dtype: torch.dtype) -> Tensor:
 
 # ---- helpers, not exported ----
 
-_LAYOUT = {torch.float32: (torch.int32, 16), torch.float64: (torch.int64, 48)}  # same-size integer, bits to drop
+# same-size integer, bits to drop
+_LAYOUT = {torch.float32: (torch.int32, 16), torch.float64: (torch.int64, 48)}
 
 
 def _border_bin(at_least: Tensor, k: int) -> int:
-    """The bin of the k-th largest score: those in higher bins are fewer than k, those in it complete them."""
+    """The bin of the k-th largest score: those in higher bins are fewer than k, those in it
+    complete them.
+    """
     return int((at_least[:BINS] >= k).count_nonzero()) - 1
 
 
@@ -174,11 +192,13 @@ def _fill(
 ) -> dict[str, int]:
     """Adds to what each layer keeps the best of the undecided weights, until the budget is met.
 
-    `undecided` holds, for each layer, what weights are compared by and how many weights have each value.
+    `undecided` holds, for each layer, what weights are compared by and how many weights have each
+    value.
     """
     layer = torch.repeat_interleave(torch.tensor([len(values) for values, _ in undecided]))
     values, counts = (torch.cat(column) for column in zip(*undecided, strict=True))
-    best_first = values.argsort(descending=True, stable=True)  # stable: on a tie the earlier layer
+    # stable: on a tie the earlier layer
+    best_first = values.argsort(descending=True, stable=True)
     layer, counts = layer[best_first], counts[best_first]
     left = budget - kept.sum() - (counts.cumsum(0) - counts)
     kept = kept.index_add(0, layer, left.clamp(min=0).minimum(counts))
@@ -192,13 +212,16 @@ class _LampBins:
         # A power of two, so exact, that keeps the squares of extreme float64 weights in range.
         self.scale = math.ldexp(1.0, -max(math.frexp(float(score.max()))[1], -1000))
         self.at_least = at_least
-        self.squares = suffix_sums(histogram(score.cpu(), self._square))  # on the CPU, where sums have one order
+        # On the CPU, where sums have one order
+        self.squares = suffix_sums(histogram(score.cpu(), self._square))
         # No weight of a bin scores less than its floor. Floors never fall from a bin to the next.
-        self.floor = torch.from_numpy(self._square(bin_edges(score.dtype)[:-1].numpy())) / self.squares[:-1]
+        self.floor = (
+            torch.from_numpy(self._square(bin_edges(score.dtype)[:-1].numpy())) / self.squares[:-1]
+        )
         self.floor[0] = 0.0  # also in a layer of zeros, where it would be 0 / 0
 
     def candidates(self, score: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The LAMP scores in bins start to stop - 1, largest first, and how many weights have each."""
+        """The LAMP scores in bins start to stop - 1, largest first, and the weights with each."""
         values, counts = distinct(score, start, stop)
         squares = torch.from_numpy(self._square(values.numpy()))
         sums = self.squares[stop] + (squares * counts).cumsum(0)

@@ -1,9 +1,10 @@
 """Layers in the order in which they compute, each with the inputs that the model gives it by then.
 
-The forward pass of each batch runs in a thread of its own, which stops wherever a module is called that holds layers to
-visit, such as a block of a transformer. So all batches are at the same place, what lies before has its final weights,
-and only that module is computed again for each of its layers, up to the layer. A whole walk takes about three
-evaluations of the images, and the memory of what the model passes from one such module to the next.
+The forward pass of each batch runs in a thread of its own, which stops wherever a module is called
+that holds layers to visit, such as a block of a transformer. So all batches are at the same place,
+what lies before has its final weights, and only that module is computed again for each of its
+layers, up to the layer. A whole walk takes about three evaluations of the images, and the memory of
+what the model passes from one such module to the next.
 """
 
 import threading
@@ -24,18 +25,20 @@ from .errors import PruningError
 from .masks import prunable_weights
 from .statistics import add_gram, at_least_float32, evaluation, images_of, linear_operands
 
-# Of a module that is computed again for each of its layers. A block of a transformer has as many; a pass that stands
-# still there holds the tokens once, and within the block three times.
+# Of a module that is computed again for each of its layers. A block of a transformer has as many; a
+# pass that stands still there holds the tokens once, and within the block three times.
 MOST_LAYERS = 4
 ROUNDING = 100  # of sums, in the last places of a number
 
 
 @dataclass
 class Inputs:
-    """Sums over the inputs x of a layer, of all tokens of all images; and over those that it had in another model, y.
+    """Sums over the inputs x of a layer, of all tokens of all images; and over those that it had in
+    another model, y.
 
-    gram: X^T X, shape (inputs, inputs); total: the sum of x, shape (inputs,); tokens: how many there are. All are
-    float64, on a GPU float32. cross, other: X^T Y and the sum of y; the same as gram and total without another model.
+    gram: X^T X, shape (inputs, inputs); total: the sum of x, shape (inputs,); tokens: how many
+    there are. All are float64, on a GPU float32. cross, other: X^T Y and the sum of y; the same as
+    gram and total without another model.
     """
 
     gram: Tensor
@@ -50,14 +53,25 @@ class Inputs:
         dtype = torch.float64 if weight.device.type == "cpu" else torch.float32
         options = {"dtype": dtype, "device": weight.device}
         inputs = weight.shape[1]
-        gram, total = torch.zeros(inputs, inputs, **options), torch.zeros(inputs, **options)
-        return cls(gram, total, torch.zeros((), **options), torch.zeros_like(gram) if with_other else gram,
-                   torch.zeros_like(total) if with_other else total)
+        gram = torch.zeros(inputs, inputs, **options)
+        total = torch.zeros(inputs, **options)
+        return cls(
+            gram,
+            total,
+            torch.zeros((), **options),
+            torch.zeros_like(gram) if with_other else gram,
+            torch.zeros_like(total) if with_other else total,
+        )
 
     @property
     def sums(self) -> list[Tensor]:
         """All that is added up, each once."""
-        return list({id(part): part for part in (self.gram, self.total, self.tokens, self.cross, self.other)}.values())
+        return list(
+            {
+                id(part): part
+                for part in (self.gram, self.total, self.tokens, self.cross, self.other)
+            }.values()
+        )
 
     @property
     def mean(self) -> Tensor:
@@ -70,7 +84,9 @@ class Inputs:
         return self.other / self.tokens
 
     def centred(self) -> "Inputs":
-        """The same of x and y less their means; zero for an x that varies by no more than the rounding of its sums."""
+        """The same of x and y less their means; zero for an x that varies by no more than the
+        rounding of its sums.
+        """
         gram = self.gram - torch.outer(self.total, self.mean)
         varies = gram.diagonal() > ROUNDING * torch.finfo(gram.dtype).eps * self.gram.diagonal()
         gram.mul_(varies).mul_(varies[:, None])
@@ -85,13 +101,15 @@ class Inputs:
         rest, shift, tokens = _split(inputs)
         self.tokens += tokens
         add_gram(self.gram, rest)
-        rest_total, shift = rest.sum(0).to(self.gram), shift.to(self.gram)
+        rest_total = rest.sum(0).to(self.gram)
+        shift = shift.to(self.gram)
         half = rest_total + tokens / 2 * shift
         self.gram.addr_(shift, half).addr_(half, shift)
         self.total += (total := rest_total + tokens * shift)
         if other is not None:
             other_rest, other_shift, _ = _split(other)
-            other_total, other_shift = other_rest.sum(0).to(self.gram), other_shift.to(self.gram)
+            other_total = other_rest.sum(0).to(self.gram)
+            other_shift = other_shift.to(self.gram)
             self.cross += rest.T @ other_rest
             self.cross.addr_(total, other_shift).addr_(shift, other_total)
             self.other += other_total + tokens * other_shift
@@ -108,23 +126,33 @@ def visit_layers(
 ) -> None:
     """Calls `visit(name, inputs)` for each prunable weight, in the order in which they compute.
 
-    What a visit changes about the model, later layers see in their inputs. The model runs in evaluation mode, under the
-    autocast around the call, and has its modes again afterwards.
+    What a visit changes about the model, later layers see in their inputs. The model runs in
+    evaluation mode, under the autocast around the call, and has its modes again afterwards.
 
     Args:
-        model: a module that uses its layers in an order that the images do not change. A weight that is used more than
-            once in a pass is visited at its first use, with the inputs of that.
+        model: a module that uses its layers in an order that the images do not change. A weight
+            that is used more than once in a pass is visited at its first use, with the inputs of
+            that.
         batches: yields images, or tuples that begin with them. All of them are in the walk at once.
         visit: called with the name of the weight and the sums over its inputs.
-        beside: another model of the same layers, such as a copy from before any change; it sees the same images.
-        add_up: adds up a tensor of all processes, in place, where each has some of the batches, at least one.
+        beside: another model of the same layers, such as a copy from before any change; it sees the
+        same images.
+        add_up: adds up a tensor of all processes, in place, where each has some of the batches, at
+            least one.
 
     Raises:
-        PruningError: no batches, an order that differs, and, naming the weight, one that no image reached.
+        PruningError: no batches, an order that differs, and, naming the weight, one that no image
+        reached.
     """
     device = next(model.parameters()).device
-    autocast = partial(torch.autocast, device.type, torch.get_autocast_dtype(device.type),
-                       torch.is_autocast_enabled(device.type), cache_enabled=False)  # a cache would have old weights
+    autocast = partial(
+        torch.autocast,
+        device.type,
+        torch.get_autocast_dtype(device.type),
+        # A cache would have old weights
+        torch.is_autocast_enabled(device.type),
+        cache_enabled=False,
+    )
     batches = [images_of(batch).to(device) for batch in batches]
     if not batches:
         raise PruningError("no calibration images: expected at least one batch")
@@ -162,7 +190,9 @@ def _split(inputs: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 class _Lane(NamedTuple):
-    """A model in the walk: its weights and the units where it stops by their names, what computes those, its passes."""
+    """A model in the walk: its weights and the units where it stops by their names, what computes
+    those, its passes.
+    """
 
     model: nn.Module
     weights: dict[str, Tensor]
@@ -177,7 +207,9 @@ def _walk(lanes: list[_Lane], autocast, visit, add_up) -> None:
     while any(pass_.unit is not None for pass_ in passes):
         for lane in lanes:
             if any(pass_.unit is not lane.passes[0].unit for pass_ in lane.passes):
-                raise PruningError("the model calls its layers in an order that depends on the images")
+                raise PruningError(
+                    "the model calls its layers in an order that depends on the images"
+                )
         while any(lanes[0].units[name] is lanes[0].passes[0].unit for name in pending):
             name, inputs = _inputs_of_next(lanes, pending, autocast)
             if not name:
@@ -196,17 +228,24 @@ def _walk(lanes: list[_Lane], autocast, visit, add_up) -> None:
     _expect_none(pending)
 
 
-def _inputs_of_next(lanes: list[_Lane], pending: Iterable[str], autocast) -> tuple[str | None, Inputs | None]:
-    """The weight that computes next, and the sums over its inputs; None where no pending one computes in the units."""
+def _inputs_of_next(
+    lanes: list[_Lane], pending: Iterable[str], autocast
+) -> tuple[str | None, Inputs | None]:
+    """The weight that computes next, and the sums over its inputs; None where no pending one
+    computes in the units.
+    """
     name = inputs = None
     for batch, passes in enumerate(zip(*(lane.passes for lane in lanes), strict=True)):
         values = []
         for lane, pass_ in zip(lanes, passes, strict=True):
             with autocast():
-                found, value = _next_layer(partial(lane.computed[pass_.unit], *pass_.args, **pass_.kwargs),
-                                           {name: lane.weights[name] for name in pending})
+                found, value = _next_layer(
+                    partial(lane.computed[pass_.unit], *pass_.args, **pass_.kwargs),
+                    {name: lane.weights[name] for name in pending},
+                )
             if not batch and not values:
-                name, inputs = found, Inputs.of(lane.weights[found], len(lanes) > 1) if found else None
+                name = found
+                inputs = Inputs.of(lane.weights[found], len(lanes) > 1) if found else None
             if found != name:
                 raise PruningError(f"the images decide whether {name} or {found} computes first")
             values.append(value)
@@ -223,8 +262,11 @@ class _Pass:
     """
 
     def __init__(self, model: nn.Module, images: Tensor, autocast):
-        self._calls, self._results = SimpleQueue(), SimpleQueue()
-        self._thread = threading.Thread(target=self._run, args=(model, images, autocast), daemon=True)
+        self._calls = SimpleQueue()
+        self._results = SimpleQueue()
+        self._thread = threading.Thread(
+            target=self._run, args=(model, images, autocast), daemon=True
+        )
         self._thread.pass_ = self
         self._thread.start()
         self._wait()
@@ -280,7 +322,8 @@ def _stops(units: set[nn.Module]) -> Iterator[dict[nn.Module, Callable]]:
     own = {unit for unit in units if "forward" in vars(unit)}
 
     def stop(unit, *args, **kwargs):
-        pass_ = getattr(threading.current_thread(), "pass_", None)  # another unit may call this one
+        # Another unit may call this one
+        pass_ = getattr(threading.current_thread(), "pass_", None)
         return pass_.stand(unit, args, kwargs) if pass_ else computed[unit](*args, **kwargs)
 
     try:
@@ -316,10 +359,14 @@ class _Linears(TorchFunctionMode):
 
 def _expect_none(unused: Iterable[str]) -> None:
     for name in unused:
-        raise PruningError(f"{name} was used on none of the calibration images: expected a layer that runs")
+        raise PruningError(
+            f"{name} was used on none of the calibration images: expected a layer that runs"
+        )
 
 
-def _next_layer(compute: Callable[[], object], pending: dict[str, Tensor]) -> tuple[str | None, Tensor | None]:
+def _next_layer(
+    compute: Callable[[], object], pending: dict[str, Tensor]
+) -> tuple[str | None, Tensor | None]:
     """Computes up to the first weight that is pending; returns its name and its inputs."""
     names = {id(weight): name for name, weight in pending.items()}
     found = []
@@ -338,17 +385,24 @@ def _next_layer(compute: Callable[[], object], pending: dict[str, Tensor]) -> tu
 
 
 def _units(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> dict[str, nn.Module]:
-    """The module to stop at for each weight: the outermost one, within the model, that has few enough layers, or that
-    uses a weight itself."""
-    names, stack, stacks = {id(weight): name for name, weight in weights.items()}, [model], {}
+    """The module to stop at for each weight: the outermost one, within the model, that has few
+    enough layers, or that uses a weight itself."""
+    names = {id(weight): name for name, weight in weights.items()}
+    stack = [model]
+    stacks = {}
 
     def look(weight, inputs):
         if name := names.get(id(weight)):
             stacks.setdefault(name, tuple(stack))
 
-    hooks = [nn.modules.module.register_module_forward_pre_hook(lambda module, args: stack.append(module)),
-             nn.modules.module.register_module_forward_hook(lambda module, args, output: stack.pop() and None,
-                                                            always_call=True)]
+    hooks = [
+        nn.modules.module.register_module_forward_pre_hook(
+            lambda module, args: stack.append(module)
+        ),
+        nn.modules.module.register_module_forward_hook(
+            lambda module, args, output: stack.pop() and None, always_call=True
+        ),
+    ]
     try:
         with _Linears(look):
             model.forward(images)
@@ -357,6 +411,10 @@ def _units(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> dict
             hook.remove()
     _expect_none(name for name in weights if name not in stacks)
     layers = Counter(module for stack in stacks.values() for module in dict.fromkeys(stack))
-    chosen = {next((module for module in stack[1:] if layers[module] <= MOST_LAYERS), stack[-1])
-              for stack in stacks.values()}
-    return {name: next(module for module in stack if module in chosen) for name, stack in stacks.items()}
+    chosen = {
+        next((module for module in stack[1:] if layers[module] <= MOST_LAYERS), stack[-1])
+        for stack in stacks.values()
+    }
+    return {
+        name: next(module for module in stack if module in chosen) for name, stack in stacks.items()
+    }

@@ -14,10 +14,10 @@ from .errors import PruningError
 def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weight of every `nn.Linear` except the classifier's, by parameter name, in model order.
 
-    The classifier is what `model.get_classifier()` returns, where the model has that method: a module, or a list or
-    tuple of them. A weight that several modules share appears once, under its first name; one shared with the
-    classifier does not appear. Linear layers whose weight is not a plain parameter (`torch.nn.utils.prune`,
-    parametrizations) are left out.
+    The classifier is what `model.get_classifier()` returns, where the model has that method: a
+    module, or a list or tuple of them. A weight that several modules share appears once, under its
+    first name; one shared with the classifier does not appear. Linear layers whose weight is not a
+    plain parameter (`torch.nn.utils.prune`, parametrizations) are left out.
     """
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     seen = {id(module.weight) for module in _modules(classifier) if isinstance(module, nn.Linear)}
@@ -32,7 +32,9 @@ def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def dense_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
-    """Of a shrunk model, the shapes that its parameters had in the dense one, by name; else nothing."""
+    """Of a shrunk model, the shapes that its parameters had in the dense one, by name; else
+    nothing.
+    """
     return getattr(model, "dense_shapes", {})
 
 
@@ -46,8 +48,9 @@ class Change(NamedTuple):
 class Masks:
     """Keeps the pruned weights of a model at zero.
 
-    The surviving weights follow exactly the path they would take if every layer computed with `weight * mask`, while
-    the model keeps its plain parameters: nothing is hooked, renamed or copied, and `copy.deepcopy(model)` works.
+    The surviving weights follow exactly the path they would take if every layer computed with
+    `weight * mask`, while the model keeps its plain parameters: nothing is hooked, renamed or
+    copied, and `copy.deepcopy(model)` works.
 
         masks = Masks(model, compute_masks(model, "lamp", sparsity=0.65))
         loss.backward(); masks.apply_to_grads(); optimizer.step(); masks.apply()
@@ -56,21 +59,26 @@ class Masks:
 
     Args:
         model: pruned in place, at once.
-        masks: parameter name to bool tensor of the parameter's shape, True where the weight is kept. They are copied.
-            Parameters without a mask stay dense. A parameter that several modules share goes by its first name.
+        masks: parameter name to bool tensor of the parameter's shape, True where the weight is
+            kept. They are copied. Parameters without a mask stay dense. A parameter that several
+            modules share goes by its first name.
 
     Attributes:
-        masks: the masks by parameter name, in model order, each on its parameter's device. They change in place.
+        masks: the masks by parameter name, in model order, each on its parameter's device. They
+            change in place.
 
     Raises:
-        PruningError: a name that is no floating-point parameter of the model, a wrong shape or dtype. Nothing is
-            changed then.
+        PruningError: a name that is no floating-point parameter of the model, a wrong shape or
+            dtype. Nothing is changed then.
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]):
         self._parameters = dict(model.named_parameters())
         dense = dense_shapes(model)
-        self._sizes = {name: prod(dense.get(name, weight.shape)) for name, weight in prunable_weights(model).items()}
+        self._sizes = {
+            name: prod(dense.get(name, weight.shape))
+            for name, weight in prunable_weights(model).items()
+        }
         self.masks: dict[str, Tensor] = {}
         self.update(masks)
         self.apply()
@@ -80,7 +88,8 @@ class Masks:
         """Changes masks in place, and no weight: `apply` does that.
 
         Args:
-            masks: as for the class. Those that are not named stay; a parameter that had none was dense.
+            masks: as for the class. Those that are not named stay; a parameter that had none was
+                dense.
 
         Returns:
             For each name in `masks`, which weights were dropped and which have grown.
@@ -92,7 +101,9 @@ class Masks:
         changes = {}
         for name, new in masks.items():
             device = self._parameters[name].device
-            old = self.masks.setdefault(name, torch.ones(new.shape, dtype=torch.bool, device=device))
+            old = self.masks.setdefault(
+                name, torch.ones(new.shape, dtype=torch.bool, device=device)
+            )
             new = new.to(device)
             changes[name] = Change(dropped=old > new, grown=new > old)
             old.copy_(new)
@@ -104,28 +115,42 @@ class Masks:
         for name, mask in masks.items():
             parameter = self._parameters.get(name)
             if parameter is None or parameter.dtype not in _INTEGERS:
-                raise PruningError(f"mask {name!r}: the model has no floating-point parameter of that name")
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != parameter.shape:
-                raise PruningError(f"mask {name!r}: expected a bool tensor of shape {list(parameter.shape)}")
+                raise PruningError(
+                    f"mask {name!r}: the model has no floating-point parameter of that name"
+                )
+            if (
+                not isinstance(mask, Tensor)
+                or mask.dtype != torch.bool
+                or mask.shape != parameter.shape
+            ):
+                raise PruningError(
+                    f"mask {name!r}: expected a bool tensor of shape {list(parameter.shape)}"
+                )
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Sets the pruned weights to zero: after every optimizer step, before an average of the weights is updated."""
+        """Sets the pruned weights to zero: after every optimizer step, before an average of the
+        weights is updated.
+        """
         for name, mask in self.masks.items():
             select(self._parameters[name], mask)
 
     @torch.no_grad()
     def apply_to_grads(self) -> None:
-        """Sets the gradients of the pruned weights to zero: after backward, before they are unscaled and clipped."""
+        """Sets the gradients of the pruned weights to zero: after backward, before they are
+        unscaled and clipped.
+        """
         for name, mask in self.masks.items():
             if self._parameters[name].grad is not None:
                 select(self._parameters[name].grad, mask)
 
     @torch.no_grad()
     def apply_to(self, module: nn.Module) -> None:
-        """Sets the pruned weights of another module to zero, such as a moving average of the model on any device.
+        """Sets the pruned weights of another module to zero, such as a moving average of the model
+        on any device.
 
-        An average of masked weights needs it only when the masks have changed: the average of zeros is zero.
+        An average of masked weights needs it only when the masks have changed: the average of zeros
+        is zero.
 
         Raises:
             AttributeError: the module has no parameter of a masked name.
@@ -139,10 +164,14 @@ class Masks:
         return bool(self.masks)
 
     def sparsity(self) -> float:
-        """The fraction that is pruned of the prunable weights that have a mask, in [0, 1]; biases do not count."""
+        """The fraction that is pruned of the prunable weights that have a mask, in [0, 1]; biases
+        do not count.
+        """
         masks = {name: mask for name, mask in self.masks.items() if name in self._sizes}
         total = sum(self._sizes[name] for name in masks)
-        return 1 - sum(int(mask.count_nonzero()) for mask in masks.values()) / total if total else 0.0
+        return (
+            1 - sum(int(mask.count_nonzero()) for mask in masks.values()) / total if total else 0.0
+        )
 
     def state_dict(self) -> dict[str, dict]:
         """The masks packed to one bit per weight: see `pack`."""
@@ -152,42 +181,51 @@ class Masks:
         """Replaces the masks by those of a `state_dict` for the same weights, and applies them.
 
         Raises:
-            PruningError: names or shapes that are not those of these masks, damaged entries; nothing is changed then.
+            PruningError: names or shapes that are not those of these masks, damaged entries;
+            nothing is changed then.
         """
         masks = unpack(state)
         for name in [*self.masks, *masks]:
             if name not in masks:
                 raise PruningError(f"mask {name!r} is missing from the saved masks")
             if name not in self.masks:
-                raise PruningError(f"mask {name!r} of the saved masks belongs to no weight that is masked here")
+                raise PruningError(
+                    f"mask {name!r} of the saved masks belongs to no weight that is masked here"
+                )
             if masks[name].shape != self.masks[name].shape:
                 raise PruningError(
-                    f"mask {name!r}: expected shape {list(self.masks[name].shape)}, got {list(masks[name].shape)}"
+                    f"mask {name!r}: expected shape {list(self.masks[name].shape)}, got "
+                    f"{list(masks[name].shape)}"
                 )
         self.update(masks)
         self.apply()
 
 
 def select(values: Tensor, mask: Tensor) -> None:
-    """Sets `values` to 0.0 where the bool `mask` of their shape is False, in place; infinity and NaN too.
+    """Sets `values` to 0.0 where the bool `mask` of their shape is False, in place; infinity and
+    NaN too.
 
-    A bit pattern times 1 is itself, and times 0 it is that of 0.0, whatever number it stands for. On CPUs this takes a
-    tenth of the time of `masked_fill_`, and no more than a product of floats, which makes NaN of infinity times 0. As
-    int8 the mask takes half the time of a bool, which torch does not vectorise.
+    A bit pattern times 1 is itself, and times 0 it is that of 0.0, whatever number it stands for.
+    On CPUs this takes a tenth of the time of `masked_fill_`, and no more than a product of floats,
+    which makes NaN of infinity times 0. As int8 the mask takes half the time of a bool, which torch
+    does not vectorise.
     """
     bits(values).mul_(mask.view(torch.int8))
 
 
 def bits(values: Tensor) -> Tensor:
-    """The bit patterns of floats as integers of their size: a view, without history, of the same memory."""
+    """The bit patterns of floats as integers of their size: a view, without history, of the same
+    memory.
+    """
     return values.detach().view(_INTEGERS[values.dtype])
 
 
 def pack(masks: Mapping[str, Tensor]) -> dict[str, dict]:
-    """Bool masks by name, packed to one bit per weight, for `torch.load(..., weights_only=True)` and `unpack` to read.
+    """Bool masks by name, packed to one bit per weight, for `torch.load(..., weights_only=True)`
+    and `unpack` to read.
 
-    Per name `{"bits": uint8 tensor, "shape": [rows, columns]}`: row-major, most significant bit first, the last byte
-    padded with zeros.
+    Per name `{"bits": uint8 tensor, "shape": [rows, columns]}`: row-major, most significant bit
+    first, the last byte padded with zeros.
     """
     return {
         name: {"bits": torch.from_numpy(np.packbits(mask.cpu().numpy())), "shape": list(mask.shape)}
@@ -196,10 +234,11 @@ def pack(masks: Mapping[str, Tensor]) -> dict[str, dict]:
 
 
 def unpack(state: dict[str, dict]) -> dict[str, Tensor]:
-    """The bool masks, on the CPU, from what `pack` or `Masks.state_dict` returned: `Masks(model, unpack(state))`.
+    """The bool masks, on the CPU, from what `pack` or `Masks.state_dict` returned: `Masks(model,
+    unpack(state))`.
 
-    The state may come from an untrusted file. Each of its bytes becomes eight mask entries and no more, so memory stays
-    proportional to what was read.
+    The state may come from an untrusted file. Each of its bytes becomes eight mask entries and no
+    more, so memory stays proportional to what was read.
 
     Raises:
         PruningError: naming the first entry that is not as `pack` writes it.
@@ -209,7 +248,8 @@ def unpack(state: dict[str, dict]) -> dict[str, Tensor]:
     storages = set()
     for name, entry in state.items():
         problem = _packing_problem(name, entry)
-        # Entries that are views of one another would multiply the memory that the file itself paid for.
+        # Entries that are views of one another would multiply the memory that the file itself paid
+        # for.
         if not problem and entry["bits"].untyped_storage().data_ptr() in storages:
             problem = "shares its bits with another entry"
         if problem:
@@ -221,8 +261,12 @@ def unpack(state: dict[str, dict]) -> dict[str, Tensor]:
 # ---- helpers, not exported ----
 
 
-_INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32,
-             torch.float64: torch.int64}
+_INTEGERS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 
 
 def _modules(found) -> Iterator[nn.Module]:
@@ -242,7 +286,12 @@ def _packing_problem(name, entry) -> str | None:
         return "expected a shape of 1 to 8 dimensions"
     if not all(type(size) is int and 1 <= size < 2**31 for size in shape):
         return "expected a shape of positive integers"
-    if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.layout != torch.strided or bits.is_meta:
+    if (
+        not isinstance(bits, Tensor)
+        or bits.dtype != torch.uint8
+        or bits.layout != torch.strided
+        or bits.is_meta
+    ):
         return "expected bits as a uint8 tensor"
     needed = -(-prod(shape) // 8)
     # Contiguous: a stride of 0 would let one stored byte stand for any number of them.

@@ -1,4 +1,6 @@
-"""What a method says of itself, so that lists of methods are made from the code: a line, its source, what it needs."""
+"""What a method says of itself, so that lists of methods are made from the code: a line, its
+source, what it needs.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -13,16 +15,19 @@ class Description(NamedTuple):
 
 
 def method(source: str = "", needs: Iterable[str] = ()) -> Callable:
-    """Decorates a function or class with its source and the names of the statistics that it needs."""
+    """Decorates a method with its source and the names of the statistics that it needs."""
 
     def decorate(decorated):
-        decorated.source, decorated.needs = source, frozenset(needs)
+        decorated.source = source
+        decorated.needs = frozenset(needs)
         return decorated
 
     return decorate
 
 
 def describe(entry) -> Description:
-    """What a function or class in a registry is: the first line of its docstring, and what `method` says of it."""
+    """What a function or class in a registry is: the first line of its docstring, and what `method`
+    says of it.
+    """
     line = (entry.__doc__ or "").strip().partition("\n")[0]
     return Description(line, getattr(entry, "source", ""), getattr(entry, "needs", frozenset()))

@@ -18,7 +18,8 @@ ATTENTION, OTHERS = "attention products", "other layers"
 
 
 def multiply_adds(model: nn.Module, images: Tensor) -> dict[str, int]:
-    """How many multiply-adds the dense model spends on `images`, on each prunable weight and on everything else.
+    """How many multiply-adds the dense model spends on `images`, on each prunable weight and on
+    everything else.
 
     Of a shrunk model, each weight counts with the shape that it had in the dense one.
 
@@ -27,27 +28,37 @@ def multiply_adds(model: nn.Module, images: Tensor) -> dict[str, int]:
         images: its input, such as one image (1, 3, height, width), on the model's device.
 
     Returns:
-        By parameter name, in model order; then `attention products`, which are products of activations with
-        activations (queries with keys, attention with values), and `other layers` (patch embedding, classifier).
+        By parameter name, in model order; then `attention products`, which are products of
+        activations with activations (queries with keys, attention with values), and `other layers`
+        (patch embedding, classifier).
     """
     counts = _run(model, images)
     weights, dense = prunable_weights(model), dense_shapes(model)
     found = {name: counts.flops[name] // 2 for name in [*weights, ATTENTION, OTHERS]}
-    return found | {name: found[name] * prod(dense[name]) // weight.numel()
-                    for name, weight in weights.items() if name in dense}
+    return found | {
+        name: found[name] * prod(dense[name]) // weight.numel()
+        for name, weight in weights.items()
+        if name in dense
+    }
 
 
-def multiply_adds_of_modules(model: nn.Module, names: Sequence[str], images: Tensor) -> tuple[list[int], int]:
-    """The multiply-adds on `images` of each named module, and of all prunable weights and attention products together.
+def multiply_adds_of_modules(
+    model: nn.Module, names: Sequence[str], images: Tensor
+) -> tuple[list[int], int]:
+    """The multiply-adds on `images` of each named module, and of all prunable weights and attention
+    products together.
 
     Arguments are as for `multiply_adds`.
     """
     counts = _run(model, images, names)
-    return [counts.modules[name] // 2 for name in names], sum(counts.flops.values()) // 2 - counts.flops[OTHERS] // 2
+    return [counts.modules[name] // 2 for name in names], sum(
+        counts.flops.values()
+    ) // 2 - counts.flops[OTHERS] // 2
 
 
 def image_of(model: nn.Module) -> Tensor:
-    """An image of zeros, shape (1, channels, height, width), of the size that the model was built for.
+    """An image of zeros, shape (1, channels, height, width), of the size that the model was built
+    for.
 
     Raises:
         PruningError: the model does not say it as timm's transformers do.
@@ -57,20 +68,27 @@ def image_of(model: nn.Module) -> Tensor:
         like = model.patch_embed.proj.weight
         return torch.zeros(1, like.shape[1], height, width, dtype=like.dtype, device=like.device)
     except (AttributeError, TypeError, ValueError, IndexError):
-        raise PruningError(f"budget macs: {type(model).__name__} does not say for which images it is: expected a "
-                           "transformer of timm with patch_embed.img_size") from None
+        raise PruningError(
+            f"budget macs: {type(model).__name__} does not say for which images it is: expected a "
+            "transformer of timm with patch_embed.img_size"
+        ) from None
 
 
 # ---- helpers, not exported ----
 
 
-@torch.enable_grad()  # FlopCounterMode fails without, where a parameter is a module's input, as a class token is
+# FlopCounterMode fails without, where a parameter is a module's input, as a class token is
+@torch.enable_grad()
 def _run(model: nn.Module, images: Tensor, names: Sequence[str] = ()) -> "_ByWeight":
     was_training = model.training
     model.eval()
     hooks = []
     # Fused attention is taken apart, so that it counts alike whatever the device has a kernel for.
-    with FlopCounterMode(display=False) as flops, _ByWeight(model, flops) as counts, sdpa_kernel(SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False) as flops,
+        _ByWeight(model, flops) as counts,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         for name in names:
             hooks += counts.watch(name, model.get_submodule(name))
         model.forward(images)  # not by a call, which may be a compiled one
@@ -88,22 +106,29 @@ class _ByWeight(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, counter: FlopCounterMode):
         super().__init__()
-        self.flops, self.modules, self._counter = Counter(), Counter(), counter
+        self.flops = Counter()
+        self.modules = Counter()
+        self._counter = counter
         self._names = {id(weight): name for name, weight in prunable_weights(model).items()}
 
     def watch(self, name: str, module: nn.Module) -> list:
         """Counts what the calls of a module spend; returns the hooks that do."""
+
         def book(sign):
             self.modules[name] += sign * self._counter.get_total_flops()
 
-        return [module.register_forward_pre_hook(lambda *_: book(-1)),
-                module.register_forward_hook(lambda *_: book(1))]
+        return [
+            module.register_forward_pre_hook(lambda *_: book(-1)),
+            module.register_forward_hook(lambda *_: book(1)),
+        ]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         before = self._counter.get_total_flops()
         result = func(*args, **(kwargs or {}))
         if spent := self._counter.get_total_flops() - before:
-            parameters = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, nn.Parameter)]
+            parameters = [
+                leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, nn.Parameter)
+            ]
             names = [self._names[id(leaf)] for leaf in parameters if id(leaf) in self._names]
             self.flops[names[0] if names else OTHERS if parameters else ATTENTION] += spent
         return result

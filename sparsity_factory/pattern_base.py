@@ -2,14 +2,16 @@
 
 It knows no allocation. Where it looks at each layer by itself, it says
 
-- `units(shape)`: how many units, things that are kept or removed as one, a weight of that shape has;
+- `units(shape)`: how many units, things that are kept or removed as one, a weight of that shape
+  has;
 - `score(score)`: the scores of the units from the scores of the weights;
-- `fit(kept, shapes, budget)`: the numbers of units that layers can keep, from those that an allocation wants;
+- `fit(kept, shapes, budget)`: the numbers of units that layers can keep, from those that an
+  allocation wants;
 - `step(shape)`: by how many units the number that a weight keeps can change at least;
 - `mask(score, kept)`: the mask of a layer from the scores of its units.
 
-Where units reach over several layers, it has a `masks` of its own, which is all that the outside calls. Scores are
-finite and non-negative.
+Where units reach over several layers, it has a `masks` of its own, which is all that the outside
+calls. Scores are finite and non-negative.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +32,8 @@ class Pattern:
         sparsity: what the pattern itself fixes, else None.
         budgets: what a sparsity can be a fraction of.
         transposable: what holds along the inputs holds along the outputs as well.
-        structured: a block without what is pruned is a smaller block. It is zero on both sides, and so has no gradient.
+        structured: a block without what is pruned is a smaller block. It is zero on both sides, and
+        so has no gradient.
     """
 
     name: str
@@ -39,7 +42,9 @@ class Pattern:
     transposable = False
     structured = False
 
-    def masks(self, model: nn.Module, scores, allocate: Callable, sparsity: float, budget: str) -> dict[str, Tensor]:
+    def masks(
+        self, model: nn.Module, scores, allocate: Callable, sparsity: float, budget: str
+    ) -> dict[str, Tensor]:
         """The masks of a model, by parameter name, in model order.
 
         Args:
@@ -66,7 +71,9 @@ class Pattern:
         return score
 
     def fit(self, kept: dict[str, int], shapes: Shapes, budget: int) -> dict[str, int]:
-        """The numbers of units that layers keep, where an allocation wants `kept` and all have `budget` together."""
+        """The numbers of units that layers keep, where an allocation wants `kept` and all have
+        `budget` together.
+        """
         return kept
 
     def step(self, shape: Sequence[int]) -> int:
@@ -74,13 +81,20 @@ class Pattern:
         return 1
 
     def levels(self, shape: Sequence[int]) -> list[int]:
-        """Numbers of units that a weight may keep, in rising order, among which a search chooses: all, if few."""
+        """Numbers of units that a weight may keep, in rising order, among which a search chooses:
+        all, if few.
+        """
         step = self.step(shape)
         most = self.units(shape) // step
-        return [step * n for n in sorted({1, *(max(round(most * 2 ** (-k / 4)), 1) for k in range(LEVELS))})]
+        return [
+            step * n
+            for n in sorted({1, *(max(round(most * 2 ** (-k / 4)), 1) for k in range(LEVELS))})
+        ]
 
     def compared_columns(self, block_size: int) -> int:
-        """How many columns are taken together where units are chosen from left to right: about `block_size`."""
+        """How many columns are taken together where units are chosen from left to right: about
+        `block_size`.
+        """
         return block_size
 
     def share(self, kept: int, shape: Sequence[int], start: int, end: int) -> int:

@@ -1,7 +1,8 @@
-"""Patterns within a layer: what is removed together, and from the scores of one layer to its mask; and all by name.
+"""Patterns within a layer: what is removed together, and from the scores of one layer to its mask;
+and all by name.
 
-To add one, write a class that says what `pattern_base.py` asks, and name it in `PATTERNS`. Among equal scores the
-earlier weight or block in row-major order is kept.
+To add one, write a class that says what `pattern_base.py` asks, and name it in `PATTERNS`. Among
+equal scores the earlier weight or block in row-major order is kept.
 """
 
 import re
@@ -20,8 +21,10 @@ from .method import method
 from .pattern_base import Pattern, down
 from .unit_patterns import Heads, HeadsAndNeurons, Neurons
 
-PAIRWISE_UP_TO = 32  # above this group size, partitioning the groups is faster than comparing every pair
-MOST_TRANSPOSABLE = 4  # group size, of which all masks are looked at: 90 for 2:4t, and of 8 a hundred million
+# Above this group size, partitioning the groups is faster than comparing every pair
+PAIRWISE_UP_TO = 32
+# Group size, of which all masks are looked at: 90 for 2:4t, and of 8 a hundred million
+MOST_TRANSPOSABLE = 4
 BLOCKS_AT_ONCE = 2**16  # so that the sums of all masks of these take 50 MB
 
 
@@ -46,19 +49,24 @@ class _Groups(Pattern):
     """
 
     def __init__(self, name: str, m: int | None):
-        self.name, self.m = name, m
+        self.name = name
+        self.m = m
 
     def check(self, shapes):
         for name, (outputs, inputs) in shapes.items():
             if self.m and inputs % self.m:
-                raise PruningError(f"pattern {self.name}: expected a group size that divides the {inputs} inputs of "
-                                   f"{name} ({outputs} x {inputs})")
+                raise PruningError(
+                    f"pattern {self.name}: expected a group size that divides the {inputs} inputs "
+                    "of "
+                    f"{name} ({outputs} x {inputs})"
+                )
 
     def fit(self, kept, shapes, budget):
         """All layers together keep as much of the budget as whole n allow, and never more than it.
 
-        Among the ways to do so, it is the one that stays nearest to what the allocation wants. Layers that it wants
-        dense stay dense, if the budget allows that. What is whole and within the budget already stays as it is.
+        Among the ways to do so, it is the one that stays nearest to what the allocation wants.
+        Layers that it wants dense stay dense, if the budget allows that. What is whole and within
+        the budget already stays as it is.
         """
         m = {name: self.m or shape[1] for name, shape in shapes.items()}
         groups = {name: prod(shape) // m[name] for name, shape in shapes.items()}
@@ -66,12 +74,21 @@ class _Groups(Pattern):
         if least > budget:
             most = 1 - least / sum(map(prod, shapes.values()))
             group = f"every {self.m} weights" if self.m else "each row"
-            raise PruningError(f"pattern {self.name} keeps at least one of {group}: "
-                               f"expected a sparsity of at most {down(most)}")
-        if all(kept[name] and kept[name] % groups[name] == 0 for name in kept) and sum(kept.values()) <= budget:
+            raise PruningError(
+                f"pattern {self.name} keeps at least one of {group}: "
+                f"expected a sparsity of at most {down(most)}"
+            )
+        if (
+            all(kept[name] and kept[name] % groups[name] == 0 for name in kept)
+            and sum(kept.values()) <= budget
+        ):
             return kept
-        n = nearest_steps(np.array(list(kept.values())), np.array(list(groups.values())), np.array(list(m.values())),
-                           budget)
+        n = nearest_steps(
+            np.array(list(kept.values())),
+            np.array(list(groups.values())),
+            np.array(list(m.values())),
+            budget,
+        )
         return {name: int(n) * groups[name] for name, n in zip(kept, n, strict=True)}
 
     def step(self, shape):
@@ -81,7 +98,8 @@ class _Groups(Pattern):
         return self.m or block_size
 
     def share(self, kept, shape, start, end):
-        return shape[0] * super().share(kept // shape[0], shape, start, end)  # the same in each row
+        # The same in each row
+        return shape[0] * super().share(kept // shape[0], shape, start, end)
 
     def mask(self, score, kept, at_least=None):
         m = self.m or score.shape[1]
@@ -90,7 +108,7 @@ class _Groups(Pattern):
 
 @method("Sun et al. 2024, arXiv:2306.11695")
 class Row(_Groups):
-    """Each output row of a layer keeps the same number of weights, at least one: as Wanda compares."""
+    """Each output row of a layer keeps the same number of weights, at least one (Wanda)."""
 
     form = "row"
 
@@ -101,14 +119,17 @@ class Row(_Groups):
 
 @method("Mishra et al. 2021, arXiv:2104.08378")
 class NOfM(_Groups):
-    """n of every m consecutive weights along the inputs, such as 2:4, in every layer; takes no sparsity."""
+    """n of every m consecutive weights along the inputs, such as 2:4, in every layer; takes no
+    sparsity.
+    """
 
     form = "n:m"
     suffix = ""
 
     def __init__(self, name: str, n: int, m: int):
         super().__init__(name, m)
-        self.n, self.sparsity = n, 1 - n / m
+        self.n = n
+        self.sparsity = 1 - n / m
 
     @classmethod
     def parse(cls, name: str) -> "NOfM | None":
@@ -128,7 +149,9 @@ class NOfM(_Groups):
 
 @method("Hubara et al. 2021, arXiv:2102.08124")
 class Transposable(NOfM):
-    """n of every m along the inputs and along the outputs, such as 2:4t: n:m for the backward pass as well."""
+    """n of every m along the inputs and along the outputs, such as 2:4t: n:m for the backward pass
+    as well.
+    """
 
     form, suffix = "n:mt", "t"
     transposable = True
@@ -136,13 +159,18 @@ class Transposable(NOfM):
     def __init__(self, name: str, n: int, m: int):
         super().__init__(name, n, m)
         if m > MOST_TRANSPOSABLE:
-            raise PruningError(f"pattern {name!r}: expected n:mt with m of at most {MOST_TRANSPOSABLE}")
+            raise PruningError(
+                f"pattern {name!r}: expected n:mt with m of at most {MOST_TRANSPOSABLE}"
+            )
 
     def check(self, shapes):
         for name, (outputs, inputs) in shapes.items():
             if outputs % self.m or inputs % self.m:
-                raise PruningError(f"pattern {self.name}: expected blocks of {self.m} x {self.m} that divide {name} "
-                                   f"({outputs} x {inputs})")
+                raise PruningError(
+                    f"pattern {self.name}: expected blocks of {self.m} x {self.m} that divide "
+                    f"{name} "
+                    f"({outputs} x {inputs})"
+                )
 
     def mask(self, score, kept, at_least=None):
         return transposable_n_of_m(score, kept * self.m // score.numel(), self.m)
@@ -150,7 +178,7 @@ class Transposable(NOfM):
 
 @method("Sun et al. 2021, DominoSearch (NeurIPS)")
 class AnyOfM(_Groups):
-    """n of every m, such as x:4, with an n for each layer that the allocation decides, from 1 to m."""
+    """n of every m, such as x:4; the allocation decides the n of each layer, 1 to m."""
 
     form = "x:m"
 
@@ -164,32 +192,42 @@ class AnyOfM(_Groups):
 
 @method("Gray et al. 2017, block-sparse kernels")
 class Block(Pattern):
-    """Blocks of R outputs by C inputs, such as block:16x16; the score of a block is the sum over its weights."""
+    """Blocks of R outputs by C inputs, such as block:16x16; the score of a block is the sum over
+    its weights.
+    """
 
     form = "block:RxC"
 
     def __init__(self, name: str, rows: int, columns: int):
-        self.name, self.rows, self.columns = name, rows, columns
+        self.name = name
+        self.rows = rows
+        self.columns = columns
 
     @classmethod
     def parse(cls, name: str) -> "Block | None":
         if written := re.fullmatch(r"block:([0-9]{1,9})x([0-9]{1,9})", name):
             rows, columns = map(int, written.groups())
             if not rows or not columns:
-                raise PruningError(f"pattern {name!r}: expected block:RxC with R and C of at least 1")
+                raise PruningError(
+                    f"pattern {name!r}: expected block:RxC with R and C of at least 1"
+                )
             return cls(name, rows, columns)
 
     def check(self, shapes):
         for name, (outputs, inputs) in shapes.items():
             if outputs % self.rows or inputs % self.columns:
-                raise PruningError(f"pattern {self.name}: expected blocks that divide {name} ({outputs} x {inputs})")
+                raise PruningError(
+                    f"pattern {self.name}: expected blocks that divide {name} ({outputs} x "
+                    f"{inputs})"
+                )
 
     def units(self, shape):
         return prod(shape) // (self.rows * self.columns)
 
     def score(self, score):
         blocks = score.unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows))
-        return blocks.sum((1, 3), dtype=torch.float64).to(score.dtype)  # so that rounding depends on no device
+        # So that rounding depends on no device
+        return blocks.sum((1, 3), dtype=torch.float64).to(score.dtype)
 
     def compared_columns(self, block_size):
         return max(block_size // self.columns, 1) * self.columns
@@ -201,12 +239,23 @@ class Block(Pattern):
 
 PATTERNS: dict[str, type[Pattern]] = {
     pattern.form: pattern
-    for pattern in (Unstructured, Row, NOfM, Transposable, AnyOfM, Block, Heads, Neurons, HeadsAndNeurons)
+    for pattern in (
+        Unstructured,
+        Row,
+        NOfM,
+        Transposable,
+        AnyOfM,
+        Block,
+        Heads,
+        Neurons,
+        HeadsAndNeurons,
+    )
 }
 
 
 def parse_pattern(name: str) -> Pattern:
-    """The pattern of that name: one of the forms in `PATTERNS`, with numbers for their capital and small letters.
+    """The pattern of that name: one of the forms in `PATTERNS`, with numbers for their capital and
+    small letters.
 
     Raises:
         PruningError: no form fits, or its numbers are out of range.
@@ -214,12 +263,16 @@ def parse_pattern(name: str) -> Pattern:
     for pattern in PATTERNS.values():
         if found := pattern.parse(name) if isinstance(name, str) else None:
             return found
-    raise PruningError(f"unknown pattern {str(name)[:100]!r}: expected unstructured, row, n:m such as 2:4, n:mt such "
-                       "as 2:4t, x:m such as x:4, block:RxC such as block:16x16, heads, neurons or heads+neurons")
+    raise PruningError(
+        f"unknown pattern {str(name)[:100]!r}: expected unstructured, row, n:m such as 2:4, n:mt "
+        "such "
+        "as 2:4t, x:m such as x:4, block:RxC such as block:16x16, heads, neurons or heads+neurons"
+    )
 
 
 def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
-    """Mask of the shape of `score` that keeps the `n` largest of every `m` consecutive weights of its last dimension.
+    """Mask of the shape of `score` that keeps the `n` largest of every `m` consecutive weights of
+    its last dimension.
 
     Args:
         score: a tensor; `m` divides its last dimension.
@@ -231,11 +284,16 @@ def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
     if m > PAIRWISE_UP_TO:
         return _n_of_large_groups(groups, n).view(score.shape)
     mask = torch.zeros(groups.shape, dtype=torch.bool, device=score.device)
-    # The rank of a weight is the number of weights that go before it in its group: to begin with, all earlier ones.
-    ranks = [torch.full((len(groups),), place, dtype=torch.uint8, device=score.device) for place in range(m)]
+    # The rank of a weight is the number of weights that go before it in its group: to begin with,
+    # all earlier ones.
+    ranks = [
+        torch.full((len(groups),), place, dtype=torch.uint8, device=score.device)
+        for place in range(m)
+    ]
     for later in range(m):
         for earlier in range(later):
-            overtakes = (groups[:, later] > groups[:, earlier]).view(torch.uint8)  # on a tie the earlier stays ahead
+            # On a tie the earlier stays ahead
+            overtakes = (groups[:, later] > groups[:, earlier]).view(torch.uint8)
             ranks[earlier] += overtakes
             ranks[later] -= overtakes
     for place, rank in enumerate(ranks):
@@ -246,9 +304,9 @@ def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
 def transposable_n_of_m(score: Tensor, n: int, m: int) -> Tensor:
     """Mask that keeps n of every m consecutive weights of each row and of each column.
 
-    Of each m x m block it is the mask of the largest sum of scores, among all that there are. On a tie it is the first
-    of those masks in the order of their first rows, then of their second ones, and so on, a row that keeps earlier
-    weights being first.
+    Of each m x m block it is the mask of the largest sum of scores, among all that there are. On a
+    tie it is the first of those masks in the order of their first rows, then of their second ones,
+    and so on, a row that keeps earlier weights being first.
 
     Args:
         score: shape (outputs, inputs); `m` divides both.
@@ -256,14 +314,18 @@ def transposable_n_of_m(score: Tensor, n: int, m: int) -> Tensor:
     """
     masks = torch.from_numpy(_transposable_masks(n, m)).to(score.device)
     blocks = score.unflatten(0, (-1, m)).unflatten(2, (-1, m)).transpose(1, 2)
-    # In float64 the sums of float32 scores are exact, but for extreme ones, whatever the order in which they are added.
-    sums = (part.double() @ masks.T.double() for part in blocks.reshape(-1, m * m).split(BLOCKS_AT_ONCE))
+    # In float64 the sums of float32 scores are exact, but for extreme ones, whatever the order in
+    # which they are added.
+    sums = (
+        part.double() @ masks.T.double() for part in blocks.reshape(-1, m * m).split(BLOCKS_AT_ONCE)
+    )
     best = torch.cat([of_masks.argmax(1) for of_masks in sums])
     return masks[best].view(blocks.shape).transpose(1, 2).reshape(score.shape)
 
 
 def regrow(weight: Tensor, mask: Tensor, growth: Tensor, count: int) -> Tensor:
-    """Drops the smallest of the kept weights, and grows as many of all that are then not kept, dropped ones included.
+    """Drops the smallest of the kept weights, and grows as many of all that are then not kept,
+    dropped ones included.
 
     Among equals the earlier weight in row-major order is kept, and grown.
 
@@ -281,7 +343,9 @@ def regrow(weight: Tensor, mask: Tensor, growth: Tensor, count: int) -> Tensor:
     """
     kept = int(mask.count_nonzero())
     if not 0 <= count <= kept:
-        raise PruningError(f"{count} weights to drop and grow: expected 0 to the {kept} that are kept")
+        raise PruningError(
+            f"{count} weights to drop and grow: expected 0 to the {kept} that are kept"
+        )
     left = k_largest(_positive_where(mask, weight.detach().abs()), kept - count)
     return left | k_largest(_positive_where(~left, growth), count)
 
@@ -297,7 +361,9 @@ def _positive_where(mask: Tensor, values: Tensor) -> Tensor:
 
 @cache
 def _transposable_masks(n: int, m: int) -> np.ndarray:
-    """The masks of m x m that keep n of each row and column, shape (masks, m * m), earlier weights first."""
+    """The masks of m x m that keep n of each row and column, shape (masks, m * m), earlier weights
+    first.
+    """
     rows = [[place in kept for place in range(m)] for kept in combinations(range(m), n)]
     blocks = np.array(list(product(rows, repeat=m)))
     return blocks[(blocks.sum(1) == n).all(1)].reshape(-1, m * m)

@@ -1,8 +1,10 @@
-"""Channel permutation: the inputs of a layer are put in another order, together with what feeds them.
+"""Channel permutation: the inputs of a layer are put in another order, together with what feeds
+them.
 
-The model computes what it did, to rounding, and groups of n:m hold other weights, so that more score can be kept.
-Hidden neurons of an MLP may change places, and within a head the channels of its values: rows of the layers that give
-them and columns of the one that takes them. Pool and Yu 2021, Channel Permutations for N:M Sparsity (NeurIPS).
+The model computes what it did, to rounding, and groups of n:m hold other weights, so that more
+score can be kept. Hidden neurons of an MLP may change places, and within a head the channels of its
+values: rows of the layers that give them and columns of the one that takes them. Pool and Yu 2021,
+Channel Permutations for N:M Sparsity (NeurIPS).
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 from .patterns import Pattern
 from .units import COLUMNS, HEADS, NEURONS, Group, unit_groups
 
-VALUES = ("qkv", "v", "gate")  # layers whose last rows are the channels of the values, in the order of proj's columns
+# Layers whose last rows are the channels of the values, in the order of proj's columns
+VALUES = ("qkv", "v", "gate")
 ROUNDS = 100  # of the search
 TINY = 1e-6  # of the terms of a gain: what is rounding
 
@@ -22,9 +25,10 @@ TINY = 1e-6  # of the terms of a gain: what is rounding
 class Channels(NamedTuple):
     """Channels of a block that may change places within their set.
 
-    weight: the name of the weight whose columns they are. sets: of how many sets of one size, each after the other.
-    places: for each parameter that goes with them, by name, the dimension, and an int64 tensor (channels, copies) of
-    where each channel lies.
+    weight: the name of the weight whose columns they are. sets: of how many sets of one size, each
+    after the other.
+    places: for each parameter that goes with them, by name, the dimension, and an int64 tensor
+    (channels, copies) of where each channel lies.
     """
 
     weight: str
@@ -34,32 +38,48 @@ class Channels(NamedTuple):
 
 @torch.no_grad()
 def best_orders(
-    model: nn.Module, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], pattern_of: Callable[[str], Pattern]
+    model: nn.Module,
+    scores: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    pattern_of: Callable[[str], Pattern],
 ) -> dict[str, Tensor]:
-    """Orders of channels with which more score is kept, by name of the weight whose columns they are.
+    """Orders of channels with which more score is kept, by name of the weight whose columns they
+    are.
 
     Args:
         model: its blocks that `units.py` knows are looked at. It is not changed.
         scores: of the prunable weights, by name.
         masks: of the same, by the patterns: they say how many weights each layer keeps.
-        pattern_of: from the name of a weight to its pattern. Only one with groups of m along the inputs gives an order.
+        pattern_of: from the name of a weight to its pattern. Only one with groups of m along the
+            inputs gives an order.
 
     Returns:
-        Int64 tensors (channels,) on the CPU: the channel that comes to each place. Blocks that gain nothing have none.
+        Int64 tensors (channels,) on the CPU: the channel that comes to each place. Blocks that gain
+        nothing have none.
     """
     kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
 
-    def total(channels: Channels, order: Tensor) -> float:  # a transposable mask depends on the order of the rows, too
-        moved = {name: _moved(scores[name], *place, order) for name, place in channels.places.items() if name in kept}
-        return sum(float((score * pattern_of(name).mask(score, kept[name])).sum(dtype=torch.float64))
-                   for name, score in moved.items())
+    # A transposable mask depends on the order of the rows, too
+    def total(channels: Channels, order: Tensor) -> float:
+        moved = {
+            name: _moved(scores[name], *place, order)
+            for name, place in channels.places.items()
+            if name in kept
+        }
+        return sum(
+            float((score * pattern_of(name).mask(score, kept[name])).sum(dtype=torch.float64))
+            for name, score in moved.items()
+        )
 
     orders = {}
     for channels in _channels(model):
-        name, m = channels.weight, getattr(pattern_of(channels.weight), "m", None)
+        name = channels.weight
+        m = getattr(pattern_of(channels.weight), "m", None)
         outputs, inputs = masks[name].shape
         if m and inputs // channels.sets % m == 0 and kept[name] < outputs * inputs:
-            order = better_order(scores[name], kept[name] * m // (outputs * inputs), m, channels.sets).cpu()
+            order = better_order(
+                scores[name], kept[name] * m // (outputs * inputs), m, channels.sets
+            ).cpu()
             if total(channels, order) > total(channels, torch.arange(inputs)):
                 orders[name] = order
     return orders
@@ -67,7 +87,9 @@ def best_orders(
 
 @torch.no_grad()
 def reorder(model: nn.Module, orders: Mapping[str, Tensor]) -> None:
-    """Puts channels into the orders that `best_orders` returned, in place; the model computes what it did."""
+    """Puts channels into the orders that `best_orders` returned, in place; the model computes what
+    it did.
+    """
     parameters = dict(model.named_parameters())
     for channels in _channels(model):
         if channels.weight in orders:
@@ -76,11 +98,13 @@ def reorder(model: nn.Module, orders: Mapping[str, Tensor]) -> None:
 
 
 def better_order(score: Tensor, n: int, m: int, sets: int = 1) -> Tensor:
-    """An order of columns for which the n largest of every m of each row have a sum that is no smaller.
+    """An order of columns for which the n largest of every m of each row have a sum that is no
+    smaller.
 
-    In each round all groups take out one column at random, and pairs of them exchange these where both gain most by it.
-    A group keeps the n - 1 largest of the others in any case, and with a column c their n-th, t, or what is larger.
-    Since max(t, c) = (t + c + abs(t - c)) / 2, the distances of t and c tell what exchanges gain.
+    In each round all groups take out one column at random, and pairs of them exchange these where
+    both gain most by it. A group keeps the n - 1 largest of the others in any case, and with a
+    column c their n-th, t, or what is larger. Since max(t, c) = (t + c + abs(t - c)) / 2, the
+    distances of t and c tell what exchanges gain.
 
     Args:
         score: shape (outputs, inputs), finite and non-negative.
@@ -100,7 +124,8 @@ def better_order(score: Tensor, n: int, m: int, sets: int = 1) -> Tensor:
         shuffled = torch.rand(order.shape, generator=generator).argsort(2).to(score.device)
         order = order.gather(2, shuffled)
         columns = columns.gather(2, shuffled[..., None].expand_as(columns))
-        out, limit = columns[:, :, 0], columns[:, :, 1:].topk(n, 2).values[:, :, -1]
+        out = columns[:, :, 0]
+        limit = columns[:, :, 1:].topk(n, 2).values[:, :, -1]
         distance = torch.cdist(limit, out, p=1)
         as_it_is = distance.diagonal(dim1=1, dim2=2)
         gain = distance + distance.mT - (as_it_is[:, None] + as_it_is[:, :, None])

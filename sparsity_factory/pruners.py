@@ -1,15 +1,18 @@
-"""Allocations: how the global budget is shared among layers; and `compute_masks`, which prunes a model with one.
+"""Allocations: how the global budget is shared among layers; and `compute_masks`, which prunes a
+model with one.
 
 A pruner is the name of an allocation. An allocation is a function
 
     def allocation(scores: Scores, sparsity: float) -> dict[str, int]
 
-from the scores of every prunable weight, in model order, and the share of weights to remove, to the number of weights
-that each layer keeps. An allocation knows no pattern: within a layer the largest scores are kept as `patterns.py` has
-it, and where the pattern removes blocks, an allocation is given the scores of blocks and counts blocks. To add one,
-write such a function and name it in `PRUNERS`.
+from the scores of every prunable weight, in model order, and the share of weights to remove, to the
+number of weights that each layer keeps. An allocation knows no pattern: within a layer the largest
+scores are kept as `patterns.py` has it, and where the pattern removes blocks, an allocation is
+given the scores of blocks and counts blocks. To add one, write such a function and name it in
+`PRUNERS`.
 
-N: prunable weights in all; n: those of a layer. The global budget is round(N (1 - sparsity)), half to even.
+N: prunable weights in all; n: those of a layer. The global budget is round(N (1 - sparsity)), half
+to even.
 """
 
 import math
@@ -34,8 +37,10 @@ from .scores import SCORES, Scores, wanda
 from .statistics import Statistics
 
 OUTLIER = 5  # M of OWL: a weight is an outlier above so many times the mean of its layer
-OWL_RANGE = 0.08  # lambda of OWL: how far the density of a layer may be from that of the model
-ALPHA_RANGE = 0.2  # tau of AlphaPruning: the sparsity of a layer is 0.8 to 1.2 of one value for the model
+# Lambda of OWL: how far the density of a layer may be from that of the model
+OWL_RANGE = 0.08
+# Tau of AlphaPruning: the sparsity of a layer is 0.8 to 1.2 of one value for the model
+ALPHA_RANGE = 0.2
 
 
 def compute_masks(
@@ -54,43 +59,56 @@ def compute_masks(
     """Decides which prunable weights of a model to keep. The model is not changed.
 
     Args:
-        model: any module with linear layers; see `prunable_weights` for which of its weights are prunable.
+        model: any module with linear layers; see `prunable_weights` for which of its weights are
+        prunable.
         pruner: a name in `PRUNERS`: how the budget is shared among layers.
-        sparsity: the fraction of the prunable weights to remove, in [0, 1); not for `custom`, nor for a pattern such as
-            2:4 that has its own. With `budget="macs"`, that of their multiply-adds and the attention products'.
+        sparsity: the fraction of the prunable weights to remove, in [0, 1); not for `custom`, nor
+            for a pattern such as 2:4 that has its own. With `budget="macs"`, that of their
+            multiply-adds and the attention products'.
         custom_config: path of a YAML file, or what such a file parses to; for `custom` only.
         score: a name in `SCORES`: how much a weight matters.
         pattern: one of the forms in `PATTERNS`, such as `2:4`: what may be removed together.
-        budget: `weights`, or with heads and neurons also `macs`; then the model, which is one of timm, is run once.
-        statistics: what `collect_statistics` returned for the model, where `needs_of(pruner, score)` is not empty.
+        budget: `weights`, or with heads and neurons also `macs`; then the model, which is one of
+        timm, is run once.
+        statistics: what `collect_statistics` returned for the model, where `needs_of(pruner,
+        score)` is not empty.
         seed: of scores that are drawn.
-        reconstructed: whether a reconstruction follows, for `search`, which looks at what a layer then loses.
+        reconstructed: whether a reconstruction follows, for `search`, which looks at what a layer
+            then loses.
 
     Returns:
-        Parameter name to bool tensor of the weight's shape, on its device, True where the weight is kept; in model
-        order. All prunable weights are there; where heads or neurons go, their biases too, and what else has a row or
-        column for each of them.
+        Parameter name to bool tensor of the weight's shape, on its device, True where the weight is
+        kept; in model order. All prunable weights are there; where heads or neurons go, their
+        biases too, and what else has a row or column for each of them.
 
     Raises:
-        PruningError: whatever `check_request` refuses, statistics that are missing or lack something, a model without
-            prunable weights, one that the pattern does not fit, a weight or score that is not finite.
+        PruningError: whatever `check_request` refuses, statistics that are missing or lack
+            something, a model without prunable weights, one that the pattern does not fit, a weight
+            or score that is not finite.
     """
     check_request(pruner, sparsity, custom_config, score, pattern=pattern, budget=budget)
     weights = prunable_weights(model)
     if not weights:
-        raise PruningError(f"{type(model).__name__} has no prunable weights: no nn.Linear besides the classifier")
+        raise PruningError(
+            f"{type(model).__name__} has no prunable weights: no nn.Linear besides the classifier"
+        )
     _check_statistics(statistics, weights, pruner, score)
     pattern = parse_pattern(pattern)
     scores = Scores(weights, SCORES[score], pattern, statistics, seed, reconstructed)
     if pruner == "custom":
-        return {name: mask_at(scores, name, level) for name, level in custom(scores, custom_config).items()}
+        return {
+            name: mask_at(scores, name, level)
+            for name, level in custom(scores, custom_config).items()
+        }
 
     def allocate(scores: Scores, sparsity: float) -> dict[str, int]:
         allocation = PRUNERS[pruner](scores, sparsity)
         for name, units in scores.sizes.items():
             kept = allocation.get(name)
             if kept is None or not 0 <= kept <= units:
-                raise PruningError(f"pruner {pruner} keeps {kept} of {name}: expected 0 to {units} weights")
+                raise PruningError(
+                    f"pruner {pruner} keeps {kept} of {name}: expected 0 to {units} weights"
+                )
         return {name: allocation[name] for name in scores}
 
     sparsity = float(sparsity) if pattern.sparsity is None else pattern.sparsity
@@ -106,7 +124,8 @@ def check_request(
     pattern: str = "unstructured",
     budget: str = "weights",
 ) -> None:
-    """Refuses what no model could be pruned with: unknown names, values out of range, choices that exclude each other.
+    """Refuses what no model could be pruned with: unknown names, values out of range, choices that
+    exclude each other.
 
     Raises:
         PruningError: in one line.
@@ -117,32 +136,52 @@ def check_request(
         raise PruningError(f"unknown score {score!r}: expected one of {', '.join(SCORES)}")
     fixed = parse_pattern(pattern).sparsity is not None
     if budget not in parse_pattern(pattern).budgets:
-        raise PruningError(f"budget {budget!r}: expected {' or '.join(parse_pattern(pattern).budgets)} with pattern "
-                           f"{pattern}")
+        raise PruningError(
+            f"budget {budget!r}: expected {' or '.join(parse_pattern(pattern).budgets)} with "
+            "pattern "
+            f"{pattern}"
+        )
     if pruner == "custom":
         if sparsity is not None:
-            raise PruningError("pruner custom takes its sparsity from the configuration: expected no sparsity")
+            raise PruningError(
+                "pruner custom takes its sparsity from the configuration: expected no sparsity"
+            )
         if pattern != "unstructured":
-            raise PruningError(f"pruner custom takes its patterns from the configuration: expected no {pattern!r} too")
+            raise PruningError(
+                f"pruner custom takes its patterns from the configuration: expected no {pattern!r} "
+                "too"
+            )
         if custom_config is None:
             raise PruningError("pruner custom needs a configuration: expected a YAML file")
         return
     if custom_config is not None:
-        raise PruningError(f"pruner {pruner} takes no custom configuration: expected a sparsity only")
+        raise PruningError(
+            f"pruner {pruner} takes no custom configuration: expected a sparsity only"
+        )
     if fixed:
         if sparsity is not None:
-            raise PruningError(f"pattern {pattern} is a sparsity of its own: expected no sparsity beside it")
+            raise PruningError(
+                f"pattern {pattern} is a sparsity of its own: expected no sparsity beside it"
+            )
         if pruner != "unif":
-            raise PruningError(f"pattern {pattern} prunes every layer alike: expected pruner unif, got {pruner}")
+            raise PruningError(
+                f"pattern {pattern} prunes every layer alike: expected pruner unif, got {pruner}"
+            )
         return
     if sparsity is None:
         raise PruningError(f"pruner {pruner} needs a sparsity: expected a number in [0, 1)")
-    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real) or not 0 <= sparsity < 1:
+    if (
+        isinstance(sparsity, bool)
+        or not isinstance(sparsity, numbers.Real)
+        or not 0 <= sparsity < 1
+    ):
         raise PruningError(f"sparsity {sparsity!r}: expected a number in [0, 1)")
 
 
 def needs_of(pruner: str | None = None, score: str = "magnitude") -> frozenset[str]:
-    """The names in `STATISTICS` that `compute_masks` needs for these choices: what to collect. Often empty."""
+    """The names in `STATISTICS` that `compute_masks` needs for these choices: what to collect.
+    Often empty.
+    """
     found = [PRUNERS.get(pruner), SCORES.get(score)]
     return frozenset().union(*(getattr(function, "needs", ()) for function in found))
 
@@ -155,7 +194,8 @@ def unif(scores: Scores, sparsity: float) -> dict[str, int]:
 
 @method("Gale et al. 2019, arXiv:1902.09574")
 def unifplus(scores: Scores, sparsity: float) -> dict[str, int]:
-    """Uniform+: the first and the last prunable layer stay dense, the others share the sparsity that meets the target.
+    """Uniform+: the first and the last prunable layer stay dense, the others share the sparsity
+    that meets the target.
 
     Gale et al. 2019, arXiv:1902.09574.
 
@@ -167,7 +207,8 @@ def unifplus(scores: Scores, sparsity: float) -> dict[str, int]:
     if sparsity * total >= middle and sparsity > 0:
         limit = f"less than {middle / total:.4f}" if middle else "0"
         raise PruningError(
-            f"unifplus keeps the first and last prunable layer dense: expected a sparsity of {limit}, got {sparsity:g}"
+            "unifplus keeps the first and last prunable layer dense: expected a sparsity of "
+            f"{limit}, got {sparsity:g}"
         )
     dense = {next(iter(sizes)), next(reversed(sizes))}
     shared = sparsity * total / middle if middle else 0.0
@@ -176,7 +217,9 @@ def unifplus(scores: Scores, sparsity: float) -> dict[str, int]:
 
 @method()
 def glob(scores: Scores, sparsity: float) -> dict[str, int]:
-    """Global: the largest scores over all layers together are kept; on a tie the earlier layer's. Meets the budget."""
+    """Global: the largest scores over all layers together are kept; on a tie the earlier layer's.
+    Meets the budget.
+    """
     return largest_overall(scores, _budget(scores.sizes, sparsity))
 
 
@@ -184,8 +227,9 @@ def glob(scores: Scores, sparsity: float) -> dict[str, int]:
 def erk(scores: Scores, sparsity: float) -> dict[str, int]:
     """Erdos-Renyi kernel: a layer keeps a number of weights proportional to fan_in + fan_out.
 
-    A layer that would keep more than it has stays dense, and the rest of the budget is shared again. Each layer's share
-    is rounded by itself, so that the total may differ from the budget by half a weight per layer.
+    A layer that would keep more than it has stays dense, and the rest of the budget is shared
+    again. Each layer's share is rounded by itself, so that the total may differ from the budget by
+    half a weight per layer.
 
     Evci et al. 2020, arXiv:1911.11134.
     """
@@ -206,13 +250,15 @@ def erk(scores: Scores, sparsity: float) -> dict[str, int]:
 def lamp(scores: Scores, sparsity: float) -> dict[str, int]:
     """Layer-adaptive magnitude pruning: the largest LAMP scores over all layers together are kept.
 
-    The LAMP score of a weight w is w^2 over the sum of v^2, in float64, over the weights v of its layer with
-    |v| >= |w|, w itself included (with another score than the magnitude, that score stands for |w|). Equal weights of a
-    layer have equal scores, except that the first of its largest weights counts as score 1, as it does without ties; so
-    every layer keeps a weight. A layer of zeros has score 0 elsewhere. On a tie the earlier layer goes first.
+    The LAMP score of a weight w is w^2 over the sum of v^2, in float64, over the weights v of its
+    layer with
+    |v| >= |w|, w itself included (with another score than the magnitude, that score stands for
+    |w|). Equal weights of a layer have equal scores, except that the first of its largest weights
+    counts as score 1, as it does without ties; so every layer keeps a weight. A layer of zeros has
+    score 0 elsewhere. On a tie the earlier layer goes first.
 
-    The budget is met exactly. When it is smaller than the number of layers, the earlier layers keep one weight each,
-    and the later ones none.
+    The budget is met exactly. When it is smaller than the number of layers, the earlier layers keep
+    one weight each, and the later ones none.
 
     Lee et al. 2021, arXiv:2010.07611.
     """
@@ -223,18 +269,22 @@ def lamp(scores: Scores, sparsity: float) -> dict[str, int]:
 def owl(scores: Scores, sparsity: float) -> dict[str, int]:
     """Outlier-weighed: a layer keeps more, the more of its weights have an outlying Wanda score.
 
-    A weight is an outlier where abs(w_ij) norm2(x_j) is more than 5 times its mean over the layer, whatever the score
-    that then chooses within the layer. With r the share of outliers in a layer, R that in the whole model, and D = 1 -
-    sparsity, the layer has the density D + 0.08 (r - R) / max over layers of abs(r - R).
+    A weight is an outlier where abs(w_ij) norm2(x_j) is more than 5 times its mean over the layer,
+    whatever the score that then chooses within the layer. With r the share of outliers in a layer,
+    R that in the whole model, and D = 1 - sparsity, the layer has the density D + 0.08 (r - R) /
+    max over layers of abs(r - R).
 
-    The budget is met exactly: densities outside of [one weight, 1] stop there, and the others move by one amount. A
-    layer is a prunable weight here, and a transformer block in the paper. The paper asks for densities within 0.08 of
-    D, as here; its public code spreads them over 0.16 around their mean, so that some can be further from it.
+    The budget is met exactly: densities outside of [one weight, 1] stop there, and the others move
+    by one amount. A layer is a prunable weight here, and a transformer block in the paper. The
+    paper asks for densities within 0.08 of D, as here; its public code spreads them over 0.16
+    around their mean, so that some can be further from it.
 
     Yin et al. 2024, arXiv:2310.05175.
     """
     sizes = np.array(list(scores.sizes.values()), float)
-    outliers = np.array([_outlier_ratio(wanda(scores.weight(name), scores.layer(name))) for name in scores])
+    outliers = np.array(
+        [_outlier_ratio(wanda(scores.weight(name), scores.layer(name))) for name in scores]
+    )
     deviation = outliers - outliers @ sizes / sizes.sum()
     density = 1 - sparsity + OWL_RANGE * deviation / (np.abs(deviation).max() or 1)
     return _meet_budget(scores, sparsity, lambda share: density + 2 * share - 1)
@@ -242,16 +292,19 @@ def owl(scores: Scores, sparsity: float) -> dict[str, int]:
 
 @method("Lu et al. 2024, arXiv:2410.10912")
 def alpha(scores: Scores, sparsity: float) -> dict[str, int]:
-    """AlphaPruning: a layer keeps more, the heavier the tail of its spectrum, which says that it is better trained.
+    """AlphaPruning: a layer keeps more, the heavier the tail of its spectrum, which says that it is
+    better trained.
 
-    The tail is the upper half of the eigenvalues of W^T W that are not zero, e_1 the smallest of its k. Its exponent is
-    estimated after Hill as alpha = 1 + k / sum(ln(e_i / e_1)). The sparsity of a layer is c (0.8 + 0.4 (alpha - min) /
-    (max - min)), with the minimum and maximum of alpha over layers, and one c for all. A layer without an exponent,
-    such as one of zeros, is given the maximum.
+    The tail is the upper half of the eigenvalues of W^T W that are not zero, e_1 the smallest of
+    its k. Its exponent is estimated after Hill as alpha = 1 + k / sum(ln(e_i / e_1)). The sparsity
+    of a layer is c (0.8 + 0.4 (alpha - min) / (max - min)), with the minimum and maximum of alpha
+    over layers, and one c for all. A layer without an exponent, such as one of zeros, is given the
+    maximum.
 
-    The budget is met exactly: sparsities that would leave less than one weight stop there, and c grows for the others.
-    Eigenvalues are computed in float64 on the CPU, so that the counts depend on no device. As in the public code for
-    vision transformers, each prunable weight has its own sparsity; language models there have one a block.
+    The budget is met exactly: sparsities that would leave less than one weight stop there, and c
+    grows for the others. Eigenvalues are computed in float64 on the CPU, so that the counts depend
+    on no device. As in the public code for vision transformers, each prunable weight has its own
+    sparsity; language models there have one a block.
 
     Lu et al. 2024, arXiv:2410.10912.
     """
@@ -265,10 +318,12 @@ def alpha(scores: Scores, sparsity: float) -> dict[str, int]:
 
 @method("Kuznedelev et al. 2023, arXiv:2210.09223", needs=SCORES["cap"].needs)
 def cap(scores: Scores, sparsity: float) -> dict[str, int]:
-    """Correlation-aware: what costs the loss most to remove, the others making up for it, is kept; meets the budget.
+    """Correlation-aware: what costs the loss most to remove, the others making up for it, is kept;
+    meets the budget.
 
-    A layer keeps as many weights as it has among the largest `cap` scores over all layers, on a tie the earlier
-    layer's, whatever the score that then chooses within the layer. With the score `cap` these are the paper's masks.
+    A layer keeps as many weights as it has among the largest `cap` scores over all layers, on a tie
+    the earlier layer's, whatever the score that then chooses within the layer. With the score `cap`
+    these are the paper's masks.
 
     Kuznedelev et al. 2023, arXiv:2210.09223.
     """
@@ -277,27 +332,43 @@ def cap(scores: Scores, sparsity: float) -> dict[str, int]:
 
 @method("this project; Martens and Grosse 2015, arXiv:1503.05671", needs=kfac.needs)
 def search(scores: Scores, sparsity: float) -> dict[str, int]:
-    """Levels found: those of the least sum of what each layer loses alone, as far as its weights will make up for it.
+    """Levels found: those of the least sum of what each layer loses alone, as far as its weights
+    will make up for it.
 
-    Each layer is pruned at each of the levels of the pattern, by its scores or, where a reconstruction follows, by
-    Optimal Brain Surgeon, and loses what `search.kfac` says. Among all choices of levels within the budget the best is
-    found exactly, up to the rounding of `cheapest`. What that leaves of the budget, less than a level takes, goes to
-    the earliest layers.
+    Each layer is pruned at each of the levels of the pattern, by its scores or, where a
+    reconstruction follows, by Optimal Brain Surgeon, and loses what `search.kfac` says. Among all
+    choices of levels within the budget the best is found exactly, up to the rounding of `cheapest`.
+    What that leaves of the budget, less than a level takes, goes to the earliest layers.
 
     Raises:
         PruningError: the budget is less than the lowest levels take.
     """
     levels = [scores.pattern.levels(shape) for shape in scores.shapes.values()]
-    losses = [[kfac(pruned) for pruned in at_levels(
-                  scores.weight(name), scores.layer(name), kept, scores.pattern,
-                  mask_of=None if scores.reconstructed else partial(scores.mask, name))]
-              for name, kept in zip(scores, levels, strict=True)]
-    budget, least = _budget(scores.sizes, sparsity), sum(kept[0] for kept in levels)
+    losses = [
+        [
+            kfac(pruned)
+            for pruned in at_levels(
+                scores.weight(name),
+                scores.layer(name),
+                kept,
+                scores.pattern,
+                mask_of=None if scores.reconstructed else partial(scores.mask, name),
+            )
+        ]
+        for name, kept in zip(scores, levels, strict=True)
+    ]
+    budget = _budget(scores.sizes, sparsity)
+    least = sum(kept[0] for kept in levels)
     if budget < least:
         most = 1 - least / sum(scores.sizes.values())
-        raise PruningError(f"pruner search keeps something of each layer: expected a sparsity of at most {most:.6f}")
+        raise PruningError(
+            "pruner search keeps something of each layer: expected a sparsity of at most "
+            f"{most:.6f}"
+        )
     options = cheapest(levels, losses, budget)
-    chosen = {name: kept[option] for name, kept, option in zip(scores, levels, options, strict=True)}
+    chosen = {
+        name: kept[option] for name, kept, option in zip(scores, levels, options, strict=True)
+    }
     for name, units in scores.sizes.items():  # what the levels leave of the budget
         more = min(budget - sum(chosen.values()), units - chosen[name])
         chosen[name] += more - more % scores.pattern.step(scores.shapes[name])
@@ -306,7 +377,8 @@ def search(scores: Scores, sparsity: float) -> dict[str, int]:
 
 @method()
 def custom(scores: Scores, config: str | PathLike | Mapping) -> dict[str, int | tuple[int, int]]:
-    """What the configuration says, per layer: the number of weights kept, or (n, m) for n of every m.
+    """What the configuration says, per layer: the number of weights kept, or (n, m) for n of every
+    m.
 
     Raises:
         PruningError: see `config.resolve_levels`.
@@ -315,32 +387,47 @@ def custom(scores: Scores, config: str | PathLike | Mapping) -> dict[str, int | 
 
 
 PRUNERS: dict[str, Callable] = {
-    allocation.__name__: allocation for allocation in (lamp, glob, unif, unifplus, erk, owl, alpha, cap, search, custom)
+    allocation.__name__: allocation
+    for allocation in (lamp, glob, unif, unifplus, erk, owl, alpha, cap, search, custom)
 }
 
 
 def mask_at(scores: Scores, name: str, level: int | tuple[int, int]) -> Tensor:
-    """The mask of a layer at a level of a custom configuration: a number of weights that are kept, or (n, m)."""
+    """The mask of a layer at a level of a custom configuration: a number of weights that are kept,
+    or (n, m).
+    """
     return n_of_m(scores[name], *level) if isinstance(level, tuple) else scores.mask(name, level)
 
 
 # ---- helpers, not exported ----
 
 
-def _check_statistics(statistics: Statistics | None, weights: Mapping[str, Tensor], pruner: str, score: str) -> None:
+def _check_statistics(
+    statistics: Statistics | None, weights: Mapping[str, Tensor], pruner: str, score: str
+) -> None:
     """Refuses what lacks something that the choices need, and says which choice needs it."""
-    for choice, needs in ((f"pruner {pruner}", needs_of(pruner)), (f"score {score}", needs_of(None, score))):
+    for choice, needs in (
+        (f"pruner {pruner}", needs_of(pruner)),
+        (f"score {score}", needs_of(None, score)),
+    ):
         if not needs:
             continue
         if statistics is None:
-            raise PruningError(f"{choice} looks at data: expected statistics with {', '.join(sorted(needs))}")
+            raise PruningError(
+                f"{choice} looks at data: expected statistics with {', '.join(sorted(needs))}"
+            )
         if missing := needs - statistics.needs:
             held = ", ".join(sorted(statistics.needs)) or "nothing"
-            raise PruningError(f"{choice} needs {', '.join(sorted(missing))}: the statistics hold {held}")
+            raise PruningError(
+                f"{choice} needs {', '.join(sorted(missing))}: the statistics hold {held}"
+            )
         for name, weight in weights.items():
             if statistics.shapes.get(name) != weight.shape:
-                raise PruningError(f"the statistics are of another model: {name} of shape {list(weight.shape)} is not "
-                                   "among their weights")
+                raise PruningError(
+                    f"the statistics are of another model: {name} of shape {list(weight.shape)} is "
+                    "not "
+                    "among their weights"
+                )
 
 
 def _budget(sizes: Mapping[str, int], sparsity: float) -> int:
@@ -351,15 +438,20 @@ def _remaining(n: int, sparsity: float) -> int:
     return n - round(sparsity * n)
 
 
-def _meet_budget(scores: Scores, sparsity: float, density: Callable[[float], np.ndarray]) -> dict[str, int]:
+def _meet_budget(
+    scores: Scores, sparsity: float, density: Callable[[float], np.ndarray]
+) -> dict[str, int]:
     """The numbers of weights that are nearest to densities that meet the budget exactly.
 
-    Every layer keeps at least one weight; with a budget of fewer weights than layers, the earlier layers do. What
-    rounding down leaves goes to the layers with the largest fractions, on a tie to the earlier ones.
+    Every layer keeps at least one weight; with a budget of fewer weights than layers, the earlier
+    layers do. What rounding down leaves goes to the layers with the largest fractions, on a tie to
+    the earlier ones.
 
-    density: from a number in [0, 1] to the density of each layer, which does not fall as that number grows.
+    density: from a number in [0, 1] to the density of each layer, which does not fall as that
+    number grows.
     """
-    sizes, budget = np.array(list(scores.sizes.values()), float), _budget(scores.sizes, sparsity)
+    sizes = np.array(list(scores.sizes.values()), float)
+    budget = _budget(scores.sizes, sparsity)
     least = np.arange(len(sizes)) < budget
 
     def wanted(share: float) -> np.ndarray:
@@ -377,11 +469,14 @@ def _outlier_ratio(score: Tensor) -> float:
 
 
 def _hill_exponent(weight: Tensor) -> float:
-    """The exponent of the power law that the upper half of the spectrum of W^T W follows; infinite if it has none."""
+    """The exponent of the power law that the upper half of the spectrum of W^T W follows; infinite
+    if it has none.
+    """
     weight = weight.cpu().double()
     narrow = weight if weight.shape[0] < weight.shape[1] else weight.T
     eigenvalues = torch.linalg.eigvalsh(narrow @ narrow.T).numpy()
-    noise = eigenvalues[-1] * len(eigenvalues) * np.finfo(float).eps  # of an eigenvalue that is zero
+    # Of an eigenvalue that is zero
+    noise = eigenvalues[-1] * len(eigenvalues) * np.finfo(float).eps
     eigenvalues = eigenvalues[eigenvalues > noise]
     tail = eigenvalues[len(eigenvalues) // 2 :]
     spread = np.log(tail / tail[0]).mean() if len(tail) else 0.0

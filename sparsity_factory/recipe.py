@@ -21,21 +21,26 @@ MOST_ROUNDS = 10_000  # each is a number in a list
 
 @dataclass(frozen=True)
 class Recipe:
-    """What prunes a model, how and when. Fields are named as the command line's flags, and have their defaults here.
+    """What prunes a model, how and when. Fields are named as the command line's flags, and have
+    their defaults here.
 
     Attributes:
         pruner: a name in `PRUNERS`, or None for a dense model.
-        sparsity: the fraction of the prunable weights to remove, in [0, 1); None where pruner or pattern decide it.
+        sparsity: the fraction of the prunable weights to remove, in [0, 1); None where pruner or
+        pattern decide it.
         custom_config: what the YAML of the pruner `custom` parses to.
         score: a name in `SCORES`.
         pattern: what is removed together: `unstructured`, `2:4`, ...
-        budget: what the sparsity is a fraction of: `weights`, or with heads and neurons also `macs`.
-        permute: reorder inputs of layers before the first masks are chosen, so that groups of n:m keep more.
+        budget: what the sparsity is a fraction of: `weights`, or with heads and neurons also
+        `macs`.
+        permute: reorder inputs of layers before the first masks are chosen, so that groups of n:m
+        keep more.
         prune_schedule: a name in `SCHEDULES`.
         prune_start, prune_end: when its changes begin and end, as fractions of the training.
         prune_every: steps from a change to the next.
         prune_rounds: how often `iterative` prunes, and how many sparse phases `ac-dc` has.
-        rewind: the epoch whose weights `iterative` goes back to, at its beginning; None not to go back.
+        rewind: the epoch whose weights `iterative` goes back to, at its beginning; None not to go
+        back.
         drop_fraction: of the kept weights, the share that `set` and `rigl` replace at first.
         sr_decay: what `sr-ste` multiplies masked-out weights by and adds to their gradients.
         mask_lr: the learning rate of the logits of `maskllm`.
@@ -73,11 +78,18 @@ class Recipe:
         if self.pruner is None:
             for name in self._given():
                 if name not in ("seed", "calibration_images"):
-                    raise PruningError(f"{self._flag(name)}: expected --pruner beside it, one of {', '.join(PRUNERS)}")
+                    raise PruningError(
+                        f"{self._flag(name)}: expected --pruner beside it, one of "
+                        f"{', '.join(PRUNERS)}"
+                    )
             return
         self._check_choices()
-        self._expect(self.rewind is None or epochs is None or self.rewind <= self.prune_start * epochs, "rewind",
-                     f"an epoch up to the first round, at --prune-start {self.prune_start:g} of {epochs} epochs")
+        self._expect(
+            self.rewind is None or epochs is None or self.rewind <= self.prune_start * epochs,
+            "rewind",
+            f"an epoch up to the first round, at --prune-start {self.prune_start:g} of {epochs} "
+            "epochs",
+        )
 
     def to_dict(self) -> dict:
         """The fields by name, in plain containers, numbers and strings: for a checkpoint."""
@@ -85,10 +97,11 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, untrusted) -> "Recipe":
-        """The recipe that `to_dict` was called on, or that a checkpoint's older `pruner` entry means.
+        """The recipe that `to_dict` was called on, or that a checkpoint's older `pruner` entry
+        means.
 
-        A field that is missing has its default. One that is not known here is passed over if it says nothing: a newer
-        version may have written it.
+        A field that is missing has its default. One that is not known here is passed over if it
+        says nothing: a newer version may have written it.
 
         Raises:
             PruningError: anything else, in one line.
@@ -100,11 +113,16 @@ class Recipe:
             values["pruner"] = values.pop("name")
         for name, value in values.items():
             if not isinstance(value, str | int | float | Mapping | None):
-                raise PruningError(f"the recipe's {_short(name)} is {_short(value)}: expected a number or a word")
+                raise PruningError(
+                    f"the recipe's {_short(name)} is {_short(value)}: expected a number or a word"
+                )
         known = {field.name for field in fields(cls)}
         for name in [name for name in values if name not in known]:
             if not isinstance(name, str) or values[name] not in (None, False, "none"):
-                raise PruningError(f"the recipe has {_short(name)}: {_short(values[name])}, which is not known here")
+                raise PruningError(
+                    f"the recipe has {_short(name)}: {_short(values[name])}, which is not known "
+                    "here"
+                )
             del values[name]
         recipe = cls(**values)
         recipe.check()
@@ -113,10 +131,15 @@ class Recipe:
     def differences(self, other: "Recipe") -> list[str]:
         """The fields that make the other recipe another one. Those that neither uses do not count.
 
-        Both are as `check` wants them. Custom configurations are compared by what their levels say; a list differs from
-        a mapping, since only the names of the weights could tell that they say the same.
+        Both are as `check` wants them. Custom configurations are compared by what their levels say;
+        a list differs from a mapping, since only the names of the weights could tell that they say
+        the same.
         """
-        return [name for name in self._used() | other._used() if self._meaning(name) != other._meaning(name)]
+        return [
+            name
+            for name in self._used() | other._used()
+            if self._meaning(name) != other._meaning(name)
+        ]
 
     def in_words(self) -> str:
         """The flags that ask for this recipe, without those at their defaults."""
@@ -140,19 +163,29 @@ class Recipe:
         return self.with_schedule("one-shot")
 
     def with_schedule(self, schedule: str) -> "Recipe":
-        """The same choices under another schedule; the times and numbers that it does not use are at their defaults."""
+        """The same choices under another schedule; the times and numbers that it does not use are
+        at their defaults.
+        """
         unused = timed_fields() - {*SCHEDULES[schedule].uses}
-        return replace(self, prune_schedule=schedule,
-                       **{field.name: field.default for field in fields(self) if field.name in unused})
+        return replace(
+            self,
+            prune_schedule=schedule,
+            **{field.name: field.default for field in fields(self) if field.name in unused},
+        )
 
     def steps(self, total: int, epoch: int) -> Steps:
-        """The times of the schedule in steps, of a training of `total` steps with `epoch` steps an epoch."""
+        """The times of the schedule in steps, of a training of `total` steps with `epoch` steps an
+        epoch.
+        """
         end = min(round(self.prune_end * total), max(total - 1, 0))
         start = min(round(self.prune_start * total), end)
         rewind = None if self.rewind is None else self.rewind * epoch
         if rewind is not None and rewind > start:
-            raise PruningError(f"--rewind {self.rewind}: expected an epoch up to the first round, at step {start} of "
-                               f"{total} with {epoch} an epoch")
+            raise PruningError(
+                f"--rewind {self.rewind}: expected an epoch up to the first round, at step {start} "
+                "of "
+                f"{total} with {epoch} an epoch"
+            )
         return Steps(total, epoch, start, end, rewind)
 
     def levels(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int | tuple[int, int]]:
@@ -166,19 +199,25 @@ class Recipe:
         return resolve_levels(self.custom_config, shapes) if self.pruner == "custom" else {}
 
     def request(self, shapes: Mapping[str, Sequence[int]], levels: Mapping, scale=None) -> dict:
-        """The arguments of `compute_masks`, with every sparsity replaced by `scale(sparsity)`, where that is given.
+        """The arguments of `compute_masks`, with every sparsity replaced by `scale(sparsity)`,
+        where that is given.
 
-        Of every m weights, the number kept is the nearest; it is the target's n where nothing is scaled.
+        Of every m weights, the number kept is the nearest; it is the target's n where nothing is
+        scaled.
 
         levels: what `levels(shapes)` returned.
         """
-        request = {name: getattr(self, name) for name in ("pruner", "sparsity", "custom_config", "score")}
+        request = {
+            name: getattr(self, name) for name in ("pruner", "sparsity", "custom_config", "score")
+        }
         if self.pattern != "unstructured":
             request |= {"pattern": self.pattern, "budget": self.budget}
         if scale is None:
             return request
         if self.pruner == "custom":
-            entries = [_scaled(level, math.prod(shapes[name]), scale) for name, level in levels.items()]
+            entries = [
+                _scaled(level, math.prod(shapes[name]), scale) for name, level in levels.items()
+            ]
             request["custom_config"] = {"sparsity": {"mode": "nxm", "level": entries}}
         elif (pattern := parse_pattern(self.pattern)).sparsity is not None:
             request["pattern"] = pattern.keeping(_scaled((pattern.n, pattern.m), 0, scale)[0])
@@ -191,72 +230,157 @@ class Recipe:
     def _check_choices(self) -> None:
         self._expect(_known(self.pruner, PRUNERS), "pruner", f"one of {', '.join(PRUNERS)}")
         self._expect(_known(self.score, SCORES), "score", f"one of {', '.join(SCORES)}")
-        self._expect(_known(self.reconstruct, RECONSTRUCTIONS), "reconstruct", f"one of {', '.join(RECONSTRUCTIONS)}")
+        self._expect(
+            _known(self.reconstruct, RECONSTRUCTIONS),
+            "reconstruct",
+            f"one of {', '.join(RECONSTRUCTIONS)}",
+        )
         pattern = parse_pattern(self.pattern)
         fixed = pattern.sparsity is not None
-        learnable = 1 <= (getattr(pattern, "m", None) or 0) <= MOST_LEARNED and not pattern.transposable
-        self._expect(_known(self.budget, dict.fromkeys(pattern.budgets)), "budget",
-                     f"{' or '.join(pattern.budgets)} with --pattern {self.pattern}")
+        learnable = (
+            1 <= (getattr(pattern, "m", None) or 0) <= MOST_LEARNED and not pattern.transposable
+        )
+        self._expect(
+            _known(self.budget, dict.fromkeys(pattern.budgets)),
+            "budget",
+            f"{' or '.join(pattern.budgets)} with --pattern {self.pattern}",
+        )
         grouped = self.pattern != "unstructured"
         has_groups = bool(getattr(pattern, "m", None))
         if self.pruner == "custom":
-            self._expect(self.sparsity is None, "sparsity", "none with --pruner custom, whose YAML sets the sparsity")
-            self._expect(not grouped, "pattern", "none with --pruner custom, whose YAML sets the patterns")
+            self._expect(
+                self.sparsity is None,
+                "sparsity",
+                "none with --pruner custom, whose YAML sets the sparsity",
+            )
+            self._expect(
+                not grouped, "pattern", "none with --pruner custom, whose YAML sets the patterns"
+            )
             if self.custom_config is None:
                 raise PruningError("--pruner custom: expected --custom-config FILE beside it")
             levels = [level for _, level in self._custom_levels()]
-            grouped = has_groups = any(isinstance(level, tuple) and level[0] < level[1] for level in levels)
-            learnable = all(level[1] <= MOST_LEARNED if isinstance(level, tuple) else level == 0 for level in levels)
+            grouped = has_groups = any(
+                isinstance(level, tuple) and level[0] < level[1] for level in levels
+            )
+            learnable = all(
+                level[1] <= MOST_LEARNED if isinstance(level, tuple) else level == 0
+                for level in levels
+            )
         else:
             self._expect(self.custom_config is None, "custom_config", "--pruner custom beside it")
             if fixed:
-                self._expect(self.sparsity is None, "sparsity", f"none with --pattern {self.pattern}, which sets it")
-                self._expect(self.pruner == "unif", "pruner",
-                             f"unif or none with --pattern {self.pattern}, which prunes every layer alike")
+                self._expect(
+                    self.sparsity is None,
+                    "sparsity",
+                    f"none with --pattern {self.pattern}, which sets it",
+                )
+                self._expect(
+                    self.pruner == "unif",
+                    "pruner",
+                    f"unif or none with --pattern {self.pattern}, which prunes every layer alike",
+                )
             elif self.sparsity is None:
-                raise PruningError(f"--pruner {self.pruner}: expected --sparsity beside it, a number in [0, 1)")
+                raise PruningError(
+                    f"--pruner {self.pruner}: expected --sparsity beside it, a number in [0, 1)"
+                )
             else:
-                self._expect(_is_real(self.sparsity) and 0 <= self.sparsity < 1, "sparsity", "a number in [0, 1)")
-        self._expect(not self.permute or has_groups, "permute",
-                     "n:m, n:mt or x:m, as --pattern or in a custom YAML; nothing else depends on the order of inputs")
+                self._expect(
+                    _is_real(self.sparsity) and 0 <= self.sparsity < 1,
+                    "sparsity",
+                    "a number in [0, 1)",
+                )
+        self._expect(
+            not self.permute or has_groups,
+            "permute",
+            "n:m, n:mt or x:m, as --pattern or in a custom YAML; nothing else depends on the order "
+            "of inputs",
+        )
         if self.reconstruct != NONE:
-            self._expect(not SCHEDULES[self.prune_schedule].trains_pruned, "reconstruct",
-                         f"none with --prune-schedule {self.prune_schedule}, which trains the pruned weights")
-            self._expect(self.rewind is None, "reconstruct",
-                         "none with --rewind, which takes the weights back to what they were")
+            self._expect(
+                not SCHEDULES[self.prune_schedule].trains_pruned,
+                "reconstruct",
+                f"none with --prune-schedule {self.prune_schedule}, which trains the pruned "
+                "weights",
+            )
+            self._expect(
+                self.rewind is None,
+                "reconstruct",
+                "none with --rewind, which takes the weights back to what they were",
+            )
         if grouped and self.prune_schedule in ("set", "rigl"):
-            raise PruningError(f"--prune-schedule {self.prune_schedule}: expected unstructured levels only, since it "
-                               "moves weights anywhere in their layer, and groups would break")
+            raise PruningError(
+                f"--prune-schedule {self.prune_schedule}: expected unstructured levels only, since "
+                "it "
+                "moves weights anywhere in their layer, and groups would break"
+            )
         if SCHEDULES[self.prune_schedule].learns_masks and not learnable:
-            raise PruningError(f"--prune-schedule {self.prune_schedule}: expected n:m or x:m in every pruned layer, "
-                               f"with m of at most {MOST_LEARNED}, since each mask of a group has a logit")
+            raise PruningError(
+                f"--prune-schedule {self.prune_schedule}: expected n:m or x:m in every pruned "
+                "layer, "
+                f"with m of at most {MOST_LEARNED}, since each mask of a group has a logit"
+            )
         if pattern.structured and self.prune_schedule == "ac-dc":
-            raise PruningError("--prune-schedule ac-dc: expected a pattern whose weights can come back in a dense "
-                               "phase; whole heads and neurons get no gradient once they are zero")
+            raise PruningError(
+                "--prune-schedule ac-dc: expected a pattern whose weights can come back in a dense "
+                "phase; whole heads and neurons get no gradient once they are zero"
+            )
 
     def _check_schedule(self) -> None:
-        self._expect(_known(self.prune_schedule, SCHEDULES), "prune_schedule", f"one of {', '.join(SCHEDULES)}")
-        self._expect(_is_integer(self.prune_rounds) and 1 <= self.prune_rounds <= MOST_ROUNDS, "prune_rounds",
-                     f"an integer from 1 to {MOST_ROUNDS}")
+        self._expect(
+            _known(self.prune_schedule, SCHEDULES),
+            "prune_schedule",
+            f"one of {', '.join(SCHEDULES)}",
+        )
+        self._expect(
+            _is_integer(self.prune_rounds) and 1 <= self.prune_rounds <= MOST_ROUNDS,
+            "prune_rounds",
+            f"an integer from 1 to {MOST_ROUNDS}",
+        )
         for name, smallest in (("prune_every", 1), ("calibration_images", 1), ("seed", 0)):
             value = getattr(self, name)
-            self._expect(_is_integer(value) and smallest <= value < LARGEST, name, f"an integer of at least {smallest}")
-        self._expect(self.rewind is None or _is_integer(self.rewind) and 0 <= self.rewind < LARGEST, "rewind",
-                     "the number of an epoch")
-        self._expect(_is_real(self.prune_start) and 0 <= self.prune_start < 1, "prune_start", "a number in [0, 1)")
+            self._expect(
+                _is_integer(value) and smallest <= value < LARGEST,
+                name,
+                f"an integer of at least {smallest}",
+            )
+        self._expect(
+            self.rewind is None or _is_integer(self.rewind) and 0 <= self.rewind < LARGEST,
+            "rewind",
+            "the number of an epoch",
+        )
+        self._expect(
+            _is_real(self.prune_start) and 0 <= self.prune_start < 1,
+            "prune_start",
+            "a number in [0, 1)",
+        )
         self._expect(isinstance(self.permute, bool), "permute", "true or false")
         for name in ("prune_end", "drop_fraction"):
-            self._expect(_is_real(getattr(self, name)) and 0 < getattr(self, name) <= 1, name, "a number in (0, 1]")
-        self._expect(_is_real(self.sr_decay) and 0 <= self.sr_decay < math.inf, "sr_decay", "a number of at least 0")
-        self._expect(_is_real(self.mask_lr) and 0 < self.mask_lr < math.inf, "mask_lr", "a number above 0")
+            self._expect(
+                _is_real(getattr(self, name)) and 0 < getattr(self, name) <= 1,
+                name,
+                "a number in (0, 1]",
+            )
+        self._expect(
+            _is_real(self.sr_decay) and 0 <= self.sr_decay < math.inf,
+            "sr_decay",
+            "a number of at least 0",
+        )
+        self._expect(
+            _is_real(self.mask_lr) and 0 < self.mask_lr < math.inf, "mask_lr", "a number above 0"
+        )
         for name in self._given():
             users = [schedule for schedule in SCHEDULES if name in SCHEDULES[schedule].uses]
             if users and name != "seed" and self.prune_schedule not in users:
-                raise PruningError(f"{self._flag(name)}: not with --prune-schedule {self.prune_schedule}; only "
-                                   f"{', '.join(users)} {'uses' if len(users) == 1 else 'use'} it")
+                raise PruningError(
+                    f"{self._flag(name)}: not with --prune-schedule {self.prune_schedule}; only "
+                    f"{', '.join(users)} {'uses' if len(users) == 1 else 'use'} it"
+                )
         if "prune_end" in SCHEDULES[self.prune_schedule].uses:
-            self._expect(self.prune_start < self.prune_end, "prune_end",
-                         f"more than --prune-start {self.prune_start:g}")
+            self._expect(
+                self.prune_start < self.prune_end,
+                "prune_end",
+                f"more than --prune-start {self.prune_start:g}",
+            )
 
     def _expect(self, good: bool, name: str, wanted: str) -> None:
         if not good:
@@ -275,7 +399,10 @@ class Recipe:
         """The fields that decide something, in their order: a set that keeps it."""
         if self.pruner is None:
             return {"pruner": None}
-        unused = {name for schedule in SCHEDULES.values() for name in schedule.uses} | {"calibration_images", "seed"}
+        unused = {name for schedule in SCHEDULES.values() for name in schedule.uses} | {
+            "calibration_images",
+            "seed",
+        }
         unused -= {*SCHEDULES[self.prune_schedule].uses}
         if self.looks_at_data:
             unused -= {"calibration_images", "seed"}
@@ -290,17 +417,25 @@ class Recipe:
         return getattr(self, name)
 
     def _custom_levels(self) -> list[tuple]:
-        """Per entry of the custom configuration its place or pattern, and the sparsity or (n, m) that it asks for."""
+        """Per entry of the custom configuration its place or pattern, and the sparsity or (n, m)
+        that it asks for.
+        """
         if not isinstance(self.custom_config, Mapping):
             raise PruningError(f"custom_config is {_short(self.custom_config)}: expected a mapping")
         level = level_section(self.custom_config, "custom_config")
         if isinstance(level, Mapping):
-            entries = sorted(level.items(), key=lambda entry: entry[0] != "default")  # looked at first, wherever it is
+            # Looked at first, wherever it is
+            entries = sorted(level.items(), key=lambda entry: entry[0] != "default")
         elif isinstance(level, list | tuple):
             entries = list(enumerate(level))
         else:
-            raise PruningError(f"custom_config: level is {_short(level)}: expected a list, or a mapping")
-        return [(place, parse_level(entry, f"custom_config: level {_short(place)}")) for place, entry in entries]
+            raise PruningError(
+                f"custom_config: level is {_short(level)}: expected a list, or a mapping"
+            )
+        return [
+            (place, parse_level(entry, f"custom_config: level {_short(place)}"))
+            for place, entry in entries
+        ]
 
 
 def timed_fields() -> set[str]:
@@ -309,11 +444,14 @@ def timed_fields() -> set[str]:
 
 
 def _scaled(level: int | tuple[int, int], total: int, scale: Callable[[float], float]):
-    """An entry of a custom configuration for the scaled sparsity of a level, as `resolve_levels` gives it."""
+    """An entry of a custom configuration for the scaled sparsity of a level, as `resolve_levels`
+    gives it.
+    """
     if isinstance(level, tuple):
         n, m = level
         return m - round(m * scale(1 - n / m)), m
-    return min(scale(1 - level / total), math.nextafter(1, 0))  # of a layer that keeps nothing, too
+    # Of a layer that keeps nothing, too
+    return min(scale(1 - level / total), math.nextafter(1, 0))
 
 
 def _known(name, names: Mapping) -> bool:
@@ -335,7 +473,11 @@ def _plain(value):
 
 
 def _in_words(value) -> str:
-    return f"{value}" if isinstance(value, int | float) and abs(value) < LARGEST else _short(value).strip("'")
+    return (
+        f"{value}"
+        if isinstance(value, int | float) and abs(value) < LARGEST
+        else _short(value).strip("'")
+    )
 
 
 def _short(value) -> str:

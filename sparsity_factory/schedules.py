@@ -1,11 +1,11 @@
 """When masks are chosen or changed during a training.
 
-A schedule is a class of a few lines. It says at which steps masks change, and asks a `Sparsifier` for the new ones. No
-schedule knows how weights are scored, allocated or grouped; no pruner knows the training loop. To add a schedule, write
-such a class and name it in `SCHEDULES`.
+A schedule is a class of a few lines. It says at which steps masks change, and asks a `Sparsifier`
+for the new ones. No schedule knows how weights are scored, allocated or grouped; no pruner knows
+the training loop. To add a schedule, write such a class and name it in `SCHEDULES`.
 
-Steps are counted from 0. Masks that change at step t are those of step t + 1 on, except that a change at step 0 is made
-before the training begins.
+Steps are counted from 0. Masks that change at step t are those of step t + 1 on, except that a
+change at step 0 is made before the training begins.
 """
 
 import math
@@ -20,7 +20,8 @@ from .method import method
 
 @dataclass(frozen=True)
 class Steps:
-    """The times of a run in steps: in all, of an epoch, and the first and last at which a schedule changes masks.
+    """The times of a run in steps: in all, of an epoch, and the first and last at which a schedule
+    changes masks.
 
     rewind: the step whose weights are gone back to, or None.
     """
@@ -38,10 +39,13 @@ class Schedule:
     Attributes:
         uses: the fields of a recipe that it looks at.
         starts_sparse: the run begins with the masks of the target; otherwise with a dense network.
-        looks_at_gradients: `masks` is called before the optimizer's step, with the dense gradients in place.
-        trains_pruned: pruned weights are trained as well, though the forward pass does not see them.
+        looks_at_gradients: `masks` is called before the optimizer's step, with the dense gradients
+        in place.
+        trains_pruned: pruned weights are trained as well, though the forward pass does not see
+        them.
         decay: such weights, times this, are added to their gradients.
-        learns_masks: up to its one change of masks the weights stand still, and groups learn their masks.
+        learns_masks: up to its one change of masks the weights stand still, and groups learn their
+        masks.
     """
 
     uses: tuple[str, ...] = ()
@@ -52,21 +56,26 @@ class Schedule:
     learns_masks = False
 
     def __init__(self, recipe, steps: Steps):
-        self.recipe, self.steps = recipe, steps
+        self.recipe = recipe
+        self.steps = steps
 
     def changes_at(self, step: int) -> bool:
         """Whether the masks change at this step."""
         return False
 
     def masks(self, step: int, network) -> dict[str, Tensor]:
-        """The masks that a change at this step brings: those of the `Sparsifier` `network` that it chooses or grows.
+        """The masks that a change at this step brings: those of the `Sparsifier` `network` that it
+        chooses or grows.
 
-        A change that is due may be put off for some steps. It is then that of the step at which it is made.
+        A change that is due may be put off for some steps. It is then that of the step at which it
+        is made.
         """
         raise NotImplementedError
 
     def is_final(self, changed: int) -> bool:
-        """Whether the target is reached when the latest change was at step `changed` (-1: none yet)."""
+        """Whether the target is reached when the latest change was at step `changed` (-1: none
+        yet).
+        """
         return True
 
     def every(self, step: int) -> bool:
@@ -82,7 +91,6 @@ class Schedule:
 @method()
 class OneShot(Schedule):
     """Masks are chosen before the training."""
-
 
 
 @method("Zhu and Gupta 2017, arXiv:1710.01878")
@@ -105,7 +113,9 @@ class Gradual(Schedule):
 
 @method("Han et al. 2015, arXiv:1506.02626; Frankle et al. 2020, arXiv:1912.05671")
 class Iterative(Schedule):
-    """Each of --prune-rounds prunes the same fraction of what is left; --rewind takes the weights back to an epoch."""
+    """Each of --prune-rounds prunes the same fraction of what is left; --rewind takes the weights
+    back to an epoch.
+    """
 
     uses = ("prune_start", "prune_end", "prune_rounds", "rewind")
     starts_sparse = False
@@ -113,14 +123,18 @@ class Iterative(Schedule):
     def __init__(self, recipe, steps):
         super().__init__(recipe, steps)
         gaps = max(recipe.prune_rounds - 1, 1)
-        self.rounds = [steps.start + (steps.end - steps.start) * i // gaps for i in range(recipe.prune_rounds)]
+        self.rounds = [
+            steps.start + (steps.end - steps.start) * i // gaps for i in range(recipe.prune_rounds)
+        ]
 
     def changes_at(self, step):
         return step in self.rounds
 
     def masks(self, step, network):
         share = sum(start <= step for start in self.rounds) / len(self.rounds)
-        return network.choose(lambda sparsity: 1 - (1 - sparsity)**share if share < 1 else sparsity, among_kept=True)
+        return network.choose(
+            lambda sparsity: 1 - (1 - sparsity) ** share if share < 1 else sparsity, among_kept=True
+        )
 
     def is_final(self, changed):
         return changed >= self.rounds[-1]
@@ -128,10 +142,13 @@ class Iterative(Schedule):
 
 @method("Mocanu et al. 2018, arXiv:1707.04780")
 class Set(Schedule):
-    """Every so many steps the smallest kept weights of a layer make room for as many others at random."""
+    """Every so many steps the smallest kept weights of a layer make room for as many others at
+    random.
+    """
 
     uses = ("prune_start", "prune_end", "prune_every", "drop_fraction", "seed")
-    looks_at_gradients = True  # weights without a gradient are not trained, and would not grow
+    # Weights without a gradient are not trained, and would not grow
+    looks_at_gradients = True
 
     def changes_at(self, step):
         return self.every(step) and step < self.steps.end
@@ -142,14 +159,23 @@ class Set(Schedule):
 
     def growth(self, weight: Tensor, step: int, layer: int) -> Tensor:
         """How much each weight of a layer deserves to grow: non-negative, of the weight's shape."""
-        seed = np.random.SeedSequence((self.recipe.seed, step, layer)).generate_state(1, np.uint64).item()
-        return torch.rand(weight.shape, generator=torch.Generator(weight.device).manual_seed(seed),
-                          device=weight.device)
+        seed = (
+            np.random.SeedSequence((self.recipe.seed, step, layer))
+            .generate_state(1, np.uint64)
+            .item()
+        )
+        return torch.rand(
+            weight.shape,
+            generator=torch.Generator(weight.device).manual_seed(seed),
+            device=weight.device,
+        )
 
 
 @method("Evci et al. 2020, arXiv:1911.11134")
 class RigL(Set):
-    """Every so many steps the smallest kept weights of a layer make room for those of the largest dense gradient."""
+    """Every so many steps the smallest kept weights of a layer make room for those of the largest
+    dense gradient.
+    """
 
     uses = ("prune_start", "prune_end", "prune_every", "drop_fraction")
 
@@ -159,10 +185,11 @@ class RigL(Set):
 
 @method("Peste et al. 2021, arXiv:2106.12379")
 class ACDC(Schedule):
-    """Dense and sparse phases of epochs in turn: --prune-rounds sparse ones, the last from --prune-end on.
+    """Dense and sparse phases of epochs in turn: --prune-rounds sparse ones, the last from
+    --prune-end on.
 
-    From the start to the end phases have one length, dense first; from the end on, sparse. Phases begin with an epoch,
-    except where they would be shorter than one.
+    From the start to the end phases have one length, dense first; from the end on, sparse. Phases
+    begin with an epoch, except where they would be shorter than one.
     """
 
     uses = ("prune_start", "prune_end", "prune_rounds")
@@ -170,18 +197,25 @@ class ACDC(Schedule):
 
     def __init__(self, recipe, steps):
         super().__init__(recipe, steps)
-        phases, span = 2 * recipe.prune_rounds - 1, steps.end - steps.start
+        phases = 2 * recipe.prune_rounds - 1
+        span = steps.end - steps.start
         begins = [steps.start + span * phase // phases for phase in range(1, phases + 1)]
         if span >= phases * steps.epoch:
             last_epoch = (steps.total - 1) // steps.epoch
-            begins = [min((2 * step + steps.epoch) // (2 * steps.epoch), last_epoch) * steps.epoch for step in begins]
-        self.begins = begins  # of a sparse, a dense, a sparse ... and at last a sparse phase
+            begins = [
+                min((2 * step + steps.epoch) // (2 * steps.epoch), last_epoch) * steps.epoch
+                for step in begins
+            ]
+        # Of a sparse, a dense, a sparse ... and at last a sparse phase
+        self.begins = begins
 
     def changes_at(self, step):
         return step in self.begins
 
     def masks(self, step, network):
-        return network.choose() if sum(begin <= step for begin in self.begins) % 2 else network.dense()
+        return (
+            network.choose() if sum(begin <= step for begin in self.begins) % 2 else network.dense()
+        )
 
     def is_final(self, changed):
         return changed >= self.begins[-1]
@@ -189,7 +223,9 @@ class ACDC(Schedule):
 
 @method("Bengio et al. 2013, arXiv:1308.3432")
 class STE(Schedule):
-    """The forward pass sees masked weights, all are trained, masks are chosen anew every so many steps."""
+    """The forward pass sees masked weights, all are trained, masks are chosen anew every so many
+    steps.
+    """
 
     uses = ("prune_start", "prune_end", "prune_every")
     trains_pruned = True
@@ -214,7 +250,9 @@ class SRSTE(STE):
 
 @method("Fang et al. 2024, arXiv:2409.17481")
 class MaskLLM(Schedule):
-    """Up to --prune-end weights stand still, and each n:m group learns its mask; then masks stay, and weights train."""
+    """Up to --prune-end weights stand still, and each n:m group learns its mask; then masks stay,
+    and weights train.
+    """
 
     uses = ("prune_end", "mask_lr", "seed")
     learns_masks = True
@@ -230,6 +268,13 @@ class MaskLLM(Schedule):
 
 
 SCHEDULES: dict[str, type[Schedule]] = {
-    "one-shot": OneShot, "gradual": Gradual, "iterative": Iterative, "set": Set, "rigl": RigL, "ac-dc": ACDC,
-    "ste": STE, "sr-ste": SRSTE, "maskllm": MaskLLM,
+    "one-shot": OneShot,
+    "gradual": Gradual,
+    "iterative": Iterative,
+    "set": Set,
+    "rigl": RigL,
+    "ac-dc": ACDC,
+    "ste": STE,
+    "sr-ste": SRSTE,
+    "maskllm": MaskLLM,
 }

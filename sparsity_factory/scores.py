@@ -1,15 +1,17 @@
-"""How much a weight matters, and `Scores`, which computes that for every prunable weight of a model.
+"""How much a weight matters, and `Scores`, which computes that for every prunable weight of a
+model.
 
 A score is a function
 
     def score(weight: Tensor, layer: Layer) -> Tensor
 
-from a weight of shape (outputs, inputs), float32 or float64, and what is known of its layer, to a tensor of the
-weight's shape, dtype and device: finite and non-negative, larger where the weight matters more. It looks at the
-statistics that it `needs`, and no others. To add one, write such a function and name it in `SCORES`.
+from a weight of shape (outputs, inputs), float32 or float64, and what is known of its layer, to a
+tensor of the weight's shape, dtype and device: finite and non-negative, larger where the weight
+matters more. It looks at the statistics that it `needs`, and no others. To add one, write such a
+function and name it in `SCORES`.
 
-w_ij: the weight from input j to output i; x: the inputs of the layer over all tokens of the calibration images; g: the
-gradient of the mean loss over them, g_b: over those of batch b.
+w_ij: the weight from input j to output i; x: the inputs of the layer over all tokens of the
+calibration images; g: the gradient of the mean loss over them, g_b: over those of batch b.
 """
 
 import hashlib
@@ -36,13 +38,15 @@ class Layer:
         name: of the weight.
         seed: for scores that are drawn.
         images: how many the statistics are of.
-        input_norms, gram, gradient_gram, gradient, first_gradient, squared_gradient, removal_costs: as `STATISTICS`
-            says, float64, on the device of the weight.
+        input_norms, gram, gradient_gram, gradient, first_gradient, squared_gradient, removal_costs:
+            as `STATISTICS` says, float64, on the device of the weight.
     """
 
     def __init__(self, name: str, seed: int = 0, statistics: Statistics | None = None, device=None):
-        self.name, self.seed = name, seed
-        self._statistics, self._device = statistics, device
+        self.name = name
+        self.seed = seed
+        self._statistics = statistics
+        self._device = device
 
     @property
     def images(self) -> int:
@@ -52,15 +56,20 @@ class Layer:
         if need not in STATISTICS:
             raise AttributeError(need)
         if self._statistics is None:
-            raise PruningError(f"{self.name}: {need} of its layer is not known: expected statistics")
+            raise PruningError(
+                f"{self.name}: {need} of its layer is not known: expected statistics"
+            )
         return self._statistics.value(self.name, need).to(self._device)
 
     @cached_property
     def inverse_gram_diagonal(self) -> Tensor:
-        """The diagonal of the inverse of the damped Gram matrix; infinite for an input that is always zero."""
+        """The diagonal of the inverse of the damped Gram matrix; infinite for an input that is
+        always zero.
+        """
         diagonal = self.gram.diagonal()
         dead = diagonal == 0
-        damped = self.gram + torch.diag(DAMPING * diagonal.mean() + dead.to(diagonal.dtype))  # which has an inverse
+        # Which has an inverse
+        damped = self.gram + torch.diag(DAMPING * diagonal.mean() + dead.to(diagonal.dtype))
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         return inverse.diagonal().masked_fill(dead, torch.inf)
 
@@ -68,7 +77,8 @@ class Layer:
 @method()
 def magnitude(weight: Tensor, layer: Layer) -> Tensor:
     """abs(w)."""
-    if weight.device.type == "cpu":  # numpy asks for large pages; page faults are most of the time that torch takes
+    # Numpy asks for large pages; page faults are most of the time that torch takes
+    if weight.device.type == "cpu":
         return torch.from_numpy(np.abs(weight.detach().numpy()))
     return weight.abs()
 
@@ -107,7 +117,9 @@ def wanda(weight: Tensor, layer: Layer) -> Tensor:
 
 @method("Zhang et al. 2024, Plug-and-Play (ICLR)", needs={"input_norms"})
 def ria(weight: Tensor, layer: Layer) -> Tensor:
-    """(abs(w_ij) / sum_i abs(w_ij) + abs(w_ij) / sum_j abs(w_ij)) norm2(x_j)^0.5; a row or column of zeros adds 0."""
+    """(abs(w_ij) / sum_i abs(w_ij) + abs(w_ij) / sum_j abs(w_ij)) norm2(x_j)^0.5; a row or column
+    of zeros adds 0.
+    """
     size = weight.abs()
     sums = (size.sum(dim, keepdim=True, dtype=torch.float64) for dim in (0, 1))
     relative = sum(size / total.masked_fill(total == 0, 1) for total in sums)
@@ -116,30 +128,36 @@ def ria(weight: Tensor, layer: Layer) -> Tensor:
 
 @method("Hassibi and Stork 1993; Frantar and Alistarh 2023, arXiv:2301.00774", needs={"gram"})
 def obs(weight: Tensor, layer: Layer) -> Tensor:
-    """w_ij^2 / [(X^T X + damping)^-1]_jj: what its removal costs if the others make up for it; 0 if x_j is always 0."""
+    """w_ij^2 / [(X^T X + damping)^-1]_jj: what its removal costs if the others make up for it; 0 if
+    x_j is always 0.
+    """
     return (weight * (weight / layer.inverse_gram_diagonal)).to(weight)
 
 
 @method("Kuznedelev et al. 2023, arXiv:2210.09223", needs={"removal_costs"})
 def cap(weight: Tensor, layer: Layer) -> Tensor:
-    """What the loss rises until the weight is gone, the block's least costly going first and the others making up."""
+    """What the loss rises until the weight is gone, the block's least costly going first and the
+    others making up.
+    """
     return layer.removal_costs.to(weight)
 
 
 SCORES: dict[str, Callable[[Tensor, Layer], Tensor]] = {
-    score.__name__: score for score in (magnitude, random, snip, taylor, fisher, wanda, ria, obs, cap)
+    score.__name__: score
+    for score in (magnitude, random, snip, taylor, fisher, wanda, ria, obs, cap)
 }
 
 
 class Scores(Mapping[str, Tensor]):
-    """Scores by parameter name, on the device of the weight, computed when asked for; and how they are distributed.
+    """Scores by parameter name, on the device of the weight, computed when asked for; and how they
+    are distributed.
 
-    A score is that of a unit, which is what the pattern removes together: a single weight, or a block. Allocations see
-    units and no pattern.
+    A score is that of a unit, which is what the pattern removes together: a single weight, or a
+    block. Allocations see units and no pattern.
 
-    Another pass over the weights costs less time than touching the memory for a copy of them all, and no such memory.
-    All scores have one dtype, so that they compare: float64 when some weight has it, else float32 (half precision is
-    exact in it).
+    Another pass over the weights costs less time than touching the memory for a copy of them all,
+    and no such memory. All scores have one dtype, so that they compare: float64 when some weight
+    has it, else float32 (half precision is exact in it).
 
     Attributes:
         pattern: what the units are.
@@ -159,8 +177,11 @@ class Scores(Mapping[str, Tensor]):
         reconstructed: bool = False,
     ):
         self.reconstructed = reconstructed
-        self.weights, self._score, self.pattern = weights, score, pattern or Unstructured()
-        self._statistics, self._seed = statistics, seed
+        self.weights = weights
+        self._score = score
+        self.pattern = pattern or Unstructured()
+        self._statistics = statistics
+        self._seed = seed
         self.shapes = {name: weight.shape for name, weight in weights.items()}
         self.sizes = {name: self.pattern.units(shape) for name, shape in self.shapes.items()}
         wide = any(weight.dtype == torch.float64 for weight in weights.values())
@@ -168,7 +189,8 @@ class Scores(Mapping[str, Tensor]):
         self._layers: dict[str, Layer] = {}
         self._finite: set[str] = set()
         self._at_least: dict[str, Tensor] = {}
-        self._latest: tuple[str, Tensor] | None = None  # what one layer is asked for comes in a row
+        # What one layer is asked for comes in a row
+        self._latest: tuple[str, Tensor] | None = None
 
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
@@ -179,7 +201,10 @@ class Scores(Mapping[str, Tensor]):
         score = self.pattern.score(self._score(weight, self.layer(name)))
         if name not in self._finite and not score.amax().isfinite():
             self.weight(name)
-            raise PruningError(f"{name} has a {self._score.__name__} score that is NaN or infinite in {self._dtype}")
+            raise PruningError(
+                f"{name} has a {self._score.__name__} score that is NaN or infinite in "
+                f"{self._dtype}"
+            )
         self._finite.add(name)
         self._latest = name, score
         return score
@@ -188,10 +213,15 @@ class Scores(Mapping[str, Tensor]):
         """Another score of the same units of the same weights."""
         if score is self._score:
             return self
-        return Scores(self.weights, score, self.pattern, self._statistics, self._seed, self.reconstructed)
+        return Scores(
+            self.weights, score, self.pattern, self._statistics, self._seed, self.reconstructed
+        )
 
     def replaced(self, values: Mapping[str, Tensor]) -> "Scores":
-        """Scores of the weights that `values` names, each with its values there, broadcast to the weight's shape."""
+        """Scores of the weights that `values` names, each with its values there, broadcast to the
+        weight's shape.
+        """
+
         def given(weight: Tensor, layer: Layer) -> Tensor:
             return values[layer.name].to(weight).expand_as(weight).contiguous()
 
@@ -217,7 +247,9 @@ class Scores(Mapping[str, Tensor]):
         return self._layers[name]
 
     def at_least(self, name: str) -> Tensor:
-        """For each bin of `k_largest.py` the scores in it and in all higher bins: counted once, then remembered."""
+        """For each bin of `k_largest.py` the scores in it and in all higher bins: counted once,
+        then remembered.
+        """
         if name not in self._at_least:
             self._at_least[name] = suffix_sums(histogram(self[name]))
         return self._at_least[name]

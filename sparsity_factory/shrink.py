@@ -13,14 +13,17 @@ from .units import HEADS, Group, unit_groups
 
 
 def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a model without its pruned units, whose outputs equal those of the masked model up to rounding.
+    """A copy of a model without its pruned units, whose outputs equal those of the masked model up
+    to rounding.
 
-    A head or neuron goes when the masks keep none of its weights. Of every block at least one stays. What masks prune
-    of the units that stay is zero in the result, and blocks that cannot be handled stay as large as they are.
+    A head or neuron goes when the masks keep none of its weights. Of every block at least one
+    stays. What masks prune of the units that stay is zero in the result, and blocks that cannot be
+    handled stay as large as they are.
 
-    The result needs nothing of this project, except where a block takes the width of its heads from that of the tokens,
-    as CaiT's do: there `ClassAttn` and `TalkingHeadAttn` of this module take the place of timm's. Its attribute
-    `dense_shapes` tells reports the shapes of the parameters that the dense model had.
+    The result needs nothing of this project, except where a block takes the width of its heads from
+    that of the tokens, as CaiT's do: there `ClassAttn` and `TalkingHeadAttn` of this module take
+    the place of timm's. Its attribute `dense_shapes` tells reports the shapes of the parameters
+    that the dense model had.
 
     Args:
         model: it is not changed. Hooks and compiled code are not copied.
@@ -41,12 +44,15 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
 
 def unit_counts(model: nn.Module) -> dict[str, int]:
-    """How many heads or neurons each block of a model has, by module name: the numbers that its shape needs."""
+    """How many heads or neurons each block of a model has, by module name: the numbers that its
+    shape needs.
+    """
     return {group.name: group.units for group in unit_groups(model, known_only=True)}
 
 
 def with_units(model: nn.Module, counts) -> nn.Module:
-    """A copy of a dense model with as many units in each block as `unit_counts` returned; the first ones of each.
+    """A copy of a dense model with as many units in each block as `unit_counts` returned; the first
+    ones of each.
 
     counts: may be of an untrusted file.
 
@@ -55,31 +61,40 @@ def with_units(model: nn.Module, counts) -> nn.Module:
     """
     groups = unit_groups(model, known_only=True)
     if not isinstance(counts, Mapping) or counts.keys() != {group.name for group in groups}:
-        raise PruningError("the saved shape is of another model: expected a number for each of its blocks")
+        raise PruningError(
+            "the saved shape is of another model: expected a number for each of its blocks"
+        )
     parameters, masks = dict(model.named_parameters()), {}
     for group in groups:
         count = counts[group.name]
         if type(count) is not int or not 1 <= count <= group.units:
-            raise PruningError(f"the saved shape of {group.name}: expected 1 to {group.units} {group.kind}")
+            raise PruningError(
+                f"the saved shape of {group.name}: expected 1 to {group.units} {group.kind}"
+            )
         masks |= group.masks(torch.arange(group.units) < count, parameters)
     return shrink(model, masks)
 
 
 class ClassAttn(nn.Module):
-    """CaiT's attention of the class token (Touvron et al. 2021, arXiv:2103.17239), whatever the number of heads."""
+    """CaiT's attention of the class token (Touvron et al. 2021, arXiv:2103.17239), whatever the
+    number of heads.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         def by_head(layer, tokens):  # (images, heads, tokens, width)
             return layer(tokens).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
         dropout = self.attn_drop.p if self.training else 0.0
-        heads = F.scaled_dot_product_attention(by_head(self.q, x[:, :1]), by_head(self.k, x), by_head(self.v, x),
-                                               dropout_p=dropout)
+        heads = F.scaled_dot_product_attention(
+            by_head(self.q, x[:, :1]), by_head(self.k, x), by_head(self.v, x), dropout_p=dropout
+        )
         return self.proj_drop(self.proj(heads.transpose(1, 2).flatten(2)))
 
 
 class TalkingHeadAttn(nn.Module):
-    """CaiT's attention of the patches, whose heads are mixed before and after the softmax, whatever their number."""
+    """CaiT's attention of the patches, whose heads are mixed before and after the softmax, whatever
+    their number.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -114,4 +129,5 @@ def _take(model: nn.Module, group: Group, kept: Tensor) -> None:
         module.attn_dim = module.proj.in_features
     for own_forward in (ClassAttn, TalkingHeadAttn):
         if type(module).__name__ == own_forward.__name__:
-            module.__class__ = own_forward  # timm's forward takes the width of a head from that of the tokens
+            # timm's forward takes the width of a head from that of the tokens
+            module.__class__ = own_forward

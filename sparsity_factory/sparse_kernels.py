@@ -1,10 +1,12 @@
-"""Sparse kernels: which layers of a pruned model run faster with their zeros left out, measured where they run.
+"""Sparse kernels: which layers of a pruned model run faster with their zeros left out, measured
+where they run.
 
     quick, report = sparse_kernels(model, images)
     print(report.table())
 
-A kernel is a class in `KERNELS`: a linear layer that computes with another form of its weight. `takes` says which
-weights it is for, and whatever it cannot do it raises as RuntimeError when it is tried: then the layer stays dense.
+A kernel is a class in `KERNELS`: a linear layer that computes with another form of its weight.
+`takes` says which weights it is for, and whatever it cannot do it raises as RuntimeError when it is
+tried: then the layer stays dense.
 """
 
 import copy
@@ -22,16 +24,19 @@ from torch.sparse import to_sparse_semi_structured
 from .masks import prunable_weights
 
 DENSE = "dense"
-WORTH = 0.95  # a kernel has to take at most this part of the dense time, since times repeat to some percent only
-BUDGET, WHOLE_BUDGET = 0.5, 5.0  # seconds for the measurements of a layer, and of the whole model
+# A kernel has to take at most this part of the dense time, since times repeat to some percent only
+WORTH = 0.95
+# Seconds for the measurements of a layer, and of the whole model
+BUDGET, WHOLE_BUDGET = 0.5, 5.0
 HOPELESS = 2  # a kernel that once took so many times the dense time is not measured further
 
 
 class SparseLinear(nn.Linear):
     """A linear layer that leaves out zeros of its weight; for inference only, no gradients flow.
 
-    It holds the parameters of the dense layer itself, so that state dicts, names and counts stay those of the dense
-    model. The sparse form is made once, on the weight's device: it follows neither later changes nor moves of it.
+    It holds the parameters of the dense layer itself, so that state dicts, names and counts stay
+    those of the dense model. The sparse form is made once, on the weight's device: it follows
+    neither later changes nor moves of it.
 
     Args:
         linear: the dense layer.
@@ -39,12 +44,19 @@ class SparseLinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        self.weight, self.bias, self.dtype = linear.weight, linear.bias, dtype
+        super().__init__(
+            linear.in_features, linear.out_features, linear.bias is not None, device="meta"
+        )
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.dtype = dtype
         self.train(linear.training)
-        with warnings.catch_warnings():  # torch calls each of its sparse formats a prototype
+        # Torch calls each of its sparse formats a prototype
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            self.prepare(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+            self.prepare(
+                linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+            )
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +65,9 @@ class SparseLinear(nn.Linear):
 
     @staticmethod
     def takes(weight: Tensor, dtype: torch.dtype) -> str | None:
-        """Why this kernel is not for such a weight, or None. dtype: that in which the dense layer computes."""
+        """Why this kernel is not for such a weight, or None. dtype: that in which the dense layer
+        computes.
+        """
         raise NotImplementedError
 
     def prepare(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -67,36 +81,48 @@ class Transposed(SparseLinear):
     """Sparse weight (outputs, inputs) times transposed activations (inputs, tokens).
 
     Attributes:
-        hands_on: the result stays as it lies in memory, with the shape that the dense layer's has. An activation
-            function keeps that order, so that between two such layers, as in an MLP, nothing is transposed.
+        hands_on: the result stays as it lies in memory, with the shape that the dense layer's has.
+            An activation function keeps that order, so that between two such layers, as in an MLP,
+            nothing is transposed.
     """
 
     hands_on = False
-    chunk = 400  # tokens at once: those of two images of 224 x 224; from there on more made no difference
+    # Tokens at once: those of two images of 224 x 224; from there on more made no difference
+    chunk = 400
 
     def compute(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, self.in_features).t().to(self.column.dtype)
         outputs = tokens.new_empty(self.out_features, tokens.shape[1])
-        for part, into in zip(tokens.split(self.chunk, 1), outputs.split(self.chunk, 1), strict=True):
+        for part, into in zip(
+            tokens.split(self.chunk, 1), outputs.split(self.chunk, 1), strict=True
+        ):
             self.multiply(part.contiguous(), into)
         outputs = outputs.t().to(self.dtype)
-        return (outputs if self.hands_on else outputs.contiguous()).view(*x.shape[:-1], self.out_features)
+        return (outputs if self.hands_on else outputs.contiguous()).view(
+            *x.shape[:-1], self.out_features
+        )
 
     def multiply(self, tokens: Tensor, into: Tensor) -> None:
         torch.addmm(self.column, self.sparse, tokens, out=into)
 
     def prepare(self, weight: Tensor, bias: Tensor | None) -> None:
         if weight.is_cuda:
-            self.chunk, weight = 2 ** 31 - 1, weight.to(self.dtype)
+            self.chunk = 2**31 - 1
+            weight = weight.to(self.dtype)
         else:  # where no sparse product takes less than float32
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         self.sparse = self.compress(weight)
-        self.column = weight.new_zeros(len(weight), 1) if bias is None else bias.to(weight.dtype)[:, None]
+        self.column = (
+            weight.new_zeros(len(weight), 1) if bias is None else bias.to(weight.dtype)[:, None]
+        )
 
     @classmethod
     def compress(cls, weight: Tensor) -> Tensor:
-        rows = weight.to_sparse_csr()  # with the short indices that MKL has, which else are converted at each call
-        return torch.sparse_csr_tensor(rows.crow_indices().int(), rows.col_indices().int(), rows.values(), rows.shape)
+        # With the short indices that MKL has, which else are converted at each call
+        rows = weight.to_sparse_csr()
+        return torch.sparse_csr_tensor(
+            rows.crow_indices().int(), rows.col_indices().int(), rows.values(), rows.shape
+        )
 
 
 class MklCsr(Transposed):
@@ -131,12 +157,16 @@ class Bsr(Transposed):
 
     @classmethod
     def block(cls, weight: Tensor) -> int:
-        """The largest side of blocks that are either zero or have hardly a zero in them; 0 where there is none."""
+        """The largest side of blocks that are either zero or have hardly a zero in them; 0 where
+        there is none.
+        """
         kept = int(weight.count_nonzero())
         for size in cls.sizes:
             if all(side % size == 0 for side in weight.shape):
-                blocks = (weight != 0).unflatten(1, (-1, size)).unflatten(0, (-1, size)).any(3).any(1)
-                if int(blocks.count_nonzero()) * size ** 2 <= 1.05 * kept:
+                blocks = (
+                    (weight != 0).unflatten(1, (-1, size)).unflatten(0, (-1, size)).any(3).any(1)
+                )
+                if int(blocks.count_nonzero()) * size**2 <= 1.05 * kept:
                     return size
         return 0
 
@@ -167,12 +197,18 @@ class TwoOfFour(SparseLinear):
 
 
 class Compact(SparseLinear):
-    """A dense product without the inputs and outputs that are wholly pruned, as those of heads and neurons are."""
+    """A dense product without the inputs and outputs that are wholly pruned, as those of heads and
+    neurons are.
+    """
 
     @staticmethod
     def takes(weight: Tensor, dtype: torch.dtype) -> str | None:
         kept = weight != 0
-        return "no input or output is wholly pruned" if bool(kept.any(0).all() and kept.any(1).all()) else None
+        return (
+            "no input or output is wholly pruned"
+            if bool(kept.any(0).all() and kept.any(1).all())
+            else None
+        )
 
     def prepare(self, weight: Tensor, bias: Tensor | None) -> None:
         kept = weight != 0
@@ -215,7 +251,9 @@ class LayerTimes(NamedTuple):
     @property
     def quickest(self) -> str | None:
         """The quickest sparse kernel that was measured."""
-        return min((name for name in self.seconds if name != DENSE), key=self.seconds.get, default=None)
+        return min(
+            (name for name in self.seconds if name != DENSE), key=self.seconds.get, default=None
+        )
 
     @property
     def kernel(self) -> str:
@@ -225,7 +263,9 @@ class LayerTimes(NamedTuple):
 
 
 class KernelReport(NamedTuple):
-    """What `sparse_kernels` measured. seconds: of the whole model on `images` images, dense and, if tried, sparse."""
+    """What `sparse_kernels` measured. seconds: of the whole model on `images` images, dense and, if
+    tried, sparse.
+    """
 
     layers: Sequence[LayerTimes]
     images: int
@@ -237,19 +277,34 @@ class KernelReport(NamedTuple):
         return self.seconds.get("sparse", float("inf")) <= WORTH * self.seconds.get(DENSE, 0.0)
 
     def table(self) -> str:
-        """All of it as text: a line for each layer, what each kernel is not for, and the whole model."""
+        """All of it as text: a line for each layer, what each kernel is not for, and the whole
+        model.
+        """
         cells = [("layer", "sparsity", "kernel", "dense", "sparse", "by")]
         for layer in self.layers:
             best = layer.quickest
-            cells.append((layer.name, f"{layer.sparsity:.2%}", layer.kernel, _milliseconds(layer.seconds.get(DENSE)),
-                          _milliseconds(layer.seconds.get(best)), best or "none"))
+            cells.append(
+                (
+                    layer.name,
+                    f"{layer.sparsity:.2%}",
+                    layer.kernel,
+                    _milliseconds(layer.seconds.get(DENSE)),
+                    _milliseconds(layer.seconds.get(best)),
+                    best or "none",
+                )
+            )
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+            for row in cells
+        ]
         reasons = {}
         for layer in self.layers:
             for kernel, reason in layer.refused.items():
                 reasons.setdefault((kernel, reason), []).append(layer.name)
-        lines += [f"{kernel}: {reason} ({_names(names)})" for (kernel, reason), names in reasons.items()]
+        lines += [
+            f"{kernel}: {reason} ({_names(names)})" for (kernel, reason), names in reasons.items()
+        ]
         return "\n".join([*(lines if self.layers else []), self.in_words()])
 
     def in_words(self) -> str:
@@ -258,22 +313,30 @@ class KernelReport(NamedTuple):
             return "Sparse kernels: no layer has zeros, so the model stays dense"
         if "sparse" not in self.seconds:
             return "Sparse kernels: no layer is quicker than dense, so the model stays dense"
-        rates = ", ".join(f"{name} {self.images / taken:,.1f}" for name, taken in self.seconds.items())
+        rates = ", ".join(
+            f"{name} {self.images / taken:,.1f}" for name, taken in self.seconds.items()
+        )
         count = sum(layer.kernel != DENSE for layer in self.layers)
-        return (f"Sparse kernels in {count} of {len(self.layers)} layers, whole model, {self.images} images at once: "
-                f"{rates} images/s, {self.seconds[DENSE] / self.seconds['sparse']:.2f} times"
-                + ("" if self.used else "; not quicker by 5 % as a whole, so the model stays dense"))
+        return (
+            f"Sparse kernels in {count} of {len(self.layers)} layers, whole model, {self.images} "
+            "images at once: "
+            f"{rates} images/s, {self.seconds[DENSE] / self.seconds['sparse']:.2f} times"
+            + ("" if self.used else "; not quicker by 5 % as a whole, so the model stays dense")
+        )
 
 
 @torch.no_grad()
 def in_turns(functions: Mapping[str, Callable[[], object]], budget: float) -> dict[str, float]:
     """The shortest seconds of each function, called in turns, since the speed of a machine drifts.
 
-    budget: seconds after which no further round begins; two are always made, after a first one that is not counted.
+    budget: seconds after which no further round begins; two are always made, after a first one that
+    is not counted.
     """
     for function in functions.values():
         function()
-    taken, start, rounds = {}, time.perf_counter(), 0
+    taken = {}
+    start = time.perf_counter()
+    rounds = 0
     while rounds < 2 or time.perf_counter() - start < budget and rounds < 50:
         for name, function in functions.items():
             if rounds and taken[name] > HOPELESS * taken.get(DENSE, float("inf")):
@@ -286,26 +349,36 @@ def in_turns(functions: Mapping[str, Callable[[], object]], budget: float) -> di
 
 
 @torch.no_grad()
-def sparse_kernels(model: nn.Module, images: Tensor, *, kernels: Mapping[str, type[SparseLinear]] = KERNELS,
-                   measure: Callable = in_turns) -> tuple[nn.Module, KernelReport]:
-    """Gives a pruned model sparse kernels in the layers where they are measured to be quicker, for inference.
+def sparse_kernels(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    kernels: Mapping[str, type[SparseLinear]] = KERNELS,
+    measure: Callable = in_turns,
+) -> tuple[nn.Module, KernelReport]:
+    """Gives a pruned model sparse kernels in the layers where they are measured to be quicker, for
+    inference.
 
-    Call it under the autocast under which the model will run. Layers are measured one by one on random inputs of the
-    shapes that they have in the model, and their outputs put into the order that a dense layer gives. Between two
-    sparse layers that is saved, so that the model gains more than its layers; it is measured as a whole as well.
+    Call it under the autocast under which the model will run. Layers are measured one by one on
+    random inputs of the shapes that they have in the model, and their outputs put into the order
+    that a dense layer gives. Between two sparse layers that is saved, so that the model gains more
+    than its layers; it is measured as a whole as well.
 
     Args:
         model: in evaluation mode; not changed. Only plain `nn.Linear` that it calls are replaced.
         images: a batch as the model will see, on its device.
         kernels: those to try, by name.
-        measure: called with functions by name, `dense` first, and the seconds it may take; returns those of each.
+        measure: called with functions by name, `dense` first, and the seconds it may take; returns
+            those of each.
 
     Returns:
-        A copy of the model with the quickest kernels, which shares its parameters, or `model` itself where it is not
-        quicker; and what was measured. Outputs are equal to rounding.
+        A copy of the model with the quickest kernels, which shares its parameters, or `model`
+        itself where it is not quicker; and what was measured. Outputs are equal to rounding.
     """
     weights = {name: weight for name, weight in prunable_weights(model).items() if not weight.all()}
-    layers = {name: model.get_submodule(name.removesuffix("weight").rstrip(".")) for name in weights}
+    layers = {
+        name: model.get_submodule(name.removesuffix("weight").rstrip(".")) for name in weights
+    }
     inputs = _inputs(model, images, layers.values())
     times, chosen = [], {}
     for name, layer in layers.items():
@@ -327,13 +400,17 @@ def sparse_kernels(model: nn.Module, images: Tensor, *, kernels: Mapping[str, ty
 
 
 def _try_kernels(name, layer, x, kernels, measure) -> tuple[LayerTimes, dict[str, SparseLinear]]:
-    """Measures each kernel that takes the layer on inputs like `x`, a shape and a dtype, or None if it has none."""
+    """Measures each kernel that takes the layer on inputs like `x`, a shape and a dtype, or None if
+    it has none.
+    """
     weight = layer.weight
     sparsity = 1 - int(weight.count_nonzero()) / weight.numel()
     if x is None:
         return LayerTimes(name, sparsity, {}, {"none": "the model does not call the layer"}), {}
     if type(layer) is not nn.Linear:
-        return LayerTimes(name, sparsity, {}, {"none": f"a {type(layer).__name__} is no plain linear layer"}), {}
+        return LayerTimes(
+            name, sparsity, {}, {"none": f"a {type(layer).__name__} is no plain linear layer"}
+        ), {}
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     images = torch.randn(x[0], device=weight.device).to(x[1])
@@ -350,12 +427,19 @@ def _try_kernels(name, layer, x, kernels, measure) -> tuple[LayerTimes, dict[str
             refused[kernel] = str(error).partition("\n")[0]
     seconds = {}
     if built:
-        seconds = measure({kind: _call(module, images) for kind, module in {DENSE: layer, **built}.items()}, BUDGET)
+        seconds = measure(
+            {kind: _call(module, images) for kind, module in {DENSE: layer, **built}.items()},
+            BUDGET,
+        )
     return LayerTimes(name, sparsity, seconds, refused), built
 
 
-def _inputs(model: nn.Module, images: Tensor, layers) -> dict[nn.Module, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of what each of the layers is called with; those that are not called are missing."""
+def _inputs(
+    model: nn.Module, images: Tensor, layers
+) -> dict[nn.Module, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of what each of the layers is called with; those that are not called are
+    missing.
+    """
     found = {}
 
     def note(layer, arguments):
@@ -372,8 +456,12 @@ def _inputs(model: nn.Module, images: Tensor, layers) -> dict[nn.Module, tuple[t
 
 
 def _with_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy of the model with these layers, by name, in the place of its own; it shares parameters and buffers."""
-    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+    """A copy of the model with these layers, by name, in the place of its own; it shares parameters
+    and buffers.
+    """
+    copied = copy.deepcopy(
+        model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    )
     for name, layer in layers.items():
         if not name:  # the model is the layer
             return layer
@@ -382,11 +470,17 @@ def _with_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module
 
 
 def _hand_on(model: nn.Module, images: Tensor) -> None:
-    """Lets those layers hand their results on transposed whose result reaches the next sparse layer so."""
+    """Lets those layers hand their results on transposed whose result reaches the next sparse layer
+    so.
+    """
     calls = []
     layers = [module for module in model.modules() if isinstance(module, Transposed)]
-    hooks = [layer.register_forward_pre_hook(lambda layer, arguments: calls.append((layer, arguments[0].stride(-1))))
-             for layer in layers]
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda layer, arguments: calls.append((layer, arguments[0].stride(-1)))
+        )
+        for layer in layers
+    ]
     for layer in layers:
         layer.hands_on = True
     try:
@@ -402,10 +496,12 @@ def _hand_on(model: nn.Module, images: Tensor) -> None:
 
 def _call(module: nn.Module, x: Tensor) -> Callable[[], None]:
     """One call of the module, to its end, and with its output in the usual order."""
+
     def call():
         module(x).contiguous()
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
+
     return call
 
 

@@ -26,7 +26,8 @@ from .statistics import collect_statistics
 
 
 class Sparsifier:
-    """Chooses the masks of a model by a recipe, keeps them, and changes them when the schedule says so.
+    """Chooses the masks of a model by a recipe, keeps them, and changes them when the schedule says
+    so.
 
         sparsifier = Sparsifier(model, recipe, total_steps=1000, epoch_steps=100)
         sparsifier.start()                                   # or load_state_dict, to go on
@@ -34,38 +35,44 @@ class Sparsifier:
         for every step of the training:
             sparsifier.begin_step()
             loss.backward()
-            sparsifier.end_backward()                        # before gradients are unscaled and clipped
-            optimizer.step()
-            sparsifier.end_step()                            # before an average of the weights is updated
+            sparsifier.end_backward()                        # before gradients are unscaled and
+            clipped optimizer.step()
+            sparsifier.end_step()                            # before an average of the weights is
+            updated
 
-    Between steps the model has its plain parameters, with the pruned ones at zero, whatever the schedule: that is what
-    is evaluated, averaged and saved. A dense recipe does nothing.
+    Between steps the model has its plain parameters, with the pruned ones at zero, whatever the
+    schedule: that is what is evaluated, averaged and saved. A dense recipe does nothing.
 
     What all schedules keep:
 
-    - Weights that grow start at zero, and so does the optimizer's state of those that are dropped or grown, wherever it
-      has a value for each weight. (`ste` and `sr-ste` train pruned weights all along: their state and values stay.)
-    - A change due at a step whose gradients are not all finite is made at the next step where they are. Only steps with
-      a change look, since looking waits for the device.
-    - A change is a function of the seed, the step, the weights and their gradients, so that a resumed run goes on to
-      the bit. What the first process chooses, all have.
+    - Weights that grow start at zero, and so does the optimizer's state of those that are dropped
+      or grown, wherever it has a value for each weight. (`ste` and `sr-ste` train pruned weights
+      all along: their state and values stay.)
+    - A change due at a step whose gradients are not all finite is made at the next step where they
+      are. Only steps with a change look, since looking waits for the device.
+    - A change is a function of the seed, the step, the weights and their gradients, so that a
+      resumed run goes on to the bit. What the first process chooses, all have.
     - Weights without a gradient neither drop nor grow by `set` and `rigl`.
-    - Optimizers see the gradients of the kept weights alone. Muon and its kin see whole ones: they give all singular
-      values of a gradient one size, and most of those of a gradient with holes are noise.
-    - Whenever masks are chosen by the recipe, its reconstruction changes the weights and, where it chooses itself, the
-      masks. Averages of the weights begin anew from there.
-    - A rewind takes all parameters and buffers back, and clears the optimizer's state, as a training that begins at
-      that epoch does.
+    - Optimizers see the gradients of the kept weights alone. Muon and its kin see whole ones: they
+      give all singular values of a gradient one size, and most of those of a gradient with holes
+      are noise.
+    - Whenever masks are chosen by the recipe, its reconstruction changes the weights and, where it
+      chooses itself, the masks. Averages of the weights begin anew from there.
+    - A rewind takes all parameters and buffers back, and clears the optimizer's state, as a
+      training that begins at that epoch does.
 
     Args:
-        model: on its device, without DDP's wrapper. It is changed by `start` and, if masks are given, at once.
+        model: on its device, without DDP's wrapper. It is changed by `start` and, if masks are
+        given, at once.
         recipe: checked here.
         total_steps, epoch_steps: optimizer steps of the whole training, and of an epoch.
         masks: those that the model was pruned with already; then `start` chooses none.
         statistics: called on every process with what a score needs to know, returns a `Statistics`.
-        walk: called on every process where the recipe reconstructs, with what `visit_layers` calls for each weight.
-        share: calls a function on the first process and returns on all what it returned, which is made of plain
-            containers, numbers and tensors on the CPU. Without it, each process calls it.
+        walk: called on every process where the recipe reconstructs, with what `visit_layers` calls
+        for each weight.
+        share: calls a function on the first process and returns on all what it returned, which is
+            made of plain containers, numbers and tensors on the CPU. Without it, each process calls
+            it.
 
     Attributes:
         masks: the `Masks` of the moment, the same object for the whole run.
@@ -88,16 +95,26 @@ class Sparsifier:
         share: Callable | None = None,
     ):
         recipe.check()
-        self.model, self.recipe = model, recipe
-        self._statistics, self._walk, self._share = statistics, walk, share
-        self._shapes = {name: tuple(weight.shape) for name, weight in prunable_weights(model).items()}
+        self.model = model
+        self.recipe = recipe
+        self._statistics = statistics
+        self._walk = walk
+        self._share = share
+        self._shapes = {
+            name: tuple(weight.shape) for name, weight in prunable_weights(model).items()
+        }
         self._levels = recipe.levels(self._shapes)
         self._parameters = dict(model.named_parameters())
-        self._optimizer, self._averages, self._orthogonalizes = None, (), False
+        self._optimizer = None
+        self._averages = ()
+        self._orthogonalizes = False
         self._plan(recipe.steps(total_steps, epoch_steps))
         self.masks = Masks(model, masks or {})
-        self.step, self._changed, self._late = 0, -1, False
-        self._due, self._pending = False, None
+        self.step = 0
+        self._changed = -1
+        self._late = False
+        self._due = False
+        self._pending = None
         self._learner: MaskLearner | None = None
         self._hidden: dict[str, Tensor] = {}
         self._frozen: dict[str, Tensor] = {}
@@ -111,8 +128,9 @@ class Sparsifier:
     def first_masks(self) -> dict[str, Tensor]:
         """The masks that the training begins with, without changing what the model computes.
 
-        The target's masks are chosen in any case, so that what is wrong with them shows before the training. Where the
-        recipe permutes, channels change places before; copies of the model that are averaged later are made after it.
+        The target's masks are chosen in any case, so that what is wrong with them shows before the
+        training. Where the recipe permutes, channels change places before; copies of the model that
+        are averaged later are made after it.
         """
         if not self.recipe.pruner:
             return {}
@@ -121,17 +139,24 @@ class Sparsifier:
         target = self.choose()
         if self.schedule.changes_at(0):
             return self.schedule.masks(0, self)
-        return target if self.schedule.starts_sparse else {name: torch.ones_like(mask) for name, mask in target.items()}
+        return (
+            target
+            if self.schedule.starts_sparse
+            else {name: torch.ones_like(mask) for name, mask in target.items()}
+        )
 
     @torch.no_grad()
     def start(self, first: Mapping[str, Tensor] | None = None) -> None:
-        """Prunes the model for the first step. `first`: what `first_masks` returned, where it was called already."""
+        """Prunes the model for the first step. `first`: what `first_masks` returned, where it was
+        called already.
+        """
         if not self.masks.masks:
             first = self.first_masks() if first is None else first
             self._changed = 0 if self.schedule.changes_at(0) else -1
             dense = copy.deepcopy(self.model.state_dict()) if self._learns else {}
             self.masks.update(self._reconstruct(first))
-            if dense:  # what a reconstruction chooses is where the learning begins; the weights stand still
+            # What a reconstruction chooses is where the learning begins; the weights stand still
+            if dense:
                 self.model.load_state_dict(dense)
         if self._learns:
             self._learner = self._new_learner(self.masks.masks)
@@ -143,10 +168,13 @@ class Sparsifier:
 
         Args:
             optimizer: over parameters of the model.
-            averages: modules with the model's parameter names, such as moving averages of it, on any device.
+            averages: modules with the model's parameter names, such as moving averages of it, on
+            any device.
         """
-        self._optimizer, self._averages = optimizer, tuple(averages)
-        self._orthogonalizes = any("ns_steps" in group for group in optimizer.param_groups)  # Muon and its kin
+        self._optimizer = optimizer
+        self._averages = tuple(averages)
+        # Muon and its kin
+        self._orthogonalizes = any("ns_steps" in group for group in optimizer.param_groups)
         for average in self._averages:
             self.masks.apply_to(average)
 
@@ -156,15 +184,19 @@ class Sparsifier:
         """Before the first forward pass of an optimizer step."""
         if self.step == self.steps.rewind and not self._rewind:
             state = self.model.state_dict()
-            self._rewind = {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
+            self._rewind = {
+                name: value.detach().to("cpu", copy=True) for name, value in state.items()
+            }
         if self._learner:
             self._soften()
 
     @torch.no_grad()
     def end_backward(self, scale: float | Tensor = 1.0) -> None:
-        """When the gradients of an optimizer step are complete; before they are unscaled and clipped.
+        """When the gradients of an optimizer step are complete; before they are unscaled and
+        clipped.
 
-        scale: what the loss was multiplied by: a number, or a tensor of one element on the gradients' device.
+        scale: what the loss was multiplied by: a number, or a tensor of one element on the
+        gradients' device.
         """
         self._due = self.step > 0 and (self._late or self.schedule.changes_at(self.step))
         if self._due:
@@ -173,7 +205,9 @@ class Sparsifier:
             if self._due and self.schedule.looks_at_gradients:
                 self._pending = self.schedule.masks(self.step, self)
         if self._learner:
-            self._learner.learn(self._frozen, self.recipe.mask_lr, scale, self._largest_gradient().isfinite())
+            self._learner.learn(
+                self._frozen, self.recipe.mask_lr, scale, self._largest_gradient().isfinite()
+            )
         elif self.schedule.trains_pruned:
             self._decay_hidden(scale)
             self._reveal()
@@ -188,11 +222,14 @@ class Sparsifier:
         elif not self.schedule.trains_pruned:
             self.masks.apply()
         if self._due:
-            new = self._pending  # grown weights start at zero, and nothing makes up for the dropped ones
+            # Grown weights start at zero, and nothing makes up for the dropped ones
+            new = self._pending
             if new is None:
                 new = self._reconstruct(self.schedule.masks(self.step, self))
             self._change(new)
-            self._changed, self._due, self._pending = self.step, False, None
+            self._changed = self.step
+            self._due = False
+            self._pending = None
         elif self._learner:
             self.masks.update(self._learner.masks())
             self._hide()
@@ -203,20 +240,26 @@ class Sparsifier:
 
     # ---- what schedules ask for ----
 
-    def choose(self, scale: Callable[[float], float] | None = None, among_kept: bool = False) -> dict[str, Tensor]:
+    def choose(
+        self, scale: Callable[[float], float] | None = None, among_kept: bool = False
+    ) -> dict[str, Tensor]:
         """The masks of the recipe, for the weights as they are.
 
         Args:
             scale: from a target sparsity to the one to choose by.
-            among_kept: pruned weights stay pruned. They are zeros with a score of zero, and so are chosen last. In an
-                n:m group, whose number must hold, one may come back in the place of a kept weight of score zero, and in
-                an n:mt block where the best mask has it.
+            among_kept: pruned weights stay pruned. They are zeros with a score of zero, and so are
+                chosen last. In an n:m group, whose number must hold, one may come back in the place
+                of a kept weight of score zero, and in an n:mt block where the best mask has it.
         """
         request = self._request(scale)
         new = self._shared_masks(lambda: compute_masks(self.model, **request))
         if among_kept:
-            grouped = {name for name in new
-                       if self.recipe.pattern != "unstructured" or isinstance(self._levels.get(name), tuple)}
+            grouped = {
+                name
+                for name in new
+                if self.recipe.pattern != "unstructured"
+                or isinstance(self._levels.get(name), tuple)
+            }
             for name, mask in self.masks.masks.items():
                 if name in new and name not in grouped:
                     new[name] = new[name].to(mask.device) & mask
@@ -227,15 +270,23 @@ class Sparsifier:
         return {name: torch.ones_like(mask) for name, mask in self.masks.masks.items()}
 
     def learned(self) -> dict[str, Tensor]:
-        """The masks that were learned; those of the recipe where the training is too short to learn any."""
+        """The masks that were learned; those of the recipe where the training is too short to learn
+        any.
+        """
         learner = self._learner
-        return self._shared_masks(lambda: {**self.masks.masks, **learner.masks()}) if learner else self.choose()
+        return (
+            self._shared_masks(lambda: {**self.masks.masks, **learner.masks()})
+            if learner
+            else self.choose()
+        )
 
     def regrow(self, share: float, growth: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor]:
-        """Masks for which each layer has dropped a share of its weights, rounded down, and grown as many.
+        """Masks for which each layer has dropped a share of its weights, rounded down, and grown as
+        many.
 
         growth: from a weight and the number of its layer to how much its weights deserve to grow.
         """
+
         def compute():
             new = {}
             for layer, (name, mask) in enumerate(self.masks.masks.items()):
@@ -250,9 +301,11 @@ class Sparsifier:
     # ---- saving and loading ----
 
     def state_dict(self) -> dict:
-        """All that a resumed run needs, between two steps; `torch.load(..., weights_only=True)` reads it.
+        """All that a resumed run needs, between two steps; `torch.load(..., weights_only=True)`
+        reads it.
 
-        Tensors but those of the masks are this object's own, not copies, as torch has it. Every process may call it.
+        Tensors but those of the masks are this object's own, not copies, as torch has it. Every
+        process may call it.
         """
         return {
             "version": VERSION,
@@ -263,56 +316,78 @@ class Sparsifier:
             "late": self._late,
             "masks": self.masks.state_dict(),
             "hidden": dict(self._hidden),
-            **({"learned": {**self._learner.states, "updates": self._learner.updates}} if self._learner else {}),
+            **(
+                {"learned": {**self._learner.states, "updates": self._learner.updates}}
+                if self._learner
+                else {}
+            ),
             "rewind": dict(self._rewind),
         }
 
     @torch.no_grad()
     def load_state_dict(self, untrusted) -> None:
-        """Goes on where `state_dict` was called, in the place of `start`; the model's weights are loaded already.
+        """Goes on where `state_dict` was called, in the place of `start`; the model's weights are
+        loaded already.
 
         The schedule's steps are the saved ones, also where this run has other steps an epoch.
 
         Raises:
-            PruningError: a state that is damaged, of another model or of another recipe; nothing is changed then.
+            PruningError: a state that is damaged, of another model or of another recipe; nothing is
+            changed then.
         """
         state = SavedPruning(untrusted)
         recipe = state.recipe()
         if differences := self.recipe.differences(recipe):
-            raise PruningError(f"the saved run is one with {recipe.in_words()}, not {self.recipe.in_words()}: "
-                               f"{', '.join(differences)} differ")
+            raise PruningError(
+                f"the saved run is one with {recipe.in_words()}, not {self.recipe.in_words()}: "
+                f"{', '.join(differences)} differ"
+            )
         step, changed, late = state.progress()
         steps = state.steps(recipe)
         masks = state.masks()
         self.masks.check(masks)
         expected = self.masks.masks or (self._shapes if self.recipe.pruner else {})
         for name in expected:
-            if name not in masks and masks.keys() <= expected.keys():  # structured patterns mask other parameters
+            # Structured patterns mask other parameters
+            if name not in masks and masks.keys() <= expected.keys():
                 raise PruningError(f"mask {name!r} is missing from the saved masks")
         learns = self.schedule.learns_masks and not state.is_final(recipe)
         learner = self._new_learner(masks) if learns else None
-        learned = state.tensors("learned", {**learner.states, "updates": learner.updates}) if learner else {}
+        learned = (
+            state.tensors("learned", {**learner.states, "updates": learner.updates})
+            if learner
+            else {}
+        )
         hides = self.schedule.trains_pruned or learner
-        hidden = state.hidden({name: self._parameters[name] for name in masks} if hides else {}, masks)
+        hidden = state.hidden(
+            {name: self._parameters[name] for name in masks} if hides else {}, masks
+        )
         has_rewind = steps.rewind is not None and steps.rewind < step
         rewind = state.tensors("rewind", self.model.state_dict() if has_rewind else {})
 
         self._plan(steps)
-        self.step, self._changed, self._late = step, changed, late
+        self.step = step
+        self._changed = changed
+        self._late = late
         self.masks.update(masks)
         self.masks.apply()
-        self._hidden = {name: values.to(self._parameters[name].device, copy=True) for name, values in hidden.items()}
+        self._hidden = {
+            name: values.to(self._parameters[name].device, copy=True)
+            for name, values in hidden.items()
+        }
         self._rewind = {name: values.to("cpu", copy=True) for name, values in rewind.items()}
         self._learner = learner
         for name, values in learned.items():
             (learner.updates if name == "updates" else learner.states[name]).copy_(values)
-        self._due, self._pending = False, None
+        self._due = False
+        self._pending = None
         self._mask_averages()
 
     # ---- helpers, not exported ----
 
     def _plan(self, steps: Steps) -> None:
-        self.steps, self.schedule = steps, SCHEDULES[self.recipe.prune_schedule](self.recipe, steps)
+        self.steps = steps
+        self.schedule = SCHEDULES[self.recipe.prune_schedule](self.recipe, steps)
 
     @property
     def _learns(self) -> bool:
@@ -325,7 +400,9 @@ class Sparsifier:
         return self.schedule.trains_pruned or self._learns
 
     def _largest_gradient(self) -> Tensor:
-        gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+        gradients = [
+            parameter.grad for parameter in self._parameters.values() if parameter.grad is not None
+        ]
         return torch.nn.utils.get_total_norm(gradients, math.inf)
 
     def _gradients_are_finite(self) -> bool:
@@ -351,33 +428,54 @@ class Sparsifier:
         return request
 
     def _permute(self) -> None:
-        """Reorders channels so that the masks of the recipe, which then have to be chosen anew, keep more score."""
+        """Reorders channels so that the masks of the recipe, which then have to be chosen anew,
+        keep more score.
+        """
         request = self._request()
 
         def orders() -> dict[str, Tensor]:
-            scores = Scores(prunable_weights(self.model), SCORES[self.recipe.score],
-                            statistics=request.get("statistics"), seed=self.recipe.seed)
-            return best_orders(self.model, scores, compute_masks(self.model, **request), self._pattern)
+            scores = Scores(
+                prunable_weights(self.model),
+                SCORES[self.recipe.score],
+                statistics=request.get("statistics"),
+                seed=self.recipe.seed,
+            )
+            return best_orders(
+                self.model, scores, compute_masks(self.model, **request), self._pattern
+            )
 
         reorder(self.model, self._shared(orders))
         self._renew_averages()
 
     def _reconstruct(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Prunes the weights as the recipe's reconstruction does; the masks that it leaves, or the learned ones."""
+        """Prunes the weights as the recipe's reconstruction does; the masks that it leaves, or the
+        learned ones.
+        """
         if self.recipe.reconstruct == NONE or all(mask.all() for mask in masks.values()):
             return masks
         if self._walk is None:
-            raise PruningError(f"reconstruct {self.recipe.reconstruct} looks at data: expected a walk over the layers")
+            raise PruningError(
+                f"reconstruct {self.recipe.reconstruct} looks at data: expected a walk over the "
+                "layers"
+            )
         patterns = (lambda name: None) if self._learner else self._pattern
-        masks = reconstruct_layers(self.model, masks, self.recipe.reconstruct, self._walk, patterns=patterns,
-                                   share=self._shared)
+        masks = reconstruct_layers(
+            self.model,
+            masks,
+            self.recipe.reconstruct,
+            self._walk,
+            patterns=patterns,
+            share=self._shared,
+        )
         self._renew_averages()
         return masks
 
     def _pattern(self, name: str) -> Pattern | None:
-        """The pattern by which a layer can choose its mask anew; None where layers have to agree."""
+        """The pattern by which a layer chooses its mask anew; None if layers have to agree."""
         level = self._levels.get(name)
-        pattern = parse_pattern("{}:{}".format(*level) if isinstance(level, tuple) else self.recipe.pattern)
+        pattern = parse_pattern(
+            "{}:{}".format(*level) if isinstance(level, tuple) else self.recipe.pattern
+        )
         return None if pattern.structured else pattern
 
     def _renew_averages(self) -> None:
@@ -395,7 +493,8 @@ class Sparsifier:
             self.masks.apply()
             self._clear_state(changes)
         if self._learner:  # from here on the weights are trained, as if the training began
-            self._learner, self._hidden = None, {}
+            self._learner = None
+            self._hidden = {}
             self._optimizer_state().clear()
             self._renew_averages()
         self._mask_averages()
@@ -412,24 +511,34 @@ class Sparsifier:
             weight = self._parameters[name]
             unchanged = change.dropped.logical_or(change.grown).logical_not_()
             for value in states.get(weight, {}).values():
-                if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
+                if (
+                    isinstance(value, Tensor)
+                    and value.shape == weight.shape
+                    and value.is_floating_point()
+                ):
                     select(value, unchanged.to(value.device))
 
     def _mask_averages(self) -> None:
         for average in self._averages:
             self.masks.apply_to(average)
 
-    # Learned masks: in a step all parameters stand still, and `_frozen` has them, the pruned ones too.
+    # Learned masks: in a step all parameters stand still, and `_frozen` has them, the pruned ones
+    # too.
 
     def _new_learner(self, masks: Mapping[str, Tensor]) -> MaskLearner:
         masks = {name: mask.to(self._parameters[name].device) for name, mask in masks.items()}
-        sizes = {name: getattr(self._pattern(name), "m", None) for name in masks}  # a custom layer may be dense
-        return MaskLearner(self._parameters, masks, {name: m for name, m in sizes.items() if m}, self.recipe.seed)
+        # A custom layer may be dense
+        sizes = {name: getattr(self._pattern(name), "m", None) for name in masks}
+        return MaskLearner(
+            self._parameters, masks, {name: m for name, m in sizes.items() if m}, self.recipe.seed
+        )
 
     @torch.no_grad()
     def _soften(self) -> None:
         self._reveal()
-        self._frozen = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self._frozen = {
+            name: parameter.detach().clone() for name, parameter in self._parameters.items()
+        }
         self._learner.soften(self.step, self.schedule.progress(self.step))
 
     def _thaw(self) -> None:
@@ -438,8 +547,9 @@ class Sparsifier:
             self._parameters[name].copy_(values)
         self._frozen = {}
 
-    # `ste` and `sr-ste`, and learned masks between steps: the model has the kept weights and `_hidden` the pruned ones,
-    # each with zeros elsewhere. What passes from one to the other is added as bit patterns, which is exact.
+    # `ste` and `sr-ste`, and learned masks between steps: the model has the kept weights and
+    # `_hidden` the pruned ones, each with zeros elsewhere. What passes from one to the other is
+    # added as bit patterns, which is exact.
 
     def _hide(self) -> None:
         """Takes the pruned weights out of the model."""
@@ -450,20 +560,27 @@ class Sparsifier:
         hidden = list(self._hidden.values())
         torch._foreach_copy_(hidden, weights)
         self.masks.apply()
-        torch._foreach_sub_([bits(values) for values in hidden], [bits(weight) for weight in weights])
+        torch._foreach_sub_(
+            [bits(values) for values in hidden], [bits(weight) for weight in weights]
+        )
 
     def _reveal(self) -> None:
         """Puts the pruned weights into the model."""
         weights = [self._parameters[name] for name in self._hidden]
-        torch._foreach_add_([bits(weight) for weight in weights], [bits(values) for values in self._hidden.values()])
+        torch._foreach_add_(
+            [bits(weight) for weight in weights], [bits(values) for values in self._hidden.values()]
+        )
 
     def _decay_hidden(self, scale: float | Tensor) -> None:
         """Puts the schedule's decay of the pruned weights into their gradients."""
         hidden = list(self._hidden.values())
         weights = [self._parameters[name] for name in self._hidden]
         if self.schedule.decay:
-            trained = [(weight.grad, values) for weight, values in zip(weights, hidden, strict=True)
-                       if weight.grad is not None]
+            trained = [
+                (weight.grad, values)
+                for weight, values in zip(weights, hidden, strict=True)
+                if weight.grad is not None
+            ]
             for gradient, values in trained:
                 if isinstance(scale, Tensor):
                     gradient.addcmul_(values, scale.to(values.dtype), value=self.schedule.decay)
@@ -487,11 +604,12 @@ def prune(
 ) -> dict[str, Tensor]:
     """Prunes a model in place, and lets the kept weights of each layer make up for the pruned ones.
 
-    The choices are those of `compute_masks`. Layers are taken in the order in which they compute, each with the inputs
-    that the model, pruned so far, gives it.
+    The choices are those of `compute_masks`. Layers are taken in the order in which they compute,
+    each with the inputs that the model, pruned so far, gives it.
 
     Args:
-        batches: yields calibration images, or images and targets, whenever it is iterated over: a list, a loader.
+        batches: yields calibration images, or images and targets, whenever it is iterated over: a
+        list, a loader.
         loss: from outputs and targets to the mean loss, for scores that need gradients.
         reconstruct: a name in `RECONSTRUCTIONS`.
         permute: reorder inputs of layers first, so that groups of n:m keep more.
@@ -500,14 +618,28 @@ def prune(
         Parameter name to bool mask, for `Masks(model, masks)`.
 
     Raises:
-        PruningError: what `compute_masks` refuses, an unknown reconstruction, no batches, or a layer that does not run.
+        PruningError: what `compute_masks` refuses, an unknown reconstruction, no batches, or a
+        layer that does not run.
     """
     if isinstance(custom_config, str | PathLike):
         custom_config = read_yaml(custom_config)
-    recipe = Recipe(pruner, sparsity, custom_config, score, pattern, permute=permute, reconstruct=reconstruct,
-                    seed=seed)
-    sparsifier = Sparsifier(model, recipe, total_steps=1, epoch_steps=1,
-                            statistics=lambda needs: collect_statistics(model, batches, loss, needs),
-                            walk=lambda visit, beside: visit_layers(model, batches, visit, beside=beside))
+    recipe = Recipe(
+        pruner,
+        sparsity,
+        custom_config,
+        score,
+        pattern,
+        permute=permute,
+        reconstruct=reconstruct,
+        seed=seed,
+    )
+    sparsifier = Sparsifier(
+        model,
+        recipe,
+        total_steps=1,
+        epoch_steps=1,
+        statistics=lambda needs: collect_statistics(model, batches, loss, needs),
+        walk=lambda visit, beside: visit_layers(model, batches, visit, beside=beside),
+    )
     sparsifier.start()
     return sparsifier.masks.masks

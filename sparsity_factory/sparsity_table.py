@@ -1,4 +1,6 @@
-"""What pruning left of a model, layer by layer: as rows, as a text table, as CSV, and as a custom configuration."""
+"""What pruning left of a model, layer by layer: as rows, as a text table, as CSV, and as a custom
+configuration.
+"""
 
 import csv
 import io
@@ -28,23 +30,37 @@ class LayerSparsity(NamedTuple):
 
 
 def sparsity_rows(model: nn.Module, masks: Mapping[str, Tensor]) -> list[LayerSparsity]:
-    """One row per prunable weight in model order, then two totals: the prunable weights, and all parameters.
+    """One row per prunable weight in model order, then two totals: the prunable weights, and all
+    parameters.
 
     Args:
-        model: a module; only names, shapes and sizes of its parameters are read. A shrunk one is compared with the
-            dense one that it was.
-        masks: parameter name to bool tensor, as `compute_masks` returns and `Masks.masks` holds. A prunable weight
-            without a mask counts as dense.
+        model: a module; only names, shapes and sizes of its parameters are read. A shrunk one is
+            compared with the dense one that it was.
+        masks: parameter name to bool tensor, as `compute_masks` returns and `Masks.masks` holds. A
+            prunable weight without a mask counts as dense.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return _rows(prunable_weights(model), masks, {**shapes, **dense_shapes(model)}, sum(map(prod, shapes.values())))
+    return _rows(
+        prunable_weights(model),
+        masks,
+        {**shapes, **dense_shapes(model)},
+        sum(map(prod, shapes.values())),
+    )
 
 
 def sparsity_table(rows: Sequence[LayerSparsity]) -> str:
-    """The rows of `sparsity_rows` as text: name, shape, kept of total, sparsity in percent; the totals below a line."""
+    """The rows of `sparsity_rows` as text: name, shape, kept of total, sparsity in percent; the
+    totals below a line.
+    """
     header = ("layer", "shape", "kept", "of", "sparsity")
     cells = [
-        (row.name, " x ".join(map(str, row.shape)), f"{row.kept:,}", f"{row.total:,}", f"{row.sparsity:.2%}")
+        (
+            row.name,
+            " x ".join(map(str, row.shape)),
+            f"{row.kept:,}",
+            f"{row.total:,}",
+            f"{row.sparsity:.2%}",
+        )
         for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
@@ -54,15 +70,19 @@ def sparsity_table(rows: Sequence[LayerSparsity]) -> str:
 
 
 def checkpoint_table(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> str:
-    """The table of a state dict whose model is not at hand: what its masks name counts as prunable."""
+    """The table of a state dict without its model: the masked weights count as prunable."""
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    masked = {name: weights[name] for name, mask in masks.items()
-              if name in weights and mask.dim() == 2 and name.endswith("weight")}
+    masked = {
+        name: weights[name]
+        for name, mask in masks.items()
+        if name in weights and mask.dim() == 2 and name.endswith("weight")
+    }
     return sparsity_table(_rows(masked, masks, shapes, sum(map(prod, shapes.values()))))
 
 
 def sparsity_csv(rows: Sequence[LayerSparsity], dense: Mapping[str, int]) -> str:
-    """The rows of `sparsity_rows` as CSV, with the multiply-adds of each, dense and weighted by the layer's density.
+    """The rows of `sparsity_rows` as CSV, with the multiply-adds of each, dense and weighted by the
+    layer's density.
 
     Args:
         rows: from `sparsity_rows`.
@@ -78,16 +98,38 @@ def sparsity_csv(rows: Sequence[LayerSparsity], dense: Mapping[str, int]) -> str
     table += [(whole, sum(dense.values()), sum(sparse.values()))]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["layer", "shape", "kept", "total", "sparsity", "pattern",
-                     "multiply_adds_dense", "multiply_adds_sparse"])
+    writer.writerow(
+        [
+            "layer",
+            "shape",
+            "kept",
+            "total",
+            "sparsity",
+            "pattern",
+            "multiply_adds_dense",
+            "multiply_adds_sparse",
+        ]
+    )
     for row, before, after in table:
-        writer.writerow([row.name, "x".join(map(str, row.shape)), row.kept, row.total, f"{row.sparsity:.6f}",
-                         row.pattern, before, after])
+        writer.writerow(
+            [
+                row.name,
+                "x".join(map(str, row.shape)),
+                row.kept,
+                row.total,
+                f"{row.sparsity:.6f}",
+                row.pattern,
+                before,
+                after,
+            ]
+        )
     return text.getvalue()
 
 
 def sparse_multiply_adds(rows: Sequence[LayerSparsity], dense: Mapping[str, int]) -> dict[str, int]:
-    """The counts of `multiply_adds`, those of each prunable weight times the fraction of it that is kept."""
+    """The counts of `multiply_adds`, those of each prunable weight times the fraction of it that is
+    kept.
+    """
     density = {row.name: row.kept / row.total for row in rows[:-2]}
     return {name: round(count * density.get(name, 1)) for name, count in dense.items()}
 
@@ -113,16 +155,27 @@ def _line(row: tuple[str, ...], widths: list[int]) -> str:
     return "  ".join([name.ljust(widths[0]), *map(str.rjust, others, widths[1:])])
 
 
-def _rows(prunable: Mapping[str, Tensor], masks: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]],
-          parameters: int) -> list[LayerSparsity]:
+def _rows(
+    prunable: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    parameters: int,
+) -> list[LayerSparsity]:
     """shapes: those of the dense model. parameters: how many there are, pruned or not."""
     layers = []
     for name, weight in prunable.items():
-        kept, dense = int(masks[name].count_nonzero()) if name in masks else weight.numel(), prod(shapes[name])
-        pattern = "dense" if kept == dense else _pattern(masks[name]) if name in masks else "unstructured"
+        kept = int(masks[name].count_nonzero()) if name in masks else weight.numel()
+        dense = prod(shapes[name])
+        pattern = (
+            "dense" if kept == dense else _pattern(masks[name]) if name in masks else "unstructured"
+        )
         layers.append(LayerSparsity(name, shapes[name], kept, dense, pattern))
-    total = LayerSparsity("prunable weights", (), sum(row.kept for row in layers), sum(row.total for row in layers))
-    pruned = sum(mask.numel() - int(mask.count_nonzero()) for name, mask in masks.items() if name in shapes)
+    total = LayerSparsity(
+        "prunable weights", (), sum(row.kept for row in layers), sum(row.total for row in layers)
+    )
+    pruned = sum(
+        mask.numel() - int(mask.count_nonzero()) for name, mask in masks.items() if name in shapes
+    )
     whole = LayerSparsity("whole model", (), parameters - pruned, sum(map(prod, shapes.values())))
     return [*layers, total, whole]
 
@@ -141,15 +194,17 @@ def _pattern(mask: Tensor) -> str:
 
 
 def _level(row: LayerSparsity) -> str:
-    """The entry of a custom configuration that keeps as many weights: the shortest number there is."""
+    """The custom configuration's entry that keeps as many weights, as the shortest number."""
     if row.pattern == "dense":
         return "dense"
     if ":" in row.pattern:
         return f"[{row.pattern.replace(':', ', ')}]"
     pruned = row.total - row.kept
-    exact = min(pruned, row.total - 0.25) / row.total  # 1 is no sparsity, not even of a layer that keeps nothing
+    # 1 is no sparsity, not even of a layer that keeps nothing
+    exact = min(pruned, row.total - 0.25) / row.total
     for digits in range(1, 18):
         level = f"{exact:.{digits}f}"
         if float(level) < 1 and round(float(level) * row.total) == pruned:
             return level
-    raise ValueError(f"{row.name}: no number keeps {row.kept} of {row.total}")  # past 2**52 weights a layer
+    # Past 2**52 weights a layer
+    raise ValueError(f"{row.name}: no number keeps {row.kept} of {row.total}")

@@ -1,4 +1,6 @@
-"""Patterns whose units reach over several layers: whole heads and neurons of the blocks that `units.py` knows."""
+"""Patterns whose units reach over several layers: whole heads and neurons of the blocks that
+`units.py` knows.
+"""
 
 from math import prod
 
@@ -29,45 +31,75 @@ class _Units(Pattern):
         return cls() if name == cls.form else None
 
     def masks(self, model, scores, allocate, sparsity, budget):
-        """An allocation sees the weights of all units, each with the mean score of its unit, and says how many it wants
-        of each layer. Blocks keep units in proportion to that, as nearly as whole ones allow, and never more than the
-        budget. A block with a layer that is wanted dense stays dense, if the budget allows that. Other weights stay.
+        """An allocation sees the weights of all units, each with the mean score of its unit, and
+        says how many it wants of each layer. Blocks keep units in proportion to that, as nearly as
+        whole ones allow, and never more than the budget. A block with a layer that is wanted dense
+        stays dense, if the budget allows that. Other weights stay.
 
-        Within a block the units of the largest sums are kept, on a tie the earlier. Units of zeros alone, such as those
-        that are pruned already, are never kept, unless no other is left.
+        Within a block the units of the largest sums are kept, on a tie the earlier. Units of zeros
+        alone, such as those that are pruned already, are never kept, unless no other is left.
         """
         groups = unit_groups(model, self.kinds)
         if not groups:
-            raise PruningError(f"pattern {self.name}: {type(model).__name__} has none that are known: expected a "
-                               "transformer of timm")
+            raise PruningError(
+                f"pattern {self.name}: {type(model).__name__} has none that are known: expected a "
+                "transformer of timm"
+            )
         numel = {name: prod(shape) for name, shape in scores.shapes.items()}
-        weights = [group.weights(numel) for group in groups]  # by name the part that says how its units lie
+        # By name the part that says how its units lie
+        weights = [group.weights(numel) for group in groups]
         sizes = [sum(numel[name] for name in parts) for parts in weights]
         costs, total = sizes, sum(numel.values())
         if budget == "macs":
-            costs, total = multiply_adds_of_modules(model, [group.name for group in groups], image_of(model))
-        step = np.array([-(-cost // group.units) for cost, group in zip(costs, groups, strict=True)])
+            costs, total = multiply_adds_of_modules(
+                model, [group.name for group in groups], image_of(model)
+            )
+        step = np.array(
+            [-(-cost // group.units) for cost, group in zip(costs, groups, strict=True)]
+        )
         left = round(total * (1 - sparsity)) - (total - sum(costs))
         if left < step.sum():
-            raise PruningError(f"pattern {self.name} keeps at least one unit of each block and all weights elsewhere: "
-                               f"expected a sparsity of at most {down((sum(costs) - step.sum()) / total)}")
+            raise PruningError(
+                f"pattern {self.name} keeps at least one unit of each block and all weights "
+                "elsewhere: "
+                f"expected a sparsity of at most {down((sum(costs) - step.sum()) / total)}"
+            )
 
-        sums = [group.sums(scores.__getitem__, parts) for group, parts in zip(groups, weights, strict=True)]
-        alive = [group.sums(lambda name: scores.weight(name) != 0, parts) > 0
-                 for group, parts in zip(groups, weights, strict=True)]
-        means = {name: (total_score * group.units / size)[part.unit].unsqueeze(1 - part.dim)
-                 for group, parts, size, total_score in zip(groups, weights, sizes, sums, strict=True)
-                 for name, part in parts.items()}
+        sums = [
+            group.sums(scores.__getitem__, parts)
+            for group, parts in zip(groups, weights, strict=True)
+        ]
+        alive = [
+            group.sums(lambda name: scores.weight(name) != 0, parts) > 0
+            for group, parts in zip(groups, weights, strict=True)
+        ]
+        means = {
+            name: (total_score * group.units / size)[part.unit].unsqueeze(1 - part.dim)
+            for group, parts, size, total_score in zip(groups, weights, sizes, sums, strict=True)
+            for name, part in parts.items()
+        }
         try:
             wanted = allocate(scores.replaced(means), 1 - left / sum(costs))
-        except PruningError as error:  # with figures that are not those of all prunable weights
-            raise PruningError(f"pattern {self.name}, of the weights that it can remove: {error}") from None
-        shares = [1.0 if any(wanted[name] == numel[name] for name in parts) else
-                  sum(wanted[name] for name in parts) / size for parts, size in zip(weights, sizes, strict=True)]
+        except PruningError as error:
+            # With figures that are not those of all prunable weights
+            raise PruningError(
+                f"pattern {self.name}, of the weights that it can remove: {error}"
+            ) from None
+        shares = [
+            1.0
+            if any(wanted[name] == numel[name] for name in parts)
+            else sum(wanted[name] for name in parts) / size
+            for parts, size in zip(weights, sizes, strict=True)
+        ]
         most = np.array([max(int(units.sum()), 1) for units in alive])
-        kept = nearest_steps(np.array(shares) * [group.units for group in groups] * step, step, most, left)
+        kept = nearest_steps(
+            np.array(shares) * [group.units for group in groups] * step, step, most, left
+        )
 
-        masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in scores.weights.items()}
+        masks = {
+            name: torch.ones_like(weight, dtype=torch.bool)
+            for name, weight in scores.weights.items()
+        }
         parameters = dict(model.named_parameters())
         for group, total_score, live, count in zip(groups, sums, alive, kept, strict=True):
             best_first = np.lexsort((-total_score.numpy(), ~live.numpy()))

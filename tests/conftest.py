@@ -42,8 +42,11 @@ def pytest_collection_modifyitems(items):
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter):
     """Says how many tests were left out, and why."""
-    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get(
-        "skipped", []) if isinstance(report.longrepr, tuple))
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple)
+    )
     for reason, count in reasons.items():
         terminalreporter.write_line(f"{count} test{'s' * (count > 1)} left out: {reason}")
 
@@ -86,9 +89,27 @@ def tiny_fashion(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_fashion) -> list[str]:
     """Arguments for a run of three steps on the tiny data set, in float32."""
-    return ["--data-set", "FASHION", "--data-path", str(tiny_fashion), "--model", "deit_sample_patch4_28",
-            "--input-size", "28", "--batch-size", "16", "--epochs", "1", "--warmup-epochs", "0", "--num_workers", "0",
-            "--no-repeated-aug", "--amp", "off"]
+    return [
+        "--data-set",
+        "FASHION",
+        "--data-path",
+        str(tiny_fashion),
+        "--model",
+        "deit_sample_patch4_28",
+        "--input-size",
+        "28",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "1",
+        "--warmup-epochs",
+        "0",
+        "--num_workers",
+        "0",
+        "--no-repeated-aug",
+        "--amp",
+        "off",
+    ]
 
 
 @pytest.fixture
@@ -115,18 +136,26 @@ def stop_at(monkeypatch):
             end_step(progress, images)
             if progress.step == number:
                 os.kill(os.getpid(), signum)
+
         monkeypatch.setattr(Progress, "end_step", stop)
 
     return stop_at
 
 
-def start_main(*argv, cwd, processes=0, script=ROOT / "main.py", env=None,
-               nodes=("--standalone",), timeout=300) -> subprocess.CompletedProcess:
+def start_main(
+    *argv, cwd, processes=0, script=ROOT / "main.py", env=None, nodes=("--standalone",), timeout=300
+) -> subprocess.CompletedProcess:
     """Runs the command line in a process of its own, or under torchrun in as many as given."""
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *nodes]
     # Waiting threads that spin would take the cores from the other processes.
     env = {**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT), **(env or {})}
-    return subprocess.run([*launcher, str(script), *map(str, argv)], cwd=cwd, env=env, capture_output=True, text=True,
-                          timeout=timeout)
+    return subprocess.run(
+        [*launcher, str(script), *map(str, argv)],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

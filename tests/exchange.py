@@ -1,10 +1,13 @@
-"""Run by test_processes.py in each of two processes: what they tell each other, over gloo as in a run on GPUs.
+"""Run by test_processes.py in each of two processes: what they tell each other, over gloo as in a
+run on GPUs.
 
-    exchange.py FOLDER talk     what each received goes to FOLDER
-    exchange.py FOLDER killed   the first process is killed while the other waits for it
-    exchange.py FOLDER late     the first process takes longer than the time-out
-    exchange.py FOLDER alone    the second process fails in the middle of a step, while its data worker loads an image;
-                                to leave the group or the interpreter in order would take minutes, as it may with NCCL
+exchange.py FOLDER talk     what each received goes to FOLDER
+exchange.py FOLDER killed   the first process is killed while the other waits for it
+exchange.py FOLDER late     the first process takes longer than the time-out
+exchange.py FOLDER alone    the second process fails in the middle of a step, while its data worker
+loads an image;
+                            to leave the group or the interpreter in order would take minutes, as it
+                            may with NCCL
 """
 
 import atexit
@@ -34,19 +37,31 @@ class NeedsTwo(Exception):
 
 
 def talk():
-    importlib.import_module("torch.testing._internal.distributed.fake_pg")  # the backend `fake`, in the place of NCCL
+    # The backend `fake`, in the place of NCCL
+    importlib.import_module("torch.testing._internal.distributed.fake_pg")
     init = dist.init_process_group
     dist.init_process_group = lambda backend, **options: init("cpu:gloo,cuda:fake", **options)
     utils.init_process_group("cpu")
-    received = {"rank": utils.rank(), "sum": utils.sum_over_processes([utils.rank() + 1.0, 0.5]),
-                "objects": utils.gather_objects({"rank": utils.rank()}),
-                "result": utils.on_first_process(lambda: [utils.rank(), None, "text"])}
+    received = {
+        "rank": utils.rank(),
+        "sum": utils.sum_over_processes([utils.rank() + 1.0, 0.5]),
+        "objects": utils.gather_objects({"rank": utils.rank()}),
+        "result": utils.on_first_process(lambda: [utils.rank(), None, "text"]),
+    }
 
     class Unknown(Exception):
         pass
 
-    errors = [UserError("a: mistake"), PruningError("b: mistake"), WriteError("full"), NeedsTwo("c", "reason"),
-              Stopped(signal.SIGTERM), FileNotFoundError(2, "No such file", "d"), Unknown("e"), KeyError("f")]
+    errors = [
+        UserError("a: mistake"),
+        PruningError("b: mistake"),
+        WriteError("full"),
+        NeedsTwo("c", "reason"),
+        Stopped(signal.SIGTERM),
+        FileNotFoundError(2, "No such file", "d"),
+        Unknown("e"),
+        KeyError("f"),
+    ]
     received["errors"] = [attempt(raiser(error)) for error in errors]
     received["unpicklable"] = attempt(lambda: lambda: 0)
     received["then"] = utils.on_first_process(lambda: "still together")
@@ -68,6 +83,7 @@ def talk():
 def raiser(error):
     def compute():
         raise error
+
     return compute
 
 

@@ -1,4 +1,6 @@
-"""Models of a few weights, statistics that no images were needed for, and times that nobody measured."""
+"""Models of a few weights, statistics that no images were needed for, and times that nobody
+measured.
+"""
 
 import torch
 from torch import nn
@@ -8,7 +10,9 @@ from sparsity_factory.removal_costs import cut
 
 
 def linears(*weights) -> nn.Module:
-    """A model with the given weights, each a nested list or a tensor, in linear layers named 0, 1, ..."""
+    """A model with the given weights, each a nested list or a tensor, in linear layers named 0, 1,
+    ...
+    """
     model = nn.Sequential()
     for weight in weights:
         weight = torch.as_tensor(weight)
@@ -19,7 +23,8 @@ def linears(*weights) -> nn.Module:
 
 
 def statistics_of(model: nn.Module, needs=STATISTICS, seed=0) -> Statistics:
-    """As if each layer had seen 50 random inputs, some of them much larger, and two batches of random gradients.
+    """As if each layer had seen 50 random inputs, some of them much larger, and two batches of
+    random gradients.
 
     Those of the 20 images, for the removal costs, are random by themselves.
     """
@@ -32,12 +37,21 @@ def statistics_of(model: nn.Module, needs=STATISTICS, seed=0) -> Statistics:
         inputs = torch.randn(50, shape[1], generator=generator, dtype=torch.float64)
         inputs *= 1 + 20 * (torch.rand(shape[1], generator=generator) < 0.1)
         gradients = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
-        sums = {"input_norms": inputs.square().sum(0), "gram": inputs.T @ inputs, "gradient": 10 * gradients.sum(0),
-                "first_gradient": 10 * gradients[0], "squared_gradient": gradients.square().sum(0)}
-        at_outputs = torch.randn(50, shape[0], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        sums = {
+            "input_norms": inputs.square().sum(0),
+            "gram": inputs.T @ inputs,
+            "gradient": 10 * gradients.sum(0),
+            "first_gradient": 10 * gradients[0],
+            "squared_gradient": gradients.square().sum(0),
+        }
+        at_outputs = torch.randn(
+            50, shape[0], generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
         sums["gradient_gram"] = at_outputs.T @ at_outputs
         if "removal_costs" in statistics.needs:
-            of_images = cut(torch.randn(20, *shape, generator=generator, dtype=torch.float64)).transpose(0, 1)
+            of_images = cut(
+                torch.randn(20, *shape, generator=generator, dtype=torch.float64)
+            ).transpose(0, 1)
             sums["removal_costs"] = of_images.mT @ of_images
         for need in statistics.needs:
             state[f"{name}.{need}"].copy_(sums[need])
@@ -45,7 +59,9 @@ def statistics_of(model: nn.Module, needs=STATISTICS, seed=0) -> Statistics:
 
 
 class Clock:
-    """Times by kernel instead of a clock: functions are called, as in a measurement, and what is asked is noted."""
+    """Times by kernel instead of a clock: functions are called, as in a measurement, and what is
+    asked is noted.
+    """
 
     def __init__(self, **seconds):
         self.seconds, self.asked = seconds, []

@@ -47,20 +47,30 @@ def test_a_config_replaces_defaults_and_flags_win(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("batch-size: 8\nlr: 1e-3\nmodel_ema: false\nopt_betas: [0.8, 0.9]\nmixup: 0\n")
     args = parse_args(["--config", str(path), "--lr", "0.5", "--data-path", "x"])
-    assert (args.batch_size, args.lr, args.model_ema, args.opt_betas, args.mixup) == (8, 0.5, False, [0.8, 0.9], 0.0)
-    assert parse_args(["--config", str(path)]).batch_size == 8  # over the presets of the sample too
+    assert (args.batch_size, args.lr, args.model_ema, args.opt_betas, args.mixup) == (
+        8,
+        0.5,
+        False,
+        [0.8, 0.9],
+        0.0,
+    )
+    # Over the presets of the sample too
+    assert parse_args(["--config", str(path)]).batch_size == 8
 
 
-@pytest.mark.parametrize("content, message", [
-    ("batch_size: many", "batch_size: expected a value of type int"),
-    ("batch_sizes: 3", "batch_sizes: no such argument"),
-    ("model_ema: 3", "model_ema: expected true or false"),
-    ("amp: fp8", "amp: expected one of"),
-    ("- a", "expected a mapping"),
-    ("lr: [1, 2]", "lr: expected a value of type float"),
-    ("config: other.yaml", "config: no such argument"),
-    ("lr: !!python/name:os.system ''", "tag"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("batch_size: many", "batch_size: expected a value of type int"),
+        ("batch_sizes: 3", "batch_sizes: no such argument"),
+        ("model_ema: 3", "model_ema: expected true or false"),
+        ("amp: fp8", "amp: expected one of"),
+        ("- a", "expected a mapping"),
+        ("lr: [1, 2]", "lr: expected a value of type float"),
+        ("config: other.yaml", "config: no such argument"),
+        ("lr: !!python/name:os.system ''", "tag"),
+    ],
+)
 def test_a_wrong_config_is_told_in_one_line(tmp_path, content, message):
     path = tmp_path / "run.yaml"
     path.write_text(content)
@@ -75,7 +85,9 @@ def test_the_table_of_deits_arguments_is_in_step_with_the_parser_and_the_tests()
     rows = {}
     for line in (tests.parent / "docs" / "deit.md").read_text().splitlines():
         if line.startswith("| `--"):
-            flags, meaning, default, test, _ = (cell.strip() for cell in line.strip("|").split(" | "))
+            flags, meaning, default, test, _ = (
+                cell.strip() for cell in line.strip("|").split(" | ")
+            )
             for flag in flags.split(", "):
                 rows[flag.strip("`")] = meaning, default, test.strip("`")
     parser = get_args_parser()

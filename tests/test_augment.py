@@ -53,7 +53,9 @@ def test_three_augment_gives_images_of_the_input_size_and_zooms_unless_told_othe
     image = Image.new("RGB", (100, 80))
     image.paste((110, 110, 110), (0, 0, 100, 40))  # the upper half is grey
     utils.seed_everything(utils.SAMPLE, 0)
-    results = [three_augment(32, color_jitter=0.3, simple_crop=simple_crop)(image) for _ in range(60)]
+    results = [
+        three_augment(32, color_jitter=0.3, simple_crop=simple_crop)(image) for _ in range(60)
+    ]
     assert all(result.shape == (3, 32, 32) for result in results)
     one_colour = sum(int(result.float().std(dim=(1, 2)).max() < 3) for result in results)
     assert (one_colour > 0) != simple_crop
@@ -71,25 +73,33 @@ def test_random_crops_are_timms_but_for_the_rounding(interpolation, size):
             crops.append(np.asarray(crop(96, interpolation=interpolation)(image)).astype(int))
         assert np.abs(crops[0] - crops[1]).max() <= 2
         utils.seed_everything(utils.SAMPLE, seed)
-        of_pixels = RandomResizedCrop(96, interpolation=interpolation)(torch.from_numpy(noise).permute(2, 0, 1))
+        of_pixels = RandomResizedCrop(96, interpolation=interpolation)(
+            torch.from_numpy(noise).permute(2, 0, 1)
+        )
         assert np.array_equal(of_pixels, crops[0])
 
 
 @pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)])
 def test_a_batch_is_normalized_as_its_images_would_be(device):
     pixels = np.random.RandomState(0).randint(0, 256, (4, 20, 30, 3), dtype=np.uint8)
-    one_by_one = transforms.Compose([transforms.ToTensor(),
-                                     transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+    one_by_one = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+    )
     expected = torch.stack([one_by_one(image) for image in pixels]).to(device)
     labels = torch.arange(4, device=device)
-    images, targets = BatchTransform(device)(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device), labels)
+    images, targets = BatchTransform(device)(
+        torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device), labels
+    )
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
     assert targets is labels
 
 
 def test_a_batch_is_erased_before_it_is_mixed():
     order = []
-    transform = BatchTransform(CPU, lambda images: order.append("erase") or images,
-                               lambda images, targets: order.append("mix") or (images, targets))
+    transform = BatchTransform(
+        CPU,
+        lambda images: order.append("erase") or images,
+        lambda images, targets: order.append("mix") or (images, targets),
+    )
     transform(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2))
     assert order == ["erase", "mix"]

@@ -1,4 +1,6 @@
-"""Training images that cannot be read end a run in one line, or are skipped up to a number, the same in every part."""
+"""Training images that cannot be read end a run in one line, or are skipped up to a number, the
+same in every part.
+"""
 
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from samplers import TrainSampler
 @pytest.fixture
 def folder_with(tmp_path):
     """A data set of 16 PNG images a class, of which some cannot be read."""
+
     def make(broken):
         generator = np.random.default_rng(0)
         for split in ("train", "val"):
@@ -25,8 +28,26 @@ def folder_with(tmp_path):
                     Image.fromarray(generator.integers(0, 256, (28, 28, 3), np.uint8)).save(path)
                     if split == "train" and f"{label}{number}" in broken:
                         path.write_bytes(path.read_bytes()[:60])
-        return ["--data-path", "data", "--model", "deit_sample_patch4_28", "--input-size", "28", "--batch-size", "8",
-                "--epochs", "2", "--warmup-epochs", "0", "--no-repeated-aug", "--amp", "off", "--output_dir", "out"]
+        return [
+            "--data-path",
+            "data",
+            "--model",
+            "deit_sample_patch4_28",
+            "--input-size",
+            "28",
+            "--batch-size",
+            "8",
+            "--epochs",
+            "2",
+            "--warmup-epochs",
+            "0",
+            "--no-repeated-aug",
+            "--amp",
+            "off",
+            "--output_dir",
+            "out",
+        ]
+
     return make
 
 
@@ -36,7 +57,9 @@ def test_an_error_in_a_data_worker_ends_the_process(folder_with, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_images_that_cannot_be_read_are_skipped_up_to_a_number(run_main, folder_with, capfd, workers):
+def test_images_that_cannot_be_read_are_skipped_up_to_a_number(
+    run_main, folder_with, capfd, workers
+):
     recipe = [*folder_with(["a3", "b7"]), "--num_workers", workers, "--skip-bad-images"]
     assert "data/train/" in run_main(*recipe[:-1], status=2)
     error = run_main(*recipe, "1", status=2)
@@ -51,20 +74,24 @@ def test_an_error_of_one_process_is_told_once_and_ends_the_others(folder_with, t
     result = start_main(*recipe, cwd=tmp_path, processes=2)
     assert result.returncode != 0
     assert result.stderr.count("error: data/train/") == 1
-    assert "main.py\", line" not in result.stderr
+    assert 'main.py", line' not in result.stderr
 
 
 def test_the_images_that_processes_skip_are_counted_together(run_main, folder_with, monkeypatch):
     recipe = [*folder_with(["a3"]), "--num_workers", "0", "--skip-bad-images"]
     # Another process, too, has one that it cannot read.
-    monkeypatch.setattr(utils, "gather_objects", lambda value: [value, [23]] if value == [3] else [value])
+    monkeypatch.setattr(
+        utils, "gather_objects", lambda value: [value, [23]] if value == [3] else [value]
+    )
     error = run_main(*recipe, "1", status=2)
     assert "2 training images cannot be read" in error.splitlines()[-1]
     run_main(*recipe, "2")
     assert torch.load("out/checkpoint.pth", weights_only=True)["bad_images"] == [3, 23]
 
 
-def test_a_resumed_run_skips_the_same_images_and_counts_on(run_main, folder_with, tmp_path, stop_at):
+def test_a_resumed_run_skips_the_same_images_and_counts_on(
+    run_main, folder_with, tmp_path, stop_at
+):
     recipe = [*folder_with(["a3", "b7"]), "--num_workers", "0", "--skip-bad-images", "2"]
     run_main(*recipe)
     whole = torch.load(tmp_path / "out/checkpoint.pth", weights_only=True)["model"]

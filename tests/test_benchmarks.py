@@ -16,26 +16,60 @@ def latency(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.delitem(sys.modules, "latency", raising=False)
     import latency
+
     return latency
 
 
 def table(printed: str) -> dict[str, dict[str, str]]:
     """The rows by kind, and their cells by heading; of one batch size."""
-    heading, _, *rows = ([cell.strip() for cell in line.split("|")[1:]] for line in printed.splitlines())
+    heading, _, *rows = (
+        [cell.strip() for cell in line.split("|")[1:]] for line in printed.splitlines()
+    )
     return {row[2]: dict(zip(heading, row, strict=False)) for row in rows}
 
 
 @pytest.mark.parametrize("shrink", [[], ["--shrink"]], ids=["masked", "shrunk"])
-def test_latency_takes_pruned_units_out_and_tells_what_is_left(run_main, tiny, latency, capfd, shrink):
-    run_main(*tiny, "--pruner", "unif", "--pattern", "heads+neurons", "--budget", "macs", "--sparsity", "0.5", *shrink,
-             "--output_dir", "run")
+def test_latency_takes_pruned_units_out_and_tells_what_is_left(
+    run_main, tiny, latency, capfd, shrink
+):
+    run_main(
+        *tiny,
+        "--pruner",
+        "unif",
+        "--pattern",
+        "heads+neurons",
+        "--budget",
+        "macs",
+        "--sparsity",
+        "0.5",
+        *shrink,
+        "--output_dir",
+        "run",
+    )
     capfd.readouterr()
-    assert latency.main(["run/checkpoint.pth", "--batch-sizes", "1", "--seconds", "0", "--amp", "off",
-                         "--data-set", "FASHION", "--data-path", tiny[3]]) == 0
+    assert (
+        latency.main(
+            [
+                "run/checkpoint.pth",
+                "--batch-sizes",
+                "1",
+                "--seconds",
+                "0",
+                "--amp",
+                "off",
+                "--data-set",
+                "FASHION",
+                "--data-path",
+                tiny[3],
+            ]
+        )
+        == 0
+    )
     rows = table(capfd.readouterr().out)
     assert float(rows["dense"]["times"]) == 1
     left = float(rows["pruned"]["M multiply-adds"]) / float(rows["dense"]["M multiply-adds"])
-    assert left == pytest.approx(0.52, abs=0.02)  # the patch embedding and the classifier stay
+    # The patch embedding and the classifier stay
+    assert left == pytest.approx(0.52, abs=0.02)
     assert float(rows["pruned"]["file, MiB"]) < 0.65 * float(rows["dense"]["file, MiB"])
 
 

@@ -29,15 +29,21 @@ def test_they_are_drawn_by_the_seed_from_the_training_images_under_the_evaluatio
     assert not torch.equal(first, images(calibrate(tiny, "--seed", "1")))
     every = images(calibrate(tiny, "--calibration-images", "48"))
     assert len({image.numpy().tobytes() for image in every}) == 48
-    assert {image.numpy().tobytes() for image in first} < {image.numpy().tobytes() for image in every}
+    assert {image.numpy().tobytes() for image in first} < {
+        image.numpy().tobytes() for image in every
+    }
 
 
 def test_the_batch_size_of_the_training_changes_nothing(tiny):
     one, two = (calibrate(tiny, "--batch-size", size)({"squared_gradient"}) for size in ("4", "16"))
-    assert all(torch.equal(total, two.state_dict()[name]) for name, total in one.state_dict().items())
+    assert all(
+        torch.equal(total, two.state_dict()[name]) for name, total in one.state_dict().items()
+    )
 
 
-@pytest.mark.parametrize("needs", [{"input_norms", "gradient"}, {"squared_gradient", "first_gradient"}])
+@pytest.mark.parametrize(
+    "needs", [{"input_norms", "gradient"}, {"squared_gradient", "first_gradient"}]
+)
 def test_two_processes_add_up_to_what_one_finds(tiny, monkeypatch, needs):
     monkeypatch.setattr(calibration_images, "BATCH_SIZE", 16)  # three batches
     whole, parts = calibrate(tiny)(needs), []
@@ -45,8 +51,11 @@ def test_two_processes_add_up_to_what_one_finds(tiny, monkeypatch, needs):
     for rank in (1, 0):  # the second call adds the first one's share, as an all-reduce does
         monkeypatch.setattr(calibration_images.utils, "rank", lambda rank=rank: rank)
         others = iter(parts)
-        monkeypatch.setattr(calibration_images.dist, "all_reduce",
-                            lambda total, others=others: total.add_(next(others, torch.zeros_like(total))))
+        monkeypatch.setattr(
+            calibration_images.dist,
+            "all_reduce",
+            lambda total, others=others: total.add_(next(others, torch.zeros_like(total))),
+        )
         monkeypatch.setattr(calibration_images.Statistics, "check", lambda statistics: None)
         found = calibrate(tiny)(needs)
         parts = [total.clone() for total in found.state_dict().values()]
@@ -56,7 +65,8 @@ def test_two_processes_add_up_to_what_one_finds(tiny, monkeypatch, needs):
 
 @pytest.mark.parametrize("images", ["2", "40", "48"])
 def test_each_of_two_processes_has_a_batch_for_the_walk_and_statistics_have_the_batches_of_one(
-        tiny, monkeypatch, images):
+    tiny, monkeypatch, images
+):
     flags = ["--calibration-images", images]
     whole = [len(targets) for _, targets in calibrate(tiny, *flags).loader]
     monkeypatch.setattr(calibration_images.utils, "world_size", lambda: 2)
@@ -65,8 +75,11 @@ def test_each_of_two_processes_has_a_batch_for_the_walk_and_statistics_have_the_
         monkeypatch.setattr(calibration_images.utils, "rank", lambda rank=rank: rank)
         found = calibrate(tiny, *flags)
         statistics += [len(targets) for _, targets in found.loader]
-        monkeypatch.setattr(calibration_images, "visit_layers", lambda model, loader, *_, **__: drawn.append(
-            [len(targets) for _, targets in loader]))
+        monkeypatch.setattr(
+            calibration_images,
+            "visit_layers",
+            lambda model, loader, *_, **__: drawn.append([len(targets) for _, targets in loader]),
+        )
         found.walk(lambda name, inputs: None)
     assert sum(map(sum, drawn)) == int(images) and all(drawn)
     assert sorted(statistics) == sorted(whole)
@@ -82,7 +95,9 @@ def test_fewer_images_than_inputs_are_told(tiny, monkeypatch):
 
 def test_fewer_images_than_processes_are_an_error(tiny, monkeypatch):
     monkeypatch.setattr(calibration_images.utils, "world_size", lambda: 3)
-    with pytest.raises(UserError, match="--calibration-images 2: there are 48 training images, for 3 process"):
+    with pytest.raises(
+        UserError, match="--calibration-images 2: there are 48 training images, for 3 process"
+    ):
         calibrate(tiny, "--calibration-images", "2")
 
 

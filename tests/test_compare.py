@@ -1,4 +1,6 @@
-"""benchmarks/compare.py: what is compared is run, shared and gone on with; docs/comparison.md says what it gave."""
+"""benchmarks/compare.py: what is compared is run, shared and gone on with; docs/comparison.md says
+what it gave.
+"""
 
 import argparse
 import subprocess
@@ -20,6 +22,7 @@ def modules(monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import compare
     import comparison
+
     return compare, comparison
 
 
@@ -30,8 +33,12 @@ def small(modules, monkeypatch, tmp_path, tiny_fashion):
     world = comparison.WORLDS["finetuned"]
     methods = {name: world.methods[name]._replace(levels=("0.9",)) for name in ("unif", "ste")}
     tuning = world.tunings[1]._replace(levels=("0.9",), tried=("0.9",), rates=(1e-3, 1e-2))
-    world = world._replace(arguments=(*world.arguments, "--batch-size", "16"), models=("sample",), tunings=(tuning,),
-                           methods=methods)
+    world = world._replace(
+        arguments=(*world.arguments, "--batch-size", "16"),
+        models=("sample",),
+        tunings=(tuning,),
+        methods=methods,
+    )
     monkeypatch.setitem(comparison.WORLDS, "finetuned", world)
     monkeypatch.delitem(comparison.WORLDS, "from scratch")
     monkeypatch.setattr(comparison, "SEEDS", (0, 1))
@@ -58,11 +65,14 @@ def test_all_is_measured_once_and_each_rate_is_the_best_of_its_trials(small, mon
     compare.compare(official)
     found = comparison.Results(compare.OUTPUT / "results.csv").read()
     assert [*found] == comparison.all_tasks()
-    assert len(found) == 4 + 1 + 1 + 2 * 2  # trials, right after pruning, dense, finetuned with two seeds
+    # Trials, right after pruning, dense, finetuned with two seeds
+    assert len(found) == 4 + 1 + 1 + 2 * 2
     for task, result in found.items():
         if task.kind == comparison.FINETUNED:
-            trials = {rate: found[task._replace(kind=comparison.TUNING, seed=0, rate=rate)].accuracy
-                      for rate in (1e-3, 1e-2)}
+            trials = {
+                rate: found[task._replace(kind=comparison.TUNING, seed=0, rate=rate)].accuracy
+                for rate in (1e-3, 1e-2)
+            }
             assert trials[result.rate] == max(trials.values())
     assert not [*(compare.OUTPUT / "runs").iterdir()], "finished runs are known by their line"
     monkeypatch.setattr(compare.Bench, "measure", None)
@@ -76,10 +86,16 @@ def test_held_out_images_are_trained_on_by_none(small):
     compare, _, official = small
     compare.OUTPUT.mkdir()
     compare.make_images(official)
-    parts = {(folder, part): compare.read_idx(compare.OUTPUT / "images" / folder, f"{part}-images-idx3-ubyte", 3)
-             for folder in ("sample-held-out", "quarter-held-out", "all-test") for part in ("train", "t10k")}
+    parts = {
+        (folder, part): compare.read_idx(
+            compare.OUTPUT / "images" / folder, f"{part}-images-idx3-ubyte", 3
+        )
+        for folder in ("sample-held-out", "quarter-held-out", "all-test")
+        for part in ("train", "t10k")
+    }
     held_out = {image.tobytes() for image in parts["sample-held-out", "t10k"]}
-    assert len(held_out) == 8  # two classes have no more than the three images of the sample
+    # Two classes have no more than the three images of the sample
+    assert len(held_out) == 8
     for folder in ("sample-held-out", "quarter-held-out", "all-test"):
         assert not held_out & {image.tobytes() for image in parts[folder, "train"]}
     assert len(parts["all-test", "train"]) == 4 * len(parts["quarter-held-out", "train"]) == 48 - 8
@@ -88,10 +104,15 @@ def test_held_out_images_are_trained_on_by_none(small):
 
 def test_work_that_another_process_has_is_left_to_it_until_it_is_killed(small):
     compare, _, _ = small
-    hold = ("import sys, time; sys.path[:0] = sys.argv[2:]; from run_folder import RunFolder; "
-            "lock = RunFolder(sys.argv[1]); print('held', flush=True); time.sleep(60)")
-    other = subprocess.Popen([sys.executable, "-c", hold, str(compare.OUTPUT / "claims" / "it"), str(ROOT)],
-                             stdout=subprocess.PIPE, text=True)
+    hold = (
+        "import sys, time; sys.path[:0] = sys.argv[2:]; from run_folder import RunFolder; "
+        "lock = RunFolder(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(compare.OUTPUT / "claims" / "it"), str(ROOT)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert other.stdout.readline() == "held\n"
     done = []
     assert not compare.claimed("it", lambda: done.append(1))
@@ -106,13 +127,23 @@ def test_work_that_another_process_has_is_left_to_it_until_it_is_killed(small):
 
 def test_a_table_has_the_means_and_ranges_of_the_levels_that_a_world_has(modules):
     _, comparison = modules
-    found = {comparison.Task("finetuned", "from scratch", "tiny", method, level, seed): comparison.Result(accuracy, 1)
-             for method, level, seed, accuracy in (("dense", "0", 0, 88), ("set", "0.9", 0, 80), ("set", "0.9", 1, 81))}
-    assert comparison.tables(found) == {("from scratch", "tiny", "finetuned"): """\
+    found = {
+        comparison.Task(
+            "finetuned", "from scratch", "tiny", method, level, seed
+        ): comparison.Result(accuracy, 1)
+        for method, level, seed, accuracy in (
+            ("dense", "0", 0, 88),
+            ("set", "0.9", 0, 80),
+            ("set", "0.9", 1, 81),
+        )
+    }
+    assert comparison.tables(found) == {
+        ("from scratch", "tiny", "finetuned"): """\
 | top-1 in % | 0 % | 50 % | 80 % | 90 % | 95 % | 98 % | 2:4 | 1:4 |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 | `dense` | 88.00 |  |  |  |  |  |  |  |
-| `set` |  |  |  | 80.50 (80.00 to 81.00) |  |  |  |  |"""}
+| `set` |  |  |  | 80.50 (80.00 to 81.00) |  |  |  |  |"""
+    }
 
 
 def test_half_a_line_is_no_result(modules, tmp_path):
@@ -136,8 +167,12 @@ def test_the_page_has_the_tables_of_the_published_results(modules):
 
 def test_the_menu_names_what_is_compared(modules):
     _, comparison = modules
-    fields = {"--score": "score", "--pruner": "pruner", "--prune-schedule": "prune_schedule",
-              "--reconstruct": "reconstruct"}
+    fields = {
+        "--score": "score",
+        "--pruner": "pruner",
+        "--prune-schedule": "prune_schedule",
+        "--reconstruct": "reconstruct",
+    }
     used = {flag: set() for flag in fields}
     for task in comparison.all_tasks():
         if task.kind == comparison.FINETUNED:

@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 from sparsity_factory import PruningError, prunable_weights
 from sparsity_factory.custom_yaml import MAX_BYTES, resolve_levels
 
-SHAPES = {"blocks.0.qkv.weight": (6, 8), "blocks.0.proj.weight": (4, 8), "blocks.1.qkv.weight": (6, 12)}
+SHAPES = {
+    "blocks.0.qkv.weight": (6, 8),
+    "blocks.0.proj.weight": (4, 8),
+    "blocks.1.qkv.weight": (6, 12),
+}
 QKV0, PROJ0, QKV1 = SHAPES
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -31,10 +35,14 @@ def from_text(tmp_path, text):
 # ---- what is understood ----
 
 
-@pytest.mark.parametrize(("name", "file", "giga"), [
-    ("deit_small_patch16_224", "deit_small_elsa_1.96g", 1.963),
-    ("deit_base_patch16_224", "deit_base_elsa_6.88g", 6.874),
-    ("deit_base_patch16_224", "deit_base_elsa_6.01g", 6.002)])
+@pytest.mark.parametrize(
+    ("name", "file", "giga"),
+    [
+        ("deit_small_patch16_224", "deit_small_elsa_1.96g", 1.963),
+        ("deit_base_patch16_224", "deit_base_elsa_6.88g", 6.874),
+        ("deit_base_patch16_224", "deit_base_elsa_6.01g", 6.002),
+    ],
+)
 def test_elsas_levels_take_the_multiply_adds_that_they_are_named_after(name, file, giga):
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -43,8 +51,12 @@ def test_elsas_levels_take_the_multiply_adds_that_they_are_named_after(name, fil
     others = len(model.blocks) * 2 * tokens**2 * width + (tokens - 1) * width * 768 + width * 1000
     shapes = {key: weight.shape for key, weight in weights.items()}
     levels = resolve_levels(CONFIGS[0].with_name(f"{file}.yaml"), shapes)
-    kept = {key: weight.numel() if isinstance(levels[key], int) else weight.numel() * levels[key][0] // levels[key][1]
-            for key, weight in weights.items()}
+    kept = {
+        key: weight.numel()
+        if isinstance(levels[key], int)
+        else weight.numel() * levels[key][0] // levels[key][1]
+        for key, weight in weights.items()
+    }
     assert (tokens * sum(kept.values()) + others) / 1e9 == pytest.approx(giga, abs=0.001)
 
 
@@ -53,11 +65,15 @@ def test_every_config_of_the_repository_fits_deit_small():
         model = timm.create_model("deit_small_patch16_224")
     shapes = {name: weight.shape for name, weight in prunable_weights(model).items()}
     assert len(CONFIGS) >= 3
-    assert [path.name for path in CONFIGS if path.name.startswith("deit_base")] == ["deit_base_elsa_6.01g.yaml",
-                                                                                 "deit_base_elsa_6.88g.yaml"]
+    assert [path.name for path in CONFIGS if path.name.startswith("deit_base")] == [
+        "deit_base_elsa_6.01g.yaml",
+        "deit_base_elsa_6.88g.yaml",
+    ]
     resolved = {path.name: list(resolve_levels(path, shapes).items()) for path in CONFIGS}
     assert resolved["deit_small_nxm.yaml"] == [(name, (2, 4)) for name in shapes]
-    assert resolved["deit_small_uniform.yaml"] == [(name, shape.numel() // 2) for name, shape in shapes.items()]
+    assert resolved["deit_small_uniform.yaml"] == [
+        (name, shape.numel() // 2) for name, shape in shapes.items()
+    ]
     by_name = dict(resolved["deit_small_by_name.yaml"])
     assert by_name["blocks.0.mlp.fc2.weight"] == shapes["blocks.0.mlp.fc2.weight"].numel()
     assert by_name["blocks.5.mlp.fc2.weight"] == (1, 4)
@@ -87,7 +103,9 @@ def test_a_level_of_either_form_is_understood_in_either_mode(mode, entry, expect
 
 
 @pytest.mark.parametrize("written", ["2:4", "'2:4'", "[2, 4]", "2:04"])
-@pytest.mark.parametrize("layout", ["\n    - {0}\n    - {0}\n    - {0}", " [{0}, {0}, {0}]", " {{default: {0}}}"])
+@pytest.mark.parametrize(
+    "layout", ["\n    - {0}\n    - {0}\n    - {0}", " [{0}, {0}, {0}]", " {{default: {0}}}"]
+)
 def test_two_of_four_is_understood_however_yaml_writes_it(tmp_path, written, layout):
     text = "sparsity:\n  mode: nxm\n  level:" + layout.format(written)
     assert from_text(tmp_path, text) == dict.fromkeys(SHAPES, (2, 4))
@@ -102,7 +120,8 @@ def test_the_oldest_form_is_announced_once(caplog):
     with caplog.at_level(logging.WARNING):
         assert levels([[4, 2], [4, 3], [2, 4]]) == {QKV0: (2, 4), PROJ0: (1, 4), QKV1: (2, 4)}
     assert [record.getMessage() for record in caplog.records] == [
-        "custom_config: level[0]: [4, 2] is read as group size and number pruned, so 2:4 (as 1 more)"
+        "custom_config: level[0]: [4, 2] is read as group size and number pruned, so 2:4 (as 1 "
+        "more)"
     ]
 
 
@@ -130,7 +149,10 @@ def test_a_level_of_no_known_form_is_an_error_that_names_the_entry(mode, entry):
         ([], "0 entries: expected 3"),
         ([[2, 4], [2, 4], [3, 8]], rf"level\[2\] is 3:8: .*divides the 12 inputs of {QKV1}"),
         ({"default": "1:8"}, f"level 'default' is 1:8: .*12 inputs of {QKV1}"),
-        ({"default": [2, 4], "*.fc3": "dense"}, r"'\*\.fc3' matches no prunable weight: .*blocks.0.qkv.weight"),
+        (
+            {"default": [2, 4], "*.fc3": "dense"},
+            r"'\*\.fc3' matches no prunable weight: .*blocks.0.qkv.weight",
+        ),
         ({"blocks.0.*": [2, 4]}, f"says nothing of {QKV1}"),
         ({}, f"says nothing of {QKV0}"),
         ({"default": [2, 4], 3: "dense"}, "key 3: expected a pattern"),
@@ -154,7 +176,10 @@ def test_a_wrong_level_section_is_an_error_that_says_what_was_expected(level, me
         ({"sparsity": {"level": []}}, "sparsity lacks mode"),
         ({"sparsity": {"mode": "n:m", "level": []}}, "mode is 'n:m': expected nxm or unstructured"),
         ({"sparsity": {"mode": ["nxm"], "level": []}}, "mode is "),
-        ({"sparsity": {"mode": "nxm", "level": [], "levels": []}}, "unknown key 'levels' in sparsity"),
+        (
+            {"sparsity": {"mode": "nxm", "level": [], "levels": []}},
+            "unknown key 'levels' in sparsity",
+        ),
         ({"sparsity": {"mode": "nxm", "level": []}, "seed": 1}, "unknown key 'seed'"),
     ],
 )
@@ -173,7 +198,10 @@ def test_a_wrong_outline_is_an_error_that_names_the_key(config, message):
         ("sparsity: [1, 2", "line 1: not valid YAML"),
         ("a: 1\n\tb: 2", "line 2: not valid YAML"),
         ("sparsity: {mode: nxm, mode: nxm}", "line 1: .*key 'mode' twice"),
-        ("sparsity:\n  mode: nxm\n  level: {default: dense,\n    default: 0.5}", "line 4: .*key 'default' twice"),
+        (
+            "sparsity:\n  mode: nxm\n  level: {default: dense,\n    default: 0.5}",
+            "line 4: .*key 'default' twice",
+        ),
         ("sparsity: !!python/object/apply:os.system [ls]", "line 1: tag .*python"),
         ("sparsity: !!str x", "line 1: tag"),
         ("a: &a [1]\nb: *a", "line 1: anchor 'a'"),
@@ -195,7 +223,9 @@ def test_a_file_that_is_no_plain_yaml_is_a_one_line_error_that_names_it(tmp_path
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("source", ["missing.yaml", ".", "nul\0.yaml", "two\nlines.yaml", 3, None, [1]])
+@pytest.mark.parametrize(
+    "source", ["missing.yaml", ".", "nul\0.yaml", "two\nlines.yaml", 3, None, [1]]
+)
 def test_a_source_that_cannot_be_read_is_a_one_line_error(tmp_path, source):
     with pytest.raises(PruningError) as error:
         resolve_levels(str(tmp_path / source) if isinstance(source, str) else source, SHAPES)
@@ -204,9 +234,13 @@ def test_a_source_that_cannot_be_read_is_a_one_line_error(tmp_path, source):
 
 # ---- anything at all is either understood or refused ----
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("dense")
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("dense")
+)
 anything = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(scalars, inner, max_size=4), max_leaves=12
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(scalars, inner, max_size=4),
+    max_leaves=12,
 )
 
 
@@ -219,7 +253,9 @@ def test_any_structure_is_understood_or_refused_in_one_line(config):
         assert len(str(error).splitlines()) == 1
 
 
-GOOD = yaml.safe_dump({"sparsity": {"mode": "nxm", "level": {"default": [2, 4], "*.proj": "1:4"}}}).encode()
+GOOD = yaml.safe_dump(
+    {"sparsity": {"mode": "nxm", "level": {"default": [2, 4], "*.proj": "1:4"}}}
+).encode()
 
 
 @settings(deadline=None, max_examples=200)

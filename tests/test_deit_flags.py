@@ -35,11 +35,15 @@ def model_of(*flags):
 
 def state_of(*flags):
     model = timm.create_model("deit_sample_patch4_28")
-    return TrainingState(model, Sparsifier(model, Recipe(), total_steps=1, epoch_steps=1), options(*flags), COMPUTE)
+    return TrainingState(
+        model, Sparsifier(model, Recipe(), total_steps=1, epoch_steps=1), options(*flags), COMPUTE
+    )
 
 
 def group(*flags):
-    """The first parameter group of the optimizer, which has no weight decay, and the second, which has."""
+    """The first parameter group of the optimizer, which has no weight decay, and the second, which
+    has.
+    """
     return state_of(*flags).learner.optimizer.param_groups
 
 
@@ -54,10 +58,17 @@ def rates(*flags, epochs=10):
 
 
 def augmented(*flags, image=None, count=20):
-    """Training images of the transform, each made with a seed of its own; the same ones for the same arguments."""
+    """Training images of the transform, each made with a seed of its own; the same ones for the
+    same arguments.
+    """
     args = options("--input-size", "48", "--mixup", "0", "--cutmix", "0", *flags)
-    transform, batch_transform = build_transform(True, args), builders.build_batch_transform(args, 10, CPU)
-    image = image or Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
+    transform, batch_transform = (
+        build_transform(True, args),
+        builders.build_batch_transform(args, 10, CPU),
+    )
+    image = image or Image.fromarray(
+        np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8)
+    )
     results = []
     for seed in range(count):
         utils.seed_everything(utils.SAMPLE, seed)
@@ -98,7 +109,12 @@ def test_output_dir_is_where_files_go_and_empty_writes_nothing(run_main, tiny, t
     assert not list(tmp_path.iterdir())
     run_main(*tiny, "--output_dir", "a/b")
     assert {path.name for path in (tmp_path / "a/b").glob("[!.]*")} == {
-        "checkpoint.pth", "best_checkpoint.pth", "log.txt", "summary.md", "training.png"}
+        "checkpoint.pth",
+        "best_checkpoint.pth",
+        "log.txt",
+        "summary.md",
+        "training.png",
+    }
 
 
 def test_eval_does_not_train(run_main, tiny):
@@ -114,7 +130,9 @@ def test_num_workers_and_pin_mem_reach_the_loader(tiny):
         assert loader.pin_memory == pinned
 
 
-def test_the_default_number_of_workers_is_at_most_the_cores_and_a_flag_is_taken_as_it_is(monkeypatch):
+def test_the_default_number_of_workers_is_at_most_the_cores_and_a_flag_is_taken_as_it_is(
+    monkeypatch,
+):
     monkeypatch.setattr("trainer.arguments.available_cores", lambda: 4)
     monkeypatch.setattr("trainer.arguments.processes_here", lambda: 2)
     assert options().num_workers == 2
@@ -127,7 +145,17 @@ def test_the_default_number_of_workers_is_at_most_the_cores_and_a_flag_is_taken_
 
 
 def test_model_and_input_size_choose_the_architecture():
-    args = parse_args(["--data-path", "x", "--model", "deit_tiny_patch16_224", "--input-size", "64", "--no-pretrained"])
+    args = parse_args(
+        [
+            "--data-path",
+            "x",
+            "--model",
+            "deit_tiny_patch16_224",
+            "--input-size",
+            "64",
+            "--no-pretrained",
+        ]
+    )
     model = builders.prepare_model(args, 7, {}, CPU)
     assert model.embed_dim == 192
     assert model.patch_embed.grid_size == (4, 4)
@@ -135,9 +163,15 @@ def test_model_and_input_size_choose_the_architecture():
 
 
 def test_drop_is_the_dropout_rate():
-    rates = {module.p for module in model_of("--drop", "0.25").modules() if isinstance(module, torch.nn.Dropout)}
+    rates = {
+        module.p
+        for module in model_of("--drop", "0.25").modules()
+        if isinstance(module, torch.nn.Dropout)
+    }
     assert 0.25 in rates
-    assert {module.p for module in model_of().modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+    assert {
+        module.p for module in model_of().modules() if isinstance(module, torch.nn.Dropout)
+    } == {0.0}
 
 
 def test_drop_path_grows_to_its_rate_in_the_last_block():
@@ -158,7 +192,10 @@ def test_model_ema_follows_with_its_decay_and_can_be_left_out(run_main, tiny, tm
 
 def test_model_ema_force_cpu_keeps_the_average_in_the_cpus_memory(monkeypatch):
     asked, average = [], ModelEmaV3(torch.nn.Linear(2, 2))
-    monkeypatch.setattr("trainer.training_state.ModelEmaV3", lambda model, decay, device: asked.append(device) or average)
+    monkeypatch.setattr(
+        "trainer.training_state.ModelEmaV3",
+        lambda model, decay, device: asked.append(device) or average,
+    )
     for flags in (["--model-ema-force-cpu"], []):
         state_of(*flags)
     assert asked == ["cpu", None]
@@ -166,8 +203,13 @@ def test_model_ema_force_cpu_keeps_the_average_in_the_cpus_memory(monkeypatch):
 
 def test_train_mode_reaches_the_training(run_main, tiny, monkeypatch):
     seen, train = [], epochs.train_one_epoch
-    monkeypatch.setattr(epochs, "train_one_epoch", lambda learner, options, *args, **others: seen.append(
-        options.train_mode) or train(learner, options, *args, **others))
+    monkeypatch.setattr(
+        epochs,
+        "train_one_epoch",
+        lambda learner, options, *args, **others: (
+            seen.append(options.train_mode) or train(learner, options, *args, **others)
+        ),
+    )
     run_main(*tiny)
     run_main(*tiny, "--no-train-mode")
     assert seen == [True, False]
@@ -191,9 +233,29 @@ def test_opt_chooses_the_optimizer_and_its_options_reach_it():
     assert "betas" not in decayed
 
 
-@pytest.mark.parametrize("opt", [
-    "sgd", "nesterov", "momentum", "adam", "adamw", "nadam", "radam", "adamp", "sgdp", "adadelta", "adafactor",
-    "adahessian", "rmsprop", "rmsproptf", "novograd", "lookahead_adam", "lamb", "muon"])
+@pytest.mark.parametrize(
+    "opt",
+    [
+        "sgd",
+        "nesterov",
+        "momentum",
+        "adam",
+        "adamw",
+        "nadam",
+        "radam",
+        "adamp",
+        "sgdp",
+        "adadelta",
+        "adafactor",
+        "adahessian",
+        "rmsprop",
+        "rmsproptf",
+        "novograd",
+        "lookahead_adam",
+        "lamb",
+        "muon",
+    ],
+)
 def test_an_optimizer_moves_the_weights_that_are_kept_and_no_others(opt):
     model = timm.create_model("deit_sample_patch4_28")
     sparsifier = Sparsifier(model, Recipe("unif", 0.5), total_steps=2, epoch_steps=2)
@@ -202,7 +264,9 @@ def test_an_optimizer_moves_the_weights_that_are_kept_and_no_others(opt):
     state = TrainingState(model, sparsifier, args, COMPUTE)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     batches = [(torch.randn(4, 3, 28, 28), torch.arange(4)) for _ in range(2)]
-    step = StepOptions(lambda images, logits, targets: torch.nn.functional.cross_entropy(logits, targets), COMPUTE)
+    step = StepOptions(
+        lambda images, logits, targets: torch.nn.functional.cross_entropy(logits, targets), COMPUTE
+    )
     train_one_epoch(state.learner, step, batches, state.progress)
     for name, mask in sparsifier.masks.masks.items():
         moved = model.get_parameter(name) != before[name]
@@ -210,8 +274,19 @@ def test_an_optimizer_moves_the_weights_that_are_kept_and_no_others(opt):
         assert not moved[~mask].any()
 
 
-@pytest.mark.parametrize("opt", ["nvnovograd", "fusedmomentum", "lookahead_nvnovograd", "fusedsgd", "fusedadam",
-                                 "fusedadamw", "fusedlamb", "fusednovograd"])
+@pytest.mark.parametrize(
+    "opt",
+    [
+        "nvnovograd",
+        "fusedmomentum",
+        "lookahead_nvnovograd",
+        "fusedsgd",
+        "fusedadam",
+        "fusedadamw",
+        "fusedlamb",
+        "fusednovograd",
+    ],
+)
 def test_an_optimizer_that_timm_no_longer_has_or_that_needs_apex_is_refused_with_the_reason(opt):
     reason = "timm no longer has" if "nvnovograd" in opt or opt == "fusedmomentum" else "APEX|apex"
     with pytest.raises(UserError, match=f"--opt {opt} .*({reason})"):
@@ -228,7 +303,18 @@ def test_clip_grad_bounds_the_step(run_main, tiny, tmp_path):
     start = timm.create_model("deit_sample_patch4_28", pretrained=True).state_dict()["head.weight"]
     moved = []
     for flags in ([], ["--clip-grad", "1e-3"]):
-        run_main(*tiny, "--opt", "sgd", "--lr", "10", "--weight-decay", "0", "--output_dir", "out", *flags)
+        run_main(
+            *tiny,
+            "--opt",
+            "sgd",
+            "--lr",
+            "10",
+            "--weight-decay",
+            "0",
+            "--output_dir",
+            "out",
+            *flags,
+        )
         moved.append((read(tmp_path / "out")["model"]["head.weight"] - start).norm())
     assert moved[1] < moved[0] / 10
 
@@ -243,9 +329,13 @@ def test_sched_warms_up_and_ends_at_min_lr():
 
 
 def test_step_schedule_decays_by_its_rate_at_its_interval():
-    step = rates("--sched", "step", "--decay-epochs", "3", "--decay-rate", "0.5", "--warmup-epochs", "0")
+    step = rates(
+        "--sched", "step", "--decay-epochs", "3", "--decay-rate", "0.5", "--warmup-epochs", "0"
+    )
     assert step == pytest.approx([1] * 3 + [0.5] * 3 + [0.25] * 3 + [0.125])
-    assert step == rates("--sched", "step", "--decay-epochs", "3", "--dr", "0.5", "--warmup-epochs", "0")
+    assert step == rates(
+        "--sched", "step", "--decay-epochs", "3", "--dr", "0.5", "--warmup-epochs", "0"
+    )
 
 
 def test_start_epoch_begins_at_the_rate_of_that_epoch():
@@ -257,18 +347,24 @@ def test_start_epoch_begins_at_the_rate_of_that_epoch():
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
 def test_plateau_schedule_waits_for_its_patience():
     plateau = ["--sched", "plateau", "--warmup-epochs", "0", "--decay-rate", "0.5", "--min-lr", "0"]
-    assert rates(*plateau, "--patience-epochs", "2", epochs=6) == pytest.approx([1, 1, 1, 1, 0.5, 0.5])
+    assert rates(*plateau, "--patience-epochs", "2", epochs=6) == pytest.approx(
+        [1, 1, 1, 1, 0.5, 0.5]
+    )
     assert rates(*plateau, "--patience-epochs", "9", epochs=6) == [1] * 6
 
 
 def test_lr_noise_disturbs_the_rate_within_its_range_and_limit():
     flat = ["--sched", "step", "--decay-epochs", "100", "--warmup-epochs", "0"]
-    noisy = rates(*flat, "--lr-noise", "0.4", "0.8", "--lr-noise-pct", "0.1", "--lr-noise-std", "0.05")
+    noisy = rates(
+        *flat, "--lr-noise", "0.4", "0.8", "--lr-noise-pct", "0.1", "--lr-noise-std", "0.05"
+    )
     assert noisy[:4] == [1] * 4
     assert noisy[8:] == [1] * 2
     assert any(rate != 1 for rate in noisy[4:8])
     assert all(abs(rate - 1) < 0.1 for rate in noisy)
-    wild = rates(*flat, "--lr-noise", "0.4", "0.8", "--lr-noise-pct", "0.9", "--lr-noise-std", "0.5")
+    wild = rates(
+        *flat, "--lr-noise", "0.4", "0.8", "--lr-noise-pct", "0.9", "--lr-noise-std", "0.5"
+    )
     assert max(abs(rate - 1) for rate in wild) > max(abs(rate - 1) for rate in noisy)
 
 
@@ -304,13 +400,17 @@ def test_bce_counts_every_class_that_is_mixed_in_fully():
 
 
 def test_bce_is_not_told_by_smoothing_that_every_class_is_there():
-    mixup = builders.build_batch_transform(options("--bce-loss", "--smoothing", "0.1"), 10, CPU).mixup
+    mixup = builders.build_batch_transform(
+        options("--bce-loss", "--smoothing", "0.1"), 10, CPU
+    ).mixup
     _, targets = mixup(torch.zeros(8, 3, 16, 16), torch.arange(8))
     assert (targets > 0).sum(1).max() <= 2
 
 
-@pytest.mark.parametrize("flags, binary", [([], False), (["--mixup", "0", "--cutmix", "0"], False),
-                                           (["--bce-loss"], True)])
+@pytest.mark.parametrize(
+    "flags, binary",
+    [([], False), (["--mixup", "0", "--cutmix", "0"], False), (["--bce-loss"], True)],
+)
 def test_cosub_is_its_own_loss(flags, binary):
     """test_engine.py shows how it trains."""
     step = builders.build_step_options(options("--cosub", *flags), 10, COMPUTE)
@@ -319,9 +419,13 @@ def test_cosub_is_its_own_loss(flags, binary):
     assert step.criterion.binary == binary
 
 
-def test_the_moving_average_is_evaluated_and_the_best_checkpoint_says_which_was_best(run_main, tiny, tmp_path):
+def test_the_moving_average_is_evaluated_and_the_best_checkpoint_says_which_was_best(
+    run_main, tiny, tmp_path
+):
     # One step at a ruinous rate: the average, which hardly moves, is better than the model.
-    output = run_main(*tiny, "--batch-size", "48", "--lr", "9", "--unscale-lr", "--output_dir", "out")
+    output = run_main(
+        *tiny, "--batch-size", "48", "--lr", "9", "--unscale-lr", "--output_dir", "out"
+    )
     assert output.count("* Acc@1") == 2
     assert "(model_ema)" in output
     best = torch.load(tmp_path / "out/best_checkpoint.pth", weights_only=True)
@@ -353,7 +457,10 @@ def test_mixup_blends_whole_images_and_cutmix_pastes_boxes():
 
 
 def test_without_mixup_and_cutmix_nothing_is_mixed():
-    assert builders.build_batch_transform(options("--mixup", "0", "--cutmix", "0"), 10, CPU).mixup is None
+    assert (
+        builders.build_batch_transform(options("--mixup", "0", "--cutmix", "0"), 10, CPU).mixup
+        is None
+    )
 
 
 def test_cutmix_minmax_bounds_the_side_of_the_box():
@@ -385,7 +492,10 @@ def test_mixup_mode_shares_one_ratio_by_batch_pair_or_not_at_all():
 
 @pytest.fixture
 def teacher(tmp_path):
-    torch.save({"model": timm.create_model("deit_sample_patch4_28", pretrained=True).state_dict()}, tmp_path / "t.pth")
+    torch.save(
+        {"model": timm.create_model("deit_sample_patch4_28", pretrained=True).state_dict()},
+        tmp_path / "t.pth",
+    )
     return ["--teacher-model", "deit_sample_patch4_28", "--teacher-path", "t.pth"]
 
 
@@ -393,26 +503,80 @@ STUDENT = ["--model", "deit_tiny_distilled_patch16_224", "--input-size", "32", "
 
 
 def test_distillation_trains_a_student_with_two_heads(run_main, tiny, tmp_path):
-    """With all of the loss from the teacher only the distillation head learns, with none of it only the class head."""
-    torch.save({"model": timm.create_model("resnet10t", num_classes=10).state_dict()}, tmp_path / "t.pth")
-    recipe = [*tiny, *STUDENT, "--teacher-model", "resnet10t", "--teacher-path", "t.pth", "--pruner", "lamp",
-              "--sparsity", "0.5", "--opt", "sgd", "--unscale-lr", "--weight-decay", "0", "--min-lr", "0"]
+    """With all of the loss from the teacher only the distillation head learns, with none of it only
+    the class head.
+    """
+    torch.save(
+        {"model": timm.create_model("resnet10t", num_classes=10).state_dict()}, tmp_path / "t.pth"
+    )
+    recipe = [
+        *tiny,
+        *STUDENT,
+        "--teacher-model",
+        "resnet10t",
+        "--teacher-path",
+        "t.pth",
+        "--pruner",
+        "lamp",
+        "--sparsity",
+        "0.5",
+        "--opt",
+        "sgd",
+        "--unscale-lr",
+        "--weight-decay",
+        "0",
+        "--min-lr",
+        "0",
+    ]
     heads = {}
-    for name, kind, alpha, lr in (("start", "soft", 1, 0), ("soft", "soft", 1, 1), ("hard", "hard", 1, 1),
-                                  ("class", "soft", 0, 1)):
-        run_main(*recipe, "--distillation-type", kind, "--distillation-alpha", alpha, "--lr", lr, "--output_dir", name)
+    for name, kind, alpha, lr in (
+        ("start", "soft", 1, 0),
+        ("soft", "soft", 1, 1),
+        ("hard", "hard", 1, 1),
+        ("class", "soft", 0, 1),
+    ):
+        run_main(
+            *recipe,
+            "--distillation-type",
+            kind,
+            "--distillation-alpha",
+            alpha,
+            "--lr",
+            lr,
+            "--output_dir",
+            name,
+        )
         checkpoint = read(tmp_path / name)
         check_masks(checkpoint["model"], unpack(checkpoint["masks"]))
         heads[name] = [checkpoint["model"][f"{head}.weight"] for head in ("head", "head_dist")]
-    moved = {name: [not torch.equal(*pair) for pair in zip(heads["start"], heads[name], strict=True)] for name in heads}
-    assert moved == {"start": [False, False], "soft": [False, True], "hard": [False, True], "class": [True, False]}
+    moved = {
+        name: [not torch.equal(*pair) for pair in zip(heads["start"], heads[name], strict=True)]
+        for name in heads
+    }
+    assert moved == {
+        "start": [False, False],
+        "soft": [False, True],
+        "hard": [False, True],
+        "class": [True, False],
+    }
     assert not torch.equal(heads["soft"][1], heads["hard"][1])
 
 
 def test_distillation_alpha_tau_and_type_reach_the_loss(teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    criterion = builders.build_criterion(options("--distillation-type", "soft", "--distillation-alpha", "0.3",
-                                             "--distillation-tau", "4", *teacher), 10, CPU)
+    criterion = builders.build_criterion(
+        options(
+            "--distillation-type",
+            "soft",
+            "--distillation-alpha",
+            "0.3",
+            "--distillation-tau",
+            "4",
+            *teacher,
+        ),
+        10,
+        CPU,
+    )
     assert (criterion.distillation_type, criterion.alpha, criterion.tau) == ("soft", 0.3, 4.0)
     assert not any(parameter.requires_grad for parameter in criterion.teacher_model.parameters())
 
@@ -426,12 +590,16 @@ def test_distillation_of_a_student_with_one_head_is_refused(run_main, tiny, teac
 def test_a_teacher_that_is_missing_or_of_other_classes_is_refused(run_main, tiny, tmp_path):
     flags = [*tiny, *STUDENT, "--distillation-type", "hard"]
     assert "--teacher-path" in run_main(*flags, status=2)
-    assert "t.pth: no such" in run_main(*flags, "--teacher-path", "t.pth", "--teacher-model", "resnet10t", status=2)
+    assert "t.pth: no such" in run_main(
+        *flags, "--teacher-path", "t.pth", "--teacher-model", "resnet10t", status=2
+    )
     torch.save(timm.create_model("resnet10t", num_classes=7).state_dict(), tmp_path / "t.pth")
     error = run_main(*flags, "--teacher-path", "t.pth", "--teacher-model", "resnet10t", status=2)
     assert "t.pth" in error
     assert "fc.weight" in error
-    assert "--teacher-model" in run_main(*flags, "--teacher-path", "t.pth", "--teacher-model", "resnet10x", status=2)
+    assert "--teacher-model" in run_main(
+        *flags, "--teacher-path", "t.pth", "--teacher-model", "resnet10x", status=2
+    )
 
 
 # ---- augmentation ----
@@ -447,7 +615,9 @@ def test_aa_applies_its_policy_or_none():
 
 
 def test_color_jitter_applies_where_no_policy_does():
-    assert not torch.equal(augmented("--aa", "none", "--reprob", "0", "--color-jitter", "0.5"), augmented(*PLAIN))
+    assert not torch.equal(
+        augmented("--aa", "none", "--reprob", "0", "--color-jitter", "0.5"), augmented(*PLAIN)
+    )
 
 
 def test_three_augment_replaces_the_policy_and_src_its_crop():
@@ -456,7 +626,8 @@ def test_three_augment_replaces_the_policy_and_src_its_crop():
     three = augmented("--ThreeAugment", "--color-jitter", "0", image=image)
     simple = augmented("--ThreeAugment", "--src", "--color-jitter", "0", image=image)
     assert not torch.equal(three, augmented(*PLAIN, image=image))
-    assert any(result.std(dim=(1, 2)).max() < 0.05 for result in three)  # zoomed into one half
+    # Zoomed into one half
+    assert any(result.std(dim=(1, 2)).max() < 0.05 for result in three)
     assert not any(result.std(dim=(1, 2)).max() < 0.05 for result in simple)
 
 
@@ -492,7 +663,12 @@ def areas(black):
         edge = [left.pop()]
         while edge:
             row, column = edge.pop()
-            near = {(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)} & left
+            near = {
+                (row + 1, column),
+                (row - 1, column),
+                (row, column + 1),
+                (row, column - 1),
+            } & left
             left -= near
             edge += near
     return count
@@ -500,9 +676,14 @@ def areas(black):
 
 def test_recount_is_how_many_areas_are_erased():
     """Up to that many, which may touch."""
-    common, counts = ["--aa", "none", "--color-jitter", "0", "--reprob", "1", "--remode", "const", "--recount"], {}
+    common, counts = (
+        ["--aa", "none", "--color-jitter", "0", "--reprob", "1", "--remode", "const", "--recount"],
+        {},
+    )
     for recount in (1, 4):
-        counts[recount] = [areas((image == 0).all(0)) for image in augmented(*common, recount, count=40)]
+        counts[recount] = [
+            areas((image == 0).all(0)) for image in augmented(*common, recount, count=40)
+        ]
     assert set(counts[1]) == {1}
     assert {2, 3} <= set(counts[4]) <= {1, 2, 3, 4}
 
@@ -514,7 +695,9 @@ def test_resplit_does_nothing_as_in_deit():
 def test_eval_crop_ratio_is_the_part_of_the_image_that_is_seen():
     image = Image.new("RGB", (100, 100))
     image.paste((255, 255, 255), (10, 10, 90, 90))  # white but for a frame of a tenth
-    inside = build_transform(False, options("--input-size", "40", "--eval-crop-ratio", "0.5"))(image)
+    inside = build_transform(False, options("--input-size", "40", "--eval-crop-ratio", "0.5"))(
+        image
+    )
     whole = build_transform(False, options("--input-size", "40", "--eval-crop-ratio", "1"))(image)
     assert inside.min() > 2
     assert whole.min() < -1

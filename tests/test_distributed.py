@@ -22,24 +22,69 @@ PLAIN = ["--drop-path", "0", "--reprob", "0", "--mixup", "0", "--cutmix", "0", "
 
 
 SGD = [*PLAIN, "--opt", "sgd", "--lr", "0.1", "--unscale-lr", "--smoothing", "0"]
-DISTILLED = ["--model", "deit_tiny_distilled_patch16_224", "--input-size", "32", "--distillation-type", "soft",
-             "--distillation-tau", "2", "--teacher-model", "resnet10t", "--teacher-path", "TEACHER"]
+DISTILLED = [
+    "--model",
+    "deit_tiny_distilled_patch16_224",
+    "--input-size",
+    "32",
+    "--distillation-type",
+    "soft",
+    "--distillation-tau",
+    "2",
+    "--teacher-model",
+    "resnet10t",
+    "--teacher-path",
+    "TEACHER",
+]
 DENSE_TEACHER = ["--pretrained", "--dense-teacher", "0.5", "--distillation-tau", "2"]
 #: The flags of one process, and of each of two that make the same steps.
 SAME_STEPS = {
     "plain": (["--batch-size", "16"], ["--batch-size", "8"]),
-    "accumulated": (["--batch-size", "8", "--accum-iter", "4"], ["--batch-size", "4", "--accum-iter", "4"]),
+    "accumulated": (
+        ["--batch-size", "8", "--accum-iter", "4"],
+        ["--batch-size", "4", "--accum-iter", "4"],
+    ),
     "distillation": (["--batch-size", "16", *DISTILLED], ["--batch-size", "8", *DISTILLED]),
-    "dense-teacher": (["--batch-size", "16", *DENSE_TEACHER], ["--batch-size", "8", *DENSE_TEACHER]),
+    "dense-teacher": (
+        ["--batch-size", "16", *DENSE_TEACHER],
+        ["--batch-size", "8", *DENSE_TEACHER],
+    ),
     "co-distillation": (["--batch-size", "16", "--cosub"], ["--batch-size", "8", "--cosub"]),
     "attn-only": (["--batch-size", "16", "--attn-only"], ["--batch-size", "8", "--attn-only"]),
-    **{schedule: (["--batch-size", "16", *flags], ["--batch-size", "8", *flags]) for schedule, flags in (
-        (name, ["--epochs", "2", "--prune-schedule", name, *more]) for name, more in (
-            ("rigl", ["--prune-every", "1"]), ("set", ["--prune-every", "1"]), ("gradual", ["--prune-every", "1"]),
-            ("sr-ste", ["--prune-every", "1"]), ("maskllm", ["--pattern", "x:4", "--mask-lr", "0.1"])))},
+    **{
+        schedule: (["--batch-size", "16", *flags], ["--batch-size", "8", *flags])
+        for schedule, flags in (
+            (name, ["--epochs", "2", "--prune-schedule", name, *more])
+            for name, more in (
+                ("rigl", ["--prune-every", "1"]),
+                ("set", ["--prune-every", "1"]),
+                ("gradual", ["--prune-every", "1"]),
+                ("sr-ste", ["--prune-every", "1"]),
+                ("maskllm", ["--pattern", "x:4", "--mask-lr", "0.1"]),
+            )
+        )
+    },
 }
-RECONSTRUCTED = ["--calibration-images", "48", "--prune-schedule", "iterative", "--prune-rounds", "2", "--opt", "sgd",
-                 "--lr", "1e-3", "--drop-path", "0", "--reprob", "0", "--mixup", "0", "--cutmix", "0"]
+RECONSTRUCTED = [
+    "--calibration-images",
+    "48",
+    "--prune-schedule",
+    "iterative",
+    "--prune-rounds",
+    "2",
+    "--opt",
+    "sgd",
+    "--lr",
+    "1e-3",
+    "--drop-path",
+    "0",
+    "--reprob",
+    "0",
+    "--mixup",
+    "0",
+    "--cutmix",
+    "0",
+]
 TAYLOR = ["--eval", "--score", "taylor", "--calibration-images", "48"]
 
 
@@ -49,20 +94,40 @@ def with_teacher(flags, folder):
 
 @pytest.fixture(scope="session")
 def pair(once, tiny):
-    """The folder with a run of two processes for each of SAME_STEPS, three that calibrate and two that evaluate."""
+    """The folder with a run of two processes for each of SAME_STEPS, three that calibrate and two
+    that evaluate.
+    """
+
     def make(folder):
         torch.manual_seed(0)
-        torch.save({"model": timm.create_model("resnet10t", num_classes=10).state_dict()}, folder / "teacher.pth")
-        runs = {name: [*tiny, *LAMP, *SGD, *with_teacher(two, folder), "--output_dir", str(folder / name)]
-                for name, (_, two) in SAME_STEPS.items()}
+        torch.save(
+            {"model": timm.create_model("resnet10t", num_classes=10).state_dict()},
+            folder / "teacher.pth",
+        )
+        runs = {
+            name: [
+                *tiny,
+                *LAMP,
+                *SGD,
+                *with_teacher(two, folder),
+                "--output_dir",
+                str(folder / name),
+            ]
+            for name, (_, two) in SAME_STEPS.items()
+        }
         runs["taylor"] = [*tiny, *LAMP, *TAYLOR]
-        runs |= {method: [*tiny, *LAMP, *RECONSTRUCTED, "--batch-size", "8", "--reconstruct", method]
-                 for method in ("obs", "obs-mask")}
+        runs |= {
+            method: [*tiny, *LAMP, *RECONSTRUCTED, "--batch-size", "8", "--reconstruct", method]
+            for method in ("obs", "obs-mask")
+        }
         runs["permuted"] = [*tiny, *PERMUTED, "--eval"]
         runs["evaluation"] = [*tiny, *LAMP, "--eval", "--dist-eval"]
         (folder / "runs.json").write_text(json.dumps(runs))
-        result = start_main(folder, cwd=folder, processes=2, script=ROOT / "tests" / "two_processes.py")
+        result = start_main(
+            folder, cwd=folder, processes=2, script=ROOT / "tests" / "two_processes.py"
+        )
         assert result.returncode == 0, result.stderr
+
     return once("pair", make)
 
 
@@ -106,43 +171,57 @@ def test_two_processes_train_as_one_with_twice_the_batch(pair, tiny, run_main, t
     changes = {"rigl": 4, "set": 4, "gradual": 5, "sr-ste": 5, "maskllm": 6}.get(name, 1)
     assert len(had) == len(first) == len(second) == changes
     assert [different(*masks) for masks in zip(first, second, strict=True)] == [0] * changes
-    # Sums in another order are rounded otherwise, and of weights as good as equal another may be kept.
+    # Sums in another order are rounded otherwise, and of weights as good as equal another may be
+    # kept.
     most = 0 if changes == 1 else 30
     assert max(different(*masks) for masks in zip(had, first, strict=True)) <= most
     assert one["step"] == two["step"]
     for kind in ("model", "model_ema"):
         for key, weight in one[kind].items():
-            mask = unpack(one["masks"]).get(key, torch.ones(())) * unpack(two["masks"]).get(key, torch.ones(()))
+            mask = unpack(one["masks"]).get(key, torch.ones(())) * unpack(two["masks"]).get(
+                key, torch.ones(())
+            )
             torch.testing.assert_close(two[kind][key] * mask, weight * mask, atol=1e-5, rtol=1e-3)
     assert (pair / name / "printed0.txt").read_text().count("Max accuracy") == two["epoch"] + 1
     assert (pair / name / "printed1.txt").read_text() == ""
 
 
-def test_masks_by_a_score_that_looks_at_data_are_the_same_with_one_process_and_two(pair, tiny, run_main, had):
+def test_masks_by_a_score_that_looks_at_data_are_the_same_with_one_process_and_two(
+    pair, tiny, run_main, had
+):
     run_main(*tiny, *LAMP, *TAYLOR)
     run_main(*tiny, *LAMP, "--eval")
     taylor, magnitude = had
     for rank in range(2):
-        masks, = read(pair / "taylor" / f"masks{rank}.pth")
+        (masks,) = read(pair / "taylor" / f"masks{rank}.pth")
         assert different(taylor, masks) == 0
     assert different(taylor, magnitude) > 0
 
 
 @pytest.mark.parametrize("method", ["obs", "obs-mask"])
-def test_masks_by_a_reconstruction_are_the_same_with_one_process_and_two(pair, tiny, run_main, had, method):
+def test_masks_by_a_reconstruction_are_the_same_with_one_process_and_two(
+    pair, tiny, run_main, had, method
+):
     run_main(*tiny, *LAMP, *RECONSTRUCTED, "--batch-size", "16", "--reconstruct", method)
     run_main(*tiny, *LAMP, "--prune-schedule", "iterative", "--prune-rounds", "2")
-    masks, weights = ([read(pair / method / f"{kind}{rank}.pth") for rank in range(2)] for kind in ("masks", "weights"))
+    masks, weights = (
+        [read(pair / method / f"{kind}{rank}.pth") for rank in range(2)]
+        for kind in ("masks", "weights")
+    )
     first, second, magnitude = had[:3]
     assert [different(*both) for both in zip(*masks, strict=True)] == [0, 0]
     for one, other in zip(*weights, strict=True):
         assert all(torch.equal(weight, other[name]) for name, weight in one.items())
     assert len(weights[0]) == 2
-    # Sums of other batches are rounded otherwise, and of weights as good as equal another may be kept; with `obs` all
-    # that is behind it then differs. Half of the images would change 20,892 and 34,190 with `obs`, 0 and 8,804 without.
+    # Sums of other batches are rounded otherwise, and of weights as good as equal another may be
+    # kept; with `obs` all that is behind it then differs. Half of the images would change 20,892
+    # and 34,190 with `obs`, 0 and 8,804 without.
     most = {"obs": (5000, 25000), "obs-mask": (0, 200)}[method]
     assert different(first, masks[0][0]) <= most[0] and different(second, masks[0][1]) <= most[1]
-    block = [{name: mask for name, mask in chosen.items() if "blocks.0." in name} for chosen in (first, masks[0][0])]
+    block = [
+        {name: mask for name, mask in chosen.items() if "blocks.0." in name}
+        for chosen in (first, masks[0][0])
+    ]
     assert len(block[0]) == 4 and different(*block) <= (20 if method == "obs" else 0)
     assert (different(first, magnitude) > 1000) == (method == "obs")
 
@@ -153,7 +232,9 @@ def test_two_processes_permute_as_one(pair, tiny, run_main, had, monkeypatch):
     run_main(*tiny, *PERMUTED, "--eval")
     assert len(had) == len(permuted) == 1
     for rank in range(2):
-        masks, weights = (read(pair / "permuted" / f"{kind}{rank}.pth") for kind in ("masks", "weights"))
+        masks, weights = (
+            read(pair / "permuted" / f"{kind}{rank}.pth") for kind in ("masks", "weights")
+        )
         assert [different(*both) for both in zip(had, masks, strict=True)] == [0]
         assert [different(*both) for both in zip(permuted, weights, strict=True)] == [0]
 
@@ -174,15 +255,27 @@ def test_a_mistake_under_torchrun_ends_every_process_and_is_told_once(tmp_path):
         result = start_main(*flags, cwd=tmp_path, processes=2)
         assert result.returncode != 0
         assert result.stderr.count("error: ") == 1, result.stderr
-        assert "main.py\", line" not in result.stderr
+        assert 'main.py", line' not in result.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_processes_meet_at_the_dist_url(tmp_path, tiny):
-    """Without torchrun: each process is told its rank by the environment, and meets the other at a file."""
+    """Without torchrun: each process is told its rank by the environment, and meets the other at a
+    file.
+    """
+
     def start(rank):
-        return start_main(*tiny, "--eval", "--distributed", "--world_size", "2", "--dist_url", f"file://{tmp_path}/meet",
-                          cwd=tmp_path, env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)})
+        return start_main(
+            *tiny,
+            "--eval",
+            "--distributed",
+            "--world_size",
+            "2",
+            "--dist_url",
+            f"file://{tmp_path}/meet",
+            cwd=tmp_path,
+            env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
+        )
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(start, range(2))
@@ -192,17 +285,30 @@ def test_processes_meet_at_the_dist_url(tmp_path, tiny):
 
 
 def test_two_machines_train_together(tmp_path, tiny):
-    """Two agents of torchrun, here on one machine, each with one process: the batch of 16 is theirs together."""
+    """Two agents of torchrun, here on one machine, each with one process: the batch of 16 is theirs
+    together.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
 
     def start(_):
-        return start_main(*tiny, *LAMP, "--batch-size", "8", "--output_dir", "out", cwd=tmp_path, processes=1,
-                          nodes=("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"))
+        return start_main(
+            *tiny,
+            *LAMP,
+            "--batch-size",
+            "8",
+            "--output_dir",
+            "out",
+            cwd=tmp_path,
+            processes=1,
+            nodes=("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"),
+        )
 
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(start, range(2)))
-    assert [result.returncode for result in results] == [0, 0], results[0].stderr + results[1].stderr
+    assert [result.returncode for result in results] == [0, 0], (
+        results[0].stderr + results[1].stderr
+    )
     assert sorted("2 process(es)" in result.stdout for result in results) == [False, True]
     assert torch.load(tmp_path / "out/checkpoint.pth", weights_only=True)["step"] == 3

@@ -1,4 +1,6 @@
-"""README and docs/: links lead somewhere, every page can be reached, and the examples of docs/house.md run."""
+"""README and docs/: links lead somewhere, every page can be reached, and the examples of
+docs/house.md run.
+"""
 
 import importlib
 import re
@@ -65,9 +67,14 @@ def test_the_readme_is_short():
 def test_the_flags_and_files_that_commands_name_exist(page):
     """Of commands over one or more lines, in pages and in the headers of recipes."""
     flags = {*get_args_parser()._option_string_actions}
-    known = {"main.py": flags, "sweep.py": flags | {*re.findall(r'"(--[\w-]+)"', (ROOT / "sweep.py").read_text())}}
+    known = {
+        "main.py": flags,
+        "sweep.py": flags | {*re.findall(r'"(--[\w-]+)"', (ROOT / "sweep.py").read_text())},
+    }
     text = re.sub(r"\\\n#?\s*", "", page.read_text())
-    for script, command in re.findall(r"^#? {4}.*?(?<![\w/])(main\.py|sweep\.py) (.*)$", text, re.MULTILINE):
+    for script, command in re.findall(
+        r"^#? {4}.*?(?<![\w/])(main\.py|sweep\.py) (.*)$", text, re.MULTILINE
+    ):
         command = command.partition(" #")[0]
         assert {*re.findall(r"(?<!\S)--[\w-]+", command)} <= known[script], command
         for path in re.findall(r"configs/\S+\.yaml", command):
@@ -75,7 +82,9 @@ def test_the_flags_and_files_that_commands_name_exist(page):
 
 
 def test_every_file_of_the_project_has_a_line_in_the_house():
-    files = {path.name for folder in (ROOT, ROOT / "sparsity_factory") for path in folder.glob("*.py")}
+    files = {
+        path.name for folder in (ROOT, ROOT / "sparsity_factory") for path in folder.glob("*.py")
+    }
     missing = files - {"__init__.py", *re.findall(r"`(\w+\.py)`", HOUSE)}
     assert not missing, "each expects a line in docs/house.md"
 
@@ -84,7 +93,9 @@ def test_every_file_of_the_project_has_a_line_in_the_house():
 
 
 def with_diff(text: str, hunk: str) -> str:
-    """The text of a file with a hunk applied: `...` stands for whatever is in its place, lines may break elsewhere."""
+    """The text of a file with a hunk applied: `...` stands for whatever is in its place, lines may
+    break elsewhere.
+    """
     old = [line[1:] for line in hunk.splitlines() if line[:1] in (" ", "-")]
     parts = [re.sub(r"(?:\\\s)+", r"\\s+", re.escape(part)) for part in "\n".join(old).split("...")]
     pattern = "(.*?)".join(parts)
@@ -93,7 +104,7 @@ def with_diff(text: str, hunk: str) -> str:
     there = iter(places[0].groups())
     new = [line[1:] for line in hunk.splitlines() if line[:1] in (" ", "+")]
     new = re.sub(r"\.\.\.", lambda _: next(there).rstrip(", "), "\n".join(new))
-    return text[:places[0].start()] + new + text[places[0].end():]
+    return text[: places[0].start()] + new + text[places[0].end() :]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +112,9 @@ def factory(tmp_path_factory):
     """`sparsity_factory` with all diffs of the page applied, under another name."""
     folder = tmp_path_factory.mktemp("house")
     package = folder / "factory_of_the_page"
-    shutil.copytree(ROOT / "sparsity_factory", package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "sparsity_factory", package, ignore=shutil.ignore_patterns("__pycache__")
+    )
     for diff in re.findall(r"^```diff\n(.*?)^```$", HOUSE, re.DOTALL | re.MULTILINE):
         for part in re.split(r"^--- sparsity_factory/", diff, flags=re.MULTILINE)[1:]:
             name, _, hunk = part.partition("\n")
@@ -120,10 +133,14 @@ def train_step(model, sparsifier) -> None:
     sparsifier.end_step()
 
 
-EXAMPLES = re.findall(r"^### (.*?)$.*?^```diff\n(.*?)^```$.*?^```python\n(.*?)^```$", HOUSE, re.DOTALL | re.MULTILINE)
+EXAMPLES = re.findall(
+    r"^### (.*?)$.*?^```diff\n(.*?)^```$.*?^```python\n(.*?)^```$", HOUSE, re.DOTALL | re.MULTILINE
+)
 
 
-@pytest.mark.parametrize("diff, code", [example[1:] for example in EXAMPLES], ids=[example[0] for example in EXAMPLES])
+@pytest.mark.parametrize(
+    "diff, code", [example[1:] for example in EXAMPLES], ids=[example[0] for example in EXAMPLES]
+)
 def test_an_example_of_the_page_does_what_the_page_says(factory, diff, code):
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(3)), torch.nn.ReLU())
@@ -139,12 +156,20 @@ def test_the_examples_of_the_page_are_in_the_menu(factory):
     text = importlib.import_module(f"{factory.__name__}.menu").menu()
     for name in ("relative", "taper", "outputs:N", "late"):
         assert re.search(rf"^{name}  ", text, re.MULTILINE), name
-    assert [example[0] for example in EXAMPLES] == ["A score", "An allocation", "A pattern", "A schedule"]
+    assert [example[0] for example in EXAMPLES] == [
+        "A score",
+        "An allocation",
+        "A pattern",
+        "A schedule",
+    ]
 
 
 def test_constraints_hold_an_exact_version_in_its_range_for_all_that_is_required():
-    lines = [line.partition("#")[0].strip() for name in ("requirements.txt", "requirements-dev.txt")
-             for line in (ROOT / name).read_text().splitlines()]
+    lines = [
+        line.partition("#")[0].strip()
+        for name in ("requirements.txt", "requirements-dev.txt")
+        for line in (ROOT / name).read_text().splitlines()
+    ]
     required = [Requirement(line) for line in lines if line and not line.startswith("-r")]
     exact = {}
     for line in (ROOT / "constraints.txt").read_text().splitlines():

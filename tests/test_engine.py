@@ -18,7 +18,15 @@ import utils
 from augment import BatchTransform
 from engine import Learner, Progress, StepOptions, evaluate, train_one_epoch
 from losses import CosubLoss, DistillationLoss
-from sparsity_factory import SCHEDULES, Masks, Recipe, Sparsifier, check_masks, compute_masks, prunable_weights
+from sparsity_factory import (
+    SCHEDULES,
+    Masks,
+    Recipe,
+    Sparsifier,
+    check_masks,
+    compute_masks,
+    prunable_weights,
+)
 from trainer.epochs import distribute
 from trainer.training_state import NEWTON_SCHULZ, choose_muon_dtype
 from utils import Compute, DivergedError
@@ -29,14 +37,26 @@ PLAIN = DistillationLoss(torch.nn.CrossEntropyLoss())
 
 def tiny_vit(classes=10, drop_path=0.0):
     torch.manual_seed(0)
-    return timm.create_model("deit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=2,
-                             num_classes=classes, drop_path_rate=drop_path)
+    return timm.create_model(
+        "deit_tiny_patch16_224",
+        img_size=32,
+        embed_dim=24,
+        depth=2,
+        num_heads=2,
+        num_classes=classes,
+        drop_path_rate=drop_path,
+    )
 
 
 def batches(count, size=8, classes=10):
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(size, 3, 32, 32, generator=generator),
-             torch.randint(classes, (size,), generator=generator)) for _ in range(count)]
+    return [
+        (
+            torch.randn(size, 3, 32, 32, generator=generator),
+            torch.randint(classes, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
 
 
 def adamw(model):
@@ -57,37 +77,65 @@ def weights_of(model):
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
-def train(network, loader, optimizer, *, criterion=PLAIN, compute=CPU, progress=None, after_step=None, masks=None,
-          sparsifier=None, ema=None, scaler=None, **options):
+def train(
+    network,
+    loader,
+    optimizer,
+    *,
+    criterion=PLAIN,
+    compute=CPU,
+    progress=None,
+    after_step=None,
+    masks=None,
+    sparsifier=None,
+    ema=None,
+    scaler=None,
+    **options,
+):
     learner = Learner(network, optimizer, ema=ema)
-    learner.sparsifier = sparsifier or Sparsifier(learner.model, Recipe(), total_steps=99, epoch_steps=9, masks=masks)
+    learner.sparsifier = sparsifier or Sparsifier(
+        learner.model, Recipe(), total_steps=99, epoch_steps=9, masks=masks
+    )
     learner.scaler = scaler or learner.scaler
-    return train_one_epoch(learner, StepOptions(criterion, compute, **options), loader, progress or Progress(),
-                           after_step=after_step)
+    return train_one_epoch(
+        learner,
+        StepOptions(criterion, compute, **options),
+        loader,
+        progress or Progress(),
+        after_step=after_step,
+    )
 
 
 def test_training_lowers_the_loss():
     model, loader = tiny_vit(), batches(4)
     optimizer = adamw(model)
-    losses = [train(model, loader, optimizer, progress=Progress(epoch=epoch))["loss"]
-              for epoch in range(5)]
+    losses = [
+        train(model, loader, optimizer, progress=Progress(epoch=epoch))["loss"]
+        for epoch in range(5)
+    ]
     assert losses[-1] < losses[0] - 0.5
 
 
 def test_masked_training_follows_the_reparametrised_network():
-    """Same masks, data and drop path: AdamW, weight decay, clipping and EMA see what they would with weight * mask."""
+    """Same masks, data and drop path: AdamW, weight decay, clipping and EMA see what they would
+    with weight * mask.
+    """
     ours, theirs = tiny_vit(drop_path=0.3), tiny_vit(drop_path=0.3)
     chosen = compute_masks(ours, "lamp", 0.7)
     for name, mask in chosen.items():
         prune.custom_from_mask(theirs.get_submodule(name.removesuffix(".weight")), "weight", mask)
     ema = ModelEmaV3(ours, decay=0.9)
     Masks(ema.module, chosen)
-    train(ours, batches(12), adamw(ours), progress=Progress(5), masks=chosen, ema=ema, clip_grad=0.5)
+    train(
+        ours, batches(12), adamw(ours), progress=Progress(5), masks=chosen, ema=ema, clip_grad=0.5
+    )
     train(theirs, batches(12), adamw(theirs), progress=Progress(5), clip_grad=0.5)
     averaged = dict(ema.module.named_parameters())
     for name, weight in prunable_weights(ours).items():
         layer = theirs.get_submodule(name.removesuffix(".weight"))
-        torch.testing.assert_close(weight, layer.weight_orig * layer.weight_mask, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            weight, layer.weight_orig * layer.weight_mask, atol=1e-5, rtol=1e-4
+        )
         assert not weight[~chosen[name]].any()
         assert not averaged[name][~chosen[name]].any()
         assert averaged[name].count_nonzero() == chosen[name].sum()
@@ -121,8 +169,12 @@ def test_co_distillation_gives_the_network_each_image_twice_and_the_two_passes_l
         first, second = theirs(torch.cat([images, images])).chunk(2)
         assert not torch.equal(first, second)
         wanted = torch.nn.functional.one_hot(targets, 10).float()
-        pairs = ((first, wanted), (second, wanted), (first, second.detach().sigmoid()),
-                 (second, first.detach().sigmoid()))
+        pairs = (
+            (first, wanted),
+            (second, wanted),
+            (first, second.detach().sigmoid()),
+            (second, first.detach().sigmoid()),
+        )
         losses = [torch.nn.functional.binary_cross_entropy_with_logits(*pair) for pair in pairs]
         optimizer.zero_grad()
         (sum(losses) / 4).backward()
@@ -153,11 +205,18 @@ def test_train_mode_off_turns_drop_path_off():
 def test_accumulated_batches_make_the_steps_of_whole_ones_also_at_the_end_of_an_epoch():
     images, targets = batches(1, 24)[0]
     weights, steps = [], []
-    for size, accum_iter in ((8, 2), (16, 1)):  # two steps either way, the second of 8 images only
+    # Two steps either way, the second of 8 images only
+    for size, accum_iter in ((8, 2), (16, 1)):
         model, progress = tiny_vit(), Progress()
         loader = list(zip(images.split(size), targets.split(size), strict=True))
-        train(model, loader, sgd(model), progress=progress, accum_iter=accum_iter,
-              after_step=lambda progress=progress: steps.append((progress.step, progress.images)))
+        train(
+            model,
+            loader,
+            sgd(model),
+            progress=progress,
+            accum_iter=accum_iter,
+            after_step=lambda progress=progress: steps.append((progress.step, progress.images)),
+        )
         weights.append(weights_of(model))
     assert steps == [(1, 16), (2, 24)] * 2
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
@@ -165,26 +224,40 @@ def test_accumulated_batches_make_the_steps_of_whole_ones_also_at_the_end_of_an_
 
 @pytest.mark.parametrize("schedule", ["one-shot", "sr-ste"])
 @pytest.mark.parametrize("clip_grad", [None, 0.5])
-def test_the_scale_of_the_loss_changes_no_step_and_gradients_are_clipped_without_it(schedule, clip_grad):
+def test_the_scale_of_the_loss_changes_no_step_and_gradients_are_clipped_without_it(
+    schedule, clip_grad
+):
     decay, weights = {"sr_decay": 5.0} if schedule == "sr-ste" else {}, []
     for scale in (None, 2.0**20):
         model, scaler = tiny_vit(), scale and torch.amp.GradScaler("cpu", init_scale=scale)
-        sparsifier = Sparsifier(model, Recipe("unif", 0.5, prune_schedule=schedule, **decay), total_steps=9,
-                                epoch_steps=3)
+        sparsifier = Sparsifier(
+            model,
+            Recipe("unif", 0.5, prune_schedule=schedule, **decay),
+            total_steps=9,
+            epoch_steps=3,
+        )
         sparsifier.start()
-        train(model, batches(3), sgd(model), sparsifier=sparsifier, scaler=scaler, clip_grad=clip_grad)
+        train(
+            model, batches(3), sgd(model), sparsifier=sparsifier, scaler=scaler, clip_grad=clip_grad
+        )
         hidden = [values.flatten() for values in sparsifier.state_dict()["hidden"].values()]
         weights.append(torch.cat([weights_of(model), *hidden]))
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-7)
 
 
 def test_a_step_that_overflows_in_float16_is_skipped_and_changes_masks_with_the_next_one():
-    # The scale is 2^8 in steps 0 and 2, and in step 1, whose masks are due to change, so large that gradients overflow.
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1, growth_factor=2.0**40,
-                                  backoff_factor=2.0**-40)
+    # The scale is 2^8 in steps 0 and 2, and in step 1, whose masks are due to change, so large that
+    # gradients overflow.
+    scaler = torch.amp.GradScaler(
+        "cpu", init_scale=2.0**8, growth_interval=1, growth_factor=2.0**40, backoff_factor=2.0**-40
+    )
     model, seen = tiny_vit(), []
-    sparsifier = Sparsifier(model, Recipe("unif", 0.5, prune_schedule="rigl", prune_every=1), total_steps=9,
-                            epoch_steps=9)
+    sparsifier = Sparsifier(
+        model,
+        Recipe("unif", 0.5, prune_schedule="rigl", prune_every=1),
+        total_steps=9,
+        epoch_steps=9,
+    )
     sparsifier.start()
     optimizer = sgd(model)
     sparsifier.attach(optimizer)
@@ -193,8 +266,16 @@ def test_a_step_that_overflows_in_float16_is_skipped_and_changes_masks_with_the_
         masks = torch.cat([mask.flatten() for mask in sparsifier.masks.masks.values()])
         seen.append((scaler.get_scale(), weights_of(model), masks))
 
-    train(model, batches(3), optimizer, sparsifier=sparsifier, scaler=scaler, compute=Compute(CPU.device, torch.float16), clip_grad=1.0,
-          after_step=after_step)
+    train(
+        model,
+        batches(3),
+        optimizer,
+        sparsifier=sparsifier,
+        scaler=scaler,
+        compute=Compute(CPU.device, torch.float16),
+        clip_grad=1.0,
+        after_step=after_step,
+    )
     scales, weights, masks = zip(*seen, strict=True)
     assert scales == (2.0**48, 2.0**8, 2.0**48)
     assert torch.equal(weights[0], weights[1]) and torch.equal(masks[0], masks[1])
@@ -224,13 +305,17 @@ def test_pruned_weights_are_zero_after_every_step_of_an_optimizer_that_moves_the
 
 @pytest.mark.parametrize(("native", "bound"), [(torch.bfloat16, 0.1), (None, 1e-5)])
 def test_muon_computes_in_float32_unless_the_device_has_bfloat16(native, bound, monkeypatch):
-    monkeypatch.setattr(utils, "choose_amp", lambda name, device: native)  # as another processor has it
-    monkeypatch.setattr(timm.optim.muon, "zeropower_via_newtonschulz", NEWTON_SCHULZ)  # and the old one afterwards
+    # As another processor has it
+    monkeypatch.setattr(utils, "choose_amp", lambda name, device: native)
+    # And the old one afterwards
+    monkeypatch.setattr(timm.optim.muon, "zeropower_via_newtonschulz", NEWTON_SCHULZ)
     choose_muon_dtype(CPU.device)
     weight = torch.nn.Parameter(torch.zeros(8, 16))
     weight.grad = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
     a, b, c = 3.4445, -4.775, 2.0315
-    timm.optim.Muon([weight], lr=1.0, momentum=0.0, adjust_lr_fn=None, ns_coefficients=(a, b, c)).step()
+    timm.optim.Muon(
+        [weight], lr=1.0, momentum=0.0, adjust_lr_fn=None, ns_coefficients=(a, b, c)
+    ).step()
 
     expected = weight.grad.double() / weight.grad.double().norm()
     for _ in range(5):
@@ -241,7 +326,9 @@ def test_muon_computes_in_float32_unless_the_device_has_bfloat16(native, bound, 
 
 
 def test_processes_exchange_gradients_once_a_step(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
+    )
     try:
         model, exchanges = DistributedDataParallel(tiny_vit()), []
 
@@ -268,7 +355,9 @@ class WithBatchNorm(torch.nn.Module):
 
 
 def test_distributing_a_model_leaves_its_statistics_and_gradients_as_they_were(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
+    )
     try:
         model = WithBatchNorm().eval()
         before = copy.deepcopy(model.state_dict())
@@ -281,9 +370,11 @@ def test_distributing_a_model_leaves_its_statistics_and_gradients_as_they_were(t
 
 
 class HostReads(TorchDispatchMode):
-    """Counts what reads a number from the meta device, and gives it 1. Other copies to the CPU fail by themselves.
+    """Counts what reads a number from the meta device, and gives it 1. Other copies to the CPU fail
+    by themselves.
 
-    The meta device stands for a GPU: whatever would wait for the one has no data to wait for on the other.
+    The meta device stands for a GPU: whatever would wait for the one has no data to wait for on the
+    other.
     """
 
     count = 0
@@ -305,25 +396,46 @@ def meta(monkeypatch):
 
 def test_no_training_step_waits_for_the_device_but_those_with_a_log_line(meta):
     model = tiny_vit(drop_path=0.1).to(meta)
-    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in prunable_weights(model).items()}
+    masks = {
+        name: torch.ones_like(weight, dtype=torch.bool)
+        for name, weight in prunable_weights(model).items()
+    }
     ema, reads = ModelEmaV3(tiny_vit()), []
     ema.module.to(meta)
-    transform = BatchTransform(meta, RandomErasing(1.0, mode="pixel", device=meta), Mixup(0.8, 1.0, num_classes=10))
+    transform = BatchTransform(
+        meta, RandomErasing(1.0, mode="pixel", device=meta), Mixup(0.8, 1.0, num_classes=10)
+    )
     loader = [(images.byte(), targets) for images, targets in batches(25)]
     with HostReads() as host:
-        train(model, loader, adamw(model), criterion=DistillationLoss(SoftTargetCrossEntropy()), compute=Compute(meta),
-              batch_transform=transform, masks=masks, ema=ema, clip_grad=1.0,
-              after_step=lambda: reads.append(host.count))
+        train(
+            model,
+            loader,
+            adamw(model),
+            criterion=DistillationLoss(SoftTargetCrossEntropy()),
+            compute=Compute(meta),
+            batch_transform=transform,
+            masks=masks,
+            ema=ema,
+            clip_grad=1.0,
+            after_step=lambda: reads.append(host.count),
+        )
     # A line is logged after steps 0, 10 and 20, and what it has read is counted with the next step.
     assert [step for step in range(1, 25) if reads[step] > reads[step - 1]] == [1, 11, 21]
 
 
-def test_no_batch_of_an_evaluation_waits_for_the_device_but_those_with_a_log_line(meta, monkeypatch):
+def test_no_batch_of_an_evaluation_waits_for_the_device_but_those_with_a_log_line(
+    meta, monkeypatch
+):
     # Where the mode counts, the sums at the end have no numbers either.
     monkeypatch.setattr(torch.Tensor, "tolist", lambda totals: [1.0] * len(totals))
     reads = []
     with HostReads() as host:
-        evaluate(batches(25), tiny_vit().to(meta), Compute(meta), after_batch=lambda: reads.append(host.count))
+        evaluate(
+            batches(25),
+            tiny_vit().to(meta),
+            Compute(meta),
+            after_batch=lambda: reads.append(host.count),
+        )
     assert [batch for batch in range(1, 25) if reads[batch] > reads[batch - 1]] == [1, 11, 21]
 
 
@@ -349,7 +461,9 @@ def test_evaluation_counts_every_image_once_whatever_the_last_batch(classes):
     top5 = logits.topk(min(5, classes)).indices
     assert stats["acc1"] == pytest.approx(100 * (logits.argmax(1) == targets).sum().item() / 23)
     assert stats["acc5"] == pytest.approx(100 * (top5 == targets[:, None]).any(1).sum().item() / 23)
-    assert stats["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
+    assert stats["loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-5
+    )
 
 
 def test_where_each_process_evaluates_for_itself_all_have_the_figures_of_the_first(monkeypatch):
@@ -359,9 +473,13 @@ def test_where_each_process_evaluates_for_itself_all_have_the_figures_of_the_fir
     monkeypatch.setattr(utils, "sum_over_processes", lambda totals: sent.append(totals) or totals)
     evaluate(loader, tiny_vit(), CPU)
     monkeypatch.setattr(utils, "is_main_process", lambda: False)
-    monkeypatch.setattr(utils, "sum_over_processes",
-                        lambda totals: [sum(pair) for pair in zip(sent[0], totals, strict=True)])
-    other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))  # another model, which counts otherwise
+    monkeypatch.setattr(
+        utils,
+        "sum_over_processes",
+        lambda totals: [sum(pair) for pair in zip(sent[0], totals, strict=True)],
+    )
+    # Another model, which counts otherwise
+    other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
     assert evaluate(loader, other, CPU) == first
 
 
@@ -379,8 +497,16 @@ def test_masked_training_on_a_gpu_keeps_pruned_weights_at_zero(amp_dtype):
     model = tiny_vit(drop_path=0.1).to(device)
     chosen = compute_masks(model, "lamp", 0.5)
     scaler = torch.amp.GradScaler("cuda", enabled=amp_dtype == torch.float16)
-    stats = train(model, batches(4), adamw(model), compute=Compute(device, amp_dtype), scaler=scaler, clip_grad=1.0,
-                  masks=chosen, ema=ModelEmaV3(model))
+    stats = train(
+        model,
+        batches(4),
+        adamw(model),
+        compute=Compute(device, amp_dtype),
+        scaler=scaler,
+        clip_grad=1.0,
+        masks=chosen,
+        ema=ModelEmaV3(model),
+    )
     assert stats["loss"] > 0
     for name, weight in prunable_weights(model).items():
         assert weight.device.type == "cuda"

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from sparsity_factory.k_largest import _k_largest_by_sorting, k_largest
 
-few_values = st.sampled_from([0.0, 1e-40, 0.5, 1.0, 1.001, 1.002, 3.0, 1e30])  # many ties, several in one bin
+# Many ties, several in one bin
+few_values = st.sampled_from([0.0, 1e-40, 0.5, 1.0, 1.001, 1.002, 3.0, 1e30])
 
 
 @settings(deadline=None)
@@ -16,7 +17,8 @@ def test_k_largest_keeps_the_k_largest_and_the_earlier_of_equals(values, data):
     best = sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
     for dtype in (torch.float32, torch.float64):
         score = torch.tensor(values, dtype=dtype)
-        for mask in (k_largest(score, k), _k_largest_by_sorting(score, k)):  # as on CPUs, and as on GPUs
+        # As on CPUs, and as on GPUs
+        for mask in (k_largest(score, k), _k_largest_by_sorting(score, k)):
             assert mask.nonzero().flatten().tolist() == sorted(best)
 
 
@@ -24,10 +26,18 @@ def test_k_largest_goes_row_major_through_a_transposed_score():
     score = torch.arange(12.0).view(3, 4).T
     assert not score.is_contiguous()
     assert torch.equal(k_largest(score, 5), score > 6)
-    assert k_largest(torch.ones(3, 4).T, 4).tolist() == [[True] * 3, [True, False, False], [False] * 3, [False] * 3]
+    assert k_largest(torch.ones(3, 4).T, 4).tolist() == [
+        [True] * 3,
+        [True, False, False],
+        [False] * 3,
+        [False] * 3,
+    ]
 
 
 def test_k_largest_of_many_scores_has_the_same_threshold_as_sorting():
-    score = torch.randn(1000, 700, generator=torch.Generator().manual_seed(0)).abs()  # several chunks
+    # Several chunks
+    score = torch.randn(1000, 700, generator=torch.Generator().manual_seed(0)).abs()
     k = 234_567
-    assert torch.equal(k_largest(score, k), score >= score.flatten().sort(descending=True).values[k - 1])
+    assert torch.equal(
+        k_largest(score, k), score >= score.flatten().sort(descending=True).values[k - 1]
+    )

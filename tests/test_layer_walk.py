@@ -30,14 +30,18 @@ def mlp():
 
 
 class Beside(nn.Module):
-    """Top-level layers beside blocks, called in another order than that of the model, one of them deep within."""
+    """Top-level layers beside blocks, called in another order than that of the model, one of them
+    deep within.
+    """
 
     def __init__(self):
         super().__init__()
         self.last = nn.Linear(6, 6)
         self.blocks = nn.ModuleList([nn.Sequential(nn.LayerNorm(6), mlp()) for _ in range(2)])
         self.first = nn.Linear(6, 6)
-        self.wrapped = nn.Sequential(nn.Sequential(nn.Identity(), nn.Sequential(nn.Linear(6, 6))), nn.Linear(6, 6))
+        self.wrapped = nn.Sequential(
+            nn.Sequential(nn.Identity(), nn.Sequential(nn.Linear(6, 6))), nn.Linear(6, 6)
+        )
 
     def forward(self, x):
         x = self.first(x)
@@ -53,7 +57,8 @@ class Shared(nn.Module):
         super().__init__()
         self.common = nn.Sequential(nn.Linear(6, 6), nn.GELU())
         self.block = nn.ModuleDict({"own": nn.Linear(6, 6), "other": nn.Linear(6, 6)})
-        self.block.forward = self.in_block  # an attribute of the module, which must be there again afterwards
+        # An attribute of the module, which must be there again afterwards
+        self.block.forward = self.in_block
         self.last = nn.Linear(6, 6)
 
     def in_block(self, x, again=False):
@@ -69,12 +74,20 @@ def small(name, size=32, **options):
 
 MODELS = {
     "deit": lambda: small("deit_tiny_patch16_224", depth=2, embed_dim=48, num_heads=3),
-    "deit distilled": lambda: small("deit_tiny_distilled_patch16_224", depth=2, embed_dim=48, num_heads=3),
+    "deit distilled": lambda: small(
+        "deit_tiny_distilled_patch16_224", depth=2, embed_dim=48, num_heads=3
+    ),
     "deit3": lambda: small("deit3_small_patch16_224", depth=2, embed_dim=48, num_heads=3),
     "cait": lambda: small("cait_xxs24_224", depth=2, embed_dim=48, num_heads=3),
-    "swin": lambda: small("swin_tiny_patch4_window7_224", 56, depths=(1, 2), num_heads=(2, 4), embed_dim=24),
-    "beit": lambda: small("beit_base_patch16_224", depth=2, embed_dim=48, num_heads=3),  # F.linear for queries and keys
-    "mixer": lambda: (MlpMixer(num_classes=10, img_size=32, num_blocks=2, embed_dim=48), (3, 32, 32)),
+    "swin": lambda: small(
+        "swin_tiny_patch4_window7_224", 56, depths=(1, 2), num_heads=(2, 4), embed_dim=24
+    ),
+    # F.linear for queries and keys
+    "beit": lambda: small("beit_base_patch16_224", depth=2, embed_dim=48, num_heads=3),
+    "mixer": lambda: (
+        MlpMixer(num_classes=10, img_size=32, num_blocks=2, embed_dim=48),
+        (3, 32, 32),
+    ),
     "plain": lambda: (nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 4)), (5, 6)),
     "deep": lambda: (nn.Sequential(nn.Sequential(*(nn.Linear(6, 6) for _ in range(12)))), (6,)),
     "direct": lambda: (Direct(), (6,)),
@@ -86,7 +99,8 @@ MODELS = {
 def made(name):
     torch.manual_seed(0)
     model, shape = MODELS[name]()
-    for parameter in model.parameters():  # layer scales, biases and tokens that begin at zero would hide mistakes
+    # Layer scales, biases and tokens that begin at zero would hide mistakes
+    for parameter in model.parameters():
         if parameter.dim() < 2 or not parameter.any():
             parameter.data.add_(0.3 * torch.randn_like(parameter))
     return model, [torch.randn(size, *shape) for size in (5, 5, 3)]
@@ -95,7 +109,9 @@ def made(name):
 def halve(model, name):
     """What a visit changes: about half of the weights go."""
     weight = model.get_parameter(name)
-    weight.mul_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(weight.numel())) < 0.5)
+    weight.mul_(
+        torch.rand(weight.shape, generator=torch.Generator().manual_seed(weight.numel())) < 0.5
+    )
 
 
 def next_in_turn(model, batches, pending):
@@ -106,10 +122,14 @@ def next_in_turn(model, batches, pending):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             kwargs = kwargs or {}
             if func is F.linear:
-                inputs, weight = (*args, *(kwargs[key] for key in ("input", "weight") if key in kwargs))[:2]
+                inputs, weight = (
+                    *args,
+                    *(kwargs[key] for key in ("input", "weight") if key in kwargs),
+                )[:2]
                 if name := names.get(id(weight)):
                     seen = found.setdefault(name, {})
-                    seen.setdefault(id(self), inputs.reshape(-1, inputs.shape[-1]))  # of its first use
+                    # Of its first use
+                    seen.setdefault(id(self), inputs.reshape(-1, inputs.shape[-1]))
             return func(*args, **kwargs)
 
     looks = [Look() for _ in batches]
@@ -165,16 +185,29 @@ def test_the_model_is_left_as_it_was(name):
     next(model.children()).eval()
 
     def state():
-        return [(module.training, {key: value for key, value in vars(module).items() if key == "forward"},
-                 len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
+        return [
+            (
+                module.training,
+                {key: value for key, value in vars(module).items() if key == "forward"},
+                len(module._forward_hooks),
+                len(module._forward_pre_hooks),
+            )
+            for module in model.modules()
+        ]
 
-    before, weights, threads = state(), {key: value.clone() for key, value in model.state_dict().items()}, \
-        threading.active_count()
+    before, weights, threads = (
+        state(),
+        {key: value.clone() for key, value in model.state_dict().items()},
+        threading.active_count(),
+    )
     visit_layers(model, batches, lambda layer, inputs: None)
     assert state() == before
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert threading.active_count() == threads
-    assert not nn.modules.module._global_forward_hooks and not nn.modules.module._global_forward_pre_hooks
+    assert (
+        not nn.modules.module._global_forward_hooks
+        and not nn.modules.module._global_forward_pre_hooks
+    )
 
 
 def test_the_model_may_be_used_during_a_visit():
@@ -192,24 +225,35 @@ class Counted(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.calls = Counter()
-        self.hooks = [module.register_forward_pre_hook(lambda module, args: self.calls.update([module]))
-                      for module in model.modules()]
+        self.hooks = [
+            module.register_forward_pre_hook(lambda module, args: self.calls.update([module]))
+            for module in model.modules()
+        ]
 
 
 @pytest.mark.parametrize("name, most", [("deit", 5), ("swin", 5), ("cait", 6), ("deep", 3)])
 def test_no_part_of_the_model_runs_once_for_each_layer(name, most):
-    """Per batch, and once more for the order: each layer when it is looked at and when it computes, those before it in
-    the same block as well, and what lies outside of blocks once."""
+    """Per batch, and once more for the order: each layer when it is looked at and when it computes,
+    those before it in the same block as well, and what lies outside of blocks once."""
     model, batches = made(name)
     counted = Counted(model)
     visit_layers(model, batches, lambda layer, inputs: None)
     assert max(counted.calls.values()) <= most * len(batches) + 1
     if name == "deit":
         for block in model.blocks:
-            calls = {block: 1, model.norm: 1, model.patch_embed.proj: 1, block.norm1: 5, block.attn.qkv: 5,
-                     block.attn.proj: 4, block.mlp.fc1: 3, block.mlp.fc2: 2}
+            calls = {
+                block: 1,
+                model.norm: 1,
+                model.patch_embed.proj: 1,
+                block.norm1: 5,
+                block.attn.qkv: 5,
+                block.attn.proj: 4,
+                block.mlp.fc1: 3,
+                block.mlp.fc2: 2,
+            }
             assert {part: counted.calls[part] for part in calls} == {
-                part: times * len(batches) + 1 for part, times in calls.items()}
+                part: times * len(batches) + 1 for part, times in calls.items()
+            }
 
 
 def test_under_autocast_later_layers_see_changed_weights():
@@ -218,6 +262,7 @@ def test_under_autocast_later_layers_see_changed_weights():
     model.eval()
     found, expected = [], []
     with torch.autocast("cpu", torch.bfloat16):
+
         def visit(layer, inputs):
             assert not torch.is_autocast_enabled("cpu")
             found.append(inputs.gram)
@@ -228,6 +273,7 @@ def test_under_autocast_later_layers_see_changed_weights():
         assert torch.is_autocast_enabled("cpu")
     model, batches = made("deit")
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+
         def visit_plainly(layer, inputs):
             assert inputs.dtype in (torch.bfloat16, torch.float32)
             inputs = inputs.double()
@@ -238,7 +284,9 @@ def test_under_autocast_later_layers_see_changed_weights():
         plain_walk(model, batches, visit_plainly)
     assert len(found) == len(expected) == 8
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other.double(), rtol=1e-2, atol=1e-2 * other.abs().max().item())
+        torch.testing.assert_close(
+            one, other.double(), rtol=1e-2, atol=1e-2 * other.abs().max().item()
+        )
 
 
 def test_shares_of_the_batches_add_up():
@@ -252,7 +300,12 @@ def test_shares_of_the_batches_add_up():
     for one, first, second in zip(whole, *parts, strict=True):
         torch.testing.assert_close(one.gram, first.gram + second.gram, rtol=1e-5, atol=1e-4)
     added = []
-    visit_layers(model, batches[:1], lambda layer, inputs: added.append(inputs), add_up=lambda total: total.mul_(2))
+    visit_layers(
+        model,
+        batches[:1],
+        lambda layer, inputs: added.append(inputs),
+        add_up=lambda total: total.mul_(2),
+    )
     for one, twice in zip(parts[0], added, strict=True):
         assert torch.equal(2 * one.gram, twice.gram) and torch.equal(2 * one.total, twice.total)
         assert 2 * one.tokens == twice.tokens and torch.equal(one.mean, twice.mean)
@@ -299,16 +352,26 @@ def pixel(value):
     return torch.full((2, 4), float(value))
 
 
-@pytest.mark.parametrize("batches, error, words", [
-    ([], PruningError, "no calibration images"),
-    ([pixel(1), pixel(0)], ValueError, "zero"), ([pixel(0), pixel(1)], ValueError, "zero"),
-    ([pixel(1), pixel(1), pixel(3)], ValueError, "three"), ([pixel(1), pixel(3), pixel(1)], ValueError, "three"),
-    ([pixel(1), pixel(2)], PruningError, "an order that depends on the images"),
-    ([pixel(2), pixel(1), pixel(1)], PruningError, "an order that depends on the images"),
-    ([pixel(1), pixel(4)], PruningError, "an order that depends on the images"),
-    ([pixel(1), pixel(4), pixel(1)], PruningError, "an order that depends on the images"),
-    ([pixel(4), pixel(4)], PruningError, "two.0.weight was used on none")],
-    ids=lambda value: "".join(str(int(batch[0, 0])) for batch in value) or "none" if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "batches, error, words",
+    [
+        ([], PruningError, "no calibration images"),
+        ([pixel(1), pixel(0)], ValueError, "zero"),
+        ([pixel(0), pixel(1)], ValueError, "zero"),
+        ([pixel(1), pixel(1), pixel(3)], ValueError, "three"),
+        ([pixel(1), pixel(3), pixel(1)], ValueError, "three"),
+        ([pixel(1), pixel(2)], PruningError, "an order that depends on the images"),
+        ([pixel(2), pixel(1), pixel(1)], PruningError, "an order that depends on the images"),
+        ([pixel(1), pixel(4)], PruningError, "an order that depends on the images"),
+        ([pixel(1), pixel(4), pixel(1)], PruningError, "an order that depends on the images"),
+        ([pixel(4), pixel(4)], PruningError, "two.0.weight was used on none"),
+    ],
+    ids=lambda value: (
+        "".join(str(int(batch[0, 0])) for batch in value) or "none"
+        if isinstance(value, list)
+        else ""
+    ),
+)
 def test_what_goes_wrong_ends_all_threads_and_leaves_the_model_as_it_was(batches, error, words):
     model, threads = Odd().train(), threading.active_count()
     del model.unused
@@ -316,7 +379,10 @@ def test_what_goes_wrong_ends_all_threads_and_leaves_the_model_as_it_was(batches
         visit_layers(model, batches, lambda layer, inputs: None)
     assert threading.active_count() == threads
     assert all(module.training and "forward" not in vars(module) for module in model.modules())
-    assert not nn.modules.module._global_forward_hooks and not nn.modules.module._global_forward_pre_hooks
+    assert (
+        not nn.modules.module._global_forward_hooks
+        and not nn.modules.module._global_forward_pre_hooks
+    )
 
 
 def test_an_error_of_a_visit_ends_all_threads():
@@ -328,7 +394,9 @@ def test_an_error_of_a_visit_ends_all_threads():
 
 
 def test_a_layer_that_no_image_reaches_is_named():
-    with pytest.raises(PruningError, match="^unused.weight was used on none of the calibration images"):
+    with pytest.raises(
+        PruningError, match="^unused.weight was used on none of the calibration images"
+    ):
         visit_layers(Odd(), [pixel(1)], lambda layer, inputs: None)
 
 
@@ -347,13 +415,18 @@ class Branch(nn.Module):
 
 
 def test_an_order_within_a_module_that_the_images_decide_is_an_error():
-    with pytest.raises(PruningError, match="the images decide whether part.(one|two).weight or part.(one|two).weight"):
+    with pytest.raises(
+        PruningError,
+        match="the images decide whether part.(one|two).weight or part.(one|two).weight",
+    ):
         visit_layers(Branch(), [pixel(1), pixel(-1)], lambda layer, inputs: None)
 
 
 @pytest.mark.parametrize("name", ["deit", "swin"])
 def test_a_model_beside_sees_the_same_images(name):
-    """The sums over what the changed model and its copy give a layer, each from the hooks of a plain pass."""
+    """The sums over what the changed model and its copy give a layer, each from the hooks of a
+    plain pass.
+    """
     model, batches = made(name)
     dense, found = copy.deepcopy(model), {}
 
@@ -364,7 +437,11 @@ def test_a_model_beside_sees_the_same_images(name):
     visit_layers(model, batches, visit, beside=dense)
     expected, others = [], []
     model, _ = made(name)
-    plain_walk(model, batches, lambda layer, inputs: (expected.append((layer, inputs.double())), halve(model, layer)))
+    plain_walk(
+        model,
+        batches,
+        lambda layer, inputs: (expected.append((layer, inputs.double())), halve(model, layer)),
+    )
     plain_walk(dense, batches, lambda layer, inputs: others.append(inputs.double()))
     for (layer, inputs), other in zip(expected, others, strict=True):
         torch.testing.assert_close(found[layer].cross, inputs.T @ other, rtol=1e-5, atol=1e-4)

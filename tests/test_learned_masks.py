@@ -26,13 +26,19 @@ def network() -> nn.Module:
 
 def loss_of(model, step: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(step)
-    return (model(torch.randn(16, 8, generator=generator)) - torch.randn(16, 6, generator=generator)).square().mean()
+    return (
+        (model(torch.randn(16, 8, generator=generator)) - torch.randn(16, 6, generator=generator))
+        .square()
+        .mean()
+    )
 
 
 class Run:
     def __init__(self, chosen: Recipe, started: bool = True, **options):
         self.model = network()
-        self.sparsifier = Sparsifier(self.model, chosen, total_steps=STEPS, epoch_steps=4, **options)
+        self.sparsifier = Sparsifier(
+            self.model, chosen, total_steps=STEPS, epoch_steps=4, **options
+        )
         if started:
             self.sparsifier.start()
         self.average = copy.deepcopy(self.model)
@@ -63,12 +69,15 @@ def noise(step: int, layer: int, shape) -> torch.Tensor:
     learner._choices = {name: torch.ones(shape[1], 4) for name in learner.states}
     learner._weights = {name: torch.ones(shape[0], 4) for name in learner.states}
     learner.soften(step, 0.0)
-    return learner._shares[str(layer)].log() * TEMPERATURES[0]  # up to a number for each group, which changes nothing
+    # Up to a number for each group, which changes nothing
+    return learner._shares[str(layer)].log() * TEMPERATURES[0]
 
 
 def test_logits_learn_as_by_autograd_through_a_soft_mask():
     dense, run = network(), Run(recipe(prune_end=1.0))
-    choices = torch.tensor([[float(i in kept) for i in range(4)] for kept in combinations(range(4), 2)])
+    choices = torch.tensor(
+        [[float(i in kept) for i in range(4)] for kept in combinations(range(4), 2)]
+    )
     logits = []
     for weight in (dense[0].weight, dense[2].weight):
         groups = weight.detach().abs().view(-1, 4)
@@ -77,28 +86,38 @@ def test_logits_learn_as_by_autograd_through_a_soft_mask():
         logits.append((PRIOR * (shared - shared.mean(1, keepdim=True))).requires_grad_())
     optimizer = torch.optim.Adam(logits, lr=0.1)
     for step in range(STEPS - 1):
-        torch.testing.assert_close(run.logits(), [values.detach() for values in logits], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            run.logits(), [values.detach() for values in logits], rtol=1e-3, atol=1e-4
+        )
         share = step / (STEPS - 1)
         scale, temperature = (a + (b - a) * share for a, b in (SCALES, TEMPERATURES))
-        masks = [((scale * values + noise(step, layer, values.shape)) / temperature).softmax(1) @ choices
-                 for layer, values in enumerate(logits)]
+        masks = [
+            ((scale * values + noise(step, layer, values.shape)) / temperature).softmax(1) @ choices
+            for layer, values in enumerate(logits)
+        ]
 
         def masked(images, masks=masks):
-            hidden = nn.functional.linear(images, dense[0].weight * masks[0].view(12, 8), dense[0].bias)
-            return nn.functional.linear(hidden.relu(), dense[2].weight * masks[1].view(6, 12), dense[2].bias)
+            hidden = nn.functional.linear(
+                images, dense[0].weight * masks[0].view(12, 8), dense[0].bias
+            )
+            return nn.functional.linear(
+                hidden.relu(), dense[2].weight * masks[1].view(6, 12), dense[2].bias
+            )
 
         optimizer.zero_grad()
         loss_of(masked, step).backward()
         optimizer.step()
-        run.step(parts=1 + step % 2, scale=2.0**(step % 5))  # neither changes anything
+        run.step(parts=1 + step % 2, scale=2.0 ** (step % 5))  # neither changes anything
     for mask, values in zip(run.sparsifier.masks.masks.values(), logits, strict=True):
         assert torch.equal(mask, choices[values.argmax(1)].bool().view(mask.shape))
 
 
 def test_adam_is_that_of_torch():
     values = torch.randn(5, 3, requires_grad=True)
-    state, optimizer = torch.stack([values.detach(), torch.zeros(5, 3), torch.zeros(5, 3)]), \
-        torch.optim.Adam([values], lr=0.03)
+    state, optimizer = (
+        torch.stack([values.detach(), torch.zeros(5, 3), torch.zeros(5, 3)]),
+        torch.optim.Adam([values], lr=0.03),
+    )
     for step in range(1, 6):
         values.grad = torch.randn(5, 3)
         optimizer.step()
@@ -113,12 +132,17 @@ def test_weights_stand_still_until_the_masks_are_final_and_train_from_there():
         check_masks(run.model.state_dict(), masks, run.sparsifier.recipe)
         check_masks(run.average.state_dict(), masks, run.sparsifier.recipe)
         assert run.sparsifier.final == (step > 6)
-        stands = all(torch.equal(value, dense.state_dict()[name] * masks.get(name, 1))
-                     for name, value in run.model.state_dict().items())
+        stands = all(
+            torch.equal(value, dense.state_dict()[name] * masks.get(name, 1))
+            for name, value in run.model.state_dict().items()
+        )
         assert stands == (step <= 7)
         if step == 7:  # nothing is left of the learning
-            assert not run.optimizer.state and run.sparsifier._hidden == {} and "learned" not in \
-                run.sparsifier.state_dict()
+            assert (
+                not run.optimizer.state
+                and run.sparsifier._hidden == {}
+                and "learned" not in run.sparsifier.state_dict()
+            )
             final = {name: mask.clone() for name, mask in masks.items()}
         run.step()
     assert all(torch.equal(run.sparsifier.masks.masks[name], mask) for name, mask in final.items())
@@ -135,7 +159,13 @@ def test_a_run_that_is_cut_goes_on_to_the_bit(stop):
     for _ in range(stop):
         first.step()
     file = io.BytesIO()
-    torch.save([part.state_dict() for part in (first.model, first.sparsifier, first.optimizer, first.average)], file)
+    torch.save(
+        [
+            part.state_dict()
+            for part in (first.model, first.sparsifier, first.optimizer, first.average)
+        ],
+        file,
+    )
     file.seek(0)
     model, pruning, optimizer, average = torch.load(file, weights_only=True)
     again = Run(recipe(prune_end=0.5), started=False)
@@ -146,7 +176,9 @@ def test_a_run_that_is_cut_goes_on_to_the_bit(stop):
     for _ in range(STEPS - stop):
         again.step()
     for one, other in ((whole.model, again.model), (whole.average, again.average)):
-        assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+        assert all(
+            torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items()
+        )
 
 
 def test_damaged_logits_are_refused_and_change_nothing():
@@ -161,13 +193,17 @@ def test_damaged_logits_are_refused_and_change_nothing():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_step_whose_gradients_are_not_finite_teaches_nothing_and_masks_become_final_at_the_next(bad):
+def test_a_step_whose_gradients_are_not_finite_teaches_nothing_and_masks_become_final_at_the_next(
+    bad,
+):
     run = Run(recipe(prune_end=0.5))
     for step in range(8):
         before = None if run.sparsifier.final else run.logits()
         run.step(gradient=bad if step in (2, 6) else None)
         if step in (2, 6):
-            assert all(torch.equal(one, other) for one, other in zip(before, run.logits(), strict=True))
+            assert all(
+                torch.equal(one, other) for one, other in zip(before, run.logits(), strict=True)
+            )
         assert run.sparsifier.final == (step >= 7)
     assert all(parameter.isfinite().all() for parameter in run.model.parameters())
 

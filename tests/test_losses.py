@@ -11,12 +11,16 @@ TEACHER = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
 
 
 def distilled(kind, **options):
-    return DistillationLoss(torch.nn.CrossEntropyLoss(), TEACHER, kind, **options)(IMAGES, (CLASS, KD), LABELS)
+    return DistillationLoss(torch.nn.CrossEntropyLoss(), TEACHER, kind, **options)(
+        IMAGES, (CLASS, KD), LABELS
+    )
 
 
 def test_without_distillation_it_is_the_criterion_on_the_class_head():
     assert distilled("none") == F.cross_entropy(CLASS, LABELS)
-    assert DistillationLoss(torch.nn.CrossEntropyLoss())(IMAGES, CLASS, LABELS) == F.cross_entropy(CLASS, LABELS)
+    assert DistillationLoss(torch.nn.CrossEntropyLoss())(IMAGES, CLASS, LABELS) == F.cross_entropy(
+        CLASS, LABELS
+    )
 
 
 def test_soft_distillation_is_the_divergence_from_the_teacher_at_its_temperature():
@@ -27,7 +31,9 @@ def test_soft_distillation_is_the_divergence_from_the_teacher_at_its_temperature
 
 
 def test_hard_distillation_is_the_cross_entropy_with_the_teachers_first_class():
-    expected = 0.5 * F.cross_entropy(CLASS, LABELS) + 0.5 * F.cross_entropy(KD, TEACHER(IMAGES).argmax(1))
+    expected = 0.5 * F.cross_entropy(CLASS, LABELS) + 0.5 * F.cross_entropy(
+        KD, TEACHER(IMAGES).argmax(1)
+    )
     torch.testing.assert_close(distilled("hard"), expected)
 
 
@@ -47,10 +53,14 @@ def dense_taught(weight, tau=1.0, outputs=CLASS, criterion=F.cross_entropy):
 
 
 def divergence(logits, tau):
-    """tau^2 times the mean over images of the sum over classes of t (log t - log s), number by number."""
+    """tau^2 times the mean over images of the sum over classes of t (log t - log s), number by
+    number.
+    """
     total = 0
     for row, wanted in zip(logits, TEACHER(IMAGES), strict=True):
-        student, teacher = (logit.div(tau).exp() / logit.div(tau).exp().sum() for logit in (row, wanted))
+        student, teacher = (
+            logit.div(tau).exp() / logit.div(tau).exp().sum() for logit in (row, wanted)
+        )
         total += sum(t * (t.log() - s.log()) for s, t in zip(student, teacher, strict=True))
     return tau**2 * total / len(logits)
 
@@ -87,7 +97,9 @@ def test_the_dense_teacher_gets_no_gradients_and_runs_in_the_precision_of_the_st
 
 def test_binary_cosub_counts_every_class_with_a_weight_fully():
     outputs, mixed = torch.randn(8, 5), F.one_hot(LABELS, 5) * 0.3
-    torch.testing.assert_close(CosubLoss(binary=True)(IMAGES, outputs, mixed), CosubLoss()(IMAGES, outputs, LABELS))
+    torch.testing.assert_close(
+        CosubLoss(binary=True)(IMAGES, outputs, mixed), CosubLoss()(IMAGES, outputs, LABELS)
+    )
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -96,7 +108,11 @@ def test_cosub_trains_each_submodel_on_targets_and_on_the_other(mixed):
     first, second = outputs[:4], outputs[4:]
     targets = F.one_hot(LABELS, 5).float()
     bce = F.binary_cross_entropy_with_logits
-    expected = (bce(first, targets) + bce(second, targets) + bce(first, second.detach().sigmoid())
-                + bce(second, first.detach().sigmoid())) / 4
+    expected = (
+        bce(first, targets)
+        + bce(second, targets)
+        + bce(first, second.detach().sigmoid())
+        + bce(second, first.detach().sigmoid())
+    ) / 4
     loss = CosubLoss()(IMAGES, outputs, targets if mixed else LABELS)
     torch.testing.assert_close(loss, expected)

@@ -35,26 +35,50 @@ def test_the_first_command_prunes_the_sample_finetunes_it_and_says_how_good_it_i
     assert result.returncode == 0, result.stderr
     assert "built-in sample" in result.stdout
     assert "--data-path" in result.stdout
-    assert re.search(r"blocks\.0\.attn\.qkv\.weight +288 x 96 +[\d,]+ +27,648 +\d+\.\d+%", result.stdout)
+    assert re.search(
+        r"blocks\.0\.attn\.qkv\.weight +288 x 96 +[\d,]+ +27,648 +\d+\.\d+%", result.stdout
+    )
     assert re.search(r"prunable weights +232,243 +663,552 +65\.00%", result.stdout)
-    assert re.search(r"Epoch: \[0\]  \[10/93\]  eta: \d:\d\d:\d\d  lr: [\d.]+  loss: ", result.stdout)
-    accuracy = re.search(r"dense ([\d.]+) %, pruned ([\d.]+) %, finetuned ([\d.]+) %", result.stdout)
+    assert re.search(
+        r"Epoch: \[0\]  \[10/93\]  eta: \d:\d\d:\d\d  lr: [\d.]+  loss: ", result.stdout
+    )
+    accuracy = re.search(
+        r"dense ([\d.]+) %, pruned ([\d.]+) %, finetuned ([\d.]+) %", result.stdout
+    )
     dense, pruned, finetuned = map(float, accuracy.groups())
     assert dense > 89
     assert pruned < finetuned
     assert finetuned > dense - 1
     folder = tmp_path / "output" / "sample"
     assert {path.name for path in folder.iterdir()} == {
-        ".lock", "checkpoint.pth", "best_checkpoint.pth", "log.txt", "sparsity.csv", "sparsity.png", "sparsity.yaml",
-        "training.png", "summary.md"}
+        ".lock",
+        "checkpoint.pth",
+        "best_checkpoint.pth",
+        "log.txt",
+        "sparsity.csv",
+        "sparsity.png",
+        "sparsity.yaml",
+        "training.png",
+        "summary.md",
+    }
     assert "output/sample" in result.stdout
 
 
 def test_a_checkpoint_is_plain_and_its_pruned_weights_are_zero(run_main, tiny, tmp_path):
     run_main(*tiny, *LAMP, "--output_dir", "out", "--clip-grad", "1")
     checkpoint = read(tmp_path / "out/checkpoint.pth")
-    assert {"model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args", "masks", "pruner",
-            "step"} <= checkpoint.keys()
+    assert {
+        "model",
+        "optimizer",
+        "lr_scheduler",
+        "epoch",
+        "model_ema",
+        "scaler",
+        "args",
+        "masks",
+        "pruner",
+        "step",
+    } <= checkpoint.keys()
     assert checkpoint["pruner"] == {"name": "lamp", "sparsity": 0.65, "custom_config": None}
     assert checkpoint["epoch"] == 0
     assert checkpoint["step"] == 3
@@ -69,7 +93,14 @@ def test_log_txt_has_a_json_object_per_epoch(run_main, tiny, tmp_path):
     run_main(*tiny, *LAMP, "--output_dir", "out", "--epochs", "2")
     lines = [json.loads(line) for line in (tmp_path / "out/log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
-    assert {"train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "n_parameters"} <= lines[0].keys()
+    assert {
+        "train_lr",
+        "train_loss",
+        "test_loss",
+        "test_acc1",
+        "test_acc5",
+        "n_parameters",
+    } <= lines[0].keys()
 
 
 def test_resume_continues_to_the_bit_and_knows_its_masks(run_main, tiny, tmp_path, monkeypatch):
@@ -100,7 +131,10 @@ def pruned(run_main, tiny, tmp_path, once):
 
 
 def test_resume_with_other_pruning_flags_is_refused(run_main, tiny, pruned):
-    for flags in (["--pruner", "glob", "--sparsity", "0.65"], ["--pruner", "lamp", "--sparsity", "0.5"]):
+    for flags in (
+        ["--pruner", "glob", "--sparsity", "0.65"],
+        ["--pruner", "lamp", "--sparsity", "0.5"],
+    ):
         error = run_main(*tiny, *flags, "--resume", pruned, status=2)
         assert "lamp" in error
         assert "--finetune" in error
@@ -114,15 +148,23 @@ def test_a_pruned_checkpoint_is_evaluated_as_it_was_left(run_main, tiny, pruned)
     assert all("65.00%" in output for output in outputs)
 
 
-def test_finetune_keeps_the_masks_unless_a_pruner_asks_for_new_ones(run_main, tiny, pruned, tmp_path):
+def test_finetune_keeps_the_masks_unless_a_pruner_asks_for_new_ones(
+    run_main, tiny, pruned, tmp_path
+):
     run_main(*tiny, "--finetune", pruned, "--output_dir", "kept")
-    run_main(*tiny, "--finetune", pruned, "--output_dir", "anew", "--pruner", "glob", "--sparsity", "0.8")
-    old, kept, anew = (read(tmp_path / name / "checkpoint.pth") for name in ("pruned", "kept", "anew"))
+    run_main(
+        *tiny, "--finetune", pruned, "--output_dir", "anew", "--pruner", "glob", "--sparsity", "0.8"
+    )
+    old, kept, anew = (
+        read(tmp_path / name / "checkpoint.pth") for name in ("pruned", "kept", "anew")
+    )
     assert same(unpack(old["masks"]), unpack(kept["masks"]))
     assert old["pruner"] == kept["pruner"]
     assert anew["pruner"]["name"] == "glob"
     masks = unpack(anew["masks"])
-    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.2 * sum(m.numel() for m in masks.values()))
+    assert sum(int(mask.sum()) for mask in masks.values()) == round(
+        0.2 * sum(m.numel() for m in masks.values())
+    )
 
 
 def test_a_dense_checkpoint_is_pruned_after_it_is_loaded(run_main, tiny):
@@ -138,23 +180,40 @@ def test_a_dense_run_is_not_continued_as_a_pruned_one(run_main, tiny):
 
 
 def test_bare_weights_from_elsewhere_are_pruned_and_trained(run_main, tiny, tmp_path):
-    torch.save({"model": timm.create_model("deit_sample_patch4_28").state_dict()}, tmp_path / "released.pth")
+    torch.save(
+        {"model": timm.create_model("deit_sample_patch4_28").state_dict()},
+        tmp_path / "released.pth",
+    )
     run_main(*tiny, *LAMP, "--resume", "released.pth", "--output_dir", "out")
     assert read(tmp_path / "out/checkpoint.pth")["pruner"]["name"] == "lamp"
 
 
 def test_resume_with_another_optimizer_or_schedule_is_refused(run_main, tiny, pruned, tmp_path):
     for flags in (["--opt", "sgd"], ["--sched", "step"]):
-        error = run_main(*tiny, *flags, "--resume", pruned, "--epochs", "2", "--output_dir", "new", status=2)
+        error = run_main(
+            *tiny, *flags, "--resume", pruned, "--epochs", "2", "--output_dir", "new", status=2
+        )
         assert flags[1] in error
         assert "adamw" in error or "cosine" in error
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("key, value", [
-    ("masks", {}), ("masks", {"a": 1}), ("pruner", 3), ("pruning", 3), ("pruning", {}), ("epoch", "x"),
-    ("optimizer", {}), ("lr_scheduler", 1)])
-def test_a_checkpoint_with_a_damaged_part_is_refused_or_does_without_it(run_main, tiny, pruned, tmp_path, key, value):
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("masks", {}),
+        ("masks", {"a": 1}),
+        ("pruner", 3),
+        ("pruning", 3),
+        ("pruning", {}),
+        ("epoch", "x"),
+        ("optimizer", {}),
+        ("lr_scheduler", 1),
+    ],
+)
+def test_a_checkpoint_with_a_damaged_part_is_refused_or_does_without_it(
+    run_main, tiny, pruned, tmp_path, key, value
+):
     checkpoint = read(tmp_path / pruned)
     if key == "pruner":
         del checkpoint["pruning"]  # as in a checkpoint of before there was that entry
@@ -171,54 +230,104 @@ def test_without_a_pruner_it_trains_dense(run_main, tiny, tmp_path):
     run_main(*tiny, "--no-pretrained", "--output_dir", "out")
     checkpoint = read(tmp_path / "out/checkpoint.pth")
     assert "masks" not in checkpoint
-    assert all(value.all() for name, value in checkpoint["model"].items() if name.endswith("qkv.weight"))
+    assert all(
+        value.all() for name, value in checkpoint["model"].items() if name.endswith("qkv.weight")
+    )
 
 
 def test_a_custom_yaml_prunes_and_is_remembered(run_main, tiny, tmp_path):
-    (tmp_path / "c.yaml").write_text('sparsity:\n  mode: nxm\n  level: {default: 2:4, "blocks.0.*": dense}\n')
-    output = run_main(*tiny, "--pruner", "custom", "--custom-config", "c.yaml", "--output_dir", "out")
+    (tmp_path / "c.yaml").write_text(
+        'sparsity:\n  mode: nxm\n  level: {default: 2:4, "blocks.0.*": dense}\n'
+    )
+    output = run_main(
+        *tiny, "--pruner", "custom", "--custom-config", "c.yaml", "--output_dir", "out"
+    )
     assert re.search(r"blocks\.0\.attn\.qkv\.weight .* 0\.00%", output)
     assert re.search(r"blocks\.1\.attn\.qkv\.weight .* 50\.00%", output)
     mask = unpack(read(tmp_path / "out/checkpoint.pth")["masks"])["blocks.1.mlp.fc1.weight"]
     assert (mask.reshape(-1, 4).sum(1) == 2).all()
-    run_main(*tiny, "--pruner", "custom", "--custom-config", "c.yaml", "--epochs", "2", "--resume",
-             "out/checkpoint.pth")
+    run_main(
+        *tiny,
+        "--pruner",
+        "custom",
+        "--custom-config",
+        "c.yaml",
+        "--epochs",
+        "2",
+        "--resume",
+        "out/checkpoint.pth",
+    )
 
 
 UNMIXED = ["--mixup", "0", "--cutmix", "0"]
 
 
-@pytest.mark.parametrize("common, flags", [
-    ([], ["--bce-loss"]), (UNMIXED, ["--bce-loss"]), ([], ["--repeated-aug"]), ([], ["--mixup-mode", "elem"]),
-    ([], ["--cutmix-minmax", "0.2", "0.8"]), ([], ["--opt", "sgd"]), ([], ["--amp", "bfloat16"]),
-    ([], ["--amp", "float16"]), (UNMIXED, ["--smoothing", "0"]), ([], ["--cosub"])],
-    ids=lambda flags: " ".join(flags))
-def test_a_flag_that_changes_the_steps_gives_other_weights(run_main, tiny, tmp_path, once, common, flags):
+@pytest.mark.parametrize(
+    "common, flags",
+    [
+        ([], ["--bce-loss"]),
+        (UNMIXED, ["--bce-loss"]),
+        ([], ["--repeated-aug"]),
+        ([], ["--mixup-mode", "elem"]),
+        ([], ["--cutmix-minmax", "0.2", "0.8"]),
+        ([], ["--opt", "sgd"]),
+        ([], ["--amp", "bfloat16"]),
+        ([], ["--amp", "float16"]),
+        (UNMIXED, ["--smoothing", "0"]),
+        ([], ["--cosub"]),
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_a_flag_that_changes_the_steps_gives_other_weights(
+    run_main, tiny, tmp_path, once, common, flags
+):
     recipe = [*tiny, *LAMP, *common, "--no-model-ema", "--output_dir"]
-    without = once(f"without_{'mixing' if common else 'flags'}", lambda folder: run_main(*recipe, folder))
+    without = once(
+        f"without_{'mixing' if common else 'flags'}", lambda folder: run_main(*recipe, folder)
+    )
     run_main(*recipe, "with", *flags)
     first, second = read(without / "checkpoint.pth"), read(tmp_path / "with/checkpoint.pth")
     assert same(unpack(first["masks"]), unpack(second["masks"]))
     for key, mask in unpack(first["masks"]).items():
         assert torch.equal(second["model"][key] != 0, mask)
-    assert all(not torch.equal(weight, second["model"][key]) for key, weight in first["model"].items())
+    assert all(
+        not torch.equal(weight, second["model"][key]) for key, weight in first["model"].items()
+    )
 
 
-def test_attn_only_leaves_all_but_attention_position_embedding_and_head_as_pruned(run_main, tiny, tmp_path):
+def test_attn_only_leaves_all_but_attention_position_embedding_and_head_as_pruned(
+    run_main, tiny, tmp_path
+):
     run_main(*tiny, *LAMP, "--attn-only", "--output_dir", "out")
     start, masks = timm.create_model("deit_sample_patch4_28", pretrained=True).state_dict(), None
     checkpoint = read(tmp_path / "out/checkpoint.pth")
     masks = unpack(checkpoint["masks"])
-    moved = {key for key, weight in checkpoint["model"].items()
-             if not torch.equal(weight, start[key] * masks.get(key, torch.ones(())))}
-    assert moved == {key for key in start if ".attn." in key or key in ("pos_embed", "head.weight", "head.bias")}
+    moved = {
+        key
+        for key, weight in checkpoint["model"].items()
+        if not torch.equal(weight, start[key] * masks.get(key, torch.ones(())))
+    }
+    assert moved == {
+        key for key in start if ".attn." in key or key in ("pos_embed", "head.weight", "head.bias")
+    }
 
 
 def test_a_pruned_student_learns_from_a_pruned_teacher_and_resumes(run_main, tiny, tmp_path):
     recipe = [*tiny, *LAMP, "--input-size", "32", "--no-pretrained"]
     run_main(*recipe, "--output_dir", "teacher")
-    student = [*recipe, "--model", "deit_tiny_distilled_patch16_224", "--output_dir", "student", "--distillation-type",
-               "soft", "--teacher-model", "deit_sample_patch4_28", "--teacher-path", "teacher/checkpoint.pth"]
+    student = [
+        *recipe,
+        "--model",
+        "deit_tiny_distilled_patch16_224",
+        "--output_dir",
+        "student",
+        "--distillation-type",
+        "soft",
+        "--teacher-model",
+        "deit_sample_patch4_28",
+        "--teacher-path",
+        "teacher/checkpoint.pth",
+    ]
     run_main(*student)
     assert "Training epochs 1 to 1" in run_main(*student, "--resume", "auto", "--epochs", "2")
 
@@ -236,31 +345,47 @@ def test_every_run_preset_is_valid():
         assert read_preset(path)
 
 
-def test_accumulated_batches_train_as_larger_ones_do_with_the_same_learning_rate(run_main, tiny, tmp_path):
+def test_accumulated_batches_train_as_larger_ones_do_with_the_same_learning_rate(
+    run_main, tiny, tmp_path
+):
     plain = [*tiny, *LAMP, "--drop-path", "0", "--mixup", "0", "--cutmix", "0", "--reprob", "0"]
     run_main(*plain, "--batch-size", "16", "--output_dir", "whole")
     run_main(*plain, "--batch-size", "8", "--accum-iter", "2", "--output_dir", "parts")
     whole, parts = (read(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
     assert whole["step"] == parts["step"] == 3
-    assert whole["optimizer"]["param_groups"][0]["lr"] == parts["optimizer"]["param_groups"][0]["lr"]
+    assert (
+        whole["optimizer"]["param_groups"][0]["lr"] == parts["optimizer"]["param_groups"][0]["lr"]
+    )
     for name, weight in whole["model"].items():
         torch.testing.assert_close(parts["model"][name], weight, rtol=1e-3, atol=1e-5)
 
 
-def test_compile_trains_as_without_and_compiles_each_shape_for_itself(run_main, tiny, tmp_path, monkeypatch):
+def test_compile_trains_as_without_and_compiles_each_shape_for_itself(
+    run_main, tiny, tmp_path, monkeypatch
+):
     """By the compiler's back end that generates no code, since the usual one takes minutes."""
     counter, compile_model = CompileCounterWithBackend("aot_eager"), torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile",
-                        lambda model, **options: compile_model(model, backend=counter, **options))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda model, **options: compile_model(model, backend=counter, **options),
+    )
     recipe = [*tiny, *LAMP, "--drop-path", "0.2", "--no-model-ema"]
     run_main(*recipe, "--output_dir", "plain")
     assert counter.frame_count == 0
     run_main(*recipe, "--output_dir", "compiled", "--compile")
-    inputs = [node.meta["example_value"].shape for graph in counter.graphs for node in graph.graph.nodes
-              if node.op == "placeholder"]
+    inputs = [
+        node.meta["example_value"].shape
+        for graph in counter.graphs
+        for node in graph.graph.nodes
+        if node.op == "placeholder"
+    ]
     assert all(isinstance(size, int) for shape in inputs for size in shape)
-    assert counter.frame_count == 3  # batches of 16 to train; of 24 and, at the end, 13 to evaluate
-    plain, compiled = (read(tmp_path / name / "checkpoint.pth")["model"] for name in ("plain", "compiled"))
+    # Batches of 16 to train; of 24 and, at the end, 13 to evaluate
+    assert counter.frame_count == 3
+    plain, compiled = (
+        read(tmp_path / name / "checkpoint.pth")["model"] for name in ("plain", "compiled")
+    )
     for name, weight in plain.items():
         torch.testing.assert_close(compiled[name], weight, rtol=1e-3, atol=1e-5)
 
@@ -276,27 +401,55 @@ def test_compile_needs_a_compiler(run_main, tiny, monkeypatch):
 @pytest.fixture
 def bare(tiny):
     """The arguments of `tiny` without its --epochs and --warmup-epochs."""
-    return [*tiny[:tiny.index("--epochs")], *tiny[tiny.index("--warmup-epochs") + 2:]]
+    return [*tiny[: tiny.index("--epochs")], *tiny[tiny.index("--warmup-epochs") + 2 :]]
 
 
 def learning_rates(folder):
     return [line["train_lr"] for line in read_log(folder)]
 
 
-def test_a_resumed_run_has_the_schedule_of_its_checkpoint_unless_flags_say_otherwise(run_main, bare, tmp_path):
-    schedule = ["--warmup-epochs", "1", "--lr", "0.1", "--unscale-lr", "--weight-decay", "0.3", "--opt", "sgd"]
+def test_a_resumed_run_has_the_schedule_of_its_checkpoint_unless_flags_say_otherwise(
+    run_main, bare, tmp_path
+):
+    schedule = [
+        "--warmup-epochs",
+        "1",
+        "--lr",
+        "0.1",
+        "--unscale-lr",
+        "--weight-decay",
+        "0.3",
+        "--opt",
+        "sgd",
+    ]
     run_main(*bare, *schedule, "--epochs", "4", "--output_dir", "whole")
     run_main(*bare, *schedule, "--epochs", "2", "--output_dir", "longer")
-    output = run_main(*bare, "--epochs", "4", "--resume", "longer/checkpoint.pth", "--output_dir", "longer")
+    output = run_main(
+        *bare, "--epochs", "4", "--resume", "longer/checkpoint.pth", "--output_dir", "longer"
+    )
     assert "The run goes on with --epochs 4 instead of 2\n" in output
     assert learning_rates(tmp_path / "longer")[2:] == learning_rates(tmp_path / "whole")[2:]
-    assert read(tmp_path / "longer/checkpoint.pth")["optimizer"]["param_groups"][1]["weight_decay"] == 0.3
+    assert (
+        read(tmp_path / "longer/checkpoint.pth")["optimizer"]["param_groups"][1]["weight_decay"]
+        == 0.3
+    )
     assert "Training epochs 4 to 3" in run_main(*bare, "--resume", "longer/checkpoint.pth")
 
 
 def test_flags_of_a_resumed_run_change_rate_decay_and_lowest_rate(run_main, bare, tmp_path):
     common = ["--epochs", "3", "--warmup-epochs", "0", "--unscale-lr"]
-    run_main(*bare, "--epochs", "1", "--warmup-epochs", "0", "--lr", "0.1", "--unscale-lr", "--output_dir", "out")
+    run_main(
+        *bare,
+        "--epochs",
+        "1",
+        "--warmup-epochs",
+        "0",
+        "--lr",
+        "0.1",
+        "--unscale-lr",
+        "--output_dir",
+        "out",
+    )
     changed = [*common, "--lr", "0.01", "--weight-decay", "0.2", "--min-lr", "1e-3"]
     output = run_main(*bare, *changed, "--resume", "out/checkpoint.pth", "--output_dir", "out")
     assert "--lr 0.01 instead of 0.1" in output
@@ -306,19 +459,40 @@ def test_flags_of_a_resumed_run_change_rate_decay_and_lowest_rate(run_main, bare
     assert [group["weight_decay"] for group in groups] == [0.0, 0.2]
 
 
-def test_a_resumed_run_with_other_batches_has_the_rate_for_its_images_a_step(run_main, bare, tmp_path):
+def test_a_resumed_run_with_other_batches_has_the_rate_for_its_images_a_step(
+    run_main, bare, tmp_path
+):
     common = ["--epochs", "2", "--warmup-epochs", "0", "--lr", "0.1"]
     run_main(*bare, *common, "--output_dir", "whole", "--batch-size", "8")
     run_main(*bare, *common, "--epochs", "1", "--output_dir", "out")
-    output = run_main(*bare, *common, "--resume", "out/checkpoint.pth", "--output_dir", "out", "--batch-size", "8")
+    output = run_main(
+        *bare, *common, "--resume", "out/checkpoint.pth", "--output_dir", "out", "--batch-size", "8"
+    )
     assert "The learning rate is 0.0015625 instead of 0.003125, for 8 images a step" in output
     assert learning_rates(tmp_path / "out")[1:] == learning_rates(tmp_path / "whole")[1:]
 
 
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
 def test_the_plateau_schedule_resumes_with_what_it_has_counted(run_main, bare, tmp_path):
-    recipe = [*bare, "--warmup-epochs", "0", "--sched", "plateau", "--patience-epochs", "0", "--decay-rate", "0.5",
-              "--opt", "sgd", "--lr", "1e-6", "--unscale-lr", "--min-lr", "0"]  # the accuracy never changes
+    recipe = [
+        *bare,
+        "--warmup-epochs",
+        "0",
+        "--sched",
+        "plateau",
+        "--patience-epochs",
+        "0",
+        "--decay-rate",
+        "0.5",
+        # The accuracy never changes
+        "--opt",
+        "sgd",
+        "--lr",
+        "1e-6",
+        "--unscale-lr",
+        "--min-lr",
+        "0",
+    ]
     run_main(*recipe, "--epochs", "4", "--output_dir", "whole")
     run_main(*recipe, "--epochs", "2", "--output_dir", "parts")
     run_main(*recipe, "--epochs", "4", "--resume", "parts/checkpoint.pth", "--output_dir", "parts")
@@ -326,8 +500,12 @@ def test_the_plateau_schedule_resumes_with_what_it_has_counted(run_main, bare, t
     assert len(set(learning_rates(tmp_path / "whole"))) > 1
 
 
-@pytest.mark.parametrize("key, value", [("epochs", "many"), ("lr", -1.0), ("opt_betas", [2.0, 3.0]), ("lr", [1.0])])
-def test_arguments_that_no_run_can_have_are_refused_in_a_checkpoint_too(run_main, bare, tiny, tmp_path, key, value):
+@pytest.mark.parametrize(
+    "key, value", [("epochs", "many"), ("lr", -1.0), ("opt_betas", [2.0, 3.0]), ("lr", [1.0])]
+)
+def test_arguments_that_no_run_can_have_are_refused_in_a_checkpoint_too(
+    run_main, bare, tiny, tmp_path, key, value
+):
     run_main(*tiny, "--output_dir", "out")
     checkpoint = read(tmp_path / "out/checkpoint.pth")
     torch.save({**checkpoint, "args": {**checkpoint["args"], key: value}}, tmp_path / "odd.pth")
@@ -339,7 +517,9 @@ def test_arguments_that_no_run_can_have_are_refused_in_a_checkpoint_too(run_main
 # ---- the moving average ----
 
 
-def test_the_moving_average_of_a_checkpoint_is_evaluated_finetuned_and_exported(run_main, tiny, tmp_path):
+def test_the_moving_average_of_a_checkpoint_is_evaluated_finetuned_and_exported(
+    run_main, tiny, tmp_path
+):
     # One step at a ruinous rate: the average, which hardly moves, is better than the model.
     run_main(*tiny, *LAMP, "--batch-size", "48", "--lr", "9", "--unscale-lr", "--output_dir", "out")
     best = read(tmp_path / "out/best_checkpoint.pth")
@@ -347,11 +527,24 @@ def test_the_moving_average_of_a_checkpoint_is_evaluated_finetuned_and_exported(
     flags = ["--use-ema", "--resume", "out/best_checkpoint.pth", "--eval"]
     accuracy = float(re.search(r"pruned ([\d.]+) %", run_main(*tiny, *flags))[1])
     assert accuracy == pytest.approx(best["max_accuracy"], abs=0.005)
-    run_main(*tiny, "--use-ema", "--finetune", "out/best_checkpoint.pth", "--lr", "0", "--min-lr", "0",
-             "--output_dir", "tuned")
+    run_main(
+        *tiny,
+        "--use-ema",
+        "--finetune",
+        "out/best_checkpoint.pth",
+        "--lr",
+        "0",
+        "--min-lr",
+        "0",
+        "--output_dir",
+        "tuned",
+    )
     assert same(read(tmp_path / "tuned/checkpoint.pth")["model"], best["model_ema"])
     script = ROOT / "sample" / "export_weights.py"
-    subprocess.run([sys.executable, script, "out/best_checkpoint.pth", "w.safetensors", "--use-ema"], check=True)
+    subprocess.run(
+        [sys.executable, script, "out/best_checkpoint.pth", "w.safetensors", "--use-ema"],
+        check=True,
+    )
     assert same(load_file(tmp_path / "w.safetensors"), best["model_ema"])
 
 
@@ -363,7 +556,8 @@ def test_use_ema_needs_a_checkpoint_that_has_an_average(run_main, tiny, tmp_path
 
 
 def test_a_checkpoint_without_the_newer_choices_resumes_with_the_same_flags_and_no_others(
-        run_main, tiny, pruned, tmp_path):
+    run_main, tiny, pruned, tmp_path
+):
     checkpoint = read(tmp_path / pruned)
     del checkpoint["pruning"]
     checkpoint["pruner"] = {"custom_config": None, "sparsity": 0.65, "name": "lamp"}

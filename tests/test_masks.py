@@ -12,7 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import clip_grad_norm_, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsity_factory import Masks, PruningError, check_masks, compute_masks, prunable_weights, unpack
+from sparsity_factory import (
+    Masks,
+    PruningError,
+    check_masks,
+    compute_masks,
+    prunable_weights,
+    unpack,
+)
 from sparsity_factory.masks import select
 
 
@@ -24,7 +31,13 @@ def two_layers() -> nn.Module:
 def tiny_vit() -> nn.Module:
     torch.manual_seed(0)
     return timm.create_model(
-        "deit_tiny_patch16_224", img_size=32, embed_dim=24, depth=3, num_heads=3, num_classes=5, drop_path_rate=0.3
+        "deit_tiny_patch16_224",
+        img_size=32,
+        embed_dim=24,
+        depth=3,
+        num_heads=3,
+        num_classes=5,
+        drop_path_rate=0.3,
     )
 
 
@@ -35,7 +48,9 @@ def test_deit_small_has_48_prunable_weights_in_model_order():
     with torch.device("meta"):
         model = timm.create_model("deit_small_patch16_224")
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    assert list(prunable_weights(model)) == [f"blocks.{b}.{layer}.weight" for b in range(12) for layer in layers]
+    assert list(prunable_weights(model)) == [
+        f"blocks.{b}.{layer}.weight" for b in range(12) for layer in layers
+    ]
 
 
 class WithClassifier(nn.Module):
@@ -82,14 +97,16 @@ def test_a_lone_linear_is_prunable():
 
 
 def train(model: nn.Module, masks: Masks | None) -> nn.Module | None:
-    """Eight steps of AdamW with weight decay, clipping, drop path and, with masks, an average of the weights.
+    """Eight steps of AdamW with weight decay, clipping, drop path and, with masks, an average of
+    the weights.
 
     Returns the averaged model.
     """
     model.train()
     ema = ModelEmaV3(model, decay=0.9) if masks else None
     parameters = list(model.parameters())
-    # The gradient of a key bias is nothing but rounding; a small epsilon would blow it up to the size of the others.
+    # The gradient of a key bias is nothing but rounding; a small epsilon would blow it up to the
+    # size of the others.
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, eps=1e-4)
     data = torch.Generator().manual_seed(1)
     torch.manual_seed(2)  # drop path
@@ -121,8 +138,11 @@ def test_training_follows_the_path_of_the_reparametrised_network_and_pruned_weig
     for name, parameter in theirs.named_parameters():
         name = name.removesuffix("_orig")
         mask = chosen.get(name, torch.ones_like(parameter, dtype=torch.bool))
-        torch.testing.assert_close(ours.get_parameter(name)[mask], parameter[mask], rtol=1e-4, atol=1e-5)
-        assert (start.get_parameter(name) - parameter)[mask].abs().max() > 1e-3  # it did learn something
+        torch.testing.assert_close(
+            ours.get_parameter(name)[mask], parameter[mask], rtol=1e-4, atol=1e-5
+        )
+        # It did learn something
+        assert (start.get_parameter(name) - parameter)[mask].abs().max() > 1e-3
     for name, mask in chosen.items():
         for model in (ours, averaged):
             weight = model.get_parameter(name)
@@ -193,7 +213,10 @@ def test_masks_select_whatever_the_values_are(dtype):
     odd = [torch.inf, -torch.inf, torch.nan, -0.0, -1.0, 6e4]
     values = torch.tensor(odd * 20, dtype=dtype)
     mask = torch.arange(len(values)) % 7 < 3
-    expected = [repr(value) if kept else "0.0" for value, kept in zip(values.tolist(), mask.tolist(), strict=True)]
+    expected = [
+        repr(value) if kept else "0.0"
+        for value, kept in zip(values.tolist(), mask.tolist(), strict=True)
+    ]
     select(values, mask)
     assert [repr(value) for value in values.tolist()] == expected
 
@@ -257,7 +280,9 @@ def test_an_update_that_does_not_fit_changes_nothing():
     masks = Masks(model, compute_masks(model, "unif", 0.5))
     before = {name: mask.clone() for name, mask in masks.masks.items()}
     with pytest.raises(PruningError, match="'2.weight'"):
-        masks.update({"0.weight": torch.zeros(7, 10, dtype=torch.bool), "2.weight": torch.zeros(7, 3)})
+        masks.update(
+            {"0.weight": torch.zeros(7, 10, dtype=torch.bool), "2.weight": torch.zeros(7, 3)}
+        )
     assert all(torch.equal(masks.masks[name], mask) for name, mask in before.items())
 
 
@@ -324,24 +349,38 @@ HUGE = torch.zeros(1, dtype=torch.uint8).expand(2**40)  # one byte of storage
 DAMAGES = {
     "no dictionary": (lambda state: [1], "not a dictionary"),
     "missing name": (lambda state: {"0.weight": state["0.weight"]}, "'2.weight' is missing"),
-    "unexpected name": (lambda state: state.update({"4.weight": state["0.weight"].copy()}), "'4.weight'"),
+    "unexpected name": (
+        lambda state: state.update({"4.weight": state["0.weight"].copy()}),
+        "'4.weight'",
+    ),
     "name of no text": (lambda state: {3: state["0.weight"]}, "'3'"),
     "other shape": (lambda state: state["0.weight"].update(shape=[10, 7]), "expected shape"),
     "negative shape": (lambda state: state["0.weight"].update(shape=[-7, -10]), "positive"),
     "huge shape": (lambda state: state["0.weight"].update(shape=[2**30, 2**30]), "bytes"),
-    "repeated byte": (lambda state: state["0.weight"].update(bits=HUGE, shape=[2**20, 2**23]), "contiguous"),
+    "repeated byte": (
+        lambda state: state["0.weight"].update(bits=HUGE, shape=[2**20, 2**23]),
+        "contiguous",
+    ),
     "endless shape": (lambda state: state["0.weight"].update(shape=[1] * 10**6), "dimensions"),
     "boolean shape": (lambda state: state["0.weight"].update(shape=[True, 70]), "positive"),
     "shape of no list": (lambda state: state["0.weight"].update(shape=70), "shape"),
-    "too few bytes": (lambda state: state["0.weight"].update(bits=torch.zeros(8, dtype=torch.uint8)), "9 contiguous"),
+    "too few bytes": (
+        lambda state: state["0.weight"].update(bits=torch.zeros(8, dtype=torch.uint8)),
+        "9 contiguous",
+    ),
     "other dtype": (lambda state: state["0.weight"].update(bits=torch.zeros(9)), "uint8"),
     "no storage": (
-        lambda state: state["0.weight"].update(bits=torch.zeros(9, dtype=torch.uint8, device="meta")),
+        lambda state: state["0.weight"].update(
+            bits=torch.zeros(9, dtype=torch.uint8, device="meta")
+        ),
         "uint8",
     ),
     "no tensor": (lambda state: state["0.weight"].update(bits=b"123456789"), "uint8"),
     "missing part": (lambda state: state["0.weight"].pop("shape") and None, "bits and a shape"),
-    "shared bytes": (lambda state: state["2.weight"].update(bits=state["0.weight"]["bits"][:3]), "shares"),
+    "shared bytes": (
+        lambda state: state["2.weight"].update(bits=state["0.weight"]["bits"][:3]),
+        "shares",
+    ),
 }
 
 

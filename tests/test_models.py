@@ -24,12 +24,15 @@ def test_another_number_of_classes_starts_with_a_fresh_head():
     assert model.head.weight.shape == (3, 96)
 
 
-@pytest.mark.parametrize("name, size, message", [
-    ("deit_smal_patch16_224", 224, "did you mean deit_small_patch16_224"),
-    ("xyz", 224, "list_models"),
-    ("deit_tiny_patch16_224", 8, "--input-size 8"),
-    ("swin_tiny_patch4_window7_224", 1, "--input-size 1"),
-])
+@pytest.mark.parametrize(
+    "name, size, message",
+    [
+        ("deit_smal_patch16_224", 224, "did you mean deit_small_patch16_224"),
+        ("xyz", 224, "list_models"),
+        ("deit_tiny_patch16_224", 8, "--input-size 8"),
+        ("swin_tiny_patch4_window7_224", 1, "--input-size 1"),
+    ],
+)
 def test_a_model_that_cannot_be_built_is_told_in_one_line(name, size, message):
     with pytest.raises(UserError, match=message) as error:
         build_model(name, 10, size)
@@ -37,21 +40,34 @@ def test_a_model_that_cannot_be_built_is_told_in_one_line(name, size, message):
 
 
 def test_arguments_of_the_architecture_make_another_shape():
-    model = build_model("deit_sample_patch4_28", 10, 28, assignments=["embed_dim=64", "num_heads=2", "act_layer=relu"])
+    model = build_model(
+        "deit_sample_patch4_28",
+        10,
+        28,
+        assignments=["embed_dim=64", "num_heads=2", "act_layer=relu"],
+    )
     assert model.blocks[0].attn.num_heads == 2 and model.head.in_features == 64
     assert isinstance(model.blocks[0].mlp.act, torch.nn.ReLU)
     name, arguments = timm_call("deit_sample_patch4_28", 10, 28, ["depth=2"])
     assert len(timm.create_model(name, **arguments).blocks) == 2
 
 
-@pytest.mark.parametrize("wrong", ["depth", "depth=", "=2", "checkpoint_path=weights.pth", "num_classes=3"])
+@pytest.mark.parametrize(
+    "wrong", ["depth", "depth=", "=2", "checkpoint_path=weights.pth", "num_classes=3"]
+)
 def test_what_is_no_argument_of_the_architecture_is_told(wrong):
     with pytest.raises(UserError, match=f"--model-kwargs {wrong}: expected KEY=VALUE"):
         build_model("deit_sample_patch4_28", 10, 28, assignments=[wrong])
 
 
-@pytest.mark.parametrize("name, tokens", [
-    ("deit_tiny_patch16_224", 1), ("deit_tiny_distilled_patch16_224", 2), ("deit3_small_patch16_224", 0)])
+@pytest.mark.parametrize(
+    "name, tokens",
+    [
+        ("deit_tiny_patch16_224", 1),
+        ("deit_tiny_distilled_patch16_224", 2),
+        ("deit3_small_patch16_224", 0),
+    ],
+)
 def test_weights_of_another_resolution_keep_their_tokens_and_bend_their_grid(name, tokens):
     small = timm.create_model(name, img_size=64, num_classes=10, **TINY)
     large = timm.create_model(name, img_size=96, num_classes=10, **TINY)
@@ -62,7 +78,8 @@ def test_weights_of_another_resolution_keep_their_tokens_and_bend_their_grid(nam
 
 
 def test_a_resized_position_embedding_keeps_rows_and_columns_where_they_were():
-    ramp = torch.arange(6.0).repeat(6, 1).reshape(1, 36, 1)  # grows along a row, the same in every row
+    # Grows along a row, the same in every row
+    ramp = torch.arange(6.0).repeat(6, 1).reshape(1, 36, 1)
     resized = resize_pos_embed(ramp, 144, num_tokens=0).reshape(12, 12)
     assert torch.allclose(resized, resized[0].expand(12, 12), atol=1e-5)
     assert torch.allclose(resized[0, 2:10], torch.arange(2, 10) / 2 - 0.25, atol=0.1)
@@ -79,12 +96,17 @@ def test_the_head_of_another_number_of_classes_is_dropped():
 def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded():
     model = timm.create_model("deit_tiny_patch16_224", num_classes=10, **TINY)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    for change, message in (({"pos_embed": torch.zeros(1)}, "pos_embed"), ({"extra": torch.zeros(1)}, "extra")):
+    for change, message in (
+        ({"pos_embed": torch.zeros(1)}, "pos_embed"),
+        ({"extra": torch.zeros(1)}, "extra"),
+    ):
         weights = {name: value + 1 for name, value in before.items()} | change
         with pytest.raises(UserError, match=message):
             load_weights(model, weights, "x.pth")
     with pytest.raises(UserError, match="cls_token is missing"):
-        load_weights(model, {name: value for name, value in before.items() if name != "cls_token"}, "x.pth")
+        load_weights(
+            model, {name: value for name, value in before.items() if name != "cls_token"}, "x.pth"
+        )
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
@@ -92,22 +114,38 @@ def test_attn_only_trains_attention_position_embedding_and_head():
     model = timm.create_model("deit_tiny_patch16_224", num_classes=10, **TINY)
     train_attention_only(model)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {"pos_embed", "head.weight", "head.bias", "blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias",
-                       "blocks.0.attn.proj.weight", "blocks.0.attn.proj.bias"}
+    assert trained == {
+        "pos_embed",
+        "head.weight",
+        "head.bias",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.attn.qkv.bias",
+        "blocks.0.attn.proj.weight",
+        "blocks.0.attn.proj.bias",
+    }
 
 
 def test_deit_iii_is_known_by_its_authors_names_and_weights():
     model = build_model("deit_small_patch16_LS", 5, 32)
-    theirs = {re.sub(r"ls([12])\.gamma", r"gamma_\1", name): torch.full_like(value, 0.5)
-              for name, value in model.state_dict().items()}
+    theirs = {
+        re.sub(r"ls([12])\.gamma", r"gamma_\1", name): torch.full_like(value, 0.5)
+        for name, value in model.state_dict().items()
+    }
     assert "blocks.3.gamma_2" in theirs
     load_weights(model, theirs, "deit_3_small_224_1k.pth")
     assert (model.blocks[3].ls2.gamma == 0.5).all()
 
 
-@pytest.mark.parametrize("theirs, timms", [
-    ("deit_huge_patch14_LS", "deit3_huge_patch14_224"), ("cait_M48", "cait_m48_448"), ("cait_S24_224", "cait_s24_224"),
-    ("cait_XXS36", "cait_xxs36_384"), ("deit_small_patch16_224", "deit_small_patch16_224")])
+@pytest.mark.parametrize(
+    "theirs, timms",
+    [
+        ("deit_huge_patch14_LS", "deit3_huge_patch14_224"),
+        ("cait_M48", "cait_m48_448"),
+        ("cait_S24_224", "cait_s24_224"),
+        ("cait_XXS36", "cait_xxs36_384"),
+        ("deit_small_patch16_224", "deit_small_patch16_224"),
+    ],
+)
 def test_names_of_deits_repository_are_timms(theirs, timms):
     assert timm_name(theirs) == timms
     assert timm.is_model(timms)
@@ -121,18 +159,27 @@ def test_finetuning_at_384_takes_a_checkpoint_of_224(tmp_path):
     assert torch.equal(new.pos_embed[:, 0], old.pos_embed[:, 0])
 
 
-@pytest.mark.parametrize("name, options", [
-    ("cait_xxs24_224", {"embed_dim": 24, "depth": 1, "num_heads": 2}), ("deit3_small_patch16_224", TINY),
-    ("beit_base_patch16_224", TINY)])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("cait_xxs24_224", {"embed_dim": 24, "depth": 1, "num_heads": 2}),
+        ("deit3_small_patch16_224", TINY),
+        ("beit_base_patch16_224", TINY),
+    ],
+)
 def test_a_model_takes_its_own_weights_and_those_of_another_size(name, options):
     small = timm.create_model(name, img_size=64, num_classes=10, **options)
-    load_weights(timm.create_model(name, img_size=64, num_classes=10, **options), small.state_dict(), "x.pth")
+    load_weights(
+        timm.create_model(name, img_size=64, num_classes=10, **options), small.state_dict(), "x.pth"
+    )
     if getattr(small, "pos_embed", None) is not None:
         large = timm.create_model(name, img_size=96, num_classes=10, **options)
         load_weights(large, adapt_weights(large, small.state_dict()), "x.pth")
 
 
-def test_pretrained_weights_that_cannot_be_had_are_told_in_one_line_with_what_to_do(tmp_path, monkeypatch):
+def test_pretrained_weights_that_cannot_be_had_are_told_in_one_line_with_what_to_do(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="--finetune FILE.*--no-pretrained") as error:

@@ -27,7 +27,8 @@ from sparsity_factory.knapsack import nearest_steps
 from sparsity_factory.patterns import PAIRWISE_UP_TO, n_of_m
 from sparsity_factory.scores import Scores
 
-few_values = st.sampled_from([0.0, 1e-40, 0.5, 1.0, 1.001, 1.002, 3.0, 1e30])  # many ties, several in one bin
+# Many ties, several in one bin
+few_values = st.sampled_from([0.0, 1e-40, 0.5, 1.0, 1.001, 1.002, 3.0, 1e30])
 
 
 @settings(deadline=None)
@@ -55,11 +56,17 @@ def test_n_of_m_groups_along_the_input_dimension_of_a_transposed_score(m):
 
 @pytest.mark.parametrize("values", ["random", "tied"])
 @pytest.mark.parametrize(("n", "count"), [(1, 24), (2, 90), (3, 24), (4, 1)])
-def test_a_transposable_mask_has_the_largest_sum_of_all_and_the_first_one_on_a_tie(n, count, values):
+def test_a_transposable_mask_has_the_largest_sum_of_all_and_the_first_one_on_a_tie(
+    n, count, values
+):
     generator = torch.Generator().manual_seed(n)
-    score = torch.rand(12, 8, generator=generator) if values == "random" else \
-        torch.randint(3, (12, 8), generator=generator).float()
-    everything = torch.tensor(list(product([True, False], repeat=16))).view(-1, 4, 4)  # those of earlier weights first
+    score = (
+        torch.rand(12, 8, generator=generator)
+        if values == "random"
+        else torch.randint(3, (12, 8), generator=generator).float()
+    )
+    # Those of earlier weights first
+    everything = torch.tensor(list(product([True, False], repeat=16))).view(-1, 4, 4)
     allowed = everything[(everything.sum(1) == n).all(1) & (everything.sum(2) == n).all(1)]
     assert len(allowed) == count
     mask = parse_pattern(f"{n}:4t").mask(score, 12 * 8 * n // 4)
@@ -78,13 +85,17 @@ AUTOMATIC = [name for name in PRUNERS if name != "custom"]
 
 def random_model(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return linears(*(torch.randn(shape, generator=generator) * (1 + i) for i, shape in enumerate(SHAPES)))
+    return linears(
+        *(torch.randn(shape, generator=generator) * (1 + i) for i, shape in enumerate(SHAPES))
+    )
 
 
 def chosen(model, pruner, sparsity, pattern, score="magnitude"):
     """Masks, and beside them the scores that they were made from."""
     statistics = statistics_of(model, needs_of(pruner, score)) if needs_of(pruner, score) else None
-    masks = compute_masks(model, pruner, sparsity, score=score, pattern=pattern, statistics=statistics)
+    masks = compute_masks(
+        model, pruner, sparsity, score=score, pattern=pattern, statistics=statistics
+    )
     scores = Scores(prunable_weights(model), SCORES[score], statistics=statistics)
     return [(masks[name], scores[name]) for name in masks]
 
@@ -101,7 +112,9 @@ def keeps_the_largest_of_every(m, mask, score, n):
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("pruner", AUTOMATIC)
-def test_x_of_m_and_rows_keep_the_same_number_in_every_group_and_no_more_than_the_budget(pruner, score):
+def test_x_of_m_and_rows_keep_the_same_number_in_every_group_and_no_more_than_the_budget(
+    pruner, score
+):
     for pattern, sparsity in (("x:4", 0.55), ("row", 0.55), ("x:8", 0.3)):
         found = chosen(random_model(), pruner, sparsity, pattern, score)
         steps = []
@@ -113,7 +126,8 @@ def test_x_of_m_and_rows_keep_the_same_number_in_every_group_and_no_more_than_th
             steps += [mask.numel() // m] * (n < m)
         budget = round(sum(map(prod, SHAPES)) * (1 - sparsity))
         total = sum(int(mask.sum()) for mask, _ in found)
-        assert budget - min(steps) < total <= budget  # one more of any group would be too many
+        # One more of any group would be too many
+        assert budget - min(steps) < total <= budget
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -124,10 +138,17 @@ def test_blocks_are_kept_whole_and_those_of_the_largest_sums(pruner, score):
     for mask, scores in found:
         rows, columns = mask.shape[0] // 2, mask.shape[1] // 4
         blocks = [(r, c) for r in range(rows) for c in range(columns)]
-        sums = [scores[2 * r : 2 * r + 2, 4 * c : 4 * c + 4].double().sum().float().item() for r, c in blocks]
+        sums = [
+            scores[2 * r : 2 * r + 2, 4 * c : 4 * c + 4].double().sum().float().item()
+            for r, c in blocks
+        ]
         kept = {i for i, (r, c) in enumerate(blocks) if mask[2 * r, 4 * c]}
         assert mask.sum() == 8 * len(kept)
-        assert all(mask[2 * r : 2 * r + 2, 4 * c : 4 * c + 4].all() for i, (r, c) in enumerate(blocks) if i in kept)
+        assert all(
+            mask[2 * r : 2 * r + 2, 4 * c : 4 * c + 4].all()
+            for i, (r, c) in enumerate(blocks)
+            if i in kept
+        )
         assert kept == largest(sums, len(kept))
         counts.append((sums, len(kept)))
     if pruner == "glob":  # what a model with the sums as its weights would keep
@@ -135,7 +156,8 @@ def test_blocks_are_kept_whole_and_those_of_the_largest_sums(pruner, score):
         best = largest(sums, round(len(sums) * 0.5))
         ends = np.cumsum([0, *(len(sums) for sums, _ in counts)])
         assert [kept for _, kept in counts] == [
-            sum(start <= i < end for i in best) for start, end in zip(ends, ends[1:], strict=False)]
+            sum(start <= i < end for i in best) for start, end in zip(ends, ends[1:], strict=False)
+        ]
     if pruner not in ("unif", "unifplus", "erk"):
         assert sum(kept for _, kept in counts) == round(sum(map(prod, SHAPES)) / 8 * 0.5)
 
@@ -151,7 +173,9 @@ def test_n_of_m_is_the_same_in_every_layer_and_takes_no_sparsity(score):
 def test_without_a_pattern_the_largest_scores_of_a_layer_are_kept(pruner, score):
     for mask, scores in chosen(random_model(), pruner, 0.6, "unstructured", score):
         kept = int(mask.sum())
-        assert set(mask.flatten().nonzero().flatten().tolist()) == largest(scores.flatten().tolist(), kept)
+        assert set(mask.flatten().nonzero().flatten().tolist()) == largest(
+            scores.flatten().tolist(), kept
+        )
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -176,16 +200,19 @@ def test_whole_steps_come_as_near_to_the_budget_as_any_do_and_then_as_near_to_wh
     m = data.draw(st.integers(1, 6))
     step = np.array(data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=4)))
     wanted = np.array([data.draw(st.integers(0, int(s) * m)) for s in step])
-    rounded = data.draw(st.integers(-len(step), len(step)))  # as an allocation that rounds in each layer
+    # As an allocation that rounds in each layer
+    rounded = data.draw(st.integers(-len(step), len(step)))
     budget = int(np.clip(wanted.sum() + rounded, step.sum(), step.sum() * m))
     found = nearest_steps(wanted, step, np.full(len(step), m), budget)
     assert all(1 <= n <= m for n in found)
     ways = [way for way in product(range(1, m + 1), repeat=len(step)) if way @ step <= budget]
     whole = wanted == step * m
-    ways = [way for way in ways if (np.array(way)[whole] == m).all()] or ways  # what is wanted dense stays so
+    # What is wanted dense stays so
+    ways = [way for way in ways if (np.array(way)[whole] == m).all()] or ways
     assert found @ step == max(way @ step for way in ways)
     fits = (wanted >= step).all() and wanted.sum() == budget
     if fits:  # then the share of each layer is what it wants
+
         def distance(way):
             return sum(step * (np.array(way) - wanted / step) ** 2)
 
@@ -200,14 +227,17 @@ def test_layers_that_are_alike_differ_by_one_step_at_most_and_the_earlier_keep_m
 
 
 @pytest.mark.parametrize("pattern", ["x:4", "row"])
-def test_layers_that_the_allocation_keeps_dense_stay_dense_though_others_would_come_nearer_to_the_budget(pattern):
+def test_layers_that_the_allocation_keeps_dense_stay_dense_though_others_would_come_nearer_to_the_budget(
+    pattern,
+):
     first, *_, last = (mask for mask, _ in chosen(random_model(), "unifplus", 0.55, pattern))
     assert first.all() and last.all()
 
 
 def test_many_layers_of_unlike_sizes_are_fitted_in_no_time_and_closely():
     random = np.random.RandomState(0)
-    step = random.randint(500, 5000, 60)  # a row of each, of sizes that have no divisor in common
+    # A row of each, of sizes that have no divisor in common
+    step = random.randint(500, 5000, 60)
     most = random.randint(300, 3000, 60)
     budget = int(step @ most * 0.35)
     found = nearest_steps((step * most * 0.35).astype(int), step, most, budget)
@@ -219,9 +249,13 @@ def test_many_layers_of_unlike_sizes_are_fitted_in_no_time_and_closely():
 def test_as_many_are_pruned_as_one_of_every_group_allows_and_no_more(pattern):
     model = linears(torch.randn(4, 8), torch.randn(8, 4))
     limit = {"x:4": 0.75, "row": 1 - 12 / 64}[pattern]
-    assert all((mask.reshape(-1, 4 if pattern == "x:4" else mask.shape[1]).sum(1) == 1).all()
-               for mask in compute_masks(model, "lamp", limit, pattern=pattern).values())
-    with pytest.raises(PruningError, match=f"pattern {pattern} keeps at least one of .* sparsity of at most 0.[78]"):
+    assert all(
+        (mask.reshape(-1, 4 if pattern == "x:4" else mask.shape[1]).sum(1) == 1).all()
+        for mask in compute_masks(model, "lamp", limit, pattern=pattern).values()
+    )
+    with pytest.raises(
+        PruningError, match=f"pattern {pattern} keeps at least one of .* sparsity of at most 0.[78]"
+    ):
         compute_masks(model, "lamp", limit + 0.02, pattern=pattern)
 
 
@@ -237,9 +271,35 @@ def test_sparsity_zero_keeps_everything(pruner, pattern):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        *((name, "unknown pattern .*expected unstructured, row, n:m such as 2:4, n:mt such as 2:4t, x:m .* heads")
-          for name in ("2:", ":4", "x:", "2:4:8", "-1:4", "rows", "", "block", "block:16", "block:16x",
-                       "block:1x2x3", "n:m", "2.0:4", "2:4T", "x:4t", " 2:4", "x:4\n", None, 4, "a" * 500)),
+        *(
+            (
+                name,
+                "unknown pattern .*expected unstructured, row, n:m such as 2:4, n:mt such as 2:4t, "
+                "x:m .* heads",
+            )
+            for name in (
+                "2:",
+                ":4",
+                "x:",
+                "2:4:8",
+                "-1:4",
+                "rows",
+                "",
+                "block",
+                "block:16",
+                "block:16x",
+                "block:1x2x3",
+                "n:m",
+                "2.0:4",
+                "2:4T",
+                "x:4t",
+                " 2:4",
+                "x:4\n",
+                None,
+                4,
+                "a" * 500,
+            )
+        ),
         ("5:4", "pattern '5:4': expected n:m with 1 <= n <= m"),
         ("0:4", "pattern '0:4': expected n:m with 1 <= n <= m"),
         ("0:0", "pattern '0:0'"),
@@ -258,22 +318,37 @@ def test_a_name_that_is_no_pattern_is_a_one_line_error(name, message):
 
 @pytest.mark.parametrize("pattern", ["3:5", "x:5", "2:3t", "block:4x5", "block:3x4", "2:999999999"])
 def test_a_pattern_that_does_not_fit_a_layer_names_it(pattern):
-    model = linears(torch.randn(60, 60), torch.randn(4, 8)) if pattern != "2:999999999" else linears(torch.randn(4, 8))
+    model = (
+        linears(torch.randn(60, 60), torch.randn(4, 8))
+        if pattern != "2:999999999"
+        else linears(torch.randn(4, 8))
+    )
     name = "0.weight" if len(model) == 1 else "1.weight"
     with pytest.raises(PruningError, match=rf"^pattern {pattern}: expected .*{name} \(4 x 8\)$"):
         compute_masks(model, "unif", None if pattern[0] in "23" else 0.5, pattern=pattern)
 
 
 def test_every_pattern_describes_itself_in_one_line():
-    assert list(PATTERNS) == ["unstructured", "row", "n:m", "n:mt", "x:m", "block:RxC", "heads", "neurons",
-                              "heads+neurons"]
+    assert list(PATTERNS) == [
+        "unstructured",
+        "row",
+        "n:m",
+        "n:mt",
+        "x:m",
+        "block:RxC",
+        "heads",
+        "neurons",
+        "heads+neurons",
+    ]
     for form, pattern in PATTERNS.items():
         line, source, _ = describe(pattern)
         assert line.endswith(".") and (source or form == "unstructured")
 
 
-@pytest.mark.parametrize(("pattern", "kept"), [("unstructured", 16), ("row", 16), ("2:4", 16), ("2:4t", 16),
-                                               ("x:4", 16), ("block:2x2", 4)])
+@pytest.mark.parametrize(
+    ("pattern", "kept"),
+    [("unstructured", 16), ("row", 16), ("2:4", 16), ("2:4t", 16), ("x:4", 16), ("block:2x2", 4)],
+)
 def test_masks_lie_where_the_weights_do(pattern, kept):
     with FakeTensorMode():
         score = torch.empty(4, 8, device="cuda")
@@ -289,7 +364,8 @@ def test_regrow_by_hand():
     weight = torch.tensor([[3.0, -1.0, 2.0, 0.0, 5.0, 0.0]])
     mask = torch.tensor([[True, True, True, True, False, False]])
     growth = torch.tensor([[9.0, 4.0, 9.0, 1.0, 2.0, 4.0]])
-    # Dropped are 0.0 and -1.0; grown are, of places 1, 3, 4 and 5, first 1 and then 5, both of growth 4.
+    # Dropped are 0.0 and -1.0; grown are, of places 1, 3, 4 and 5, first 1 and then 5, both of
+    # growth 4.
     assert regrow(weight, mask, growth, 2).tolist() == [[True, True, True, False, False, True]]
     assert regrow(weight, mask, growth, 1).tolist() == [[True, True, True, False, False, True]]
     assert torch.equal(regrow(weight, mask, growth, 0), mask)
@@ -302,7 +378,9 @@ def test_regrow_drops_the_smallest_kept_and_grows_the_largest_of_all_others(data
     dtype = data.draw(st.sampled_from([torch.float16, torch.float32, torch.float64]))
     values = st.sampled_from([0.0, -1.0, 1.0, 2.0, -3.0, 6e-8])
     weight = torch.tensor(data.draw(st.lists(values, min_size=size, max_size=size)), dtype=dtype)
-    growth = torch.tensor(data.draw(st.lists(values.map(abs), min_size=size, max_size=size)), dtype=dtype)
+    growth = torch.tensor(
+        data.draw(st.lists(values.map(abs), min_size=size, max_size=size)), dtype=dtype
+    )
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
     kept = mask.nonzero().flatten().tolist()
     count = data.draw(st.integers(0, len(kept)))

@@ -1,4 +1,6 @@
-"""The pictures. Whether they tell their story, a person has to see; that nothing overlaps, these tests do."""
+"""The pictures. Whether they tell their story, a person has to see; that nothing overlaps, these
+tests do.
+"""
 
 import io
 from itertools import combinations
@@ -42,16 +44,30 @@ def assert_readable(figure):
 
 
 def layers(model):
-    return {name: (place % 9 + 1) / 10 for place, name in enumerate(prunable_weights(timm.create_model(model)))}
+    return {
+        name: (place % 9 + 1) / 10
+        for place, name in enumerate(prunable_weights(timm.create_model(model)))
+    }
 
 
-@pytest.mark.parametrize("model, count", [("deit_sample_patch4_28", 24), ("deit_tiny_patch16_224", 48),
-                                          ("cait_xxs24_224", 156), ("swin_tiny_patch4_window7_224", 51)])
+@pytest.mark.parametrize(
+    "model, count",
+    [
+        ("deit_sample_patch4_28", 24),
+        ("deit_tiny_patch16_224", 48),
+        ("cait_xxs24_224", 156),
+        ("swin_tiny_patch4_window7_224", 51),
+    ],
+)
 def test_pictures_of_layers_have_no_text_over_another(model, count):
     fractions = layers(model)
     assert len(fractions) == count
     assert_readable(plots.sparsity_bars(fractions, 0.65, "target, 65 %", f"{model}, lamp at 65 %"))
-    drops = {(name, sparsity): value * sparsity for name, value in fractions.items() for sparsity in (0.5, 0.65, 0.9)}
+    drops = {
+        (name, sparsity): value * sparsity
+        for name, value in fractions.items()
+        for sparsity in (0.5, 0.65, 0.9)
+    }
     assert_readable(plots.sensitivity_map(drops, f"{model}, one layer pruned at a time"))
 
 
@@ -66,9 +82,21 @@ def test_there_is_a_bar_for_each_layer_in_the_colour_of_its_kind():
 
 @pytest.mark.parametrize("epochs", [1, 2, 300])
 def test_the_training_is_drawn_by_epoch_with_its_reference_lines(epochs):
-    lines = [{"epoch": epoch, "train_loss": 1.0, "test_loss": 0.5, "test_acc1": 90.0, "test_ema_acc1": 80.0,
-              "test_ema_loss": 0.6, "train_lr": 5e-4} for epoch in range(epochs)]
-    figure = plots.training_curves(lines, {"dense": 92.15, "pruned": 73.6}, "deit_sample_patch4_28, lamp at 65 %")
+    lines = [
+        {
+            "epoch": epoch,
+            "train_loss": 1.0,
+            "test_loss": 0.5,
+            "test_acc1": 90.0,
+            "test_ema_acc1": 80.0,
+            "test_ema_loss": 0.6,
+            "train_lr": 5e-4,
+        }
+        for epoch in range(epochs)
+    ]
+    figure = plots.training_curves(
+        lines, {"dense": 92.15, "pruned": 73.6}, "deit_sample_patch4_28, lamp at 65 %"
+    )
     assert_readable(figure)
     labels = [text for text, _ in texts(figure)]
     assert "dense, 92.15 %" in labels
@@ -78,9 +106,14 @@ def test_the_training_is_drawn_by_epoch_with_its_reference_lines(epochs):
 
 def test_a_sweep_has_a_line_for_each_pruner_and_kind_and_shows_the_spread():
     points = [(0.5, [90.0, 91.0, 92.0]), (0.9, [80.0, 82.0, 84.0]), (0.91, [79.0, 79.5])]
-    curves = {name: {"one-shot": [(0.5, [80.0]), (0.9, [20.0])], "finetuned": points} for name in ("lamp", "erk")}
+    curves = {
+        name: {"one-shot": [(0.5, [80.0]), (0.9, [20.0])], "finetuned": points}
+        for name in ("lamp", "erk")
+    }
     curves["a.yaml"] = {"one-shot": [(0.7, [50.0])]}
-    figure = plots.sweep_lines(curves, 92.15, "model", "finetuned for 2 epochs,\nmean and range of 3 seeds")
+    figure = plots.sweep_lines(
+        curves, 92.15, "model", "finetuned for 2 epochs,\nmean and range of 3 seeds"
+    )
     assert_readable(figure)
     axes = figure.axes[0]
     assert [list(line.get_ydata()) for line in axes.lines[:2]] == [[80, 20], [91, 82, 79.25]]
@@ -89,36 +122,65 @@ def test_a_sweep_has_a_line_for_each_pruner_and_kind_and_shows_the_spread():
     assert len(axes.lines) == 6
 
 
-@pytest.mark.parametrize("choices", ["", ", magnitude, block:16x16, one-shot"], ids=["short", "long"])
+@pytest.mark.parametrize(
+    "choices", ["", ", magnitude, block:16x16, one-shot"], ids=["short", "long"]
+)
 def test_a_sweep_of_many_combinations_draws_the_nine_best(choices):
-    curves = {f"pruner{number}{choices}": {"one-shot": [(0.5, [99.0])], "finetuned": [(0.5, [40.0 + number, 50.0])]}
-              for number in (3, 11, 1, 2, 4, 5, 6, 7, 8, 9, 10)}
+    curves = {
+        f"pruner{number}{choices}": {
+            "one-shot": [(0.5, [99.0])],
+            "finetuned": [(0.5, [40.0 + number, 50.0])],
+        }
+        for number in (3, 11, 1, 2, 4, 5, 6, 7, 8, 9, 10)
+    }
     figure = plots.sweep_lines(curves, 92.15, "deit_sample_patch4_28", "finetuned for 2 epochs")
     assert_readable(figure)
     labels = [text for text, _ in texts(figure)]
-    assert [name for name in curves if name not in labels] == [f"pruner1{choices}", f"pruner2{choices}"]
+    assert [name for name in curves if name not in labels] == [
+        f"pruner1{choices}",
+        f"pruner2{choices}",
+    ]
     assert "deit_sample_patch4_28, the 9 of 11 combinations with the best mean accuracy" in labels
 
 
 def test_the_same_figure_gives_the_same_bytes():
-    assert len({plots.png(plots.sparsity_bars(layers("deit_sample_patch4_28"), 0.5, "x", "y")) for _ in range(2)}) == 1
+    assert (
+        len(
+            {
+                plots.png(plots.sparsity_bars(layers("deit_sample_patch4_28"), 0.5, "x", "y"))
+                for _ in range(2)
+            }
+        )
+        == 1
+    )
 
 
 def test_each_level_stands_at_its_block_and_kind():
-    figure = plots.level_map({"blocks.0.attn.qkv.weight": ("2:4", 0.5), "blocks.1.attn.qkv.weight": ("dense", 1.0),
-                              "blocks.1.mlp.fc1.weight": ("1:4", 0.25)}, "levels")
+    figure = plots.level_map(
+        {
+            "blocks.0.attn.qkv.weight": ("2:4", 0.5),
+            "blocks.1.attn.qkv.weight": ("dense", 1.0),
+            "blocks.1.mlp.fc1.weight": ("1:4", 0.25),
+        },
+        "levels",
+    )
     axes = figure.axes[0]
-    assert {(*text.get_position(), text.get_text()) for text in axes.texts} == {(0, 0, "2:4"), (1, 0, "dense"),
-                                                                               (1, 1, "1:4")}
+    assert {(*text.get_position(), text.get_text()) for text in axes.texts} == {
+        (0, 0, "2:4"),
+        (1, 0, "dense"),
+        (1, 1, "1:4"),
+    }
     assert [label.get_text() for label in axes.get_yticklabels()] == ["attn.qkv", "mlp.fc1"]
     assert axes.images[0].get_array()[:, 1].tolist() == [100, 25]
     assert axes.images[0].get_clim() == (0, 100)
 
 
 def test_models_are_drawn_where_their_speed_and_mean_accuracy_are_with_a_line_through_a_family():
-    figure = plots.tradeoff_points({"dense": (1.0, [90.0]), "pruned 50%": (2.0, [88.0, 89.0]),
-                                    "pruned 25%": (1.5, [89.5])}, "times as fast")
-    axes, = figure.axes
+    figure = plots.tradeoff_points(
+        {"dense": (1.0, [90.0]), "pruned 50%": (2.0, [88.0, 89.0]), "pruned 25%": (1.5, [89.5])},
+        "times as fast",
+    )
+    (axes,) = figure.axes
     drawn = {line.get_label(): [tuple(point) for point in line.get_xydata()] for line in axes.lines}
     assert drawn == {"dense": [(1.0, 90.0)], "pruned": [(1.5, 89.5), (2.0, 88.5)]}
     assert [text.get_text() for text in axes.texts] == ["25%", "50%"]

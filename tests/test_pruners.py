@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from made_up import linears, statistics_of
 from torch import nn
 
-from sparsity_factory import PRUNERS, PruningError, check_request, compute_masks, describe, needs_of, prunable_weights
+from sparsity_factory import (
+    PRUNERS,
+    PruningError,
+    check_request,
+    compute_masks,
+    describe,
+    needs_of,
+    prunable_weights,
+)
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "masks_deit_tiny.json").read_text())
 AUTOMATIC = [name for name in PRUNERS if name != "custom"]
@@ -37,26 +45,45 @@ def kept(model, pruner, sparsity) -> list[int]:
 def reference_model():
     model = timm.create_model("deit_tiny_patch16_224")
     for i, weight in enumerate(prunable_weights(model).values()):
-        values = np.random.RandomState(1000 + i).standard_normal(tuple(weight.shape)) * 0.02 * (1 + 0.15 * (i % 7))
+        values = (
+            np.random.RandomState(1000 + i).standard_normal(tuple(weight.shape))
+            * 0.02
+            * (1 + 0.15 * (i % 7))
+        )
         weight.data = torch.from_numpy(values.astype(np.float32))
     return model
 
 
-@pytest.mark.parametrize("case", REFERENCE, ids=lambda case: f"{case['pruner']}-{case['sparsity'] or case['note']}")
+@pytest.mark.parametrize(
+    "case", REFERENCE, ids=lambda case: f"{case['pruner']}-{case['sparsity'] or case['note']}"
+)
 def test_masks_equal_those_of_the_reference_implementations(reference_model, case):
-    config = {"sparsity": {"mode": case["mode"], "level": case["level"]}} if case["pruner"] == "custom" else None
+    config = (
+        {"sparsity": {"mode": case["mode"], "level": case["level"]}}
+        if case["pruner"] == "custom"
+        else None
+    )
     masks = compute_masks(reference_model, case["pruner"], case["sparsity"], config)
-    assert {name.removesuffix(".weight"): int(mask.sum()) for name, mask in masks.items()} == case["kept"]
-    digest = hashlib.sha256(b"".join(np.packbits(mask.numpy()).tobytes() for mask in masks.values()))
+    assert {name.removesuffix(".weight"): int(mask.sum()) for name, mask in masks.items()} == case[
+        "kept"
+    ]
+    digest = hashlib.sha256(
+        b"".join(np.packbits(mask.numpy()).tobytes() for mask in masks.values())
+    )
     assert digest.hexdigest() == case["mask_sha256"]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pruner", [name for name in PRUNERS if name != "cap"])  # which factors matrices of its own
+# Which factors matrices of its own
+@pytest.mark.parametrize("pruner", [name for name in PRUNERS if name != "cap"])
 def test_masks_on_a_gpu_equal_those_on_the_cpu_to_the_bit(reference_model, pruner):
-    config = {"sparsity": {"mode": "nxm", "level": {"default": [2, 4]}}} if pruner == "custom" else None
+    config = (
+        {"sparsity": {"mode": "nxm", "level": {"default": [2, 4]}}} if pruner == "custom" else None
+    )
     request = {"sparsity": None if config else 0.65, "custom_config": config}
-    request["statistics"] = statistics_of(reference_model, needs_of(pruner)) if needs_of(pruner) else None
+    request["statistics"] = (
+        statistics_of(reference_model, needs_of(pruner)) if needs_of(pruner) else None
+    )
     expected = compute_masks(reference_model, pruner, **request)
     masks = compute_masks(copy.deepcopy(reference_model).cuda(), pruner, **request)
     assert all(torch.equal(mask.cpu(), expected[name]) for name, mask in masks.items())
@@ -130,17 +157,27 @@ def test_erk_shares_in_proportion_to_the_fans_up_to_dense_layers(model, sparsity
     assert all(count <= size for count, size in zip(counts, n, strict=True))
     assert abs(sum(counts) - sum(n) * (1 - sparsity)) <= 0.5 * len(n) + 1e-6
     fans = [sum(weight.shape) for weight in prunable_weights(model).values()]
-    sparse = [(count, fan) for count, fan, size in zip(counts, fans, n, strict=True) if count < size]
-    if sparse:  # one scale explains all layers that are not dense, and the dense ones would have passed density 1
+    sparse = [
+        (count, fan) for count, fan, size in zip(counts, fans, n, strict=True) if count < size
+    ]
+    # One scale explains all layers that are not dense, and the dense ones would have passed density
+    # 1
+    if sparse:
         low = max((count - 0.5) / fan for count, fan in sparse)
         high = min((count + 0.5) / fan for count, fan in sparse)
         assert low <= high + 1e-9
-        assert all(high * fan >= size - 0.5 for count, fan, size in zip(counts, fans, n, strict=True) if count == size)
+        assert all(
+            high * fan >= size - 0.5
+            for count, fan, size in zip(counts, fans, n, strict=True)
+            if count == size
+        )
 
 
 @any_layers
 @given(models(), sparsities, st.sampled_from(AUTOMATIC))
-def test_within_a_layer_the_largest_magnitudes_are_kept_and_earlier_ones_of_equals(model, sparsity, pruner):
+def test_within_a_layer_the_largest_magnitudes_are_kept_and_earlier_ones_of_equals(
+    model, sparsity, pruner
+):
     try:
         masks = masks_of(model, pruner, sparsity)
     except PruningError:
@@ -152,18 +189,25 @@ def test_within_a_layer_the_largest_magnitudes_are_kept_and_earlier_ones_of_equa
         assert order == sorted(order, reverse=True)
 
 
-integer_layers = st.lists(st.lists(st.integers(-4, 4), min_size=1, max_size=6), min_size=1, max_size=4)
+integer_layers = st.lists(
+    st.lists(st.integers(-4, 4), min_size=1, max_size=6), min_size=1, max_size=4
+)
 
 
 def best_over_all_layers(layers, score_of, budget) -> list[int]:
-    """Brute force: how many weights of each layer are among the best, ties toward the earlier in model order."""
-    scored = [(score_of(layer, j), i, j) for i, layer in enumerate(layers) for j in range(len(layer))]
+    """Brute force: how many weights of each layer are among the best, ties toward the earlier in
+    model order.
+    """
+    scored = [
+        (score_of(layer, j), i, j) for i, layer in enumerate(layers) for j in range(len(layer))
+    ]
     chosen = sorted(scored, key=lambda item: (-item[0], item[1:]))[:budget]
     return [sum(i == layer for _, i, _ in chosen) for layer in range(len(layers))]
 
 
 def exact_lamp_score(layer, j) -> Fraction:
-    if j == max(range(len(layer)), key=lambda i: abs(layer[i])):  # max: the first of the largest
+    # max: the first of the largest
+    if j == max(range(len(layer)), key=lambda i: abs(layer[i])):
         return Fraction(1)
     not_smaller = sum(v**2 for v in layer if abs(v) >= abs(layer[j]))
     return Fraction(layer[j] ** 2, not_smaller) if not_smaller else Fraction(0)
@@ -182,14 +226,18 @@ def test_lamp_equals_brute_force_with_exact_fractions_on_tied_weights(layers, sp
 def test_glob_equals_brute_force_on_tied_weights(layers, sparsity):
     budget = round(sum(map(len, layers)) * (1 - sparsity))
     model = linears(*(torch.tensor([layer], dtype=torch.float32) for layer in layers))
-    assert kept(model, "glob", sparsity) == best_over_all_layers(layers, lambda layer, j: abs(layer[j]), budget)
+    assert kept(model, "glob", sparsity) == best_over_all_layers(
+        layers, lambda layer, j: abs(layer[j]), budget
+    )
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.65, 0.99, 0.999])
 def test_lamp_equals_sorting_every_score_on_layers_of_real_size(sparsity):
     random = np.random.RandomState(0)
     layers = [((300, 100), 0.02), ((64, 64), 3.0), ((100, 500), 0.1), ((1, 1), 0.01)]
-    weights = [(random.standard_normal(shape) * scale).astype(np.float32) for shape, scale in layers]
+    weights = [
+        (random.standard_normal(shape) * scale).astype(np.float32) for shape, scale in layers
+    ]
     scores, layer = [], []
     for i, weight in enumerate(weights):
         squares = np.sort(weight.astype(np.float64).ravel() ** 2)[::-1]
@@ -231,8 +279,12 @@ def test_owl_moves_densities_by_the_share_of_outliers_within_008(sparsity):
         statistics = statistics_of(model, {"input_norms"})
         masks = compute_masks(model, "owl", sparsity, statistics=statistics)
         n, budget = sizes_and_budget(model, sparsity)
-        ratios = np.array([outlier_ratio(weight.tolist(), statistics.value(name, "input_norms").tolist())
-                           for name, weight in prunable_weights(model).items()])
+        ratios = np.array(
+            [
+                outlier_ratio(weight.tolist(), statistics.value(name, "input_norms").tolist())
+                for name, weight in prunable_weights(model).items()
+            ]
+        )
         deviation = ratios - sum(ratios * n) / sum(n)
         expected = (1 - sparsity + 0.08 * deviation / max(abs(deviation))) * n
         found = np.array([int(mask.sum()) for mask in masks.values()])
@@ -255,7 +307,9 @@ def kept_with_norms(model, norms):
     statistics = statistics_of(model, {"input_norms"})
     for name in statistics.shapes:
         statistics.state_dict()[f"{name}.input_norms"].copy_(norms.square())
-    return [int(mask.sum()) for mask in compute_masks(model, "owl", 0.5, statistics=statistics).values()]
+    return [
+        int(mask.sum()) for mask in compute_masks(model, "owl", 0.5, statistics=statistics).values()
+    ]
 
 
 def hill_exponent(weight) -> float:
@@ -269,7 +323,9 @@ def hill_exponent(weight) -> float:
 def test_alpha_prunes_in_proportion_to_08_to_12_along_the_exponents(sparsity):
     for model in small_models(10):
         n, budget = sizes_and_budget(model, sparsity)
-        exponents = np.array([hill_exponent(weight.detach()) for weight in prunable_weights(model).values()])
+        exponents = np.array(
+            [hill_exponent(weight.detach()) for weight in prunable_weights(model).values()]
+        )
         relative = 0.8 + 0.4 * (exponents - exponents.min()) / (exponents.max() - exponents.min())
         pruned = relative * (sum(n) - budget) / sum(relative * n)
         found = np.array(kept(model, "alpha", sparsity))
@@ -282,34 +338,49 @@ def test_alpha_keeps_more_of_a_layer_with_a_heavier_tail():
     light, heavy = random.standard_normal((2, 40, 40))
     heavy += 40 * np.outer(random.standard_normal(40), random.standard_normal(40)) / 40
     heavy += np.diag(random.pareto(1, 40))
-    assert kept(linears(torch.from_numpy(light), torch.from_numpy(heavy)), "alpha", 0.5) == [640, 960]
+    assert kept(linears(torch.from_numpy(light), torch.from_numpy(heavy)), "alpha", 0.5) == [
+        640,
+        960,
+    ]
 
 
 def test_alpha_prunes_most_where_there_is_no_spectrum():
     model = linears(torch.randn(10, 10), torch.zeros(10, 10), torch.eye(10))
     assert kept(model, "alpha", 0.5)[1:] == [50, 50]
-    random = linears(torch.randn(10, 10), torch.rand(10, 10) ** 9, torch.zeros(10, 10), torch.eye(10))
+    random = linears(
+        torch.randn(10, 10), torch.rand(10, 10) ** 9, torch.zeros(10, 10), torch.eye(10)
+    )
     counts = kept(random, "alpha", 0.5)
     assert counts[2] == counts[3] == min(counts) < max(counts)
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.9])
 @pytest.mark.parametrize("pattern", ["unstructured", "block:2x2"])
-def test_cap_keeps_what_costs_most_to_remove_over_all_layers_whatever_score_chooses_within(sparsity, pattern):
+def test_cap_keeps_what_costs_most_to_remove_over_all_layers_whatever_score_chooses_within(
+    sparsity, pattern
+):
     random = np.random.RandomState(0)
-    model = linears(*(random.standard_normal(shape) * scale for shape, scale in (((8, 6), 1), ((4, 10), 3))))
+    model = linears(
+        *(random.standard_normal(shape) * scale for shape, scale in (((8, 6), 1), ((4, 10), 3)))
+    )
     statistics = statistics_of(model)
     costs = [statistics.value(name, "removal_costs") for name in statistics.shapes]
     if pattern != "unstructured":
         costs = [cost.unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).sum((1, 3)) for cost in costs]
     budget = round(sum(cost.numel() for cost in costs) * (1 - sparsity))
-    threshold = torch.cat([cost.flatten() for cost in costs]).sort(descending=True).values[budget - 1]
+    threshold = (
+        torch.cat([cost.flatten() for cost in costs]).sort(descending=True).values[budget - 1]
+    )
     expected = [int((cost >= threshold).sum()) for cost in costs]
     weights = 1 if pattern == "unstructured" else 4
     for score in ("magnitude", "wanda", "cap"):
-        masks = compute_masks(model, "cap", sparsity, score=score, pattern=pattern, statistics=statistics)
+        masks = compute_masks(
+            model, "cap", sparsity, score=score, pattern=pattern, statistics=statistics
+        )
         assert [int(mask.sum()) // weights for mask in masks.values()] == expected
-    of_glob = compute_masks(model, "glob", sparsity, score="cap", pattern=pattern, statistics=statistics)
+    of_glob = compute_masks(
+        model, "glob", sparsity, score="cap", pattern=pattern, statistics=statistics
+    )
     assert all(torch.equal(mask, of_glob[name]) for name, mask in masks.items())
 
 
@@ -360,8 +431,13 @@ def test_half_precision_weights_are_compared_in_float32(pruner, dtype):
 
 
 def test_float64_weights_keep_their_precision_beside_float32_ones():
-    model = linears(torch.tensor([[1.0, 1.0]]), torch.tensor([[1 + 1e-12, 1 - 1e-12]], dtype=torch.float64))
-    assert [mask.tolist() for mask in compute_masks(model, "glob", 0.5).values()] == [[[True, False]], [[True, False]]]
+    model = linears(
+        torch.tensor([[1.0, 1.0]]), torch.tensor([[1 + 1e-12, 1 - 1e-12]], dtype=torch.float64)
+    )
+    assert [mask.tolist() for mask in compute_masks(model, "glob", 0.5).values()] == [
+        [[True, False]],
+        [[True, False]],
+    ]
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e300])
@@ -376,7 +452,9 @@ def test_lamp_does_not_depend_on_the_scale_of_a_layer_even_an_extreme_one(scale)
 def test_non_contiguous_weights_get_the_masks_of_their_contiguous_copies(pruner):
     model = linears(*[torch.randn(6, 10).T for _ in range(3)])
     assert not model[0].weight.is_contiguous()
-    expected = masks_of(linears(*[layer.weight.detach().contiguous() for layer in model]), pruner, 0.3)
+    expected = masks_of(
+        linears(*[layer.weight.detach().contiguous() for layer in model]), pruner, 0.3
+    )
     for name, mask in masks_of(model, pruner, 0.3).items():
         assert torch.equal(mask, expected[name])
 
@@ -385,7 +463,9 @@ def test_non_contiguous_weights_get_the_masks_of_their_contiguous_copies(pruner)
 def test_the_model_is_not_changed_and_sparsity_zero_keeps_everything(pruner):
     model = linears(*[torch.randn(5, 7) for _ in range(3)])
     before = copy.deepcopy(model.state_dict())
-    assert all(mask.all() and mask.dtype == torch.bool for mask in masks_of(model, pruner, 0).values())
+    assert all(
+        mask.all() and mask.dtype == torch.bool for mask in masks_of(model, pruner, 0).values()
+    )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -395,10 +475,14 @@ ARCHITECTURES = {
     "deit_tiny_patch16_224": (8, {"embed_dim": 24, "depth": 2}),
     "deit_tiny_distilled_patch16_224": (8, {"embed_dim": 24, "depth": 2}),
     "deit3_small_patch16_224": (8, {"embed_dim": 24, "depth": 2, "num_heads": 3}),
-    # attention of CaiT: qkv, proj_l, proj_w, proj and 2 of the MLP; with the class token: q, k, v, proj and 2
+    # attention of CaiT: qkv, proj_l, proj_w, proj and 2 of the MLP; with the class token: q, k, v,
+    # proj and 2
     "cait_xxs24_224": (2 * 6 + 2 * 6, {"embed_dim": 24, "depth": 2, "num_heads": 3}),
     # two stages of one block each, and the reduction between them
-    "swin_tiny_patch4_window7_224": (2 * 4 + 1, {"embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2)}),
+    "swin_tiny_patch4_window7_224": (
+        2 * 4 + 1,
+        {"embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2)},
+    ),
 }
 
 
@@ -414,7 +498,9 @@ def test_every_kind_of_vision_transformer_is_pruned_except_its_classifier(name):
     for pruner in AUTOMATIC:
         masks = masks_of(model, pruner, 0.4)
         assert list(masks) == list(weights)
-        assert sum(int(mask.sum()) for mask in masks.values()) == pytest.approx(0.6 * total, abs=len(masks))
+        assert sum(int(mask.sum()) for mask in masks.values()) == pytest.approx(
+            0.6 * total, abs=len(masks)
+        )
 
 
 # ---- requests that cannot be met ----
@@ -423,7 +509,10 @@ def test_every_kind_of_vision_transformer_is_pruned_except_its_classifier(name):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"pruner": "lump", "sparsity": 0.5}, "unknown pruner 'lump': .*lamp, glob, .*owl, alpha, cap, search, custom"),
+        (
+            {"pruner": "lump", "sparsity": 0.5},
+            "unknown pruner 'lump': .*lamp, glob, .*owl, alpha, cap, search, custom",
+        ),
         ({"pruner": "lamp", "sparsity": 0.5, "score": "size"}, "unknown score 'size': .*magnitude"),
         ({"pruner": "lamp"}, "needs a sparsity"),
         *(
@@ -433,14 +522,32 @@ def test_every_kind_of_vision_transformer_is_pruned_except_its_classifier(name):
         ({"pruner": "custom"}, "needs a configuration"),
         ({"pruner": "custom", "sparsity": 0.5, "custom_config": {}}, "expected no sparsity"),
         ({"pruner": "lamp", "sparsity": 0.5, "custom_config": {}}, "takes no custom configuration"),
-        ({"pruner": "lamp", "sparsity": 0.5, "pattern": "2:4"}, "pattern 2:4 is a sparsity of its own"),
-        ({"pruner": "unif", "sparsity": 0.5, "pattern": "2:4"}, "pattern 2:4 is a sparsity of its own"),
-        ({"pruner": "lamp", "pattern": "2:4"}, "pattern 2:4 prunes every layer alike: expected pruner unif, got lamp"),
+        (
+            {"pruner": "lamp", "sparsity": 0.5, "pattern": "2:4"},
+            "pattern 2:4 is a sparsity of its own",
+        ),
+        (
+            {"pruner": "unif", "sparsity": 0.5, "pattern": "2:4"},
+            "pattern 2:4 is a sparsity of its own",
+        ),
+        (
+            {"pruner": "lamp", "pattern": "2:4"},
+            "pattern 2:4 prunes every layer alike: expected pruner unif, got lamp",
+        ),
         ({"pruner": "lamp", "pattern": "x:4"}, "pruner lamp needs a sparsity"),
-        ({"pruner": "lamp", "sparsity": 0.5, "pattern": "4:2"}, "pattern '4:2': expected n:m with 1 <= n <= m"),
-        ({"pruner": "custom", "custom_config": {}, "pattern": "2:4"}, "takes its patterns from the configuration"),
+        (
+            {"pruner": "lamp", "sparsity": 0.5, "pattern": "4:2"},
+            "pattern '4:2': expected n:m with 1 <= n <= m",
+        ),
+        (
+            {"pruner": "custom", "custom_config": {}, "pattern": "2:4"},
+            "takes its patterns from the configuration",
+        ),
         ({"pruner": "custom", "custom_config": {}, "pattern": "row"}, "expected no 'row' too"),
-        ({"pruner": "owl", "sparsity": 0.5}, "pruner owl looks at data: expected statistics with input_norms"),
+        (
+            {"pruner": "owl", "sparsity": 0.5},
+            "pruner owl looks at data: expected statistics with input_norms",
+        ),
         ({"pruner": "unifplus", "sparsity": 0.5}, "expected a sparsity of less than 0.3333"),
     ],
 )
@@ -496,6 +603,8 @@ def test_a_model_without_prunable_weights_is_an_error():
 def test_a_pruner_that_keeps_more_or_less_than_there_is_is_refused(monkeypatch):
     model = nn.Sequential(nn.Linear(4, 4))
     for kept in (-1, 17, None):
-        monkeypatch.setitem(PRUNERS, "mine", lambda scores, sparsity, kept=kept: dict.fromkeys(scores, kept))
+        monkeypatch.setitem(
+            PRUNERS, "mine", lambda scores, sparsity, kept=kept: dict.fromkeys(scores, kept)
+        )
         with pytest.raises(PruningError, match="pruner mine keeps .* of 0.weight"):
             compute_masks(model, "mine", 0.5)

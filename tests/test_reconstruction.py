@@ -39,8 +39,13 @@ def layer(seed=0, rows=6, columns=20, tokens=60, correlated=True):
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(tokens, columns, generator=generator, dtype=torch.float64)
     if correlated:
-        inputs = inputs @ (torch.eye(columns) + torch.randn(columns, columns, generator=generator) / columns**0.5)\
-            .double()
+        inputs = (
+            inputs
+            @ (
+                torch.eye(columns)
+                + torch.randn(columns, columns, generator=generator) / columns**0.5
+            ).double()
+        )
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64), inputs
 
 
@@ -58,7 +63,9 @@ def drawn(case):
     mix = random.standard_normal((columns, columns)) / columns**0.5 + np.eye(columns)
     inputs = random.standard_normal((tokens, columns)) @ mix * (0.5 + random.random_sample(columns))
     weight = random.standard_normal((rows, columns)) * 0.1
-    bits = np.unpackbits(np.frombuffer(bytes.fromhex(case["mask_hex"]), np.uint8), count=rows * columns)
+    bits = np.unpackbits(
+        np.frombuffer(bytes.fromhex(case["mask_hex"]), np.uint8), count=rows * columns
+    )
     mask = torch.from_numpy(bits.astype(bool).reshape(rows, columns))
     return torch.from_numpy(weight), torch.from_numpy(inputs), mask
 
@@ -72,13 +79,18 @@ def test_the_public_code_gives_the_same(case):
         new, left = obs_prune(weight, gram, mask, damping=case["damping"], block_size=block_size)
         assert torch.equal(left, mask)
         assert torch.equal(new * ~mask, torch.zeros_like(new))
-        torch.testing.assert_close(new[0], torch.tensor(case["first_row"], dtype=torch.float64), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            new[0], torch.tensor(case["first_row"], dtype=torch.float64), atol=1e-6, rtol=0
+        )
         assert error(new, weight, inputs) == pytest.approx(case["relative_output_error"], rel=1e-6)
     if "n" in case:
-        assert torch.equal(obs_prune(weight, gram, (case["n"], case["m"]), damping=case["damping"])[1], mask)
+        assert torch.equal(
+            obs_prune(weight, gram, (case["n"], case["m"]), damping=case["damping"])[1], mask
+        )
     else:
-        new, found = obs_prune(weight, gram, case["kept_total"], damping=case["damping"],
-                               block_size=case["block_size"])
+        new, found = obs_prune(
+            weight, gram, case["kept_total"], damping=case["damping"], block_size=case["block_size"]
+        )
         assert int(found.sum()) == case["kept_total"]
         assert error(new, weight, inputs) <= 1.02 * case["relative_output_error"]
 
@@ -89,15 +101,17 @@ def test_the_public_code_gives_the_same(case):
 def plain_obs(weight, gram, damping, groups, choose):
     """Column by column, with the inverse for the columns that are left computed anew for each.
 
-    groups: the first columns of groups, with an end; choose: from costs (outputs, width) and the group's place to what
-    of it is kept.
+    groups: the first columns of groups, with an end; choose: from costs (outputs, width) and the
+    group's place to what of it is kept.
     """
     weight, count = weight.clone(), weight.shape[1]
     gram = gram + damping * gram.diagonal().mean() * torch.eye(count, dtype=gram.dtype)
     inverses = [torch.linalg.inv(gram[column:, column:]) for column in range(count)]
     mask = torch.ones(weight.shape, dtype=torch.bool)
     for place, (start, end) in enumerate(zip(groups, groups[1:], strict=False)):
-        costs = torch.stack([weight[:, column] ** 2 / inverses[column][0, 0] for column in range(start, end)], 1)
+        costs = torch.stack(
+            [weight[:, column] ** 2 / inverses[column][0, 0] for column in range(start, end)], 1
+        )
         mask[:, start:end] = choose(costs, place)
         for column in range(start, end):
             inverse = inverses[column]
@@ -147,9 +161,13 @@ def test_a_number_goes_by_blocks_each_with_its_share_as_column_by_column(block_s
     new, mask = obs_prune(weight, gram, kept, block_size=block_size)
     assert int(mask.sum()) == kept
     ends = [*range(0, 20, block_size), 20]
-    shares = [round(kept * end / 20) - round(kept * start / 20) for start, end in zip(ends, ends[1:], strict=False)]
-    expected, by_hand = plain_obs(weight, gram, 0.01, ends,
-                                  lambda costs, place: k_cheapest_go(costs, shares[place]))
+    shares = [
+        round(kept * end / 20) - round(kept * start / 20)
+        for start, end in zip(ends, ends[1:], strict=False)
+    ]
+    expected, by_hand = plain_obs(
+        weight, gram, 0.01, ends, lambda costs, place: k_cheapest_go(costs, shares[place])
+    )
     assert torch.equal(mask, by_hand)
     torch.testing.assert_close(new, expected, rtol=1e-9, atol=1e-12)
 
@@ -160,8 +178,12 @@ def test_groups_are_chosen_among_the_weights_as_updated_so_far(group):
     gram = inputs.T @ inputs
     n, m = group
     expected, by_hand = plain_obs(
-        weight, gram, 0.01, range(0, 21, m),
-        lambda costs, place: torch.stack([k_cheapest_go(row, n) for row in costs]))
+        weight,
+        gram,
+        0.01,
+        range(0, 21, m),
+        lambda costs, place: torch.stack([k_cheapest_go(row, n) for row in costs]),
+    )
     for block_size in (1, 8, 128):
         new, mask = obs_prune(weight, gram, group, block_size=block_size)
         assert torch.equal(mask, by_hand)
@@ -169,10 +191,28 @@ def test_groups_are_chosen_among_the_weights_as_updated_so_far(group):
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 8, 48, 128])
-@pytest.mark.parametrize("pattern, kept", [
-    ("unstructured", 0), ("unstructured", 17), ("unstructured", 311), ("unstructured", 480),
-    ("row", 10), ("row", 70), ("row", 240), ("row", 480), ("x:4", 120), ("x:4", 360), ("x:48", 10), ("x:48", 110),
-    ("block:2x4", 0), ("block:2x4", 1), ("block:2x4", 23), ("block:5x16", 5), ("block:10x48", 1)])
+@pytest.mark.parametrize(
+    "pattern, kept",
+    [
+        ("unstructured", 0),
+        ("unstructured", 17),
+        ("unstructured", 311),
+        ("unstructured", 480),
+        ("row", 10),
+        ("row", 70),
+        ("row", 240),
+        ("row", 480),
+        ("x:4", 120),
+        ("x:4", 360),
+        ("x:48", 10),
+        ("x:48", 110),
+        ("block:2x4", 0),
+        ("block:2x4", 1),
+        ("block:2x4", 23),
+        ("block:5x16", 5),
+        ("block:10x48", 1),
+    ],
+)
 def test_what_is_kept_is_exact_and_fits_the_pattern(pattern, kept, block_size):
     weight, inputs = layer(rows=10, columns=48, tokens=100)
     form = parse_pattern(pattern)
@@ -226,10 +266,13 @@ def test_inputs_that_are_always_zero_lose_their_weights_and_change_no_others():
     gram = inputs.T @ inputs
     alive = [column for column in range(20) if column not in (0, 7, 19)]
     mask = torch.rand(6, 20, generator=torch.Generator().manual_seed(1)) < 0.5
-    scale = gram.diagonal().mean() / gram[alive][:, alive].diagonal().mean()  # damping is of the mean over all inputs
+    # Damping is of the mean over all inputs
+    scale = gram.diagonal().mean() / gram[alive][:, alive].diagonal().mean()
     new, _ = obs_prune(weight, gram, mask)
     assert not new[:, [0, 7, 19]].any()
-    small, _ = obs_prune(weight[:, alive], gram[alive][:, alive], mask[:, alive], damping=0.01 * scale.item())
+    small, _ = obs_prune(
+        weight[:, alive], gram[alive][:, alive], mask[:, alive], damping=0.01 * scale.item()
+    )
     torch.testing.assert_close(new[:, alive], small, rtol=1e-9, atol=1e-12)
     _, chosen = obs_prune(weight, gram, 100)
     assert chosen[:, alive].sum() == 100
@@ -259,20 +302,26 @@ def test_a_damping_that_suffices_says_nothing(caplog):
 
 @pytest.mark.parametrize("gram_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_work_is_done_in_the_dtype_of_the_gram_matrix_and_the_weight_keeps_its_own(dtype, gram_dtype):
+def test_the_work_is_done_in_the_dtype_of_the_gram_matrix_and_the_weight_keeps_its_own(
+    dtype, gram_dtype
+):
     weight, inputs = layer()
     gram, mask = inputs.T @ inputs, weight > 0
     exact, _ = obs_prune(weight.to(dtype).double(), gram, mask)
     before = weight.to(dtype)
     new, _ = obs_prune(given := before.clone(), gram.to(gram_dtype), mask)
     assert new.dtype == dtype and torch.equal(given, before)
-    torch.testing.assert_close(new, exact.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        new, exact.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5
+    )
 
 
 def test_a_factor_of_the_gram_matrix_changes_nothing():
     weight, inputs = layer()
     gram = inputs.T @ inputs
-    for one, other in zip(obs_prune(weight, gram, 60), obs_prune(weight, 2**20 * gram, 60), strict=True):
+    for one, other in zip(
+        obs_prune(weight, gram, 60), obs_prune(weight, 2**20 * gram, 60), strict=True
+    ):
         assert torch.equal(one, other)
 
 
@@ -280,18 +329,34 @@ NAN = torch.full((20, 20), math.nan, dtype=torch.float64)
 EYE = torch.eye(20, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("change, culprit", [
-    ({"gram": NAN}, "finite"), ({"gram": EYE[:4, :4]}, "20 x 20"), ({"weight": NAN[:6]}, "finite"),
-    ({"gram": -EYE}, "negative eigenvalues"), ({"kept": -1}, "0 to 120"), ({"kept": 121}, "0 to 120"),
-    ({"kept": (2, 3)}, "divides the 20 inputs"), ({"kept": (5, 4)}, "1 <= n <= m"), ({"kept": (0, 4)}, "1 <= n <= m"),
-    ({"kept": (0, 0)}, "1 <= n <= m"), ({"kept": torch.ones(6, 19, dtype=torch.bool)}, "6 x 20"),
-    ({"kept": torch.ones(6, 20)}, "bool mask"), ({"damping": -1.0}, "damping -1"), ({"damping": math.nan}, "damping"),
-    ({"block_size": 0}, "block size 0"), ({"pattern": parse_pattern("block:4x4")}, "blocks that divide")],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value)
+@pytest.mark.parametrize(
+    "change, culprit",
+    [
+        ({"gram": NAN}, "finite"),
+        ({"gram": EYE[:4, :4]}, "20 x 20"),
+        ({"weight": NAN[:6]}, "finite"),
+        ({"gram": -EYE}, "negative eigenvalues"),
+        ({"kept": -1}, "0 to 120"),
+        ({"kept": 121}, "0 to 120"),
+        ({"kept": (2, 3)}, "divides the 20 inputs"),
+        ({"kept": (5, 4)}, "1 <= n <= m"),
+        ({"kept": (0, 4)}, "1 <= n <= m"),
+        ({"kept": (0, 0)}, "1 <= n <= m"),
+        ({"kept": torch.ones(6, 19, dtype=torch.bool)}, "6 x 20"),
+        ({"kept": torch.ones(6, 20)}, "bool mask"),
+        ({"damping": -1.0}, "damping -1"),
+        ({"damping": math.nan}, "damping"),
+        ({"block_size": 0}, "block size 0"),
+        ({"pattern": parse_pattern("block:4x4")}, "blocks that divide"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
+)
 def test_what_does_not_fit_is_an_error_in_one_line(change, culprit):
     arguments = {"weight": layer()[0], "gram": EYE, "kept": 60, **change}
     with pytest.raises(PruningError, match=culprit) as found:
-        obs_prune(arguments.pop("weight"), arguments.pop("gram"), arguments.pop("kept"), **arguments)
+        obs_prune(
+            arguments.pop("weight"), arguments.pop("gram"), arguments.pop("kept"), **arguments
+        )
     assert "\n" not in str(found.value)
 
 
@@ -317,10 +382,18 @@ def test_with_a_bias_it_is_the_least_squares_over_weights_and_bias(monkeypatch):
     model = one_layer(inputs)
     outputs, mask = model(inputs).detach(), torch.ones(5, 12, dtype=torch.bool)
     mask[:, :4] = False
-    monkeypatch.setitem(RECONSTRUCTIONS, "undamped", lambda weight, inputs, mask, pattern: obs_prune(
-        weight, inputs.gram, mask, damping=0.0))
-    reconstruct_layers(model, {"0.weight": mask}, "undamped", as_walked(model, [inputs[:90], inputs[90:]]),
-                       patterns=unstructured)
+    monkeypatch.setitem(
+        RECONSTRUCTIONS,
+        "undamped",
+        lambda weight, inputs, mask, pattern: obs_prune(weight, inputs.gram, mask, damping=0.0),
+    )
+    reconstruct_layers(
+        model,
+        {"0.weight": mask},
+        "undamped",
+        as_walked(model, [inputs[:90], inputs[90:]]),
+        patterns=unstructured,
+    )
     with_ones = torch.cat([inputs[:, 4:], torch.ones(200, 1, dtype=torch.float64)], 1)
     best = torch.linalg.lstsq(with_ones, outputs).solution
     torch.testing.assert_close(model[0].weight.detach()[:, 4:], best[:-1].T)
@@ -330,10 +403,16 @@ def test_with_a_bias_it_is_the_least_squares_over_weights_and_bias(monkeypatch):
 def test_a_layer_without_bias_uses_its_inputs_as_they_are():
     inputs = layer(columns=12, tokens=200)[1] + 3
     model = one_layer(inputs, bias=False)
-    weight, mask = model[0].weight.detach().clone(), torch.rand(5, 12, generator=torch.Generator().manual_seed(1)) < 0.5
-    reconstruct_layers(model, {"0.weight": mask}, "obs-mask", as_walked(model, [inputs]),
-                       patterns=unstructured)
-    torch.testing.assert_close(model[0].weight.detach(), obs_prune(weight, inputs.T @ inputs, mask)[0])
+    weight, mask = (
+        model[0].weight.detach().clone(),
+        torch.rand(5, 12, generator=torch.Generator().manual_seed(1)) < 0.5,
+    )
+    reconstruct_layers(
+        model, {"0.weight": mask}, "obs-mask", as_walked(model, [inputs]), patterns=unstructured
+    )
+    torch.testing.assert_close(
+        model[0].weight.detach(), obs_prune(weight, inputs.T @ inputs, mask)[0]
+    )
 
 
 # ---- least squares ----
@@ -348,12 +427,16 @@ def seen(inputs, other):
 
 
 def exact(weight, inputs, other, mask):
-    """Row by row the least squares of X w' - Y w and of the damping times w' - w, as one system of equations."""
+    """Row by row the least squares of X w' - Y w and of the damping times w' - w, as one system of
+    equations.
+    """
     damping = math.sqrt(0.01 * inputs.square().sum(0).mean())
     new = torch.zeros_like(weight)
     for row, kept in enumerate(mask):
         wanted = torch.cat([other @ weight[row], damping * weight[row]])
-        matrix = torch.cat([inputs, damping * torch.eye(inputs.shape[1], dtype=inputs.dtype)])[:, kept]
+        matrix = torch.cat([inputs, damping * torch.eye(inputs.shape[1], dtype=inputs.dtype)])[
+            :, kept
+        ]
         new[row, kept] = torch.linalg.lstsq(matrix, wanted[:, None]).solution[:, 0]
     return new
 
@@ -363,7 +446,9 @@ def test_the_kept_weights_are_the_least_squares_next_to_the_dense_outputs():
     other = inputs + 0.3 * layer(seed=1, columns=16, tokens=100)[1]
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5
     mask[0], mask[1] = False, True
-    new, same = RECONSTRUCTIONS["least-squares-mask"](weight, seen(inputs, other), mask, parse_pattern("unstructured"))
+    new, same = RECONSTRUCTIONS["least-squares-mask"](
+        weight, seen(inputs, other), mask, parse_pattern("unstructured")
+    )
     assert torch.equal(same, mask)
     torch.testing.assert_close(new, exact(weight, inputs, other, mask), rtol=1e-4, atol=1e-5)
 
@@ -372,10 +457,15 @@ def test_weights_of_an_input_that_is_always_zero_go_first():
     weight, inputs = layer(columns=16, tokens=100)
     inputs[:, 3] = 0
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5
-    new, chosen = RECONSTRUCTIONS["least-squares"](weight, seen(inputs, inputs), mask, parse_pattern("unstructured"))
+    new, chosen = RECONSTRUCTIONS["least-squares"](
+        weight, seen(inputs, inputs), mask, parse_pattern("unstructured")
+    )
     assert not new[:, 3].any() and not chosen[:, 3].any()
-    other = inputs + 1.0 * (torch.arange(16) == 3) * inputs[:, [5]]  # in the dense model it is what another one is
-    new, _ = RECONSTRUCTIONS["least-squares-mask"](weight, seen(inputs, other), torch.ones_like(mask), None)
+    # In the dense model it is what another one is
+    other = inputs + 1.0 * (torch.arange(16) == 3) * inputs[:, [5]]
+    new, _ = RECONSTRUCTIONS["least-squares-mask"](
+        weight, seen(inputs, other), torch.ones_like(mask), None
+    )
     torch.testing.assert_close(new[:, 5], (weight[:, 5] + weight[:, 3]), rtol=0.05, atol=0.05)
 
 
@@ -388,7 +478,9 @@ def test_chosen_in_rounds_it_keeps_as_many_and_errs_less_than_obs(pattern):
     new, chosen = RECONSTRUCTIONS["least-squares"](weight, sums, mask, pattern)
     assert chosen.sum() == mask.sum() and not new[~chosen].any()
     if pattern.name != "unstructured":  # the groups of the mask hold as well
-        assert torch.equal(chosen, pattern.mask(pattern.score(chosen.double()), pattern.units(weight.shape) // 2))
+        assert torch.equal(
+            chosen, pattern.mask(pattern.score(chosen.double()), pattern.units(weight.shape) // 2)
+        )
     by_obs, _ = RECONSTRUCTIONS["obs"](weight, sums, mask, pattern)
     assert error(new, weight, inputs) < error(by_obs, weight, inputs)
     torch.testing.assert_close(new, exact(weight, inputs, inputs, chosen), rtol=1e-3, atol=1e-4)
@@ -405,7 +497,13 @@ def test_a_layer_makes_up_for_what_the_layers_before_it_have_lost():
 
     def lost(method):
         pruned = copy.deepcopy(model)
-        reconstruct_layers(pruned, masks, method, as_walked(pruned, [images[:80], images[80:]]), patterns=unstructured)
+        reconstruct_layers(
+            pruned,
+            masks,
+            method,
+            as_walked(pruned, [images[:80], images[80:]]),
+            patterns=unstructured,
+        )
         return (pruned(images) - wanted).square().mean().item()
 
     assert lost("least-squares-mask") < 0.8 * lost("obs-mask")
@@ -420,8 +518,13 @@ def test_inputs_that_do_not_vary_go_to_the_bias():
     for method in ("obs", "obs-mask"):
         reconstructed = copy.deepcopy(model)
         masks = compute_masks(model, "unif", 0.5)
-        found = reconstruct_layers(reconstructed, masks, method, as_walked(reconstructed, [inputs] * 3),
-                                   patterns=unstructured)
+        found = reconstruct_layers(
+            reconstructed,
+            masks,
+            method,
+            as_walked(reconstructed, [inputs] * 3),
+            patterns=unstructured,
+        )
         torch.testing.assert_close(reconstructed(inputs[:1]).detach(), before)
         assert found["0.weight"].sum() == 30
 
@@ -431,8 +534,7 @@ def test_each_layer_sees_what_the_pruned_ones_before_it_give():
     model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 6)).double()
     images = torch.randn(50, 8, dtype=torch.float64)
     dense, masks = copy.deepcopy(model), compute_masks(model, "unif", 0.5)
-    reconstruct_layers(model, masks, "obs-mask", as_walked(model, [images]),
-                       patterns=unstructured)
+    reconstruct_layers(model, masks, "obs-mask", as_walked(model, [images]), patterns=unstructured)
 
     def by_hand(layer, inputs, mask):
         centred = inputs - inputs.mean(0)
@@ -451,18 +553,26 @@ def test_layers_without_mask_or_pruned_weights_stay_as_they_are():
     before = copy.deepcopy(model.state_dict())
     some = torch.arange(64).view(8, 8) % 2 == 0
     masks = {"2.weight": some, "1.weight": torch.ones(8, 8, dtype=torch.bool)}
-    found = reconstruct_layers(model, masks, "obs", as_walked(model, [torch.randn(40, 8)]),
-                               patterns=unstructured)
+    found = reconstruct_layers(
+        model, masks, "obs", as_walked(model, [torch.randn(40, 8)]), patterns=unstructured
+    )
     assert list(found) == ["2.weight", "1.weight"]
-    assert torch.equal(model[0].weight, before["0.weight"]) and torch.equal(model[1].weight, before["1.weight"])
+    assert torch.equal(model[0].weight, before["0.weight"]) and torch.equal(
+        model[1].weight, before["1.weight"]
+    )
     assert not model[2].weight[~found["2.weight"]].any()
 
 
 def test_a_weight_that_is_not_finite_is_named():
     model = linears(torch.randn(8, 8), torch.full((8, 8), math.nan))
     with pytest.raises(PruningError, match=r"^1\.weight: expected a finite weight"):
-        reconstruct_layers(model, compute_masks(linears(*[torch.randn(8, 8)] * 2), "unif", 0.5), "obs-mask",
-                           as_walked(model, [torch.randn(40, 8)]), patterns=unstructured)
+        reconstruct_layers(
+            model,
+            compute_masks(linears(*[torch.randn(8, 8)] * 2), "unif", 0.5),
+            "obs-mask",
+            as_walked(model, [torch.randn(40, 8)]),
+            patterns=unstructured,
+        )
 
 
 # ---- `prune` of a model ----
@@ -470,13 +580,20 @@ def test_a_weight_that_is_not_finite_is_named():
 
 def vit():
     torch.manual_seed(0)
-    return timm.create_model("deit_tiny_patch16_224", img_size=32, depth=2, embed_dim=48, num_heads=3, num_classes=10)
+    return timm.create_model(
+        "deit_tiny_patch16_224", img_size=32, depth=2, embed_dim=48, num_heads=3, num_classes=10
+    )
 
 
 def images(count=2, size=24):
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(size, 3, 32, 32, generator=generator), torch.randint(10, (size,), generator=generator))
-            for _ in range(count)]
+    return [
+        (
+            torch.randn(size, 3, 32, 32, generator=generator),
+            torch.randint(10, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -487,14 +604,35 @@ def outputs():
 
 def distance(model, outputs) -> float:
     with torch.no_grad():
-        return (torch.cat([model.eval()(batch) for batch, _ in images()]) - outputs).square().mean().item()
+        return (
+            (torch.cat([model.eval()(batch) for batch, _ in images()]) - outputs)
+            .square()
+            .mean()
+            .item()
+        )
 
 
-@pytest.mark.parametrize("pruner, choices", [
-    ("lamp", {"sparsity": 0.7}), ("unif", {"sparsity": 0.6, "pattern": "row"}), ("unif", {"pattern": "2:4"}),
-    ("erk", {"sparsity": 0.6, "pattern": "x:4"}), ("glob", {"sparsity": 0.5, "pattern": "block:4x4"}),
-    ("custom", {"custom_config": {"sparsity": {"mode": "nxm", "level": {"default": [2, 4], "blocks.0.*": "dense"}}}})])
-def test_prune_leaves_outputs_nearer_to_the_dense_model_than_magnitude_does(pruner, choices, outputs):
+@pytest.mark.parametrize(
+    "pruner, choices",
+    [
+        ("lamp", {"sparsity": 0.7}),
+        ("unif", {"sparsity": 0.6, "pattern": "row"}),
+        ("unif", {"pattern": "2:4"}),
+        ("erk", {"sparsity": 0.6, "pattern": "x:4"}),
+        ("glob", {"sparsity": 0.5, "pattern": "block:4x4"}),
+        (
+            "custom",
+            {
+                "custom_config": {
+                    "sparsity": {"mode": "nxm", "level": {"default": [2, 4], "blocks.0.*": "dense"}}
+                }
+            },
+        ),
+    ],
+)
+def test_prune_leaves_outputs_nearer_to_the_dense_model_than_magnitude_does(
+    pruner, choices, outputs
+):
     errors = {}
     for reconstruct in RECONSTRUCTIONS:
         model = vit().train()
@@ -502,8 +640,11 @@ def test_prune_leaves_outputs_nearer_to_the_dense_model_than_magnitude_does(prun
         assert model.training
         counts = compute_masks(vit(), pruner, **choices)
         assert {name: int(mask.sum()) for name, mask in masks.items()} == {
-            name: int(mask.sum()) for name, mask in counts.items()}
-        assert all(not weight[~masks[name]].any() for name, weight in prunable_weights(model).items())
+            name: int(mask.sum()) for name, mask in counts.items()
+        }
+        assert all(
+            not weight[~masks[name]].any() for name, weight in prunable_weights(model).items()
+        )
         if reconstruct not in ("obs", "least-squares"):
             assert all(torch.equal(masks[name], counts[name]) for name in counts)
         errors[reconstruct] = distance(model, outputs)
@@ -514,15 +655,26 @@ def test_prune_at_0_changes_nothing_and_reads_the_yaml_of_a_custom_allocation(tm
     model = vit()
     masks = prune(model, "unif", 0.0, batches=images())
     assert all(mask.all() for mask in masks.values())
-    assert all(torch.equal(*pair) for pair in zip(model.parameters(), vit().parameters(), strict=True))
+    assert all(
+        torch.equal(*pair) for pair in zip(model.parameters(), vit().parameters(), strict=True)
+    )
     (tmp_path / "c.yaml").write_text("sparsity: {mode: nxm, level: {default: 2:4}}\n")
     masks = prune(model, "custom", custom_config=tmp_path / "c.yaml", batches=images(1))
-    assert {tuple(mask.reshape(-1, 4).sum(1).unique().tolist()) for mask in masks.values()} == {(2,)}
+    assert {tuple(mask.reshape(-1, 4).sum(1).unique().tolist()) for mask in masks.values()} == {
+        (2,)
+    }
 
 
-@pytest.mark.parametrize("change, culprit", [
-    ({"batches": []}, "no calibration images"), ({"reconstruct": "sgd"}, "reconstruct sgd"),
-    ({"sparsity": 1.0}, "sparsity 1"), ({"pattern": "3:7"}, "divides the 48 inputs"), ({"score": "taylor"}, "loss")])
+@pytest.mark.parametrize(
+    "change, culprit",
+    [
+        ({"batches": []}, "no calibration images"),
+        ({"reconstruct": "sgd"}, "reconstruct sgd"),
+        ({"sparsity": 1.0}, "sparsity 1"),
+        ({"pattern": "3:7"}, "divides the 48 inputs"),
+        ({"score": "taylor"}, "loss"),
+    ],
+)
 def test_prune_refuses_what_cannot_be(change, culprit):
     arguments = {"pruner": "unif", "sparsity": 0.5, "batches": images(1), **change}
     if "pattern" in change:
@@ -530,7 +682,9 @@ def test_prune_refuses_what_cannot_be(change, culprit):
     model = vit()
     with pytest.raises(PruningError, match=culprit):
         prune(model, **arguments)
-    assert all(torch.equal(*pair) for pair in zip(model.parameters(), vit().parameters(), strict=True))
+    assert all(
+        torch.equal(*pair) for pair in zip(model.parameters(), vit().parameters(), strict=True)
+    )
 
 
 SHAPES = ((4, 8), (8, 4), (12, 8))
@@ -542,18 +696,43 @@ AUTOMATIC = [name for name in PRUNERS if name != "custom"]
 def test_every_score_and_allocation_keeps_as_many_as_without_reconstruction(method, pattern):
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=generator) for shape in SHAPES]
-    data = [(torch.randn(30, 8, generator=generator), torch.randint(12, (30,), generator=generator))]
+    data = [
+        (torch.randn(30, 8, generator=generator), torch.randint(12, (30,), generator=generator))
+    ]
     loss = torch.nn.functional.cross_entropy
     statistics = collect_statistics(linears(*weights), data, loss, STATISTICS)
     assert len(SCORES) >= len(AUTOMATIC)
-    for score, pruner in zip(SCORES, itertools.cycle(["unif"] if pattern[0] == "2" else AUTOMATIC), strict=False):
+    for score, pruner in zip(
+        SCORES, itertools.cycle(["unif"] if pattern[0] == "2" else AUTOMATIC), strict=False
+    ):
         sparsity = {"2:4": None, "2:4t": None}.get(pattern, 0.1 if pruner == "unifplus" else 0.5)
         model = linears(*(weight.clone() for weight in weights))
-        before = compute_masks(model, pruner, sparsity, score=score, pattern=pattern, statistics=statistics,
-                               reconstructed=True)
-        masks = prune(model, pruner, sparsity, score=score, pattern=pattern, batches=data, loss=loss,
-                      reconstruct=method)
-        assert [int(mask.sum()) for mask in masks.values()] == [int(mask.sum()) for mask in before.values()]
-        assert pattern != "2:4t" or all((mask.T.reshape(-1, 4).sum(1) == 2).all() for mask in masks.values())
-        assert all(weight.isfinite().all() and not weight[~masks[name]].any()
-                   for name, weight in prunable_weights(model).items())
+        before = compute_masks(
+            model,
+            pruner,
+            sparsity,
+            score=score,
+            pattern=pattern,
+            statistics=statistics,
+            reconstructed=True,
+        )
+        masks = prune(
+            model,
+            pruner,
+            sparsity,
+            score=score,
+            pattern=pattern,
+            batches=data,
+            loss=loss,
+            reconstruct=method,
+        )
+        assert [int(mask.sum()) for mask in masks.values()] == [
+            int(mask.sum()) for mask in before.values()
+        ]
+        assert pattern != "2:4t" or all(
+            (mask.T.reshape(-1, 4).sum(1) == 2).all() for mask in masks.values()
+        )
+        assert all(
+            weight.isfinite().all() and not weight[~masks[name]].any()
+            for name, weight in prunable_weights(model).items()
+        )

@@ -1,4 +1,6 @@
-"""What removing weights one after the other costs, against eliminations with a new inverse for every step."""
+"""What removing weights one after the other costs, against eliminations with a new inverse for
+every step.
+"""
 
 import pytest
 import torch
@@ -15,13 +17,18 @@ def small_blocks(monkeypatch):
 
 
 def fisher_of(shape, images, seed=0, scale=1.0):
-    gradients = torch.randn(images, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    gradients = torch.randn(
+        images, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     by_block = cut(scale * gradients * torch.linspace(0.1, 3, shape[1])).transpose(0, 1)
     return by_block.mT @ by_block / images
 
 
 def damped(fisher):
-    return fisher + (DAMPING + RELATIVE_DAMPING * fisher.diagonal().mean()) * torch.eye(len(fisher)).double()
+    return (
+        fisher
+        + (DAMPING + RELATIVE_DAMPING * fisher.diagonal().mean()) * torch.eye(len(fisher)).double()
+    )
 
 
 def brute_force(weight, fisher) -> tuple[torch.Tensor, list[list[int]]]:
@@ -29,7 +36,13 @@ def brute_force(weight, fisher) -> tuple[torch.Tensor, list[list[int]]]:
     costs, orders = [], []
     for start, block in zip(range(0, weight.numel(), 16), fisher, strict=True):
         w = weight.flatten()[start : start + 16].clone()
-        full, left, total, order, found = damped(block), list(range(len(w))), 0.0, [], [0.0] * len(w)
+        full, left, total, order, found = (
+            damped(block),
+            list(range(len(w))),
+            0.0,
+            [],
+            [0.0] * len(w),
+        )
         while left:
             inverse = torch.linalg.inv(full[left][:, left])
             cost = w[left] ** 2 / (2 * inverse.diagonal())

@@ -39,18 +39,24 @@ def test_a_run_leaves_its_tables_pictures_and_a_summary_with_its_figures(run_mai
     assert re.search(r"Written to out: .*sparsity.csv.*training.png", output)
 
 
-def test_the_allocation_given_back_unedited_keeps_the_same_numbers_and_edited_others(run_main, tiny, tmp_path):
+def test_the_allocation_given_back_unedited_keeps_the_same_numbers_and_edited_others(
+    run_main, tiny, tmp_path
+):
     run_main(*tiny, *LAMP, "--eval", "--output_dir", "first")
     custom = [*tiny, "--eval", "--pruner", "custom", "--custom-config"]
     run_main(*custom, f"first/{SPARSITY_YAML}", "--output_dir", "second")
     assert kept(tmp_path / "second") == kept(tmp_path / "first")
     text = (tmp_path / "first" / SPARSITY_YAML).read_text()
-    (tmp_path / "edited.yaml").write_text(re.sub("(blocks.0.attn.qkv.weight): .*", r"\1: dense", text))
+    (tmp_path / "edited.yaml").write_text(
+        re.sub("(blocks.0.attn.qkv.weight): .*", r"\1: dense", text)
+    )
     run_main(*custom, "edited.yaml", "--output_dir", "third")
     assert kept(tmp_path / "third")["blocks.0.attn.qkv.weight"] == 27648
 
 
-def test_an_interrupted_run_leaves_the_same_as_an_undisturbed_one(run_main, tiny, tmp_path, stop_at):
+def test_an_interrupted_run_leaves_the_same_as_an_undisturbed_one(
+    run_main, tiny, tmp_path, stop_at
+):
     recipe = [*tiny, *LAMP, "--epochs", "2", "--output_dir", "out", "--resume", "auto"]
     run_main(*recipe)
     names = (SPARSITY_CSV, SPARSITY_YAML, SPARSITY_PNG, TRAINING_PNG, SUMMARY)
@@ -90,25 +96,36 @@ def test_lines_come_as_often_as_asked_for(run_main, tiny):
 
 def test_quiet_prints_the_accuracies_and_nothing_else(run_main, tiny):
     output = run_main(*tiny, *LAMP, "--quiet", "--output_dir", "out")
-    assert re.fullmatch(r"Top-1 accuracy: dense [\d.]+ %, pruned [\d.]+ %, finetuned [\d.]+ %\n", output)
+    assert re.fullmatch(
+        r"Top-1 accuracy: dense [\d.]+ %, pruned [\d.]+ %, finetuned [\d.]+ %\n", output
+    )
 
 
 def test_a_terminal_shows_bars_and_a_line_for_each_epoch(run_main, tiny, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     output = run_main(*tiny, *LAMP, "--epochs", "2")
     assert re.search(r"Epoch: \[0\]: +\d+%.*/3 \[.*batch", output)
-    lines = re.findall(r"^.*?(epoch \d: training loss [\d.]+, validation loss [\d.]+, top-1 [\d.]+ %, moving average "
-                       r"[\d.]+ %, learning rate [\de.-]+, [\d,]+ images/s)$", output.replace("\r", "\n"), re.M)
+    lines = re.findall(
+        r"^.*?(epoch \d: training loss [\d.]+, validation loss [\d.]+, top-1 [\d.]+ %, moving average "
+        r"[\d.]+ %, learning rate [\de.-]+, [\d,]+ images/s)$",
+        output.replace("\r", "\n"),
+        re.M,
+    )
     assert len(lines) == 2
     assert "eta:" not in output
     assert "Arguments" not in output
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
-def test_a_tracker_that_is_not_installed_is_one_clear_line(run_main, tiny, tmp_path, monkeypatch, package):
+def test_a_tracker_that_is_not_installed_is_one_clear_line(
+    run_main, tiny, tmp_path, monkeypatch, package
+):
     monkeypatch.setitem(sys.modules, package, None)
     error = run_main(*tiny, f"--{package}", "--output_dir", "out", status=2)
-    assert error == f"error: --{package}: the package {package} is not installed; pip install {package}\n"
+    assert (
+        error
+        == f"error: --{package}: the package {package} is not installed; pip install {package}\n"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -125,21 +142,26 @@ def test_tensorboard_gets_numbers_layers_and_pictures(run_main, tiny, tmp_path):
     assert events.Scalars("images_per_second")[0].value > 0
     assert events.Scalars("test_ema/acc1")
     assert events.Scalars("sparsity/prunable weights")[0].value == pytest.approx(0.65, abs=1e-5)
-    assert len([name for name in events.Tags()["scalars"] if name.startswith("sparsity/blocks.")]) == 24
+    assert (
+        len([name for name in events.Tags()["scalars"] if name.startswith("sparsity/blocks.")])
+        == 24
+    )
     assert f"pruned {events.Scalars('accuracy/pruned')[0].value:.2f} %" in output
     assert set(events.Tags()["images"]) == {"sparsity", "training"}
 
 
 def wandb_records(path):
-    """The records of a .wandb file: LevelDB's log format, in blocks of 32 KiB that begin anew after 7 bytes."""
+    """The records of a .wandb file: LevelDB's log format, in blocks of 32 KiB that begin anew after
+    7 bytes.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, place, parts = path.read_bytes(), 7, b""
     while place + 7 <= len(content):
         if 2**15 - place % 2**15 < 7:  # the rest of a block has no room for a header
             place += 2**15 - place % 2**15
-        length, kind = int.from_bytes(content[place + 4:place + 6], "little"), content[place + 6]
-        parts += content[place + 7:place + 7 + length]
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        parts += content[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
             yield Record.FromString(parts)
@@ -150,10 +172,12 @@ def test_wandb_gets_numbers_layers_and_pictures(run_main, tiny, tmp_path, monkey
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     output = run_main(*tiny, *LAMP, "--output_dir", "out", "--wandb")
-    file, = (tmp_path / "out").glob("wandb/offline-run-*/run-*.wandb")
+    (file,) = (tmp_path / "out").glob("wandb/offline-run-*/run-*.wandb")
     values = {}
     for record in wandb_records(file):
-        values |= {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+        values |= {
+            item.key or "/".join(item.nested_key): item.value_json for item in record.history.item
+        }
     assert f"finetuned {float(values['test/acc1']):.2f} %" in output
     assert float(values["sparsity/prunable weights"]) == pytest.approx(0.65, abs=1e-5)
     assert len([name for name in values if name.startswith("sparsity/blocks.")]) == 24

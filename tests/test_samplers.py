@@ -12,7 +12,10 @@ worlds = st.integers(1, 9)
 
 
 def shares(size, world_size, **options):
-    return [list(TrainSampler(size, rank=rank, world_size=world_size, **options)) for rank in range(world_size)]
+    return [
+        list(TrainSampler(size, rank=rank, world_size=world_size, **options))
+        for rank in range(world_size)
+    ]
 
 
 @given(sizes, worlds)
@@ -30,7 +33,7 @@ def test_repeats_of_an_image_are_neighbours_spread_over_the_processes(size, worl
     parts = shares(size, world_size, repeats=repeats)
     in_order = [index for step in zip(*parts, strict=True) for index, _ in step]
     for start in range(0, len(in_order), repeats):
-        assert len(set(in_order[start:start + repeats])) == 1
+        assert len(set(in_order[start : start + repeats])) == 1
     assert max(np.bincount(in_order)) <= repeats
 
 
@@ -64,11 +67,14 @@ def test_the_order_changes_with_the_epoch_and_the_seed_and_with_nothing_else():
 @given(sizes, st.integers(1, 70), worlds)
 def test_evaluation_shares_out_the_very_batches_of_a_single_process(size, batch_size, world_size):
     whole = list(EvalBatchSampler(size, batch_size))
-    parts = [list(EvalBatchSampler(size, batch_size, rank, world_size)) for rank in range(world_size)]
+    parts = [
+        list(EvalBatchSampler(size, batch_size, rank, world_size)) for rank in range(world_size)
+    ]
     assert sum(whole, []) == list(range(size))
     assert sorted(sum(parts, [])) == whole
-    assert [len(EvalBatchSampler(size, batch_size, rank, world_size)) for rank in range(world_size)] == list(
-        map(len, parts))
+    assert [
+        len(EvalBatchSampler(size, batch_size, rank, world_size)) for rank in range(world_size)
+    ] == list(map(len, parts))
 
 
 class Noise(Dataset):
@@ -79,13 +85,16 @@ class Noise(Dataset):
 
     def __getitem__(self, index):
         import random
+
         return torch.tensor([index, random.random(), np.random.rand(), torch.rand(()).item()])
 
 
 def test_random_choices_do_not_depend_on_the_number_of_workers():
     def epoch(workers):
         sampler = TrainSampler(12, seed=3)
-        return torch.cat(list(DataLoader(SeededDataset(Noise()), 4, sampler=sampler, num_workers=workers)))
+        return torch.cat(
+            list(DataLoader(SeededDataset(Noise()), 4, sampler=sampler, num_workers=workers))
+        )
 
     alone = epoch(0)
     assert torch.equal(alone, epoch(1))

@@ -30,19 +30,22 @@ def asked(name: str, total: int, epoch: int, step: int, **fields):
     return SCHEDULES[name](recipe, recipe.steps(total, epoch)).masks(step, Asked())
 
 
-@pytest.mark.parametrize(("name", "fields", "expected"), [
-    ("one-shot", {}, []),
-    ("gradual", {"prune_every": 30, "prune_start": 0.1, "prune_end": 0.8}, [40, 70, 80]),
-    ("gradual", {"prune_end": 1.0}, [99]),  # the last step there is
-    ("iterative", {}, [0, 25, 50, 75]),
-    ("iterative", {"prune_rounds": 1, "prune_start": 0.3}, [30]),
-    ("set", {"prune_every": 25}, [25, 50]),  # at the end nothing would be dropped
-    ("rigl", {"prune_every": 25, "prune_start": 0.5, "prune_end": 1.0}, [75]),
-    ("ac-dc", {"prune_rounds": 2, "prune_start": 0.1, "prune_end": 0.7}, [30, 50, 70]),
-    ("ste", {"prune_every": 30}, [30, 60]),
-    ("sr-ste", {"prune_every": 25}, [25, 50, 75]),
-    ("maskllm", {"prune_end": 0.6}, [60]),
-])
+@pytest.mark.parametrize(
+    ("name", "fields", "expected"),
+    [
+        ("one-shot", {}, []),
+        ("gradual", {"prune_every": 30, "prune_start": 0.1, "prune_end": 0.8}, [40, 70, 80]),
+        ("gradual", {"prune_end": 1.0}, [99]),  # the last step there is
+        ("iterative", {}, [0, 25, 50, 75]),
+        ("iterative", {"prune_rounds": 1, "prune_start": 0.3}, [30]),
+        ("set", {"prune_every": 25}, [25, 50]),  # at the end nothing would be dropped
+        ("rigl", {"prune_every": 25, "prune_start": 0.5, "prune_end": 1.0}, [75]),
+        ("ac-dc", {"prune_rounds": 2, "prune_start": 0.1, "prune_end": 0.7}, [30, 50, 70]),
+        ("ste", {"prune_every": 30}, [30, 60]),
+        ("sr-ste", {"prune_every": 25}, [25, 50, 75]),
+        ("maskllm", {"prune_end": 0.6}, [60]),
+    ],
+)
 def test_masks_change_at_these_steps_of_a_hundred(name, fields, expected):
     assert changes(name, 100, 10, **fields) == expected
 
@@ -54,7 +57,9 @@ def test_the_phases_of_ac_dc_begin_with_an_epoch_unless_they_are_shorter_than_on
 
 
 def test_ac_dc_is_dense_at_first_and_sparse_at_last():
-    sparsities = [asked("ac-dc", 100, 10, step, prune_rounds=2, prune_end=0.6) for step in (20, 40, 60)]
+    sparsities = [
+        asked("ac-dc", 100, 10, step, prune_rounds=2, prune_end=0.6) for step in (20, 40, 60)
+    ]
     assert sparsities == [(0.9, False), 0.0, (0.9, False)]
 
 
@@ -68,7 +73,9 @@ def test_gradual_follows_the_cubic_curve_and_ends_exactly_at_the_target(step):
 
 
 def test_each_round_of_iterative_prunes_the_same_fraction_of_what_is_left():
-    sparsities = [asked("iterative", 100, 10, step, prune_rounds=3, prune_end=0.5)[0] for step in (0, 25, 50)]
+    sparsities = [
+        asked("iterative", 100, 10, step, prune_rounds=3, prune_end=0.5)[0] for step in (0, 25, 50)
+    ]
     densities = [1.0, *(1 - sparsity for sparsity in sparsities)]
     ratios = [later / earlier for earlier, later in zip(densities[:-1], densities[1:], strict=True)]
     assert ratios == pytest.approx([0.1 ** (1 / 3)] * 3)
@@ -91,7 +98,9 @@ def test_the_shortest_runs_reach_the_target_where_they_have_a_step_at_all(name, 
 
 def test_the_growth_of_set_depends_on_seed_step_and_layer_only():
     def growth(seed, step, layer):
-        schedule = SCHEDULES["set"](recipe := Recipe("lamp", 0.9, prune_schedule="set", seed=seed), recipe.steps(9, 3))
+        schedule = SCHEDULES["set"](
+            recipe := Recipe("lamp", 0.9, prune_schedule="set", seed=seed), recipe.steps(9, 3)
+        )
         return schedule.growth(torch.empty(50), step, layer)
 
     torch.manual_seed(1)

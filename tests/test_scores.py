@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from made_up import linears, statistics_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparsity_factory import SCORES, STATISTICS, PruningError, compute_masks, describe, prunable_weights
+from sparsity_factory import (
+    SCORES,
+    STATISTICS,
+    PruningError,
+    compute_masks,
+    describe,
+    prunable_weights,
+)
 from sparsity_factory.scores import DAMPING, Layer, Scores
 
 DRAWN = [0.668705, 0.408056, 0.541732]
@@ -19,12 +26,16 @@ DRAWN = [0.668705, 0.408056, 0.541732]
 def model():
     generator = torch.Generator().manual_seed(0)
     shapes = ((5, 7), (7, 5), (9, 6))
-    return linears(*(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes))
+    return linears(
+        *(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    )
 
 
 def by_loops(formula, weight) -> torch.Tensor:
     outputs, inputs = weight.shape
-    return torch.tensor([[formula(i, j) for j in range(inputs)] for i in range(outputs)], dtype=weight.dtype)
+    return torch.tensor(
+        [[formula(i, j) for j in range(inputs)] for i in range(outputs)], dtype=weight.dtype
+    )
 
 
 def slow(score, weight, known) -> torch.Tensor:
@@ -45,19 +56,27 @@ def slow(score, weight, known) -> torch.Tensor:
         norm = known("input_norms").tolist()
         row = [sum(map(abs, weights)) for weights in w]
         column = [sum(map(abs, weights)) for weights in zip(*w, strict=True)]
-        return by_loops(lambda i, j: (abs(w[i][j]) / column[j] + abs(w[i][j]) / row[i]) * math.sqrt(norm[j]), weight)
+        return by_loops(
+            lambda i, j: (abs(w[i][j]) / column[j] + abs(w[i][j]) / row[i]) * math.sqrt(norm[j]),
+            weight,
+        )
     gram = known("gram")
     mean = sum(gram[j, j].item() for j in range(len(gram))) / len(gram)
-    inverse = torch.linalg.inv(gram + DAMPING * mean * torch.eye(len(gram), dtype=torch.float64)).tolist()
+    inverse = torch.linalg.inv(
+        gram + DAMPING * mean * torch.eye(len(gram), dtype=torch.float64)
+    ).tolist()
     return by_loops(lambda i, j: w[i][j] ** 2 / inverse[j][j], weight)
 
 
-@pytest.mark.parametrize("score", [name for name in SCORES if name not in ("random", "cap")])  # see test_removal_costs.py
+# See test_removal_costs.py
+@pytest.mark.parametrize("score", [name for name in SCORES if name not in ("random", "cap")])
 def test_a_score_is_its_formula(model, score):
     statistics = statistics_of(model)
     scores = Scores(prunable_weights(model), SCORES[score], statistics=statistics)
     for name, weight in prunable_weights(model).items():
-        expected = slow(score, weight.detach(), lambda need, name=name: statistics.value(name, need))
+        expected = slow(
+            score, weight.detach(), lambda need, name=name: statistics.value(name, need)
+        )
         torch.testing.assert_close(scores[name], expected, rtol=1e-12, atol=0)
 
 
@@ -76,8 +95,12 @@ def test_random_scores_are_uniform_and_depend_on_seed_and_layer_only():
 @settings(deadline=None, max_examples=50)
 @given(st.data())
 def test_scores_are_finite_and_non_negative_also_of_zeros_and_dead_inputs(data):
-    dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
-    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))).to(dtype)
+    dtype = data.draw(
+        st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    )
+    weight = torch.randn(
+        4, 6, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    ).to(dtype)
     weight[data.draw(st.sampled_from([[], [1], [0, 1, 2, 3]]))] = 0
     weight[:, data.draw(st.sampled_from([[], [2, 3]]))] = 0
     model = linears(weight)
@@ -97,7 +120,10 @@ def test_scores_are_finite_and_non_negative_also_of_zeros_and_dead_inputs(data):
 
 def test_a_score_that_is_too_large_is_an_error_that_names_layer_and_score():
     model = linears(torch.full((2, 2), 1e30))
-    with pytest.raises(PruningError, match=r"^0\.weight has a fisher score that is NaN or infinite in torch.float32"):
+    with pytest.raises(
+        PruningError,
+        match=r"^0\.weight has a fisher score that is NaN or infinite in torch.float32",
+    ):
         compute_masks(model, "glob", 0.5, score="fisher", statistics=statistics_of(model))
 
 
@@ -107,12 +133,18 @@ def test_scores_lie_where_the_weights_do(score):
         """Statistics on the CPU of a model that has moved to a GPU since."""
 
         def value(self, name, need):
-            return torch.empty({"input_norms": (6,), "gram": (6, 6)}.get(need, (4, 6)), dtype=torch.float64)
+            return torch.empty(
+                {"input_norms": (6,), "gram": (6, 6)}.get(need, (4, 6)), dtype=torch.float64
+            )
 
     with FakeTensorMode():
         weight = torch.empty(4, 6, device="cuda")
         found = SCORES[score](weight, Layer("0.weight", 0, Moved(), weight.device))
-        assert (found.device, found.dtype, found.shape) == (weight.device, weight.dtype, weight.shape)
+        assert (found.device, found.dtype, found.shape) == (
+            weight.device,
+            weight.dtype,
+            weight.shape,
+        )
 
 
 # ---- what a score needs ----
@@ -124,19 +156,23 @@ def test_a_score_looks_at_what_it_needs_and_nothing_else(model, score):
     scores = Scores(prunable_weights(model), SCORES[score], statistics=statistics_of(model, needs))
     assert scores["0.weight"].isfinite().all()
     for need in needs:
-        scores = Scores(prunable_weights(model), SCORES[score], statistics=statistics_of(model, needs - {need}))
+        scores = Scores(
+            prunable_weights(model), SCORES[score], statistics=statistics_of(model, needs - {need})
+        )
         with pytest.raises(PruningError, match=f"the statistics lack {need}"):
             scores["0.weight"]
 
 
 @pytest.mark.parametrize("score", [name for name in SCORES if describe(SCORES[name]).needs])
 def test_a_score_that_looks_at_data_says_what_it_misses(model, score):
-    need, = describe(SCORES[score]).needs
+    (need,) = describe(SCORES[score]).needs
     others = STATISTICS.keys() - {need}
     other_model = linears(torch.ones(5, 7, dtype=torch.float64))
-    for statistics, message in ((None, f"^score {score} looks at data: expected statistics with {need}$"),
-                                (statistics_of(model, others), f"^score {score} needs {need}: the statistics hold "),
-                                (statistics_of(other_model), "^the statistics are of another model: 1.weight ")):
+    for statistics, message in (
+        (None, f"^score {score} looks at data: expected statistics with {need}$"),
+        (statistics_of(model, others), f"^score {score} needs {need}: the statistics hold "),
+        (statistics_of(other_model), "^the statistics are of another model: 1.weight "),
+    ):
         with pytest.raises(PruningError, match=message):
             compute_masks(model, "lamp", 0.5, score=score, statistics=statistics)
 

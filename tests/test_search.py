@@ -15,7 +15,13 @@ from torch.nn import functional as F
 
 import search
 from models import build_model
-from sparsity_factory import PruningError, collect_statistics, compute_masks, obs_prune, prunable_weights
+from sparsity_factory import (
+    PruningError,
+    collect_statistics,
+    compute_masks,
+    obs_prune,
+    prunable_weights,
+)
 from sparsity_factory.custom_yaml import resolve_choices, resolve_levels
 from sparsity_factory.knapsack import STATES, cheapest
 from sparsity_factory.levels import MEASURES, Divergence, at_levels, exchanges
@@ -31,7 +37,10 @@ layers = st.lists(st.lists(options, min_size=1, max_size=4), min_size=1, max_siz
 
 
 def totals(choice, layers):
-    return tuple(sum(layer[option][part] for option, layer in zip(choice, layers, strict=True)) for part in (0, 1))
+    return tuple(
+        sum(layer[option][part] for option, layer in zip(choice, layers, strict=True))
+        for part in (0, 1)
+    )
 
 
 # ---- the exact choice ----
@@ -42,7 +51,9 @@ def totals(choice, layers):
 def test_no_choice_within_the_budget_loses_less(layers, spare, factor, spend_most):
     budget = factor * (sum(min(cost for cost, _ in layer) for layer in layers) + spare)
     costs = [[factor * cost for cost, _ in layer] for layer in layers]
-    chosen = cheapest(costs, [[loss for _, loss in layer] for layer in layers], budget, spend_most=spend_most)
+    chosen = cheapest(
+        costs, [[loss for _, loss in layer] for layer in layers], budget, spend_most=spend_most
+    )
     every = [totals(choice, layers) for choice in product(*(range(len(layer)) for layer in layers))]
     allowed = [total for total in every if factor * total[0] <= budget]
     best = min(allowed, key=lambda total: (-total[0] if spend_most else 0, total[1]))
@@ -58,13 +69,21 @@ def test_of_equal_choices_the_earlier_option_of_the_earlier_layer_is_taken():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 10**12), min_size=2, max_size=4), min_size=2, max_size=4), st.floats(0, 1))
+@given(
+    st.lists(st.lists(st.integers(0, 10**12), min_size=2, max_size=4), min_size=2, max_size=4),
+    st.floats(0, 1),
+)
 def test_a_budget_of_more_totals_than_are_told_apart_is_never_passed_and_nearly_used(costs, share):
     least, most = (sum(map(pick, costs)) for pick in (min, max))
     budget = least + int(share * (most - least))
-    losses = [[-cost for cost in options] for options in costs]  # the more it costs the better
-    spent = [options[option] for options, option in zip(costs, cheapest(costs, losses, budget), strict=True)]
-    tighter = budget - (len(costs) + 1) * (-(-(budget - least) // STATES))  # what rounding up can take
+    # The more it costs the better
+    losses = [[-cost for cost in options] for options in costs]
+    spent = [
+        options[option]
+        for options, option in zip(costs, cheapest(costs, losses, budget), strict=True)
+    ]
+    # What rounding up can take
+    tighter = budget - (len(costs) + 1) * (-(-(budget - least) // STATES))
     best = max((sum(choice) for choice in product(*costs) if sum(choice) <= tighter), default=least)
     assert best <= sum(spent) <= budget
 
@@ -81,8 +100,13 @@ def test_a_budget_below_the_least_is_refused_and_one_for_all_leaves_all_options(
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.GELU(), torch.nn.Linear(12, 4), torch.nn.GELU(),
-                               torch.nn.Linear(4, 4))
+    return torch.nn.Sequential(
+        torch.nn.Linear(8, 12),
+        torch.nn.GELU(),
+        torch.nn.Linear(12, 4),
+        torch.nn.GELU(),
+        torch.nn.Linear(4, 4),
+    )
 
 
 def test_gradients_at_the_outputs_are_those_of_single_images(model):
@@ -96,9 +120,11 @@ def test_gradients_at_the_outputs_are_those_of_single_images(model):
     expected = torch.zeros(12, 12, dtype=torch.float64)
     for image, target in zip(images, targets, strict=True):
         outputs = model[0](image).detach().requires_grad_()
-        gradient, = torch.autograd.grad(loss(model[1:](outputs)[None], target[None]), outputs)
+        (gradient,) = torch.autograd.grad(loss(model[1:](outputs)[None], target[None]), outputs)
         expected += (gradient.double().T @ gradient.double()) / 3
-    torch.testing.assert_close(statistics.value("0.weight", "gradient_gram"), expected, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        statistics.value("0.weight", "gradient_gram"), expected, rtol=1e-5, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -138,7 +164,9 @@ def test_search_takes_of_all_choices_the_one_that_loses_least(reconstructed):
     torch.manual_seed(0)
     model = linears(torch.randn(4, 8), 3 * torch.randn(8, 4), torch.randn(4, 8))
     statistics = statistics_of(model, {"gram", "gradient_gram"})
-    masks = compute_masks(model, "search", 0.4, pattern="x:4", statistics=statistics, reconstructed=reconstructed)
+    masks = compute_masks(
+        model, "search", 0.4, pattern="x:4", statistics=statistics, reconstructed=reconstructed
+    )
     found = [int(mask[0, :4].sum()) for mask in masks.values()]
 
     def loss(name, weight, n):
@@ -147,12 +175,25 @@ def test_search_takes_of_all_choices_the_one_that_loses_least(reconstructed):
         if reconstructed:
             new, _ = obs_prune(weight, layer.gram, (n, 4))
         change = (new - weight).double()
-        return float((layer.gradient_gram @ change @ layer.gram @ change.T).trace()) / 2 / layer.images**2
+        return (
+            float((layer.gradient_gram @ change @ layer.gram @ change.T).trace())
+            / 2
+            / layer.images**2
+        )
 
-    losses = [[loss(name, weight.detach(), n) for n in range(1, 5)] for name, weight in prunable_weights(model).items()]
-    allowed = [choice for choice in product(range(1, 5), repeat=3) if 8 * sum(choice) <= round(96 * 0.6)]
-    assert found == list(min(allowed, key=lambda choice: sum(loss[n - 1] for loss, n in
-                                                              zip(losses, choice, strict=True))))
+    losses = [
+        [loss(name, weight.detach(), n) for n in range(1, 5)]
+        for name, weight in prunable_weights(model).items()
+    ]
+    allowed = [
+        choice for choice in product(range(1, 5), repeat=3) if 8 * sum(choice) <= round(96 * 0.6)
+    ]
+    assert found == list(
+        min(
+            allowed,
+            key=lambda choice: sum(loss[n - 1] for loss, n in zip(losses, choice, strict=True)),
+        )
+    )
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "row", "block:2x2"])
@@ -161,7 +202,8 @@ def test_search_fills_the_budget_with_every_pattern(pattern):
     model = linears(torch.randn(16, 8), torch.randn(8, 16), 2 * torch.randn(16, 16))
     statistics = statistics_of(model, {"gram", "gradient_gram"})
     masks = compute_masks(model, "search", 0.55, pattern=pattern, statistics=statistics)
-    budget = {"unstructured": 230, "row": 230, "block:2x2": 4 * round(128 * 0.45)}[pattern]  # a budget of blocks
+    # A budget of blocks
+    budget = {"unstructured": 230, "row": 230, "block:2x2": 4 * round(128 * 0.45)}[pattern]
     left = budget - sum(int(mask.sum()) for mask in masks.values())
     assert 0 <= left < (8 if pattern == "row" else 1)
 
@@ -169,7 +211,9 @@ def test_search_fills_the_budget_with_every_pattern(pattern):
 def test_search_refuses_a_budget_of_less_than_a_weight_a_layer():
     model = linears(torch.randn(2, 2), torch.randn(2, 2))
     with pytest.raises(PruningError, match=r"pruner search .*at most 0\.75"):
-        compute_masks(model, "search", 0.9, statistics=statistics_of(model, {"gram", "gradient_gram"}))
+        compute_masks(
+            model, "search", 0.9, statistics=statistics_of(model, {"gram", "gradient_gram"})
+        )
 
 
 # ---- exchanges ----
@@ -194,37 +238,53 @@ def test_exchanges_keep_what_is_measured_to_be_better_within_the_budget_and_the_
 # ---- choices in the YAML ----
 
 
-@pytest.mark.parametrize("choices", [[[[1, 4], "2:4", "dense"], [0.5, [4, 4]]],
-                                     {"default": ["1:4", [2, 4], [4, 4]], "b*": [0.5, "dense"]}])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        [[[1, 4], "2:4", "dense"], [0.5, [4, 4]]],
+        {"default": ["1:4", [2, 4], [4, 4]], "b*": [0.5, "dense"]},
+    ],
+)
 def test_choices_are_lists_of_levels_by_list_and_by_name(choices):
     config = {"sparsity": {"mode": "nxm", "choices": choices, "greedy": {"eps_min": 0.0}}}
-    assert resolve_choices(config, SHAPES) == {"a.weight": {"1:4": (1, 4), "2:4": (2, 4), "dense": (4, 4)}
-                                               if isinstance(choices, dict) else
-                                               {"1:4": (1, 4), "2:4": (2, 4), "dense": 32},
-                                               "b.weight": {"0.5": 24, "dense": 48 if isinstance(choices, dict)
-                                                            else (4, 4)}}
+    assert resolve_choices(config, SHAPES) == {
+        "a.weight": {"1:4": (1, 4), "2:4": (2, 4), "dense": (4, 4)}
+        if isinstance(choices, dict)
+        else {"1:4": (1, 4), "2:4": (2, 4), "dense": 32},
+        "b.weight": {"0.5": 24, "dense": 48 if isinstance(choices, dict) else (4, 4)},
+    }
 
 
 @pytest.mark.parametrize("choices", [[[[1, 4]], ["dense"]], {"default": [[1, 4]], "b": ["dense"]}])
 def test_one_choice_each_is_a_custom_configuration(choices):
-    assert resolve_levels({"sparsity": {"mode": "nxm", "choices": choices}}, SHAPES) == {"a.weight": (1, 4),
-                                                                                        "b.weight": 48}
+    assert resolve_levels({"sparsity": {"mode": "nxm", "choices": choices}}, SHAPES) == {
+        "a.weight": (1, 4),
+        "b.weight": 48,
+    }
 
 
-@pytest.mark.parametrize(("choices", "message"), [
-    ([[], ["dense"]], r"choices\[0\] is \[\]: expected a list of at least one level"),
-    ({"default": "2:4"}, "choices 'default' is '2:4': expected a list"),
-    ({"default": [[2, 4], 1.5]}, r"choices 'default'\[1\] is 1.5: expected \[n, m\]"),
-    ({"default": ["2:3"]}, r"2:3: expected a group size that divides the 8 inputs of a\.weight"),
-    ([[0.5]], "choices has 1 entries: expected 2"),
-])
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ([[], ["dense"]], r"choices\[0\] is \[\]: expected a list of at least one level"),
+        ({"default": "2:4"}, "choices 'default' is '2:4': expected a list"),
+        ({"default": [[2, 4], 1.5]}, r"choices 'default'\[1\] is 1.5: expected \[n, m\]"),
+        (
+            {"default": ["2:3"]},
+            r"2:3: expected a group size that divides the 8 inputs of a\.weight",
+        ),
+        ([[0.5]], "choices has 1 entries: expected 2"),
+    ],
+)
 def test_wrong_choices_are_one_line_that_names_them(choices, message):
     with pytest.raises(PruningError, match=message):
         resolve_choices({"sparsity": {"mode": "nxm", "choices": choices}}, SHAPES)
 
 
 def test_a_space_is_no_configuration_and_main_says_what_it_is_for(run_main, tiny, tmp_path):
-    (tmp_path / "s.yaml").write_text("sparsity: {mode: nxm, choices: {default: [[1, 4], [2, 4]]}}\n")
+    (tmp_path / "s.yaml").write_text(
+        "sparsity: {mode: nxm, choices: {default: [[1, 4], [2, 4]]}}\n"
+    )
     error = run_main(*tiny, "--pruner", "custom", "--custom-config", "s.yaml", status=2)
     assert error.startswith("error: s.yaml: is a space for search.py") and error.count("\n") == 1
 
@@ -235,7 +295,8 @@ def test_a_space_is_no_configuration_and_main_says_what_it_is_for(run_main, tiny
 @pytest.fixture
 def run_search(tmp_path, monkeypatch, capfd, tiny):
     monkeypatch.chdir(tmp_path)
-    tiny = tiny[:tiny.index("--epochs")] + tiny[tiny.index("--epochs") + 2:]  # nothing is trained
+    # Nothing is trained
+    tiny = tiny[: tiny.index("--epochs")] + tiny[tiny.index("--epochs") + 2 :]
 
     def run(*argv, status=0):
         capfd.readouterr()
@@ -247,12 +308,28 @@ def run_search(tmp_path, monkeypatch, capfd, tiny):
     return run
 
 
-def test_a_search_leaves_a_yaml_that_main_takes_and_goes_on_where_it_was_killed(run_search, run_main, tmp_path,
-                                                                                monkeypatch):
-    budget = ["--budget", "0.5", "--budget-of", "macs", "--exchanges", "2", "--levels", "1:4", "dense"]
+def test_a_search_leaves_a_yaml_that_main_takes_and_goes_on_where_it_was_killed(
+    run_search, run_main, tmp_path, monkeypatch
+):
+    budget = [
+        "--budget",
+        "0.5",
+        "--budget-of",
+        "macs",
+        "--exchanges",
+        "2",
+        "--levels",
+        "1:4",
+        "dense",
+    ]
     printed = run_search(*budget)
     out = tmp_path / "output/search"
-    assert {path.name for path in out.iterdir()} >= {"search.yaml", "search.csv", "search.png", "search.md"}
+    assert {path.name for path in out.iterdir()} >= {
+        "search.yaml",
+        "search.csv",
+        "search.png",
+        "search.md",
+    }
     assert not (out / "statistics.pth").exists()
     levels = yaml.safe_load((out / "search.yaml").read_text())["sparsity"]["level"]
     assert list(levels) == list(prunable_weights(build_model("deit_sample_patch4_28", 10, 28)))
@@ -260,7 +337,11 @@ def test_a_search_leaves_a_yaml_that_main_takes_and_goes_on_where_it_was_killed(
     command = printed.splitlines()[-1].removeprefix("To use it: python main.py ").split()
     run_main(*command, "--eval", "--output_dir", "used")
     pruned = (tmp_path / "used/sparsity.csv").read_text().splitlines()
-    macs = [line.rsplit(",", 2)[1:] for line in pruned if line.startswith(("attention products", "prunable weights"))]
+    macs = [
+        line.rsplit(",", 2)[1:]
+        for line in pruned
+        if line.startswith(("attention products", "prunable weights"))
+    ]
     assert sum(int(after) for _, after in macs) <= 0.5 * sum(int(before) for before, _ in macs)
 
     measured = [line for line in (out / "measured.jsonl").read_text().splitlines() if line]
@@ -272,11 +353,18 @@ def test_a_search_leaves_a_yaml_that_main_takes_and_goes_on_where_it_was_killed(
     with (other / "measured.jsonl").open("a") as file:
         file.write('{"loss": ["blocks')
     run_search(*budget, "--output_dir", other)
-    again = [json.loads(line) for line in (other / "measured.jsonl").read_text().splitlines() if line.endswith("}")]
+    again = [
+        json.loads(line)
+        for line in (other / "measured.jsonl").read_text().splitlines()
+        if line.endswith("}")
+    ]
     assert again == [json.loads(line) for line in measured]
     assert (other / "search.csv").read_bytes() == (out / "search.csv").read_bytes()
-    for change, told in ((["--budget", "0.6"], "--budget 0.5, not 0.6"), (["--seed", "1"], "--seed 0, not 1"),
-                         (["--levels", "1:2", "dense"], "other levels")):
+    for change, told in (
+        (["--budget", "0.6"], "--budget 0.5, not 0.6"),
+        (["--seed", "1"], "--seed 0, not 1"),
+        (["--levels", "1:2", "dense"], "other levels"),
+    ):
         assert told in run_search(*budget, *change, status=2)
 
 
@@ -285,24 +373,53 @@ def stopping_after(add, number):
         if sum(map(len, record.losses.values())) == number:
             raise KeyboardInterrupt
         add(record, **measured)
+
     return stop
 
 
-def test_levels_of_every_kind_are_chosen_for_the_weights_that_a_space_gives_them_to(run_search, tmp_path):
-    (tmp_path / "s.yaml").write_text("sparsity:\n  mode: nxm\n  choices:\n    default: [dense]\n"
-                                     "    '*.fc1': ['1:4', dense]\n    blocks.1.*: [0.5, 0.75]\n")
+def test_levels_of_every_kind_are_chosen_for_the_weights_that_a_space_gives_them_to(
+    run_search, tmp_path
+):
+    (tmp_path / "s.yaml").write_text(
+        "sparsity:\n  mode: nxm\n  choices:\n    default: [dense]\n"
+        "    '*.fc1': ['1:4', dense]\n    blocks.1.*: [0.5, 0.75]\n"
+    )
     run_search("--space", "s.yaml", "--budget", "0.8", "--exchanges", "0", "--measure", "output")
-    levels = yaml.safe_load((tmp_path / "output/search/search.yaml").read_text())["sparsity"]["level"]
+    levels = yaml.safe_load((tmp_path / "output/search/search.yaml").read_text())["sparsity"][
+        "level"
+    ]
     for name, level in levels.items():
-        expected = [0.5, 0.75] if name.startswith("blocks.1.") else [[1, 4], "dense"] if "fc1" in name else ["dense"]
+        expected = (
+            [0.5, 0.75]
+            if name.startswith("blocks.1.")
+            else [[1, 4], "dense"]
+            if "fc1" in name
+            else ["dense"]
+        )
         assert level in expected, name
 
 
-def test_where_nothing_makes_up_levels_are_measured_by_magnitude_alone(run_search, run_main, tmp_path):
-    budget = ["--budget", "0.5", "--levels", "1:4", "0.5", "dense", "--exchanges", "0", "--measure", "output"]
+def test_where_nothing_makes_up_levels_are_measured_by_magnitude_alone(
+    run_search, run_main, tmp_path
+):
+    budget = [
+        "--budget",
+        "0.5",
+        "--levels",
+        "1:4",
+        "0.5",
+        "dense",
+        "--exchanges",
+        "0",
+        "--measure",
+        "output",
+    ]
     printed = run_search(*budget, "--reconstruct", "none", "--output_dir", "none")
     run_search(*budget, "--output_dir", "obs")
-    tables = [csv.DictReader(Path(folder, "search.csv").read_text().splitlines()) for folder in ("none", "obs")]
+    tables = [
+        csv.DictReader(Path(folder, "search.csv").read_text().splitlines())
+        for folder in ("none", "obs")
+    ]
     for alone, made_up in zip(*tables, strict=True):
         for level in ("1:4", "0.5"):
             assert float(alone[f"loss at {level}"]) > float(made_up[f"loss at {level}"])
@@ -313,18 +430,24 @@ def test_where_nothing_makes_up_levels_are_measured_by_magnitude_alone(run_searc
     assert "--reconstruct obs, not none" in other
 
 
-@pytest.mark.parametrize(("argv", "told"), [
-    (["--budget", "0.1"], "the levels reach 0.2500 to 1.0000; expected at least 0.25"),
-    (["--budget", "0"], "--budget 0.0: expected the share"),
-    (["--budget", "half"], "--budget"),
-    (["--budget", "0.5", "--levels"], "--levels"),
-    (["--budget", "0.5", "--levels", "1:7"], "divides the 96 inputs of blocks.0.attn.qkv.weight"),
-    (["--budget", "0.5", "--levels", "2:4", "1.5"], "1.5"),
-    (["--budget", "0.5", "--levels", "2:4", "--space", "s.yaml"], "--space"),
-    (["--budget", "0.5", "--space", "missing.yaml"], "missing.yaml"),
-    (["--budget", "0.5", "--pruner", "lamp"], "--pruner: not with a search"),
-    (["--budget", "0.5", "--exchanges", "-1"], "--exchanges"),
-])
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--budget", "0.1"], "the levels reach 0.2500 to 1.0000; expected at least 0.25"),
+        (["--budget", "0"], "--budget 0.0: expected the share"),
+        (["--budget", "half"], "--budget"),
+        (["--budget", "0.5", "--levels"], "--levels"),
+        (
+            ["--budget", "0.5", "--levels", "1:7"],
+            "divides the 96 inputs of blocks.0.attn.qkv.weight",
+        ),
+        (["--budget", "0.5", "--levels", "2:4", "1.5"], "1.5"),
+        (["--budget", "0.5", "--levels", "2:4", "--space", "s.yaml"], "--space"),
+        (["--budget", "0.5", "--space", "missing.yaml"], "missing.yaml"),
+        (["--budget", "0.5", "--pruner", "lamp"], "--pruner: not with a search"),
+        (["--budget", "0.5", "--exchanges", "-1"], "--exchanges"),
+    ],
+)
 def test_a_mistake_is_one_line_before_any_work(run_search, tmp_path, argv, told):
     line = run_search(*argv, status=2)
     assert line.startswith("error: ") and line.count("\n") == 1 and told in line
@@ -333,23 +456,51 @@ def test_a_mistake_is_one_line_before_any_work(run_search, tmp_path, argv, told)
 
 def report_of(seconds):
     """As if these had been measured of each layer that has zeros, by its name."""
+
     def kernels(model, images):
-        layers = [LayerTimes(name, 0.5, {"dense": 1.0, "csr": seconds(name)}, {})
-                  for name, weight in prunable_weights(model).items() if not weight.all()]
+        layers = [
+            LayerTimes(name, 0.5, {"dense": 1.0, "csr": seconds(name)}, {})
+            for name, weight in prunable_weights(model).items()
+            if not weight.all()
+        ]
         return model, KernelReport(layers, len(images), {})
+
     return kernels
 
 
-def test_a_budget_of_time_is_met_by_the_layers_that_have_a_quicker_kernel(run_search, tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "sparse_kernels", report_of(lambda name: 0.2 if "fc" in name else 1.5))
-    run_search("--budget", "0.7", "--budget-of", "latency", "--levels", "0.9", "dense", "--exchanges", "0",
-               "--measure", "output")
-    levels = yaml.safe_load((tmp_path / "output/search/search.yaml").read_text())["sparsity"]["level"]
+def test_a_budget_of_time_is_met_by_the_layers_that_have_a_quicker_kernel(
+    run_search, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        search, "sparse_kernels", report_of(lambda name: 0.2 if "fc" in name else 1.5)
+    )
+    run_search(
+        "--budget",
+        "0.7",
+        "--budget-of",
+        "latency",
+        "--levels",
+        "0.9",
+        "dense",
+        "--exchanges",
+        "0",
+        "--measure",
+        "output",
+    )
+    levels = yaml.safe_load((tmp_path / "output/search/search.yaml").read_text())["sparsity"][
+        "level"
+    ]
     quick = sum(level != "dense" for name, level in levels.items() if "fc" in name)
-    assert quick == 9  # 24 layers of a second, of which each of these saves 0.8: 7.2 are to go
+    # 24 layers of a second, of which each of these saves 0.8: 7.2 are to go
+    assert quick == 9
 
 
 def test_a_budget_of_time_is_refused_where_nothing_is_quicker(run_search, monkeypatch):
     monkeypatch.setattr(search, "sparse_kernels", report_of(lambda name: 1.5))
-    error = run_search("--budget", "0.7", "--budget-of", "latency", "--levels", "0.9", "dense", status=2)
-    assert error.startswith("error: --budget-of latency: no layer is quicker") and error.count("\n") == 1
+    error = run_search(
+        "--budget", "0.7", "--budget-of", "latency", "--levels", "0.9", "dense", status=2
+    )
+    assert (
+        error.startswith("error: --budget-of latency: no layer is quicker")
+        and error.count("\n") == 1
+    )

@@ -25,7 +25,9 @@ RNG = torch.Generator().manual_seed(0)
 def in_blocks(kept: torch.Tensor) -> nn.Linear:
     """A layer of 32 x 48 whose blocks of 16 x 16 are kept where `kept` (2, 3) says so."""
     layer = nn.Linear(48, 32)
-    layer.weight.data = torch.randn(32, 48, generator=RNG) * kept.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    layer.weight.data = torch.randn(32, 48, generator=RNG) * kept.repeat_interleave(
+        16, 0
+    ).repeat_interleave(16, 1)
     layer.bias.data = torch.randn(32, generator=RNG)
     return layer.requires_grad_(False)
 
@@ -35,8 +37,12 @@ NO_FIRST_ROWS = torch.tensor([[0, 0, 0], [1, 0, 1]])
 NONE = torch.zeros(2, 3)
 
 
-@pytest.mark.parametrize("kept", [SOME, NO_FIRST_ROWS, NONE], ids=["some", "rows wholly zero", "no weight kept"])
-@pytest.mark.parametrize("shape", [(48,), (5, 48), (2, 7, 48), (2, 3, 4, 48), (2, 150, 48), (0, 48)], ids=str)
+@pytest.mark.parametrize(
+    "kept", [SOME, NO_FIRST_ROWS, NONE], ids=["some", "rows wholly zero", "no weight kept"]
+)
+@pytest.mark.parametrize(
+    "shape", [(48,), (5, 48), (2, 7, 48), (2, 3, 4, 48), (2, 150, 48), (0, 48)], ids=str
+)
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
 def test_a_kernel_equals_the_dense_layer_on_inputs_of_every_shape(kernel, shape, kept):
     layer, x = in_blocks(kept), torch.randn(shape, generator=RNG)
@@ -69,7 +75,9 @@ def test_between_two_sparse_layers_nothing_is_transposed():
     model = nn.Sequential(first, nn.GELU(), second, nn.LayerNorm(16), nn.Linear(16, 4)).eval()
     Masks(model, compute_masks(model, "unif", 0.5))
     x = torch.randn(2, 7, 32)
-    quick, _ = sparse_kernels(model, x, kernels={"csr": KERNELS["csr"]}, measure=Clock(dense=2.0, csr=1.0, sparse=1.0))
+    quick, _ = sparse_kernels(
+        model, x, kernels={"csr": KERNELS["csr"]}, measure=Clock(dense=2.0, csr=1.0, sparse=1.0)
+    )
     hidden = quick[:2](x)
     tokens = hidden.reshape(-1, 48).t()
     assert tokens.is_contiguous() and tokens.data_ptr() == hidden.data_ptr()
@@ -98,7 +106,9 @@ def kernels_in(model) -> set[str]:
 def test_a_layer_gets_the_quickest_kernel_and_the_model_gives_the_same_logits():
     model, _, images = pruned_sample()
     before, weights = model(images), copy.deepcopy(model.state_dict())
-    quick, report = sparse_kernels(model, images, measure=Clock(dense=2.0, csr=1.0, csr_mkl=1.5, sparse=1.0))
+    quick, report = sparse_kernels(
+        model, images, measure=Clock(dense=2.0, csr=1.0, csr_mkl=1.5, sparse=1.0)
+    )
     assert kernels_in(quick) == {"Csr", "Linear"}  # the classifier is no prunable layer
     assert {layer.kernel for layer in report.layers} == {"csr"} and report.used
     torch.testing.assert_close(quick(images), before, rtol=1e-4, atol=1e-5)
@@ -151,8 +161,15 @@ def test_a_layer_that_the_model_does_not_call_or_that_is_of_another_class_is_lef
     x = torch.randn(3, 8)
     quick, report = sparse_kernels(model, x, measure=Clock(dense=2.0, csr=1.0, sparse=1.0))
     assert {layer.name: layer.kernel for layer in report.layers} == {
-        "used.weight": "dense", "called.weight": "csr", "own.weight": "dense"}
-    assert type(quick.called).__name__ == "Csr" and type(quick.used) is nn.Linear and type(quick.own) is OfItsOwn
+        "used.weight": "dense",
+        "called.weight": "csr",
+        "own.weight": "dense",
+    }
+    assert (
+        type(quick.called).__name__ == "Csr"
+        and type(quick.used) is nn.Linear
+        and type(quick.own) is OfItsOwn
+    )
     torch.testing.assert_close(quick(x), model(x))
     assert "the model does not call the layer (used.weight)" in report.table()
 
@@ -165,7 +182,10 @@ def test_a_kernel_that_fails_on_a_layer_is_listed_with_its_reason_and_the_layer_
     model, _, images = pruned_sample()
     quick, report = sparse_kernels(model, images, kernels={"fails": Fails}, measure=Clock())
     assert quick is model
-    assert "fails: shapes of this kind (24 layers, blocks.0.attn.qkv.weight the first)" in report.table()
+    assert (
+        "fails: shapes of this kind (24 layers, blocks.0.attn.qkv.weight the first)"
+        in report.table()
+    )
 
 
 def test_the_table_has_a_line_for_each_layer_with_both_times():
@@ -174,20 +194,39 @@ def test_the_table_has_a_line_for_each_layer_with_both_times():
     lines = report.table().splitlines()
     for line, (name, mask) in zip(lines[1:], masks.items(), strict=False):
         sparsity = 1 - int(mask.sum()) / mask.numel()
-        assert line.split() == [name, f"{sparsity:.2%}", "csr", "2000.00", "ms", "1000.00", "ms", "csr"]
-    assert lines[-1].endswith("whole model, 3 images at once: dense 1.5, sparse 3.0 images/s, 2.00 times")
+        assert line.split() == [
+            name,
+            f"{sparsity:.2%}",
+            "csr",
+            "2000.00",
+            "ms",
+            "1000.00",
+            "ms",
+            "csr",
+        ]
+    assert lines[-1].endswith(
+        "whole model, 3 images at once: dense 1.5, sparse 3.0 images/s, 2.00 times"
+    )
 
 
 def test_a_model_that_is_one_layer_becomes_that_layer():
     layer = in_blocks(SOME)
-    quick, _ = sparse_kernels(layer, torch.randn(3, 48), measure=Clock(dense=2.0, bsr=1.0, sparse=1.0))
+    quick, _ = sparse_kernels(
+        layer, torch.randn(3, 48), measure=Clock(dense=2.0, bsr=1.0, sparse=1.0)
+    )
     assert type(quick) is Bsr
 
 
 def test_times_are_the_shortest_of_turns_after_a_first_call_that_is_not_counted():
     calls = []
-    taken = in_turns({name: lambda name=name: calls.append(name) for name in ("dense", "sparse")}, budget=0)
-    assert set(taken) == {"dense", "sparse"} and calls[:4] == ["dense", "sparse"] * 2 and len(calls) <= 6
+    taken = in_turns(
+        {name: lambda name=name: calls.append(name) for name in ("dense", "sparse")}, budget=0
+    )
+    assert (
+        set(taken) == {"dense", "sparse"}
+        and calls[:4] == ["dense", "sparse"] * 2
+        and len(calls) <= 6
+    )
 
 
 # ---- 2:4, on the CPU as far as it goes ----
@@ -209,7 +248,11 @@ def test_2_of_4_stays_on_the_device_of_the_layer(monkeypatch):
         layer = KERNELS["2:4"](nn.Linear(128, 64, dtype=torch.float16), torch.float16)
         assert {layer.sparse.device.type, layer.offset.device.type} == {"cuda"}
         output = layer(torch.zeros(3, 7, 128, dtype=torch.float16))
-        assert output.device.type == "cuda" and output.shape == (3, 7, 64) and output.dtype == torch.float16
+        assert (
+            output.device.type == "cuda"
+            and output.shape == (3, 7, 64)
+            and output.dtype == torch.float16
+        )
 
 
 def test_2_of_4_is_for_gpus_that_have_it_and_for_dtypes_that_it_does_not_round(monkeypatch):
@@ -234,17 +277,30 @@ def test_2_of_4_is_for_gpus_that_have_it_and_for_dtypes_that_it_does_not_round(m
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel, options", [("2:4", {"pattern": "2:4"}),
-                                             ("bsr", {"sparsity": 0.8, "pattern": "block:16x16"}),
-                                             ("compact", {"sparsity": 0.8, "pattern": "block:16x384"})])
+@pytest.mark.parametrize(
+    "kernel, options",
+    [
+        ("2:4", {"pattern": "2:4"}),
+        ("bsr", {"sparsity": 0.8, "pattern": "block:16x16"}),
+        ("compact", {"sparsity": 0.8, "pattern": "block:16x384"}),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_on_a_gpu_a_kernel_equals_the_dense_layer(kernel, options, dtype):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(384, 1152), nn.GELU(), nn.Linear(1152, 384)).to("cuda", dtype).eval()
+    model = (
+        nn.Sequential(nn.Linear(384, 1152), nn.GELU(), nn.Linear(1152, 384))
+        .to("cuda", dtype)
+        .eval()
+    )
     Masks(model, compute_masks(model, "unif", **options))
     images = torch.randn(4, 197, 384, device="cuda", dtype=dtype)
-    quick, report = sparse_kernels(model, images, kernels={kernel: KERNELS[kernel]},
-                                   measure=Clock(dense=20.0, **{kernel: 1.0}, sparse=1.0))
+    quick, report = sparse_kernels(
+        model,
+        images,
+        kernels={kernel: KERNELS[kernel]},
+        measure=Clock(dense=20.0, **{kernel: 1.0}, sparse=1.0),
+    )
     assert kernels_in(quick) != {"Linear"}, report.table()
     torch.testing.assert_close(quick(images), model(images).detach(), rtol=2e-2, atol=2e-2)
 
@@ -255,13 +311,17 @@ def test_on_a_gpu_layers_are_measured_and_what_is_not_taken_is_listed():
     with torch.autocast("cuda", torch.float16):
         quick, report = sparse_kernels(model.cuda(), images.cuda())
         torch.testing.assert_close(quick(images.cuda()), model(images.cuda()), rtol=2e-2, atol=2e-2)
-    assert len(report.layers) == 24 and all(layer.seconds or layer.refused for layer in report.layers)
+    assert len(report.layers) == 24 and all(
+        layer.seconds or layer.refused for layer in report.layers
+    )
 
 
 # ---- the command line ----
 
 
-def test_an_evaluation_with_sparse_kernels_gives_the_accuracy_of_the_dense_one(run_main, tiny, monkeypatch):
+def test_an_evaluation_with_sparse_kernels_gives_the_accuracy_of_the_dense_one(
+    run_main, tiny, monkeypatch
+):
     used = []
 
     def measured(model, images):
@@ -275,9 +335,16 @@ def test_an_evaluation_with_sparse_kernels_gives_the_accuracy_of_the_dense_one(r
     assert not used
     printed = run_main(*evaluate, "--sparse-kernels", "--output_dir", "sparse")
     assert printed.splitlines()[-1] == dense
-    assert used == [{"Csr", "Linear"}] and "blocks.0.attn.qkv.weight" in printed and "2.00 times" in printed
+    assert (
+        used == [{"Csr", "Linear"}]
+        and "blocks.0.attn.qkv.weight" in printed
+        and "2.00 times" in printed
+    )
 
 
 def test_sparse_kernels_on_a_dense_model_say_so_and_evaluate_it(run_main, tiny):
     printed = run_main(*tiny, "--eval", "--sparse-kernels")
-    assert "no layer has zeros, so the model stays dense" in printed and "Top-1 accuracy: dense" in printed
+    assert (
+        "no layer has zeros, so the model stays dense" in printed
+        and "Top-1 accuracy: dense" in printed
+    )

@@ -1,4 +1,6 @@
-"""A recipe at work: each schedule against a plain loop, the optimizer's state, and runs that are cut and go on."""
+"""A recipe at work: each schedule against a plain loop, the optimizer's state, and runs that are
+cut and go on.
+"""
 
 import copy
 import io
@@ -29,10 +31,15 @@ from sparsity_factory.reconstruction import reconstruct_layers
 STEPS, EPOCH = 24, 6
 SPARSITY = 0.7
 SETTINGS = {
-    "one-shot": {}, "gradual": {"prune_every": 4, "prune_start": 0.1, "prune_end": 0.6},
-    "iterative": {"prune_rounds": 3, "prune_start": 0.25, "rewind": 1}, "set": {"prune_every": 3, "seed": 7},
-    "rigl": {"prune_every": 3}, "ac-dc": {"prune_rounds": 2, "prune_end": 0.6}, "ste": {"prune_every": 5},
-    "sr-ste": {"prune_every": 5, "sr_decay": 0.1}, "maskllm": {"prune_end": 0.6},
+    "one-shot": {},
+    "gradual": {"prune_every": 4, "prune_start": 0.1, "prune_end": 0.6},
+    "iterative": {"prune_rounds": 3, "prune_start": 0.25, "rewind": 1},
+    "set": {"prune_every": 3, "seed": 7},
+    "rigl": {"prune_every": 3},
+    "ac-dc": {"prune_rounds": 2, "prune_end": 0.6},
+    "ste": {"prune_every": 5},
+    "sr-ste": {"prune_every": 5, "sr_decay": 0.1},
+    "maskllm": {"prune_end": 0.6},
 }
 
 
@@ -42,13 +49,22 @@ def network() -> nn.Module:
 
 
 def recipe(schedule: str, **fields) -> Recipe:
-    return Recipe("unif", SPARSITY, pattern=pattern_for(schedule), prune_schedule=schedule, **{
-        **SETTINGS[schedule], **fields})
+    return Recipe(
+        "unif",
+        SPARSITY,
+        pattern=pattern_for(schedule),
+        prune_schedule=schedule,
+        **{**SETTINGS[schedule], **fields},
+    )
 
 
 def loss_of(model: nn.Module, step: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(step)
-    return (model(torch.randn(16, 8, generator=generator)) - torch.randn(16, 6, generator=generator)).square().mean()
+    return (
+        (model(torch.randn(16, 8, generator=generator)) - torch.randn(16, 6, generator=generator))
+        .square()
+        .mean()
+    )
 
 
 def sgd(model: nn.Module, momentum: float = 0.0) -> torch.optim.Optimizer:
@@ -60,7 +76,9 @@ class Run:
 
     def __init__(self, chosen: Recipe, make=sgd, started: bool = True, **options):
         self.model = network()
-        self.sparsifier = Sparsifier(self.model, chosen, total_steps=STEPS, epoch_steps=EPOCH, **options)
+        self.sparsifier = Sparsifier(
+            self.model, chosen, total_steps=STEPS, epoch_steps=EPOCH, **options
+        )
         if started:
             self.sparsifier.start()
         self.average = copy.deepcopy(self.model)
@@ -99,8 +117,13 @@ def largest(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
     return mask.view(weight.shape)
 
 
-def plain_masks(schedule: str, step: int, weights: dict, masks: dict, gradients: dict) -> dict | None:
-    """The masks after this step (-1: before the first), or None where they stay: written out for the SETTINGS above."""
+def plain_masks(
+    schedule: str, step: int, weights: dict, masks: dict, gradients: dict
+) -> dict | None:
+    """The masks after this step (-1: before the first), or None where they stay: written out for
+    the SETTINGS above.
+    """
+
     def all_largest(sparsity):
         return {name: largest(weight, sparsity) for name, weight in weights.items()}
 
@@ -114,8 +137,11 @@ def plain_masks(schedule: str, step: int, weights: dict, masks: dict, gradients:
         share = 0.3 / 2 * (1 + math.cos(math.pi * step / 18))
         new = {}
         for layer, (name, mask) in enumerate(masks.items()):
-            growth = SCHEDULES["set"](recipe("set"), None).growth(mask, step, layer) if schedule == "set" else \
-                gradients[name].abs()
+            growth = (
+                SCHEDULES["set"](recipe("set"), None).growth(mask, step, layer)
+                if schedule == "set"
+                else gradients[name].abs()
+            )
             new[name] = regrow(weights[name], mask, growth, int(share * int(mask.sum())))
         return new
     if schedule == "ac-dc" and step in (4, 9, 14):  # of phases shorter than an epoch
@@ -126,7 +152,9 @@ def plain_masks(schedule: str, step: int, weights: dict, masks: dict, gradients:
 
 
 def plain_training(schedule: str):
-    """A loop that knows nothing of `Sparsifier`; yields the model with its masked weights, and its masks, each step."""
+    """A loop that knows nothing of `Sparsifier`; yields the model with its masked weights, and its
+    masks, each step.
+    """
     model, names = network(), ("0.weight", "3.weight")
     weights = {name: model.get_parameter(name) for name in names}
     masks = plain_masks(schedule, -1, weights, {}, {})
@@ -143,7 +171,8 @@ def plain_training(schedule: str):
         model.zero_grad()
         loss_of(model, step).backward()
         gradients = {name: weight.grad.clone() for name, weight in weights.items()}
-        early = schedule in ("set", "rigl")  # these choose with the weights that the gradients belong to
+        # These choose with the weights that the gradients belong to
+        early = schedule in ("set", "rigl")
         new = plain_masks(schedule, step, weights, masks, gradients) if early else None
         for name, parameter in model.named_parameters():
             if name in masks:
@@ -160,7 +189,10 @@ def plain_training(schedule: str):
 
 
 def straight_through(schedule: str):
-    """The same for `ste` and `sr-ste`: autograd through weight * mask, as if the product had a gradient of 1."""
+    """The same for `ste` and `sr-ste`: autograd through weight * mask, as if the product had a
+    gradient of 1.
+    """
+
     class Product(torch.autograd.Function):
         @staticmethod
         def forward(ctx, weight, mask):
@@ -178,9 +210,14 @@ def straight_through(schedule: str):
     optimizer = sgd(model)
 
     def forward(images):
-        hidden = nn.functional.linear(images, Product.apply(weights["0.weight"], masks["0.weight"]), model[0].bias)
-        return nn.functional.linear(model[2](model[1](hidden)), Product.apply(weights["3.weight"], masks["3.weight"]),
-                                    model[3].bias)
+        hidden = nn.functional.linear(
+            images, Product.apply(weights["0.weight"], masks["0.weight"]), model[0].bias
+        )
+        return nn.functional.linear(
+            model[2](model[1](hidden)),
+            Product.apply(weights["3.weight"], masks["3.weight"]),
+            model[3].bias,
+        )
 
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -193,23 +230,30 @@ def straight_through(schedule: str):
         yield seen, masks
 
 
-@pytest.mark.parametrize("schedule", sorted(set(SCHEDULES) - {"maskllm"}))  # which test_learned_masks.py compares
+# Which test_learned_masks.py compares
+@pytest.mark.parametrize("schedule", sorted(set(SCHEDULES) - {"maskllm"}))
 def test_a_schedule_trains_as_the_plain_loop_does(schedule):
     run = Run(recipe(schedule))
     plain = straight_through if schedule in ("ste", "sr-ste") else plain_training
     for step, (expected, masks) in enumerate(plain(schedule)):
         run.step()
         assert all(torch.equal(run.masks()[name], mask) for name, mask in masks.items()), step
-        torch.testing.assert_close(run.model.state_dict(), expected.state_dict(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            run.model.state_dict(), expected.state_dict(), rtol=1e-4, atol=1e-6
+        )
     assert run.sparsifier.final
     assert run.sparsifier.masks.sparsity() == pytest.approx(SPARSITY, abs=0.01)
 
 
-@pytest.mark.parametrize("make", [
-    lambda model: create_optimizer_v2(model, "muon", lr=0.03),
-    lambda model: create_optimizer_v2(model, "lookahead_muon", lr=0.03),
-    lambda model: torch.optim.Muon([model[0].weight, model[3].weight], lr=0.03),
-], ids=["timm", "lookahead", "torch"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: create_optimizer_v2(model, "muon", lr=0.03),
+        lambda model: create_optimizer_v2(model, "lookahead_muon", lr=0.03),
+        lambda model: torch.optim.Muon([model[0].weight, model[3].weight], lr=0.03),
+    ],
+    ids=["timm", "lookahead", "torch"],
+)
 def test_muon_sees_whole_gradients(make):
     run, model = Run(recipe("one-shot"), make), network()
     masks, optimizer = run.masks(), make(model)
@@ -225,8 +269,15 @@ def test_muon_sees_whole_gradients(make):
         loss_of(model, step).backward()
         optimizer.step()
         mask_weights()
-        assert all(torch.equal(value, model.get_parameter(name)) for name, value in run.model.named_parameters())
-    assert any(weight.grad[~masks[name]].any() for name in masks for weight in [run.model.get_parameter(name)])
+        assert all(
+            torch.equal(value, model.get_parameter(name))
+            for name, value in run.model.named_parameters()
+        )
+    assert any(
+        weight.grad[~masks[name]].any()
+        for name in masks
+        for weight in [run.model.get_parameter(name)]
+    )
 
 
 def test_the_final_sparsity_is_reached_at_the_end_of_the_schedule_and_not_before():
@@ -239,13 +290,25 @@ def test_the_final_sparsity_is_reached_at_the_end_of_the_schedule_and_not_before
             finals.append(run.sparsifier.final)
             assert not finals[-1] or run.sparsifier.masks.sparsity() > SPARSITY - 0.01
         reached[schedule] = finals.index(True)  # after so many steps
-        assert all(finals[reached[schedule]:])
-    assert reached == {"one-shot": 0, "gradual": 15, "iterative": 19, "set": 0, "rigl": 0, "ac-dc": 15, "ste": 0,
-                       "sr-ste": 0, "maskllm": 15}
+        assert all(finals[reached[schedule] :])
+    assert reached == {
+        "one-shot": 0,
+        "gradual": 15,
+        "iterative": 19,
+        "set": 0,
+        "rigl": 0,
+        "ac-dc": 15,
+        "ste": 0,
+        "sr-ste": 0,
+        "maskllm": 15,
+    }
 
 
 def test_one_round_at_the_start_is_one_shot_to_the_bit():
-    runs = [Run(recipe("one-shot")), Run(Recipe("unif", SPARSITY, prune_schedule="iterative", prune_rounds=1))]
+    runs = [
+        Run(recipe("one-shot")),
+        Run(Recipe("unif", SPARSITY, prune_schedule="iterative", prune_rounds=1)),
+    ]
     for run in runs:
         for _ in range(3):
             run.step()
@@ -260,8 +323,15 @@ def test_a_dense_recipe_does_nothing():
         optimizer.zero_grad()
         loss_of(model, step).backward()
         optimizer.step()
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in run.model.state_dict().items())
-    assert run.sparsifier.masks.masks == {} and run.sparsifier.final and run.sparsifier.masks.sparsity() == 0
+    assert all(
+        torch.equal(value, model.state_dict()[name])
+        for name, value in run.model.state_dict().items()
+    )
+    assert (
+        run.sparsifier.masks.masks == {}
+        and run.sparsifier.final
+        and run.sparsifier.masks.sparsity() == 0
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -277,7 +347,8 @@ def test_custom_levels_hold_at_the_end_and_what_is_pruned_on_the_way_stays_so(sc
         if schedule in ("gradual", "iterative"):
             assert not any((run.masks()[name] & ~mask).any() for name, mask in before.items())
             before = run.masks()
-            assert (groups := before["0.weight"].view(-1, 4).sum(1)).min() == groups.max()  # n goes down together
+            # N goes down together
+            assert (groups := before["0.weight"].view(-1, 4).sum(1)).min() == groups.max()
     check_masks(run.model.state_dict(), run.sparsifier.masks.masks, run.sparsifier.recipe)
 
 
@@ -293,7 +364,9 @@ def test_first_masks_change_nothing_and_a_target_that_is_out_of_reach_shows_befo
     sparsifier = Sparsifier(model, recipe("gradual"), total_steps=STEPS, epoch_steps=EPOCH)
     assert all(mask.all() for mask in sparsifier.first_masks().values())
     assert torch.equal(model[0].weight, network()[0].weight)
-    sparsifier = Sparsifier(model, Recipe("unifplus", 0.7, prune_schedule="gradual"), total_steps=9, epoch_steps=3)
+    sparsifier = Sparsifier(
+        model, Recipe("unifplus", 0.7, prune_schedule="gradual"), total_steps=9, epoch_steps=3
+    )
     with pytest.raises(PruningError, match="unifplus keeps"):
         sparsifier.start()
     config = {"sparsity": {"mode": "nxm", "level": [[2, 4]]}}
@@ -315,17 +388,26 @@ OPTIMIZERS = {
 
 def state_of(optimizer, weight) -> list[torch.Tensor]:
     states = getattr(optimizer, "_base_optimizer", optimizer).state[weight]
-    return [value for value in states.values() if isinstance(value, torch.Tensor) and value.shape == weight.shape]
+    return [
+        value
+        for value in states.values()
+        if isinstance(value, torch.Tensor) and value.shape == weight.shape
+    ]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("schedule", ["gradual", "set", "rigl", "ac-dc"])
-def test_dropped_and_grown_weights_start_from_zero_and_so_does_the_state_of_the_optimizer(schedule, optimizer):
+def test_dropped_and_grown_weights_start_from_zero_and_so_does_the_state_of_the_optimizer(
+    schedule, optimizer
+):
     run, changes = Run(recipe(schedule), OPTIMIZERS[optimizer]), 0
     for _ in range(STEPS):
         before, old = run.masks(), {}
-        run.step(after_backward=lambda old=old: old.update(
-            {name: run.model.get_parameter(name).detach().clone() for name in run.masks()}))
+        run.step(
+            after_backward=lambda old=old: old.update(
+                {name: run.model.get_parameter(name).detach().clone() for name in run.masks()}
+            )
+        )
         for name, mask in run.masks().items():
             weight, changed = run.model.get_parameter(name), mask != before[name]
             assert not weight[~mask].any()
@@ -333,13 +415,16 @@ def test_dropped_and_grown_weights_start_from_zero_and_so_does_the_state_of_the_
             values = state_of(run.optimizer, weight)
             assert values
             assert not any(value[changed].any() for value in values)
-            assert all(value[mask & before[name]].any() for value in values)  # the others keep theirs
+            # The others keep theirs
+            assert all(value[mask & before[name]].any() for value in values)
             changes += int(changed.any())
     assert changes
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_pruned_weights_stay_zero_also_with_an_optimizer_that_moves_them_and_the_average_obeys(schedule):
+def test_pruned_weights_stay_zero_also_with_an_optimizer_that_moves_them_and_the_average_obeys(
+    schedule,
+):
     run = Run(recipe(schedule), OPTIMIZERS["muon"])
     for _ in range(STEPS):
         run.step()
@@ -406,7 +491,9 @@ def walk(model, visit) -> None:
 
 
 def reconstructing(schedule: str, method: str = "obs", make=sgd):
-    """A run, and by step (0: the start, too) copies of the model as it was when its layers were reconstructed."""
+    """A run, and by step (0: the start, too) copies of the model as it was when its layers were
+    reconstructed.
+    """
     before = {}
 
     def remember_and_walk(visit, beside):
@@ -419,8 +506,10 @@ def reconstructing(schedule: str, method: str = "obs", make=sgd):
     return run, before
 
 
-@pytest.mark.parametrize("schedule, steps", [
-    ("one-shot", [0]), ("gradual", [6, 10, 14]), ("iterative", [6, 12, 18]), ("ac-dc", [4, 14])])
+@pytest.mark.parametrize(
+    "schedule, steps",
+    [("one-shot", [0]), ("gradual", [6, 10, 14]), ("iterative", [6, 12, 18]), ("ac-dc", [4, 14])],
+)
 def test_each_choice_of_masks_reconstructs_and_averages_begin_anew(schedule, steps):
     run, before = reconstructing(schedule, "obs-mask")
     for step in range(STEPS):
@@ -428,11 +517,18 @@ def test_each_choice_of_masks_reconstructs_and_averages_begin_anew(schedule, ste
             run.step()
         if step in steps:
             expected = before[step]
-            reconstruct_layers(expected, run.masks(), "obs-mask", lambda visit, _, model=expected: walk(model, visit),
-                               patterns=lambda name: parse_pattern("unstructured"))
+            reconstruct_layers(
+                expected,
+                run.masks(),
+                "obs-mask",
+                lambda visit, _, model=expected: walk(model, visit),
+                patterns=lambda name: parse_pattern("unstructured"),
+            )
             for model in (run.model, run.average):
-                assert all(torch.equal(value, model.state_dict()[name])
-                           for name, value in expected.state_dict().items())
+                assert all(
+                    torch.equal(value, model.state_dict()[name])
+                    for name, value in expected.state_dict().items()
+                )
     assert list(before) == steps
     assert run.sparsifier.final
     assert run.sparsifier.masks.sparsity() == pytest.approx(SPARSITY, abs=0.01)
@@ -445,12 +541,16 @@ def test_weights_that_are_moved_are_not_reconstructed(schedule):
     for _ in range(STEPS):
         run.step()
     assert list(before) == [0]
-    assert [int(mask.sum()) for mask in run.masks().values()] == [int(mask.sum()) for mask in first.values()]
+    assert [int(mask.sum()) for mask in run.masks().values()] == [
+        int(mask.sum()) for mask in first.values()
+    ]
     assert not torch.equal(run.masks()["0.weight"], first["0.weight"])
 
 
 @pytest.mark.parametrize("schedule", ["gradual", "iterative", "ac-dc"])
-def test_what_obs_chooses_has_the_numbers_of_the_schedule_and_the_state_of_what_changes_is_cleared(schedule):
+def test_what_obs_chooses_has_the_numbers_of_the_schedule_and_the_state_of_what_changes_is_cleared(
+    schedule,
+):
     run, _ = reconstructing(schedule, make=OPTIMIZERS["momentum"])
     plain = Run(recipe(schedule, **({"rewind": None} if schedule == "iterative" else {})))
     changes = 0
@@ -460,7 +560,7 @@ def test_what_obs_chooses_has_the_numbers_of_the_schedule_and_the_state_of_what_
         plain.step()
         for name, mask in run.masks().items():
             assert mask.sum() == plain.masks()[name].sum()
-            momentum, = state_of(run.optimizer, run.model.get_parameter(name))
+            (momentum,) = state_of(run.optimizer, run.model.get_parameter(name))
             assert not momentum[mask != old[name]].any()
             changes += int((mask != old[name]).any())
         for model in (run.model, run.average):
@@ -471,7 +571,8 @@ def test_what_obs_chooses_has_the_numbers_of_the_schedule_and_the_state_of_what_
 def test_reconstruction_without_a_walk_over_the_layers_is_refused():
     with pytest.raises(PruningError, match="reconstruct obs looks at data: expected a walk"):
         Run(recipe("one-shot", reconstruct="obs"))
-    Run(recipe("one-shot", reconstruct="obs"), masks=compute_masks(network(), "unif", 0.5))  # reconstructs nothing
+    # Reconstructs nothing
+    Run(recipe("one-shot", reconstruct="obs"), masks=compute_masks(network(), "unif", 0.5))
 
 
 # ---- gradients ----
@@ -479,10 +580,15 @@ def test_reconstruction_without_a_walk_over_the_layers_is_refused():
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("schedule", sorted(set(SCHEDULES) - {"one-shot", "maskllm"}))
-def test_a_step_whose_gradients_are_not_finite_changes_no_mask_and_the_next_one_does(schedule, value):
+def test_a_step_whose_gradients_are_not_finite_changes_no_mask_and_the_next_one_does(
+    schedule, value
+):
     steps = recipe(schedule).steps(STEPS, EPOCH)
-    first = next(step for step in range(1, STEPS)
-                 if SCHEDULES[schedule](recipe(schedule), steps).changes_at(step))
+    first = next(
+        step
+        for step in range(1, STEPS)
+        if SCHEDULES[schedule](recipe(schedule), steps).changes_at(step)
+    )
     run = Run(recipe(schedule))
     for _ in range(first):
         run.step()
@@ -502,7 +608,9 @@ def test_the_scale_of_the_loss_changes_nothing(schedule, as_tensor):
         plain.step()
         scaled.step(scale=torch.tensor(1024.0) if as_tensor else 1024.0)
         assert torch.equal(plain.masks()["0.weight"], scaled.masks()["0.weight"])
-        torch.testing.assert_close(plain.model[0].weight, scaled.model[0].weight, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            plain.model[0].weight, scaled.model[0].weight, rtol=1e-5, atol=1e-7
+        )
 
 
 def test_gradients_of_pruned_weights_are_zero_but_those_of_ste_and_of_learned_masks():
@@ -511,8 +619,11 @@ def test_gradients_of_pruned_weights_are_zero_but_those_of_ste_and_of_learned_ma
         if schedule in ("gradual", "iterative", "ac-dc"):
             run.step()
         seen = {}
-        run.step(after_backward=lambda run=run, seen=seen: seen.update(
-            gradient=run.model[0].weight.grad.clone(), mask=run.masks()["0.weight"]))
+        run.step(
+            after_backward=lambda run=run, seen=seen: seen.update(
+                gradient=run.model[0].weight.grad.clone(), mask=run.masks()["0.weight"]
+            )
+        )
         dense = bool(seen["gradient"][~seen["mask"]].any())
         assert dense == (schedule in ("ste", "sr-ste", "maskllm"))
 
@@ -521,8 +632,11 @@ def test_only_steps_with_a_change_look_whether_gradients_are_finite(monkeypatch)
     looked = []
     norm = torch.nn.utils.get_total_norm
     run = Run(recipe("rigl"))
-    monkeypatch.setattr(torch.nn.utils, "get_total_norm",
-                        lambda *args: looked.append(run.sparsifier.step) or norm(*args))
+    monkeypatch.setattr(
+        torch.nn.utils,
+        "get_total_norm",
+        lambda *args: looked.append(run.sparsifier.step) or norm(*args),
+    )
     for _ in range(STEPS):
         run.step()
     assert looked == [3, 6, 9, 12, 15]
@@ -531,7 +645,8 @@ def test_only_steps_with_a_change_look_whether_gradients_are_finite(monkeypatch)
 # ---- processes ----
 
 
-@pytest.mark.parametrize("schedule", sorted(set(SCHEDULES) - {"maskllm"}))  # which learns the same everywhere
+# Which learns the same everywhere
+@pytest.mark.parametrize("schedule", sorted(set(SCHEDULES) - {"maskllm"}))
 def test_the_masks_of_the_first_process_are_those_of_all(schedule):
     """The second process has weights of its own, so that its own choice would be another one."""
     answers = []
@@ -551,8 +666,11 @@ def test_the_masks_of_the_first_process_are_those_of_all(schedule):
             run.step()
         one, other = (run.masks() for run in runs)
         assert all(torch.equal(one[name], other[name]) for name in one)
-    assert all(isinstance(answer, bool) or all(set(entry) == {"bits", "shape"} for entry in answer.values())
-               for answer in answers)
+    assert all(
+        isinstance(answer, bool)
+        or all(set(entry) == {"bits", "shape"} for entry in answer.values())
+        for answer in answers
+    )
 
 
 # ---- saving and loading ----
@@ -566,8 +684,12 @@ def through_a_file(state):
 
 
 def everything(run: Run) -> dict:
-    return {"model": run.model.state_dict(), "average": run.average.state_dict(),
-            "optimizer": run.optimizer.state_dict(), "pruning": run.sparsifier.state_dict()}
+    return {
+        "model": run.model.state_dict(),
+        "average": run.average.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "pruning": run.sparsifier.state_dict(),
+    }
 
 
 def resumed(state: dict, chosen: Recipe, make, **options) -> Run:
@@ -641,32 +763,89 @@ DAMAGES = {
     "no dictionary": ("gradual", lambda state: [1], "not a dictionary"),
     "another version": ("gradual", lambda state: state.update(version=2), "version 2"),
     "no version": ("gradual", lambda state: state.pop("version") and None, "version"),
-    "another recipe": ("gradual", lambda state: state["recipe"].update(sparsity=0.5), "sparsity differ"),
+    "another recipe": (
+        "gradual",
+        lambda state: state["recipe"].update(sparsity=0.5),
+        "sparsity differ",
+    ),
     "damaged recipe": ("gradual", lambda state: state.update(recipe=3), "recipe is a int"),
     "negative step": ("gradual", lambda state: state.update(step=-1), "step: expected an integer"),
     "step of no number": ("gradual", lambda state: state.update(step=True), "step is a bool"),
     "huge step": ("gradual", lambda state: state.update(step=2**60), "step"),
-    "change to come": ("gradual", lambda state: state.update(changed=50), "changed masks at step 50"),
+    "change to come": (
+        "gradual",
+        lambda state: state.update(changed=50),
+        "changed masks at step 50",
+    ),
     "late is a number": ("gradual", lambda state: state.update(late=1), "late is a int"),
     "no steps": ("gradual", lambda state: state.pop("steps") and None, "steps"),
     "end before start": ("gradual", lambda state: state["steps"].update(end=0), "out of order"),
-    "end after the run": ("gradual", lambda state: state["steps"].update(end=STEPS), "out of order"),
+    "end after the run": (
+        "gradual",
+        lambda state: state["steps"].update(end=STEPS),
+        "out of order",
+    ),
     "epochs of no step": ("gradual", lambda state: state["steps"].update(epoch=0), "out of order"),
-    "a mask is missing": ("gradual", lambda state: state["masks"].pop("0.weight") and None, "'0.weight' is missing"),
-    "unknown mask": ("gradual", lambda state: state["masks"].update(pack({"9.weight": ALL})), "'9.weight'"),
-    "mask of another shape": ("gradual", lambda state: state["masks"].update(pack({"3.weight": ALL})), "'3.weight'"),
-    "damaged mask": ("gradual", lambda state: state["masks"]["0.weight"].update(shape=[2]), "'0.weight'"),
-    "hidden weights of no use": ("gradual", lambda state: state.update(hidden={"x": ALL}), "hidden has 1 tensors"),
-    "hidden weights are missing": ("ste", lambda state: state.update(hidden={}), "hidden has 0 tensors"),
+    "a mask is missing": (
+        "gradual",
+        lambda state: state["masks"].pop("0.weight") and None,
+        "'0.weight' is missing",
+    ),
+    "unknown mask": (
+        "gradual",
+        lambda state: state["masks"].update(pack({"9.weight": ALL})),
+        "'9.weight'",
+    ),
+    "mask of another shape": (
+        "gradual",
+        lambda state: state["masks"].update(pack({"3.weight": ALL})),
+        "'3.weight'",
+    ),
+    "damaged mask": (
+        "gradual",
+        lambda state: state["masks"]["0.weight"].update(shape=[2]),
+        "'0.weight'",
+    ),
+    "hidden weights of no use": (
+        "gradual",
+        lambda state: state.update(hidden={"x": ALL}),
+        "hidden has 1 tensors",
+    ),
+    "hidden weights are missing": (
+        "ste",
+        lambda state: state.update(hidden={}),
+        "hidden has 0 tensors",
+    ),
     "hidden weights of another shape": (
-        "ste", lambda state: state["hidden"].update({"0.weight": torch.ones(8, 12)}), "hidden '0.weight'"),
+        "ste",
+        lambda state: state["hidden"].update({"0.weight": torch.ones(8, 12)}),
+        "hidden '0.weight'",
+    ),
     "hidden weights of another type": (
-        "ste", lambda state: state["hidden"].update({"0.weight": ALL}), "hidden '0.weight'"),
+        "ste",
+        lambda state: state["hidden"].update({"0.weight": ALL}),
+        "hidden '0.weight'",
+    ),
     "hidden weights that are kept": (
-        "ste", lambda state: state["hidden"].update({"0.weight": torch.ones(12, 8)}), "expected zeros"),
-    "rewind is missing": ("iterative", lambda state: state.update(rewind={}), "rewind has 0 tensors"),
-    "rewind of no tensor": ("iterative", lambda state: state["rewind"].update({"0.bias": 3}), "rewind '0.bias'"),
-    "rewind after the start": ("iterative", lambda state: state["steps"].update(rewind=9), "out of order"),
+        "ste",
+        lambda state: state["hidden"].update({"0.weight": torch.ones(12, 8)}),
+        "expected zeros",
+    ),
+    "rewind is missing": (
+        "iterative",
+        lambda state: state.update(rewind={}),
+        "rewind has 0 tensors",
+    ),
+    "rewind of no tensor": (
+        "iterative",
+        lambda state: state["rewind"].update({"0.bias": 3}),
+        "rewind '0.bias'",
+    ),
+    "rewind after the start": (
+        "iterative",
+        lambda state: state["steps"].update(rewind=9),
+        "out of order",
+    ),
 }
 
 
@@ -674,7 +853,10 @@ DAMAGES = {
 def test_a_damaged_state_is_refused_in_one_line_and_changes_nothing(case):
     schedule, change, message = DAMAGES[case]
     sparsifier, state = damage(schedule, change)
-    before, kept = copy.deepcopy(sparsifier.model.state_dict()), copy.deepcopy(sparsifier.state_dict())
+    before, kept = (
+        copy.deepcopy(sparsifier.model.state_dict()),
+        copy.deepcopy(sparsifier.state_dict()),
+    )
     with pytest.raises(PruningError, match=message) as error:
         sparsifier.load_state_dict(state)
     assert "\n" not in str(error.value)
@@ -689,7 +871,9 @@ def test_masks_on_their_way_to_other_processes_are_bits():
 
 
 class NoHostReads(TorchDispatchMode):
-    """Fails where a number is read from the meta device, which stands for a GPU: to read one is to wait for it."""
+    """Fails where a number is read from the meta device, which stands for a GPU: to read one is to
+    wait for it.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func is not torch.ops.aten._local_scalar_dense.default, "reads a number"
@@ -698,13 +882,19 @@ class NoHostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_no_step_between_changes_waits_for_the_device(schedule):
-    meta = torch.device("cpu" if SCHEDULES[schedule].learns_masks else "meta")  # it counts what the first masks keep
+    # It counts what the first masks keep
+    meta = torch.device("cpu" if SCHEDULES[schedule].learns_masks else "meta")
     model = network().to(meta)
     every = {"prune_every": 1000} if "prune_every" in SETTINGS[schedule] else {}
-    masks = {name: torch.ones_like(model.get_parameter(name), dtype=torch.bool) for name in ("0.weight", "3.weight")}
+    masks = {
+        name: torch.ones_like(model.get_parameter(name), dtype=torch.bool)
+        for name in ("0.weight", "3.weight")
+    }
     for mask in masks.values():
         mask[:, ::2] = False
-    sparsifier = Sparsifier(model, recipe(schedule, **every), total_steps=1000, epoch_steps=250, masks=masks)
+    sparsifier = Sparsifier(
+        model, recipe(schedule, **every), total_steps=1000, epoch_steps=250, masks=masks
+    )
     sparsifier.start()
     optimizer = sgd(model)
     sparsifier.attach(optimizer)

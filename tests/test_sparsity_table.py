@@ -48,7 +48,9 @@ def test_the_totals_are_the_weights_that_are_not_zero():
         for parameter in model.parameters():
             parameter.fill_(1)
     Masks(model, masks)
-    assert sparsity_rows(model, masks)[-1].kept == sum(int(p.count_nonzero()) for p in model.parameters())
+    assert sparsity_rows(model, masks)[-1].kept == sum(
+        int(p.count_nonzero()) for p in model.parameters()
+    )
 
 
 def test_the_table_has_aligned_columns_with_everything_a_row_says():
@@ -58,24 +60,40 @@ def test_the_table_has_aligned_columns_with_everything_a_row_says():
     assert table[-1].split() == ["whole", "model", "1,115", "2,165", "48.50%"]
 
 
-LEVELS = {"default": 0.37, "blocks.0.*": "dense", "blocks.1.mlp.fc1": [2, 4], "blocks.2.attn.*": [1, 4],
-          "blocks.3.mlp.fc2": 0.99999}
+LEVELS = {
+    "default": 0.37,
+    "blocks.0.*": "dense",
+    "blocks.1.mlp.fc1": [2, 4],
+    "blocks.2.attn.*": [1, 4],
+    "blocks.3.mlp.fc2": 0.99999,
+}
 
 
-@pytest.mark.parametrize("request_", [
-    {"pruner": "lamp", "sparsity": 0.65}, {"pruner": "erk", "sparsity": 0.9}, {"pruner": "glob", "sparsity": 0.99999},
-    {"pruner": "unif", "sparsity": 0.0},
-    {"pruner": "custom", "custom_config": {"sparsity": {"mode": "nxm", "level": LEVELS}}}], ids=str)
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"pruner": "lamp", "sparsity": 0.65},
+        {"pruner": "erk", "sparsity": 0.9},
+        {"pruner": "glob", "sparsity": 0.99999},
+        {"pruner": "unif", "sparsity": 0.0},
+        {"pruner": "custom", "custom_config": {"sparsity": {"mode": "nxm", "level": LEVELS}}},
+    ],
+    ids=str,
+)
 def test_the_yaml_gives_the_same_kept_counts_and_patterns_again(request_):
     model = timm.create_model("deit_sample_patch4_28")
     rows = sparsity_rows(model, compute_masks(model, **request_))
-    again = compute_masks(model, "custom", custom_config=yaml.safe_load(sparsity_yaml(rows, "two\nlines")))
+    again = compute_masks(
+        model, "custom", custom_config=yaml.safe_load(sparsity_yaml(rows, "two\nlines"))
+    )
     assert sparsity_rows(model, again) == rows
 
 
 def test_every_row_names_its_pattern():
     model = timm.create_model("deit_sample_patch4_28")
-    masks = compute_masks(model, "custom", custom_config={"sparsity": {"mode": "nxm", "level": LEVELS}})
+    masks = compute_masks(
+        model, "custom", custom_config={"sparsity": {"mode": "nxm", "level": LEVELS}}
+    )
     patterns = {row.name: row.pattern for row in sparsity_rows(model, masks)}
     assert patterns["blocks.0.mlp.fc1.weight"] == "dense"
     assert patterns["blocks.1.mlp.fc1.weight"] == "2:4"
@@ -117,16 +135,36 @@ def test_multiply_adds_are_booked_on_a_weight_that_is_used_without_its_layer():
             return nn.functional.linear(x, self.inner.weight)
 
     assert multiply_adds(Tied(), torch.zeros(3, 8)) == {
-        "inner.weight": 3 * 8 * 4, "attention products": 0, "other layers": 0}
+        "inner.weight": 3 * 8 * 4,
+        "attention products": 0,
+        "other layers": 0,
+    }
 
 
 def test_the_csv_has_every_layer_and_weights_multiply_adds_by_density():
     model, masks = model_and_masks()
     text = sparsity_csv(sparsity_rows(model, masks), multiply_adds(model, torch.zeros(2, 100)))
     rows = {row["layer"]: row for row in csv.DictReader(text.splitlines())}
-    assert list(rows) == ["0.weight", "2.weight", "attention products", "other layers", "prunable weights",
-                          "whole model"]
-    assert list(rows["0.weight"].values()) == ["0.weight", "20x100", "1000", "2000", "0.500000", "unstructured",
-                                               "4000", "2000"]
-    assert (rows["whole model"]["multiply_adds_dense"], rows["whole model"]["multiply_adds_sparse"]) == ("4200", "2100")
+    assert list(rows) == [
+        "0.weight",
+        "2.weight",
+        "attention products",
+        "other layers",
+        "prunable weights",
+        "whole model",
+    ]
+    assert list(rows["0.weight"].values()) == [
+        "0.weight",
+        "20x100",
+        "1000",
+        "2000",
+        "0.500000",
+        "unstructured",
+        "4000",
+        "2000",
+    ]
+    assert (
+        rows["whole model"]["multiply_adds_dense"],
+        rows["whole model"]["multiply_adds_sparse"],
+    ) == ("4200", "2100")
     assert rows["other layers"]["kept"] == "65"

@@ -28,7 +28,9 @@ class Uncalled(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.twice, self.head = (nn.Linear(*size) for size in ((6, 8), (8, 8), (8, 8), (8, 3)))
+        self.first, self.second, self.twice, self.head = (
+            nn.Linear(*size) for size in ((6, 8), (8, 8), (8, 8), (8, 3))
+        )
         self.drop = nn.Dropout(0.5)
 
     def get_classifier(self):
@@ -49,8 +51,13 @@ def model():
 
 def batches(sizes=(4, 4, 2), dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(n, 5, 6, generator=generator, dtype=dtype), torch.randint(0, 3, (n,), generator=generator))
-            for n in sizes]
+    return [
+        (
+            torch.randn(n, 5, 6, generator=generator, dtype=dtype),
+            torch.randint(0, 3, (n,), generator=generator),
+        )
+        for n in sizes
+    ]
 
 
 def inputs_by_hand(model, data) -> dict:
@@ -102,8 +109,12 @@ def test_a_weight_that_two_layers_share_is_summed_over_both(model):
     assert list(statistics.shapes) == ["first.weight", "second.weight"]
     x = torch.cat([inputs_by_hand_of_shared(model, images) for images, _ in batches()])
     torch.testing.assert_close(statistics.value("second.weight", "input_norms"), x.norm(dim=0))
-    of_all = gradients_by_hand(model, *(torch.cat(column) for column in zip(*batches(), strict=True)))
-    torch.testing.assert_close(statistics.value("second.weight", "gradient"), of_all["second.weight"])
+    of_all = gradients_by_hand(
+        model, *(torch.cat(column) for column in zip(*batches(), strict=True))
+    )
+    torch.testing.assert_close(
+        statistics.value("second.weight", "gradient"), of_all["second.weight"]
+    )
 
 
 def inputs_by_hand_of_shared(model, images):
@@ -124,12 +135,21 @@ class InPlace(Uncalled):
 
 
 def small_swin():
-    return timm.create_model("swin_tiny_patch4_window7_224", img_size=56, embed_dim=8, depths=(2, 1), num_heads=(1, 2),
-                             num_classes=3)  # four windows an image, shifted ones, and patches that merge
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        img_size=56,
+        embed_dim=8,
+        depths=(2, 1),
+        num_heads=(1, 2),
+        # Four windows an image, shifted ones, and patches that merge
+        num_classes=3,
+    )
 
 
 def small_cait():
-    return timm.create_model("cait_xxs24_224", img_size=32, embed_dim=8, depth=1, num_heads=2, num_classes=3)
+    return timm.create_model(
+        "cait_xxs24_224", img_size=32, embed_dim=8, depth=1, num_heads=2, num_classes=3
+    )
 
 
 @pytest.mark.parametrize("make", [Uncalled, InPlace, small_swin, small_cait])
@@ -140,24 +160,42 @@ def test_removal_costs_are_summed_from_the_gradients_of_single_images(make, froz
     data = batches((4, 3, 1))
     if make in (small_swin, small_cait):
         size = 56 if make is small_swin else 32
-        data = [(torch.randn(len(targets), 3, size, size, dtype=torch.float64), targets) for _, targets in data]
+        data = [
+            (torch.randn(len(targets), 3, size, size, dtype=torch.float64), targets)
+            for _, targets in data
+        ]
     statistics = collect_statistics(model, data, F.cross_entropy, {"removal_costs"})
     model.requires_grad_(True)
-    singles = [gradients_by_hand(model, images[i : i + 1], targets[i : i + 1])
-               for images, targets in data for i in range(len(images))]
+    singles = [
+        gradients_by_hand(model, images[i : i + 1], targets[i : i + 1])
+        for images, targets in data
+        for i in range(len(images))
+    ]
     for name, weight in prunable_weights(model).items():
         fisher = sum(cut(of[name])[:, :, None] * cut(of[name])[:, None, :] for of in singles)
-        torch.testing.assert_close(statistics.state_dict()[f"{name}.removal_costs"], fisher, rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(
+            statistics.state_dict()[f"{name}.removal_costs"], fisher, rtol=1e-9, atol=1e-15
+        )
         expected = removal_costs(weight, fisher / 8)
-        torch.testing.assert_close(statistics.value(name, "removal_costs"), expected, rtol=1e-6, atol=1e-15)
+        torch.testing.assert_close(
+            statistics.value(name, "removal_costs"), expected, rtol=1e-6, atol=1e-15
+        )
 
 
 def test_passes_for_some_layers_each_give_what_one_pass_gives(model):
-    data, needs = batches(), {"removal_costs", "squared_gradient", "input_norms", "gram", "first_gradient"}
+    data, needs = (
+        batches(),
+        {"removal_costs", "squared_gradient", "input_norms", "gram", "first_gradient"},
+    )
     whole = collect_statistics(model, data, F.cross_entropy, needs)
-    of_a_layer = sum(8 * total.numel() for key, total in whole.state_dict().items() if key.startswith("second"))
-    once = collect_statistics(model, iter(data), F.cross_entropy, needs, memory=0)  # an iterator cannot be read again
-    assert all(torch.equal(total, whole.state_dict()[key]) for key, total in once.state_dict().items())
+    of_a_layer = sum(
+        8 * total.numel() for key, total in whole.state_dict().items() if key.startswith("second")
+    )
+    # An iterator cannot be read again
+    once = collect_statistics(model, iter(data), F.cross_entropy, needs, memory=0)
+    assert all(
+        torch.equal(total, whole.state_dict()[key]) for key, total in once.state_dict().items()
+    )
     for memory, passes in ((0, 3), (of_a_layer, 3), (2 * of_a_layer, 2), (3 * of_a_layer, 1)):
         loads = []
 
@@ -168,7 +206,11 @@ def test_passes_for_some_layers_each_give_what_one_pass_gives(model):
 
         parts = collect_statistics(model, Loader(), F.cross_entropy, needs, memory=memory)
         assert len(loads) == passes
-        assert (parts.needs, parts.shapes, parts.images) == (whole.needs, whole.shapes, whole.images)
+        assert (parts.needs, parts.shapes, parts.images) == (
+            whole.needs,
+            whole.shapes,
+            whole.images,
+        )
         assert torch.equal(parts.state_dict()["counts"], whole.state_dict()["counts"])
         for name in whole.shapes:
             for need in needs - {"removal_costs"}:
@@ -185,9 +227,14 @@ def test_only_what_is_needed_is_collected_and_without_gradients_nothing_runs_bac
 
     assert collect_statistics(model, batches(), no_loss, {"input_norms"}).needs == {"input_norms"}
     by_request = {"gram", "gradient_gram", "removal_costs"}
-    assert collect_statistics(model, batches(), F.cross_entropy).needs == STATISTICS.keys() - by_request
+    assert (
+        collect_statistics(model, batches(), F.cross_entropy).needs
+        == STATISTICS.keys() - by_request
+    )
     assert collect_statistics(model, batches()).needs == {"input_norms"}
-    assert collect_statistics(model, [images for images, _ in batches()], no_loss).needs == {"input_norms"}
+    assert collect_statistics(model, [images for images, _ in batches()], no_loss).needs == {
+        "input_norms"
+    }
     images, targets = batches()[0]
     keys = collect_statistics(model, [[images]], None, {"gram"}).state_dict().keys()
     assert keys == {"counts", "first.weight.gram", "second.weight.gram", "twice.weight.gram"}
@@ -197,13 +244,17 @@ def test_sums_of_bfloat16_inputs_under_autocast_are_no_coarser_than_float32(mode
     model.float()
     data = batches(dtype=torch.float32)
     seen = {}
-    handle = model.twice.register_forward_pre_hook(lambda module, args: seen.setdefault("x", []).append(args[0]))
+    handle = model.twice.register_forward_pre_hook(
+        lambda module, args: seen.setdefault("x", []).append(args[0])
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         statistics = collect_statistics(model, data, F.cross_entropy, {"gram", "gradient"})
     handle.remove()
     assert seen["x"][0].dtype == torch.bfloat16
     x = torch.cat([x.detach().double().flatten(0, 1) for x in seen["x"]])
-    torch.testing.assert_close(statistics.value("twice.weight", "gram"), x.T @ x, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        statistics.value("twice.weight", "gram"), x.T @ x, rtol=1e-6, atol=1e-6
+    )
 
 
 # ---- the model is left as it was ----
@@ -214,7 +265,10 @@ def test_the_model_is_left_as_it_was(model, frozen):
     model.requires_grad_(not frozen).train()
     model.drop.eval()  # a mode of its own
     model.first.weight.grad = torch.ones_like(model.first.weight)
-    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    before, modes = (
+        copy.deepcopy(model.state_dict()),
+        [module.training for module in model.modules()],
+    )
     with torch.no_grad():
         statistics = collect_statistics(model, batches(), F.cross_entropy)
     assert all(value.any() for value in statistics.state_dict().values())
@@ -237,7 +291,9 @@ def test_the_model_is_left_as_it_was_when_the_loss_fails(model):
 
 
 def test_a_distilled_model_gives_the_loss_the_one_output_of_its_evaluation_mode():
-    model = timm.create_model("deit_tiny_distilled_patch16_224", embed_dim=24, depth=1, num_classes=3, img_size=32)
+    model = timm.create_model(
+        "deit_tiny_distilled_patch16_224", embed_dim=24, depth=1, num_classes=3, img_size=32
+    )
     shapes = []
 
     def loss(outputs, targets):
@@ -250,10 +306,14 @@ def test_a_distilled_model_gives_the_loss_the_one_output_of_its_evaluation_mode(
 
 def test_nothing_of_a_batch_waits_for_a_gpu_nor_leaves_it(monkeypatch):
     # The backward pass needs a real GPU.
-    monkeypatch.setattr(torch.autograd, "grad", lambda loss, weights, **_: list(map(torch.empty_like, weights)))
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda loss, weights, **_: list(map(torch.empty_like, weights))
+    )
     with FakeTensorMode(), torch.device("cuda"):  # reading a value of a fake tensor fails
         model = Uncalled()
-        data = [(torch.empty(4, 5, 6, device="cpu"), torch.empty(4, dtype=torch.int64, device="cpu"))] * 2
+        data = [
+            (torch.empty(4, 5, 6, device="cpu"), torch.empty(4, dtype=torch.int64, device="cpu"))
+        ] * 2
         statistics = collect_statistics(model, data, F.cross_entropy, STATISTICS, share=0)
         assert {total.device.type for total in statistics.state_dict().values()} == {"cuda"}
 
@@ -261,8 +321,17 @@ def test_nothing_of_a_batch_waits_for_a_gpu_nor_leaves_it(monkeypatch):
 # ---- shares of the batches ----
 
 
-@pytest.mark.parametrize(("score", "pruner"), [("wanda", "owl"), ("taylor", "lamp"), ("fisher", "glob"),
-                                               ("snip", "unif"), ("obs", "lamp"), ("cap", "cap")])
+@pytest.mark.parametrize(
+    ("score", "pruner"),
+    [
+        ("wanda", "owl"),
+        ("taylor", "lamp"),
+        ("fisher", "glob"),
+        ("snip", "unif"),
+        ("obs", "lamp"),
+        ("cap", "cap"),
+    ],
+)
 def test_one_two_and_eight_shares_give_the_same_masks(score, pruner):
     torch.manual_seed(0)
     model = Uncalled()
@@ -270,7 +339,10 @@ def test_one_two_and_eight_shares_give_the_same_masks(score, pruner):
     whole = collect_statistics(model, data, F.cross_entropy, STATISTICS)
     sums = {key: total.clone() for key, total in whole.state_dict().items()}
     for count in (2, 3, 8):  # of eight, the last has no batch
-        parts = [collect_statistics(model, data[i::count], F.cross_entropy, STATISTICS, share=i) for i in range(count)]
+        parts = [
+            collect_statistics(model, data[i::count], F.cross_entropy, STATISTICS, share=i)
+            for i in range(count)
+        ]
         total = parts[0]
         for part in parts[1:]:
             total.add(part)
@@ -283,13 +355,22 @@ def test_one_two_and_eight_shares_give_the_same_masks(score, pruner):
 
 
 @pytest.mark.parametrize("memory", [0, 2**30])
-def test_processes_that_add_up_their_sums_have_the_same_removal_costs_in_one_pass_and_in_several(memory):
+def test_processes_that_add_up_their_sums_have_the_same_removal_costs_in_one_pass_and_in_several(
+    memory,
+):
     torch.manual_seed(0)
     model, data, others = Uncalled(), batches((4, 4, 4, 2), torch.float32), []
 
     def collect(share, add_up):
-        return collect_statistics(model, data[share::2], F.cross_entropy, {"removal_costs"}, share=share,
-                                  add_up=add_up, memory=memory)
+        return collect_statistics(
+            model,
+            data[share::2],
+            F.cross_entropy,
+            {"removal_costs"},
+            share=share,
+            add_up=add_up,
+            memory=memory,
+        )
 
     collect(1, lambda total: others.append(total.clone()))
     sums = iter(others)
@@ -297,12 +378,18 @@ def test_processes_that_add_up_their_sums_have_the_same_removal_costs_in_one_pas
     whole = collect_statistics(model, data, F.cross_entropy, {"removal_costs"})
     assert found.images == whole.images
     for name in whole.shapes:
-        torch.testing.assert_close(found.value(name, "removal_costs"), whole.value(name, "removal_costs"),
-                                   rtol=1e-9, atol=0)
+        torch.testing.assert_close(
+            found.value(name, "removal_costs"),
+            whole.value(name, "removal_costs"),
+            rtol=1e-9,
+            atol=0,
+        )
 
 
 def test_sums_that_were_let_go_cannot_be_added(model):
-    one, other = (collect_statistics(model, batches(), F.cross_entropy, {"removal_costs"}) for _ in range(2))
+    one, other = (
+        collect_statistics(model, batches(), F.cross_entropy, {"removal_costs"}) for _ in range(2)
+    )
     one.value("first.weight", "removal_costs")
     for a, b in ((one, other), (other, one)):
         with pytest.raises(PruningError, match="before their removal costs are looked at"):
@@ -313,7 +400,9 @@ def test_sums_of_float32_batches_do_not_depend_on_their_order():
     torch.manual_seed(0)
     model, data = Uncalled(), batches((4,) * 9, torch.float32)
     needs = {"input_norms", "gradient", "squared_gradient"}
-    forward, backward = (collect_statistics(model, order, F.cross_entropy, needs) for order in (data, data[::-1]))
+    forward, backward = (
+        collect_statistics(model, order, F.cross_entropy, needs) for order in (data, data[::-1])
+    )
     for key, value in forward.state_dict().items():
         assert torch.equal(value, backward.state_dict()[key])
 
@@ -326,12 +415,19 @@ def test_the_state_is_the_sums_themselves_and_loads_into_other_statistics():
     for total in other.state_dict().values():
         total *= 2  # as an all-reduce over two processes would
     assert other.images == 2 * statistics.images
-    torch.testing.assert_close(other.value("0.weight", "gram"), 2 * statistics.value("0.weight", "gram"))
-    torch.testing.assert_close(other.value("0.weight", "gradient"), statistics.value("0.weight", "gradient"))
+    torch.testing.assert_close(
+        other.value("0.weight", "gram"), 2 * statistics.value("0.weight", "gram")
+    )
+    torch.testing.assert_close(
+        other.value("0.weight", "gradient"), statistics.value("0.weight", "gradient")
+    )
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.sets(st.sampled_from(sorted(STATISTICS)), min_size=1), st.sets(st.sampled_from(sorted(STATISTICS))))
+@given(
+    st.sets(st.sampled_from(sorted(STATISTICS)), min_size=1),
+    st.sets(st.sampled_from(sorted(STATISTICS))),
+)
 def test_only_statistics_of_the_same_kind_are_added(ours, theirs):
     model = linears(torch.randn(3, 4))
     a, b = statistics_of(model, ours), statistics_of(model, theirs)
@@ -359,18 +455,49 @@ class TokensFirst(Uncalled):
 @pytest.mark.parametrize(
     ("model_", "request_", "message"),
     [
-        (TokensFirst(), {"needs": {"removal_costs"}}, r"^first.weight is given inputs of shape \[5, 4, 6\] for 4"),
-        (Idle(), {"needs": {"removal_costs"}}, "^idle.weight was used on none of the calibration images"),
+        (
+            TokensFirst(),
+            {"needs": {"removal_costs"}},
+            r"^first.weight is given inputs of shape \[5, 4, 6\] for 4",
+        ),
+        (
+            Idle(),
+            {"needs": {"removal_costs"}},
+            "^idle.weight was used on none of the calibration images",
+        ),
         (Uncalled(), {"batches": []}, "no calibration images"),
-        (Uncalled(), {"needs": {"grams"}}, "unknown statistics 'grams': expected some of input_norms, gram, "),
+        (
+            Uncalled(),
+            {"needs": {"grams"}},
+            "unknown statistics 'grams': expected some of input_norms, gram, ",
+        ),
         (Uncalled(), {"needs": {"gradient"}, "loss": None}, "gradient needs a loss"),
-        (Uncalled(), {"needs": {"gradient"}, "batches": [torch.ones(2, 5, 6)]}, "gradient needs targets"),
-        (Uncalled(), {"needs": {"gradient"}, "batches": [[torch.ones(2, 5, 6)]]}, "gradient needs targets"),
+        (
+            Uncalled(),
+            {"needs": {"gradient"}, "batches": [torch.ones(2, 5, 6)]},
+            "gradient needs targets",
+        ),
+        (
+            Uncalled(),
+            {"needs": {"gradient"}, "batches": [[torch.ones(2, 5, 6)]]},
+            "gradient needs targets",
+        ),
         (Idle(), {"needs": {"gram"}}, "^idle.weight was used on none of the calibration images"),
-        (Idle(), {"needs": {"gradient"}}, "^idle.weight has no gradient on any of the calibration images"),
-        (Uncalled(), {"batches": [torch.full((2, 5, 6), torch.inf)]}, "^first.weight has NaN or infinity in its input"),
-        (Uncalled(), {"needs": {"gradient"}, "loss": lambda outputs, targets: outputs.sum() * torch.nan},
-         "^first.weight has NaN or infinity in its gradient"),
+        (
+            Idle(),
+            {"needs": {"gradient"}},
+            "^idle.weight has no gradient on any of the calibration images",
+        ),
+        (
+            Uncalled(),
+            {"batches": [torch.full((2, 5, 6), torch.inf)]},
+            "^first.weight has NaN or infinity in its input",
+        ),
+        (
+            Uncalled(),
+            {"needs": {"gradient"}, "loss": lambda outputs, targets: outputs.sum() * torch.nan},
+            "^first.weight has NaN or infinity in its gradient",
+        ),
         (nn.Conv2d(3, 3, 3), {}, "no prunable weights"),
     ],
 )

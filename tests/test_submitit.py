@@ -28,9 +28,24 @@ def submit(tmp_path, tiny, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def submit(processes, epochs):
-        return run_with_submitit.submit([
-            *LOCAL, "--ngpus", str(processes), "--job_dir", str(tmp_path), *tiny, "--batch-size", "8",
-            "--pruner", "lamp", "--sparsity", "0.5", "--epochs", str(epochs)])
+        return run_with_submitit.submit(
+            [
+                *LOCAL,
+                "--ngpus",
+                str(processes),
+                "--job_dir",
+                str(tmp_path),
+                *tiny,
+                "--batch-size",
+                "8",
+                "--pruner",
+                "lamp",
+                "--sparsity",
+                "0.5",
+                "--epochs",
+                str(epochs),
+            ]
+        )
 
     return submit
 
@@ -45,7 +60,9 @@ def test_the_processes_of_a_job_train_together(submit, tmp_path):
     assert output(tmp_path).count("2 process(es)") == 1
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc to find the process of the job")
+@pytest.mark.skipif(
+    not Path("/proc/self").exists(), reason="needs /proc to find the process of the job"
+)
 def test_a_stopped_job_queues_itself_again_and_resumes(submit, tmp_path):
     job = submit(processes=1, epochs=15)
     wait_for((tmp_path / "checkpoint.pth").exists)

@@ -1,4 +1,6 @@
-"""`--data-set timm:NAME`: folders, tar files, torchvision's data sets and web shards, as timm reads them."""
+"""`--data-set timm:NAME`: folders, tar files, torchvision's data sets and web shards, as timm reads
+them.
+"""
 
 import gzip
 import io
@@ -16,9 +18,26 @@ from datasets import SAMPLE_PATH, build_dataset, read_idx
 from trainer.arguments import parse_args
 from trainer.seeded_data import SeededStream, StreamLoader
 
-RUN = ["--model", "deit_sample_patch4_28", "--input-size", "28", "--epochs", "1", "--warmup-epochs", "0",
-       "--batch-size", "8", "--num_workers", "2", "--no-pretrained", "--amp", "off", "--no-repeated-aug",
-       "--data-path", "data"]
+RUN = [
+    "--model",
+    "deit_sample_patch4_28",
+    "--input-size",
+    "28",
+    "--epochs",
+    "1",
+    "--warmup-epochs",
+    "0",
+    "--batch-size",
+    "8",
+    "--num_workers",
+    "2",
+    "--no-pretrained",
+    "--amp",
+    "off",
+    "--no-repeated-aug",
+    "--data-path",
+    "data",
+]
 WDS = [*RUN, "--data-set", "timm:wds/fashion", "--num-classes", "10"]
 
 
@@ -39,8 +58,10 @@ def write_tar(path, files):
 @pytest.fixture(scope="module")
 def pictures():
     """The first images of the sample, encoded, with their labels."""
-    images, labels = (read_idx(SAMPLE_PATH, f"train-{kind}-ubyte", ndim)[:48]
-                      for kind, ndim in (("images-idx3", 3), ("labels-idx1", 1)))
+    images, labels = (
+        read_idx(SAMPLE_PATH, f"train-{kind}-ubyte", ndim)[:48]
+        for kind, ndim in (("images-idx3", 3), ("labels-idx1", 1))
+    )
     return [(png(image), int(label)) for image, label in zip(images, labels, strict=True)]
 
 
@@ -57,7 +78,9 @@ def by_class(folder):
         for number, name in enumerate("abc"):
             (folder / split / name).mkdir(parents=True)
             for image in range(8):
-                (folder / split / name / f"{image}.png").write_bytes(png(np.full((28, 28), 80 * number, np.uint8)))
+                (folder / split / name / f"{image}.png").write_bytes(
+                    png(np.full((28, 28), 80 * number, np.uint8))
+                )
     return folder
 
 
@@ -68,11 +91,25 @@ def shards(folder, pictures):
     for split, count, size in (("train", 4, 12), ("validation", 5, 7)):
         names = [f"{split}-{shard:02}.tar" for shard in range(count)]
         for shard, name in enumerate(names):
-            write_tar(folder / name, {
-                file: content for number, (image, label) in enumerate(pictures[shard * size:(shard + 1) * size])
-                for file, content in ((f"{shard}-{number}.png", image), (f"{shard}-{number}.cls", b"%d" % label))})
-        splits[split] = {"name": split, "num_samples": count * size, "filenames": names,
-                         "shard_lengths": [size] * count}
+            write_tar(
+                folder / name,
+                {
+                    file: content
+                    for number, (image, label) in enumerate(
+                        pictures[shard * size : (shard + 1) * size]
+                    )
+                    for file, content in (
+                        (f"{shard}-{number}.png", image),
+                        (f"{shard}-{number}.cls", b"%d" % label),
+                    )
+                },
+            )
+        splits[split] = {
+            "name": split,
+            "num_samples": count * size,
+            "filenames": names,
+            "shard_lengths": [size] * count,
+        }
     (folder / "_info.json").write_text(json.dumps({"splits": splits}))
     return folder
 
@@ -90,13 +127,21 @@ def test_folders_are_read_with_a_class_each(by_class):
 
 def test_an_image_in_a_folder_that_cannot_be_read_is_named(by_class, run_main):
     (by_class / "train/b/3.png").write_bytes(b"no image")
-    assert "data/train/b/3.png: cannot be read" in run_main(*RUN, "--data-set", "timm:folder", status=2)
+    assert "data/train/b/3.png: cannot be read" in run_main(
+        *RUN, "--data-set", "timm:folder", status=2
+    )
 
 
 def test_tar_files_are_read_with_a_folder_for_each_class(folder, run_main):
     for split in ("train", "val"):
-        write_tar(folder / f"{split}.tar", {f"{name}/{number}.png": png(np.full((28, 28), number, np.uint8))
-                                            for name in "ab" for number in range(8)})
+        write_tar(
+            folder / f"{split}.tar",
+            {
+                f"{name}/{number}.png": png(np.full((28, 28), number, np.uint8))
+                for name in "ab"
+                for number in range(8)
+            },
+        )
     flags = ["--data-set", "timm:", "--train-split", "train.tar", "--val-split", "val.tar"]
     assert data_of(*flags)[1] == 2
     assert "Max accuracy" in run_main(*RUN, *flags)
@@ -113,7 +158,9 @@ def test_torchvisions_data_sets_are_read(folder):
     assert (len(data), num_classes) == (2000, 10)
 
 
-def test_a_run_on_shards_is_the_same_twice_and_when_it_is_stopped_and_resumed(shards, run_main, tmp_path, stop_at):
+def test_a_run_on_shards_is_the_same_twice_and_when_it_is_stopped_and_resumed(
+    shards, run_main, tmp_path, stop_at
+):
     recipe = [*WDS, "--pruner", "lamp", "--sparsity", "0.5", "--epochs", "2"]
     output = run_main(*recipe, "--output_dir", "whole")
     assert "[5/6]" in output
@@ -124,7 +171,9 @@ def test_a_run_on_shards_is_the_same_twice_and_when_it_is_stopped_and_resumed(sh
 
 
 def stream_loader(is_train, *flags, **options):
-    data, num_classes = data_of("--data-set", "timm:wds/fashion", "--num-classes", "10", *flags, is_train=is_train)
+    data, num_classes = data_of(
+        "--data-set", "timm:wds/fashion", "--num-classes", "10", *flags, is_train=is_train
+    )
     return StreamLoader(SeededStream(data, 0, num_classes), 8, **{"num_workers": 2, **options})
 
 
@@ -143,11 +192,19 @@ def test_an_epoch_of_shards_has_whole_batches_in_an_order_of_its_own(shards):
 
 
 @pytest.mark.parametrize("workers", [0, 2, 9])
-def test_the_evaluation_of_shards_sees_every_image_once_also_when_it_is_shared(shards, pictures, workers):
+def test_the_evaluation_of_shards_sees_every_image_once_also_when_it_is_shared(
+    shards, pictures, workers
+):
     labels = sorted(label for _, label in pictures[:35])
-    whole = [label for _, batch in stream_loader(False, num_workers=workers) for label in batch.tolist()]
-    shared = [label for rank in range(2) for _, batch in stream_loader(False, num_workers=workers, share=(rank, 2))
-              for label in batch.tolist()]
+    whole = [
+        label for _, batch in stream_loader(False, num_workers=workers) for label in batch.tolist()
+    ]
+    shared = [
+        label
+        for rank in range(2)
+        for _, batch in stream_loader(False, num_workers=workers, share=(rank, 2))
+        for label in batch.tolist()
+    ]
     assert sorted(whole) == sorted(shared) == labels
 
 
@@ -157,20 +214,24 @@ def test_two_processes_train_on_their_own_shards(shards, tmp_path):
     assert torch.load("out/checkpoint.pth", weights_only=True)["step"] == 3
 
 
-@pytest.mark.parametrize("flags, culprit", [
-    (["timm:hfds/mnist"], "datasets.py hides"),
-    (["timm:imagenet"], "expected timm:folder, timm:torch/NAME or timm:wds/NAME"),
-    (["timm:torch/nothing"], "Unknown torchvision dataset"),
-    (["timm:torch/cifar10"], "not found"),
-    (["timm:folder", "--val-split", "test"], "has no test in it"),
-    (["timm:wds/x"], "--num-classes"),
-    (["timm:wds/x", "--num-classes", "10", "--train-split", "tests"], "split tests not found"),
-    (["timm:wds/x", "--num-classes", "3"], "--num-classes 3"),
-    (["timm:folder", "--num-classes", "2"], "has 3 classes"),
-    (["timm:folder", "--train-split", "train.tar"], "has no train.tar in it"),
-    (["timm:wds/x", "--num-classes", "10", "--batch-size", "64"], "--batch-size 64"),
-    (["IMAGENET"], "expected one of IMNET"),
-    (["IMNET", "--num-classes", "3"], "timm:NAME only")])
+@pytest.mark.parametrize(
+    "flags, culprit",
+    [
+        (["timm:hfds/mnist"], "datasets.py hides"),
+        (["timm:imagenet"], "expected timm:folder, timm:torch/NAME or timm:wds/NAME"),
+        (["timm:torch/nothing"], "Unknown torchvision dataset"),
+        (["timm:torch/cifar10"], "not found"),
+        (["timm:folder", "--val-split", "test"], "has no test in it"),
+        (["timm:wds/x"], "--num-classes"),
+        (["timm:wds/x", "--num-classes", "10", "--train-split", "tests"], "split tests not found"),
+        (["timm:wds/x", "--num-classes", "3"], "--num-classes 3"),
+        (["timm:folder", "--num-classes", "2"], "has 3 classes"),
+        (["timm:folder", "--train-split", "train.tar"], "has no train.tar in it"),
+        (["timm:wds/x", "--num-classes", "10", "--batch-size", "64"], "--batch-size 64"),
+        (["IMAGENET"], "expected one of IMNET"),
+        (["IMNET", "--num-classes", "3"], "timm:NAME only"),
+    ],
+)
 def test_what_timm_cannot_read_is_refused_in_one_line(by_class, shards, run_main, flags, culprit):
     error = run_main(*RUN, "--data-set", *flags, status=2)
     assert error.startswith("error: ")

@@ -1,4 +1,6 @@
-"""Whole heads and neurons: which go, and that a model without them computes what the masked one does."""
+"""Whole heads and neurons: which go, and that a model without them computes what the masked one
+does.
+"""
 
 import copy
 import re
@@ -37,7 +39,14 @@ from sparsity_factory.multiply_adds import OTHERS, multiply_adds_of_modules
 from sparsity_factory.scores import Scores
 from sparsity_factory.units import unit_groups
 
-SIZE = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4, "num_classes": 5}
+SIZE = {
+    "img_size": 16,
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 4,
+    "num_classes": 5,
+}
 MODELS = {
     "vit": partial(VisionTransformer, **SIZE),
     "vit without qkv_bias": partial(VisionTransformer, **SIZE, qkv_bias=False),
@@ -46,11 +55,23 @@ MODELS = {
     "vit with SwiGLU": partial(VisionTransformer, **SIZE, mlp_layer=SwiGLU),
     "vit with packed GLU": partial(VisionTransformer, **SIZE, mlp_layer=GluMlp),
     "distilled deit": partial(VisionTransformerDistilled, **SIZE),
-    "deit III": partial(timm.create_model, "deit3_small_patch16_224",
-                        **{**SIZE, "img_size": 32, "patch_size": 16}, init_values=0.5),
+    "deit III": partial(
+        timm.create_model,
+        "deit3_small_patch16_224",
+        **{**SIZE, "img_size": 32, "patch_size": 16},
+        init_values=0.5,
+    ),
     "cait": partial(Cait, **SIZE, init_values=0.5),
-    "swin": partial(SwinTransformer, img_size=16, patch_size=2, window_size=4, embed_dim=16, depths=(2, 1),
-                    num_heads=(2, 4), num_classes=5),
+    "swin": partial(
+        SwinTransformer,
+        img_size=16,
+        patch_size=2,
+        window_size=4,
+        embed_dim=16,
+        depths=(2, 1),
+        num_heads=(2, 4),
+        num_classes=5,
+    ),
 }
 PATTERNS = ["heads", "neurons", "heads+neurons"]
 AUTOMATIC = [name for name in PRUNERS if name != "custom"]
@@ -90,9 +111,14 @@ def test_a_shrunk_model_computes_what_the_masked_one_does(kind, fused):
     for pattern in PATTERNS:
         masks = compute_masks(model, "glob", 0.15 if pattern == "heads" else 0.4, pattern=pattern)
         small = shrink(model, masks)
-        torch.testing.assert_close(small(images), masked(model, masks)(images), rtol=1e-5, atol=1e-5)
-        assert sum(parameter.numel() for parameter in small.parameters()) == \
-            sparsity_rows(model, masks)[-1].kept < sum(parameter.numel() for parameter in model.parameters())
+        torch.testing.assert_close(
+            small(images), masked(model, masks)(images), rtol=1e-5, atol=1e-5
+        )
+        assert (
+            sum(parameter.numel() for parameter in small.parameters())
+            == sparsity_rows(model, masks)[-1].kept
+            < sum(parameter.numel() for parameter in model.parameters())
+        )
         for layer in small.modules():
             if isinstance(layer, torch.nn.Linear):
                 assert layer.weight.shape == (layer.out_features, layer.in_features)
@@ -106,7 +132,10 @@ def test_masks_are_those_of_prunable_weights_and_of_what_has_a_place_for_each_un
     order = [name for name, _ in model.named_parameters()]
     assert list(masks) == sorted(masks, key=order.index)
     assert prunable_weights(model).keys() <= masks.keys()
-    others = {re.sub(r"^.*?(?=attn|mlp)", "", name) for name in masks.keys() - prunable_weights(model).keys()}
+    others = {
+        re.sub(r"^.*?(?=attn|mlp)", "", name)
+        for name in masks.keys() - prunable_weights(model).keys()
+    }
     expected = {"attn.qkv.bias", "mlp.fc1.bias"}
     if kind == "vit without qkv_bias":
         expected -= {"attn.qkv.bias"}
@@ -139,24 +168,37 @@ def test_a_shrunk_model_trains_as_the_masked_one_does():
 
 def test_only_units_of_which_nothing_is_left_go_and_other_zeros_stay():
     model = model_of()
-    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in prunable_weights(model).items()}
+    masks = {
+        name: torch.ones_like(weight, dtype=torch.bool)
+        for name, weight in prunable_weights(model).items()
+    }
     hidden = slice(3, 5)
-    masks["blocks.0.mlp.fc1.weight"][hidden] = False  # of two neurons the rows, and of one the column too
+    # Of two neurons the rows, and of one the column too
+    masks["blocks.0.mlp.fc1.weight"][hidden] = False
     masks["blocks.0.mlp.fc2.weight"][:, 4] = False
     masks["blocks.0.mlp.fc2.weight"][0, :10] = False
     masks["blocks.1.attn.qkv.weight"][:6] = False  # the queries of a head are not the head
     small = shrink(model, masks)
     assert unit_counts(small) == {**unit_counts(model), "blocks.0.mlp": 95}
-    assert (small.blocks[0].mlp.fc2.weight[0, :9] == 0).all() and (small.blocks[0].mlp.fc1.weight[3] == 0).all()
-    torch.testing.assert_close(small(images_for(model)), masked(model, masks)(images_for(model)), rtol=1e-5, atol=1e-5)
+    assert (small.blocks[0].mlp.fc2.weight[0, :9] == 0).all() and (
+        small.blocks[0].mlp.fc1.weight[3] == 0
+    ).all()
+    torch.testing.assert_close(
+        small(images_for(model)), masked(model, masks)(images_for(model)), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_block_of_which_nothing_is_left_keeps_one_unit_of_zeros():
     model = model_of()
-    masks = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in prunable_weights(model).items()}
+    masks = {
+        name: torch.zeros_like(weight, dtype=torch.bool)
+        for name, weight in prunable_weights(model).items()
+    }
     small = shrink(model, masks)
     assert set(unit_counts(small).values()) == {1}
-    torch.testing.assert_close(small(images_for(model)), masked(model, masks)(images_for(model)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        small(images_for(model)), masked(model, masks)(images_for(model)), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["vit", "cait", "swin"])
@@ -173,8 +215,9 @@ def test_a_shrunk_model_is_pruned_and_shrunk_again_and_reports_what_is_left_of_t
     assert rows[-2].kept == sum(weight.numel() for weight in prunable_weights(twice).values())
     assert rows[-1].total == sum(parameter.numel() for parameter in model.parameters())
     dense, small = multiply_adds(model, images), multiply_adds(once, images)
-    assert {name: small[name] for name in prunable_weights(model)} == {name: dense[name] for name in
-                                                                       prunable_weights(model)}
+    assert {name: small[name] for name in prunable_weights(model)} == {
+        name: dense[name] for name in prunable_weights(model)
+    }
 
 
 @pytest.mark.parametrize("kind", ["vit", "cait", "swin"])
@@ -187,10 +230,16 @@ def test_the_numbers_of_units_are_enough_to_build_the_shape_again(kind):
     assert built.dense_shapes == small.dense_shapes
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"blocks.0.mlp": 0}, "blocks.0.mlp: expected 1 to 96 neurons"), ({"blocks.0.mlp": 97}, "expected 1 to 96"),
-    ({"blocks.0.attn": 2.0}, "blocks.0.attn: expected 1 to 4 heads"), ({"blocks.0.attn": True}, "expected 1 to 4"),
-    ({"x": 1}, "of another model")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks.0.mlp": 0}, "blocks.0.mlp: expected 1 to 96 neurons"),
+        ({"blocks.0.mlp": 97}, "expected 1 to 96"),
+        ({"blocks.0.attn": 2.0}, "blocks.0.attn: expected 1 to 4 heads"),
+        ({"blocks.0.attn": True}, "expected 1 to 4"),
+        ({"x": 1}, "of another model"),
+    ],
+)
 def test_a_shape_that_is_not_the_models_is_refused(change, message):
     model = model_of()
     with pytest.raises(PruningError, match=message):
@@ -203,13 +252,18 @@ def test_a_shape_that_is_not_the_models_is_refused(change, message):
 
 
 def slow_units(model, pattern):
-    """By block the weights of each unit, as pairs of a name and a bool tensor: written out for a plain ViT."""
+    """By block the weights of each unit, as pairs of a name and a bool tensor: written out for a
+    plain ViT.
+    """
     found = {}
     for block in range(len(model.blocks)):
         if "heads" in pattern:
             qkv, proj = f"blocks.{block}.attn.qkv.weight", f"blocks.{block}.attn.proj.weight"
             for head in range(4):
-                rows, columns = torch.zeros(72, 24, dtype=torch.bool), torch.zeros(24, 24, dtype=torch.bool)
+                rows, columns = (
+                    torch.zeros(72, 24, dtype=torch.bool),
+                    torch.zeros(24, 24, dtype=torch.bool),
+                )
                 for part in range(3):
                     rows[24 * part + 6 * head : 24 * part + 6 * head + 6] = True
                 columns[:, 6 * head : 6 * head + 6] = True
@@ -218,7 +272,10 @@ def slow_units(model, pattern):
             fc1, fc2 = f"blocks.{block}.mlp.fc1.weight", f"blocks.{block}.mlp.fc2.weight"
             hidden = model.blocks[block].mlp.fc1.out_features
             for neuron in range(hidden):
-                rows, columns = torch.zeros(hidden, 24, dtype=torch.bool), torch.zeros(24, hidden, dtype=torch.bool)
+                rows, columns = (
+                    torch.zeros(hidden, 24, dtype=torch.bool),
+                    torch.zeros(24, hidden, dtype=torch.bool),
+                )
                 rows[neuron], columns[:, neuron] = True, True
                 found.setdefault(f"blocks.{block}.mlp", []).append({fc1: rows, fc2: columns})
     return found
@@ -226,18 +283,27 @@ def slow_units(model, pattern):
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("pruner", AUTOMATIC)
-def test_units_are_kept_whole_and_those_of_the_largest_sums_and_no_more_than_the_budget(pruner, score):
+def test_units_are_kept_whole_and_those_of_the_largest_sums_and_no_more_than_the_budget(
+    pruner, score
+):
     model = model_of(depth=3, mlp_ratio=1)
     statistics = statistics_of(model) if needs_of(pruner, score) else None
     scores = Scores(prunable_weights(model), SCORES[score], statistics=statistics)
     total = sum(weight.numel() for weight in prunable_weights(model).values())
     for pattern, sparsity in (("heads", 0.25), ("neurons", 0.2), ("heads+neurons", 0.55)):
-        masks = compute_masks(model, pruner, sparsity, pattern=pattern, score=score, statistics=statistics)
+        masks = compute_masks(
+            model, pruner, sparsity, pattern=pattern, score=score, statistics=statistics
+        )
         cheapest = []
         for units in slow_units(model, pattern).values():
-            sums = [sum(scores[name][where].double().sum().item() for name, where in unit.items()) for unit in units]
+            sums = [
+                sum(scores[name][where].double().sum().item() for name, where in unit.items())
+                for unit in units
+            ]
             kept = [all(masks[name][where].all() for name, where in unit.items()) for unit in units]
-            gone = [not any(masks[name][where].any() for name, where in unit.items()) for unit in units]
+            gone = [
+                not any(masks[name][where].any() for name, where in unit.items()) for unit in units
+            ]
             assert all(a != b for a, b in zip(kept, gone, strict=True)) and any(kept)
             best = sorted(range(len(sums)), key=lambda i: (-sums[i], i))[: sum(kept)]
             assert sorted(best) == [i for i, whole in enumerate(kept) if whole]
@@ -254,8 +320,20 @@ def test_glob_keeps_the_units_of_the_largest_means_as_nearly_as_whole_ones_allow
     units = {name: len(found) for name, found in slow_units(model, "neurons").items()}
     masks = compute_masks(model, "glob", 0.3, pattern="neurons")
     kept = {name: int(masks[f"{name}.fc1.bias"].sum()) for name in units}
-    means = sorted(((sum(model.get_parameter(key)[where].abs().double().sum().item() for key, where in unit.items()),
-                     name) for name, found in slow_units(model, "neurons").items() for unit in found), reverse=True)
+    means = sorted(
+        (
+            (
+                sum(
+                    model.get_parameter(key)[where].abs().double().sum().item()
+                    for key, where in unit.items()
+                ),
+                name,
+            )
+            for name, found in slow_units(model, "neurons").items()
+            for unit in found
+        ),
+        reverse=True,
+    )
     best = [name for _, name in means[: sum(kept.values())]]
     assert kept == {name: best.count(name) for name in units}
 
@@ -267,9 +345,12 @@ def test_units_are_compared_by_the_mean_score_of_their_weights_since_heads_have_
             block.attn.qkv.weight.mul_(0.3)
             block.attn.proj.weight.mul_(0.3)
     masks = compute_masks(model, "glob", 0.2, pattern="heads+neurons")
-    kept = {kind: sum(int(group.kept(masks).sum()) for group in unit_groups(model, [kind]))
-            for kind in ("heads", "neurons")}
-    assert kept == {"heads": 3, "neurons": 2 * 96}  # 0.8 of the weights, of which all neurons have two thirds
+    kept = {
+        kind: sum(int(group.kept(masks).sum()) for group in unit_groups(model, [kind]))
+        for kind in ("heads", "neurons")
+    }
+    # 0.8 of the weights, of which all neurons have two thirds
+    assert kept == {"heads": 3, "neurons": 2 * 96}
 
 
 @pytest.mark.parametrize("score", ["magnitude", "random"])
@@ -277,15 +358,20 @@ def test_units_of_zeros_are_kept_only_where_no_other_is_left(score):
     model = model_of()
     with torch.no_grad():
         for block, start in zip(model.blocks, (0, 50), strict=True):
-            block.mlp.fc1.weight[start:start + 40] = 0
-            block.mlp.fc2.weight[:, start:start + 40] = 0
+            block.mlp.fc1.weight[start : start + 40] = 0
+            block.mlp.fc2.weight[:, start : start + 40] = 0
     masks = compute_masks(model, "unif", 0.1, pattern="neurons", score=score)
     for block, start in ((0, 0), (1, 50)):
         kept = masks[f"blocks.{block}.mlp.fc1.bias"]
-        assert not kept[start:start + 40].any() and kept.sum() == 96 - 40
+        assert not kept[start : start + 40].any() and kept.sum() == 96 - 40
     for parameter in model.blocks[0].mlp.parameters():
         parameter.data.zero_()
-    assert compute_masks(model, "unif", 0.1, pattern="neurons", score=score)["blocks.0.mlp.fc1.bias"].sum() == 1
+    assert (
+        compute_masks(model, "unif", 0.1, pattern="neurons", score=score)[
+            "blocks.0.mlp.fc1.bias"
+        ].sum()
+        == 1
+    )
 
 
 def test_unifplus_leaves_the_first_and_the_last_block_whole():
@@ -301,14 +387,19 @@ def test_unifplus_leaves_the_first_and_the_last_block_whole():
 def test_sparsity_zero_keeps_everything(pruner, pattern):
     model = model_of()
     statistics = statistics_of(model) if needs_of(pruner) else None
-    assert all(mask.all() for mask in compute_masks(model, pruner, 0, pattern=pattern, statistics=statistics).values())
+    assert all(
+        mask.all()
+        for mask in compute_masks(model, pruner, 0, pattern=pattern, statistics=statistics).values()
+    )
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_as_many_are_pruned_as_one_unit_of_each_block_allows_and_no_more(kind, pattern):
     model = model_of(kind)
-    with pytest.raises(PruningError, match="at least one unit of each block and all weights elsewhere") as refused:
+    with pytest.raises(
+        PruningError, match="at least one unit of each block and all weights elsewhere"
+    ) as refused:
         compute_masks(model, "unif", 0.999, pattern=pattern)
     limit = float(str(refused.value).rpartition(" ")[2])
     masks = compute_masks(model, "unif", limit, pattern=pattern)
@@ -328,11 +419,20 @@ def test_a_budget_of_multiply_adds_is_met_by_what_the_shrunk_model_spends(kind):
         masks = compute_masks(model, "unif", sparsity, pattern=pattern, budget="macs")
         small = shrink(model, masks)
         small.dense_shapes = {}
-        open_groups = [group for group in unit_groups(model, pattern.split("+")) if not group.kept(masks).all()]
+        open_groups = [
+            group for group in unit_groups(model, pattern.split("+")) if not group.kept(masks).all()
+        ]
         counts, _ = multiply_adds_of_modules(model, [group.name for group in open_groups], image)
-        cheapest = min(count / group.units for count, group in zip(counts, open_groups, strict=True))
-        slack = 0.02 * spent(model) * (kind == "cait")  # the mixing of n heads costs n^2, and is counted as n x heads
-        assert (1 - sparsity) * spent(model) - cheapest - slack - 1 < spent(small) <= (1 - sparsity) * spent(model) + 1
+        cheapest = min(
+            count / group.units for count, group in zip(counts, open_groups, strict=True)
+        )
+        # The mixing of n heads costs n^2, and is counted as n x heads
+        slack = 0.02 * spent(model) * (kind == "cait")
+        assert (
+            (1 - sparsity) * spent(model) - cheapest - slack - 1
+            < spent(small)
+            <= (1 - sparsity) * spent(model) + 1
+        )
 
 
 # ---- schedules ----
@@ -343,8 +443,14 @@ def test_a_budget_of_multiply_adds_is_met_by_what_the_shrunk_model_spends(kind):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_unit_that_is_pruned_stays_pruned_and_the_target_is_reached(pattern, schedule, score):
     model, sparsity = model_of(), 0.25
-    recipe = Recipe("glob", sparsity, pattern=pattern, prune_schedule=schedule, score=score,
-                    **({"prune_every": 2} if schedule == "gradual" else {}))
+    recipe = Recipe(
+        "glob",
+        sparsity,
+        pattern=pattern,
+        prune_schedule=schedule,
+        score=score,
+        **({"prune_every": 2} if schedule == "gradual" else {}),
+    )
     sparsifier = Sparsifier(model, recipe, total_steps=12, epoch_steps=4)
     sparsifier.start()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
@@ -359,8 +465,11 @@ def test_a_unit_that_is_pruned_stays_pruned_and_the_target_is_reached(pattern, s
         sparsifier.end_step()
         masks = {name: mask.clone() for name, mask in sparsifier.masks.masks.items()}
         assert previous is None or all((masks[name] <= previous[name]).all() for name in masks)
-        assert all((dict(network.named_parameters())[name][~mask] == 0).all()
-                   for network in (model, average) for name, mask in masks.items())
+        assert all(
+            (dict(network.named_parameters())[name][~mask] == 0).all()
+            for network in (model, average)
+            for name, mask in masks.items()
+        )
         previous = masks
         sparsities.append(sparsifier.masks.sparsity())
         if step == 6:
@@ -400,7 +509,9 @@ def test_a_pruned_unit_gets_no_gradient_also_without_its_mask():
     Masks(model, masks)
     model(images_for(model)).square().mean().backward()
     assert all((model.get_parameter(name).grad[~mask] == 0).all() for name, mask in masks.items())
-    with pytest.raises(PruningError, match="ac-dc: expected a pattern whose weights can come back .* no gradient"):
+    with pytest.raises(
+        PruningError, match="ac-dc: expected a pattern whose weights can come back .* no gradient"
+    ):
         Recipe("unif", 0.5, pattern="heads", prune_schedule="ac-dc").check()
 
 
@@ -410,7 +521,10 @@ def test_a_pruned_unit_gets_no_gradient_also_without_its_mask():
 def test_the_table_of_a_checkpoint_has_no_rows_for_biases():
     model = model_of("swin")
     masks = compute_masks(model, "unif", 0.5, pattern="heads+neurons")
-    named = [line.split()[0] for line in checkpoint_table(masked(model, masks).state_dict(), masks).splitlines()[2:-3]]
+    named = [
+        line.split()[0]
+        for line in checkpoint_table(masked(model, masks).state_dict(), masks).splitlines()[2:-3]
+    ]
     assert named == list(prunable_weights(model))
 
 
@@ -418,25 +532,43 @@ def test_a_model_without_units_and_a_block_that_is_not_known_are_named():
     with pytest.raises(PruningError, match="pattern heads: Sequential has none that are known"):
         compute_masks(linears(torch.randn(4, 8)), "unif", 0.5, pattern="heads")
     model = VisionTransformer(**SIZE, scale_attn_norm=True)
-    with pytest.raises(PruningError, match="blocks.0.attn is a Attention, whose heads cannot be told apart"):
+    with pytest.raises(
+        PruningError, match="blocks.0.attn is a Attention, whose heads cannot be told apart"
+    ):
         compute_masks(model, "unif", 0.2, pattern="heads")
-    compute_masks(model, "unif", 0.2, pattern="neurons")  # for which the attention does not matter
-    model = timm.create_model("swinv2_tiny_window8_256", img_size=64, embed_dim=24, depths=(1, 1), num_heads=(2, 4),
-                              window_size=2)
-    with pytest.raises(PruningError, match="layers.0.blocks.0.attn is a WindowAttention, whose heads cannot be told"):
+    # For which the attention does not matter
+    compute_masks(model, "unif", 0.2, pattern="neurons")
+    model = timm.create_model(
+        "swinv2_tiny_window8_256",
+        img_size=64,
+        embed_dim=24,
+        depths=(1, 1),
+        num_heads=(2, 4),
+        window_size=2,
+    )
+    with pytest.raises(
+        PruningError,
+        match="layers.0.blocks.0.attn is a WindowAttention, whose heads cannot be told",
+    ):
         compute_masks(model, "unif", 0.2, pattern="heads")
 
 
 def test_multiply_adds_are_a_budget_of_heads_and_neurons_alone_and_of_models_that_say_their_size():
     with pytest.raises(PruningError, match="budget 'macs': expected weights with pattern 2:4"):
         compute_masks(model_of(), "unif", pattern="2:4", budget="macs")
-    with pytest.raises(PruningError, match="--budget macs: expected weights with --pattern unstructured"):
+    with pytest.raises(
+        PruningError, match="--budget macs: expected weights with --pattern unstructured"
+    ):
         Recipe("unif", 0.5, budget="macs").check()
-    with pytest.raises(PruningError, match="--budget bytes: expected weights or macs with --pattern heads"):
+    with pytest.raises(
+        PruningError, match="--budget bytes: expected weights or macs with --pattern heads"
+    ):
         Recipe("unif", 0.5, pattern="heads", budget="bytes").check()
     model = model_of()
     del model.patch_embed.img_size
-    with pytest.raises(PruningError, match="budget macs: VisionTransformer does not say for which images it is"):
+    with pytest.raises(
+        PruningError, match="budget macs: VisionTransformer does not say for which images it is"
+    ):
         compute_masks(model, "unif", 0.5, pattern="heads+neurons", budget="macs")
     assert prod(model.patch_embed.grid_size) == 4
 
@@ -452,49 +584,78 @@ def whole_run(once, tiny):
     return once("shrunk", lambda folder: main.run([*tiny, *SHRINK, "--output_dir", str(folder)]))
 
 
-def test_a_shrunk_run_that_was_stopped_goes_on_to_the_bit(run_main, tiny, stop_at, tmp_path, monkeypatch, whole_run):
+def test_a_shrunk_run_that_was_stopped_goes_on_to_the_bit(
+    run_main, tiny, stop_at, tmp_path, monkeypatch, whole_run
+):
     with monkeypatch.context():
         stop_at(2)
         run_main(*tiny, *SHRINK, "--output_dir", "cut", status=143)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     run_main(*tiny, *SHRINK, "--output_dir", "cut", "--resume", "auto")
-    whole, cut = (torch.load(folder / "checkpoint.pth", weights_only=True)
-                  for folder in (whole_run, tmp_path / "cut"))
+    whole, cut = (
+        torch.load(folder / "checkpoint.pth", weights_only=True)
+        for folder in (whole_run, tmp_path / "cut")
+    )
     for kind in ("model", "model_ema"):
         assert all(torch.equal(value, cut[kind][name]) for name, value in whole[kind].items())
     assert whole["shape"] == cut["shape"]
-    assert whole["model"]["blocks.0.mlp.fc1.weight"].shape[0] == whole["shape"]["blocks.0.mlp"] < 384
+    assert (
+        whole["model"]["blocks.0.mlp.fc1.weight"].shape[0] == whole["shape"]["blocks.0.mlp"] < 384
+    )
     for name in ("log.txt", "sparsity.csv"):
         assert (whole_run / name).read_text() == (tmp_path / "cut" / name).read_text()
     assert '"sparsity": 0.5' in (whole_run / "log.txt").read_text()
 
 
-def test_a_shrunk_checkpoint_is_evaluated_audited_and_finetuned_further(run_main, tiny, tmp_path, whole_run):
+def test_a_shrunk_checkpoint_is_evaluated_audited_and_finetuned_further(
+    run_main, tiny, tmp_path, whole_run
+):
     finetuned = re.search(r"\| finetuned \| (.*) \|", (whole_run / "summary.md").read_text())[1]
-    assert f"pruned {finetuned}" in run_main(*tiny, "--eval", "--resume", whole_run / "checkpoint.pth")
-    assert "shrunk: the pruned heads and neurons are gone" in run_main("--audit", whole_run / "checkpoint.pth")
+    assert f"pruned {finetuned}" in run_main(
+        *tiny, "--eval", "--resume", whole_run / "checkpoint.pth"
+    )
+    assert "shrunk: the pruned heads and neurons are gone" in run_main(
+        "--audit", whole_run / "checkpoint.pth"
+    )
     run_main(*tiny, "--finetune", whole_run / "checkpoint.pth", *SHRINK, "--output_dir", "further")
-    before, after = (torch.load(folder / "checkpoint.pth", weights_only=True)["shape"]
-                     for folder in (whole_run, tmp_path / "further"))
+    before, after = (
+        torch.load(folder / "checkpoint.pth", weights_only=True)["shape"]
+        for folder in (whole_run, tmp_path / "further")
+    )
     assert sum(after.values()) < 0.8 * sum(before.values())
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--pruner", "lamp", "--sparsity", "0.5", "--shrink"], "--shrink: expected --pattern heads"),
-    (["--shrink"], "--shrink: expected --pattern heads"),
-    ([*SHRINK, "--prune-schedule", "gradual"], "--shrink: expected --prune-schedule one-shot beside it, got gradual"),
-    ([*SHRINK[:3], "0.99", *SHRINK[4:]], "expected a sparsity of at most 0.8"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--pruner", "lamp", "--sparsity", "0.5", "--shrink"],
+            "--shrink: expected --pattern heads",
+        ),
+        (["--shrink"], "--shrink: expected --pattern heads"),
+        (
+            [*SHRINK, "--prune-schedule", "gradual"],
+            "--shrink: expected --prune-schedule one-shot beside it, got gradual",
+        ),
+        ([*SHRINK[:3], "0.99", *SHRINK[4:]], "expected a sparsity of at most 0.8"),
+    ],
+)
 def test_what_cannot_be_shrunk_is_refused_before_any_work(run_main, tiny, flags, message, tmp_path):
     assert message in run_main(*tiny, *flags, "--output_dir", "out", status=2)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_masked_run_is_as_accurate_as_a_shrunk_one_and_is_not_shrunk_on_the_way(run_main, tiny, tmp_path, whole_run):
+def test_a_masked_run_is_as_accurate_as_a_shrunk_one_and_is_not_shrunk_on_the_way(
+    run_main, tiny, tmp_path, whole_run
+):
     run_main(*tiny, *SHRINK[:-1], "--output_dir", "masked")
     summaries = [(folder / "summary.md").read_text() for folder in (whole_run, tmp_path / "masked")]
-    accuracies, weights = ([re.search(rf"\| {name} \| .*", text)[0] for text in summaries]
-                           for name in ("pruned", "of these prunable"))
+    accuracies, weights = (
+        [re.search(rf"\| {name} \| .*", text)[0] for text in summaries]
+        for name in ("pruned", "of these prunable")
+    )
     assert accuracies[0] == accuracies[1] and weights[0] == weights[1]
-    assert "are pruned already" in run_main(*tiny, *SHRINK, "--resume", "masked/checkpoint.pth", status=2)
+    assert "are pruned already" in run_main(
+        *tiny, *SHRINK, "--resume", "masked/checkpoint.pth", status=2
+    )

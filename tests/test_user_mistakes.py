@@ -1,4 +1,6 @@
-"""Each mistake of a user ends in one line that names the culprit, with status 2 and without a trace on the disk."""
+"""Each mistake of a user ends in one line that names the culprit, with status 2 and without a trace
+on the disk.
+"""
 
 import pickle
 import struct
@@ -34,13 +36,25 @@ MISTAKES = [
     (["--pruner", "lamp", "--sparsity", "half"], "half", {}),
     (["--pruner", "unifplus", "--sparsity", "0.95"], "unifplus", {}),
     (["--sparsity", "0.5"], "--pruner", {}),
-    ([*LAMP, "--custom-config", "c.yaml"], "--custom-config", {"c.yaml": yaml_with("{default: 2:4}")}),
+    (
+        [*LAMP, "--custom-config", "c.yaml"],
+        "--custom-config",
+        {"c.yaml": yaml_with("{default: 2:4}")},
+    ),
     (["--pruner", "custom"], "--custom-config", {}),
-    ([*CUSTOM, "c.yaml", "--sparsity", "0.5"], "--sparsity", {"c.yaml": yaml_with("{default: 2:4}")}),
+    (
+        [*CUSTOM, "c.yaml", "--sparsity", "0.5"],
+        "--sparsity",
+        {"c.yaml": yaml_with("{default: 2:4}")},
+    ),
     ([*CUSTOM, "missing.yaml"], "missing.yaml", {}),
     ([*CUSTOM, "c.yaml"], "c.yaml", {"c.yaml": ""}),
     ([*CUSTOM, "c.yaml"], "c.yaml", {"c.yaml": "sparsity: [unclosed"}),
-    ([*CUSTOM, "c.yaml"], "tag", {"c.yaml": "sparsity: !!python/object/apply:os.system ['touch hacked']\n"}),
+    (
+        [*CUSTOM, "c.yaml"],
+        "tag",
+        {"c.yaml": "sparsity: !!python/object/apply:os.system ['touch hacked']\n"},
+    ),
     ([*CUSTOM, "c.yaml"], "c.yaml: level has 2 entries", {"c.yaml": yaml_with("[[2, 4], [2, 4]]")}),
     ([*CUSTOM, "c.yaml"], "blocks.9", {"c.yaml": yaml_with("{default: 2:4, blocks.9.*: dense}")}),
     ([*CUSTOM, "c.yaml"], "96", {"c.yaml": yaml_with("{default: [2, 7]}")}),
@@ -65,10 +79,18 @@ MISTAKES = [
     (["--aa", "randm9"], "randm9", {}),
     (["--sched", "cosin"], "cosin", {}),
     (["--model", "deit_sampel_patch4_28"], "deit_sample_patch4_28", {}),
-    (["--model", "deit_tiny_patch16_224", "--input-size", "8", "--no-pretrained"], "--input-size 8", {}),
+    (
+        ["--model", "deit_tiny_patch16_224", "--input-size", "8", "--no-pretrained"],
+        "--input-size 8",
+        {},
+    ),
     (["--data-path", "missing", "--model", "deit_sample_patch4_28"], "missing", {}),
     (["--data-path", "empty", "--input-size", "28"], "train", {"empty/x": ""}),
-    (["--data-path", "empty", "--input-size", "28"], "class", {"empty/train/a/x": "", "empty/val/a/x": ""}),
+    (
+        ["--data-path", "empty", "--input-size", "28"],
+        "class",
+        {"empty/train/a/x": "", "empty/val/a/x": ""},
+    ),
     (["--data-set", "CIFAR"], "--data-path", {}),
     (["--data-set", "CIFAR", "--data-path", "empty"], "empty", {"empty/x": ""}),
     (["--data-set", "FASHION", "--data-path", "empty"], "train-images", {"empty/x": ""}),
@@ -78,7 +100,11 @@ MISTAKES = [
     (["--resume", "bad.pth"], "bad.pth", {"bad.pth": {"model": Hostile()}}),
     (["--resume", "bad.pth"], "bad.pth", {"bad.pth": {"model": {"a": torch.zeros(1)}}}),
     (["--resume", "bad.pth"], "bad.pth", {"bad.pth": [1, 2]}),
-    (["--finetune", "bad.safetensors"], "bad.safetensors", {"bad.safetensors": struct.pack("<Q", 2**60) + b"{}"}),
+    (
+        ["--finetune", "bad.safetensors"],
+        "bad.safetensors",
+        {"bad.safetensors": struct.pack("<Q", 2**60) + b"{}"},
+    ),
     (["--output_dir", "file/out"], "file/out", {"file": "in the way"}),
     ([*LAMP, "--score", "size"], "size", {}),
     (["--score", "wanda"], "--pruner", {}),
@@ -95,8 +121,16 @@ MISTAKES = [
     (["--pattern", "blok:4x4"], "blok:4x4", {}),
     ([*LAMP, "--pattern", "block:5x4"], "block:5x4", {}),
     (["--pruner", "lamp", "--sparsity", "0.9", "--pattern", "x:4"], "at most 0.75", {}),
-    ([*CUSTOM, "c.yaml", "--pattern", "row"], "--pattern row", {"c.yaml": yaml_with("{default: 2:4}")}),
-    ([*CUSTOM, "c.yaml", "--prune-schedule", "rigl"], "groups would break", {"c.yaml": yaml_with("{default: 2:4}")}),
+    (
+        [*CUSTOM, "c.yaml", "--pattern", "row"],
+        "--pattern row",
+        {"c.yaml": yaml_with("{default: 2:4}")},
+    ),
+    (
+        [*CUSTOM, "c.yaml", "--prune-schedule", "rigl"],
+        "groups would break",
+        {"c.yaml": yaml_with("{default: 2:4}")},
+    ),
     (["--pattern", "2:4", "--prune-schedule", "set"], "groups would break", {}),
     ([*LAMP, "--prune-schedule", "often"], "often", {}),
     ([*LAMP, "--prune-schedule", "maskllm"], "--prune-schedule maskllm: expected n:m or x:m", {}),
@@ -110,19 +144,38 @@ MISTAKES = [
     ([*LAMP, "--prune-schedule", "sr-ste", "--sr-decay", "-1"], "--sr-decay -1", {}),
     ([*LAMP, "--sr-decay", "1e-3"], "--sr-decay", {}),
     ([*LAMP, "--dist-timeout", "0"], "--dist-timeout", {}),
-    *(([*LAMP, "--dense-teacher", weight], f"--dense-teacher {weight}", {}) for weight in ("-0.1", "1.5", "nan")),
+    *(
+        ([*LAMP, "--dense-teacher", weight], f"--dense-teacher {weight}", {})
+        for weight in ("-0.1", "1.5", "nan")
+    ),
     ([*LAMP, "--dense-teacher", "0.5", "--distillation-tau", "0"], "--distillation-tau 0", {}),
     ([*LAMP, "--dense-teacher", "0.5", "--cosub"], "--cosub", {}),
-    ([*LAMP, "--dense-teacher", "0.5", "--distillation-type", "soft"], "not together with --distillation-type", {}),
+    (
+        [*LAMP, "--dense-teacher", "0.5", "--distillation-type", "soft"],
+        "not together with --distillation-type",
+        {},
+    ),
     ([*LAMP, "--dense-teacher", "0.5", "--no-pretrained"], "random weights teach nothing", {}),
     ([*LAMP, "--reconstruct", "sgd"], "sgd", {}),
     (["--reconstruct", "obs"], "--pruner", {}),
     ([*LAMP, "--reconstruct", "obs", "--prune-schedule", "ste"], "--reconstruct obs", {}),
-    ([*LAMP, "--reconstruct", "obs-mask", "--prune-schedule", "sr-ste"], "--reconstruct obs-mask", {}),
-    ([*LAMP, "--reconstruct", "obs", "--prune-schedule", "iterative", "--rewind", "0"], "--rewind", {}),
+    (
+        [*LAMP, "--reconstruct", "obs-mask", "--prune-schedule", "sr-ste"],
+        "--reconstruct obs-mask",
+        {},
+    ),
+    (
+        [*LAMP, "--reconstruct", "obs", "--prune-schedule", "iterative", "--rewind", "0"],
+        "--rewind",
+        {},
+    ),
     ([*LAMP, "--reconstruct", "obs", "--calibration-images", "9000"], "there are 6000", {}),
     ([*LAMP, "--sparse-kernels"], "--sparse-kernels: expected --eval or --export beside it", {}),
-    ([*LAMP, "--sparse-kernels", "--eval", "--compile"], "--sparse-kernels: not together with --compile", {}),
+    (
+        [*LAMP, "--sparse-kernels", "--eval", "--compile"],
+        "--sparse-kernels: not together with --compile",
+        {},
+    ),
 ]
 
 
@@ -142,7 +195,9 @@ def listing(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("argv, culprit, files", MISTAKES, ids=[" ".join(argv) for argv, _, _ in MISTAKES])
+@pytest.mark.parametrize(
+    "argv, culprit, files", MISTAKES, ids=[" ".join(argv) for argv, _, _ in MISTAKES]
+)
 def test_a_mistake_is_one_line_and_status_2(run_main, tmp_path, argv, culprit, files):
     make(tmp_path, files)
     before = listing(tmp_path)
@@ -161,11 +216,15 @@ def test_the_process_of_a_mistaken_run_says_only_that_line(tmp_path):
 
 
 @pytest.mark.parametrize("train, val, culprit", [("ab", "bc", "b"), ("a", "ab", "b")])
-def test_classes_of_the_evaluation_must_be_those_of_the_training(run_main, tmp_path, train, val, culprit):
+def test_classes_of_the_evaluation_must_be_those_of_the_training(
+    run_main, tmp_path, train, val, culprit
+):
     for folder in [f"train/{name}" for name in train] + [f"val/{name}" for name in val]:
         (tmp_path / "data" / folder).mkdir(parents=True)
         Image.new("RGB", (28, 28)).save(tmp_path / "data" / folder / "x.png")
-    error = run_main("--data-path", "data", "--model", "deit_sample_patch4_28", "--num_workers", "0", status=2)
+    error = run_main(
+        "--data-path", "data", "--model", "deit_sample_patch4_28", "--num_workers", "0", status=2
+    )
     assert f"class {culprit} of val/" in error
 
 
@@ -174,8 +233,19 @@ def test_an_image_that_cannot_be_read_is_named_in_one_line(run_main, tmp_path, w
     for folder in ("train", "val"):
         (tmp_path / "data" / folder / "a").mkdir(parents=True)
         (tmp_path / "data" / folder / "a" / "broken.png").write_bytes(b"no image")
-    error = run_main("--data-path", "data", "--model", "deit_sample_patch4_28", "--input-size", "28", "--eval",
-                     "--num_workers", workers, "--no-pretrained", status=2)
+    error = run_main(
+        "--data-path",
+        "data",
+        "--model",
+        "deit_sample_patch4_28",
+        "--input-size",
+        "28",
+        "--eval",
+        "--num_workers",
+        workers,
+        "--no-pretrained",
+        status=2,
+    )
     assert error.startswith("error: data/val/a/broken.png: cannot be read")
     assert error.count("\n") == 1
 
@@ -187,11 +257,17 @@ def test_labels_without_images_are_refused(run_main, tmp_path):
     assert "3 train images but 2 labels" in error
 
 
-@pytest.mark.parametrize("script, arguments", [("make_sample.py", ["missing"]),
-                                               ("export_weights.py", ["missing", "w.safetensors"])])
+@pytest.mark.parametrize(
+    "script, arguments",
+    [("make_sample.py", ["missing"]), ("export_weights.py", ["missing", "w.safetensors"])],
+)
 def test_a_mistake_with_a_script_of_the_sample_is_one_line(script, arguments, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "sample" / script, *arguments], cwd=tmp_path, capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "sample" / script, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: missing") and done.stderr.count("\n") == 1
     assert not [*tmp_path.iterdir()]

@@ -16,14 +16,18 @@ from utils import MetricLogger, SmoothedValue, UserError, load_checkpoint
 WEIGHTS = {"a": torch.arange(3.0)}
 
 
-@pytest.mark.parametrize("content", [WEIGHTS, {"model": WEIGHTS}, {"state_dict": WEIGHTS, "epoch": 3}])
+@pytest.mark.parametrize(
+    "content", [WEIGHTS, {"model": WEIGHTS}, {"state_dict": WEIGHTS, "epoch": 3}]
+)
 def test_weights_are_found_at_the_top_or_under_their_usual_names(tmp_path, content):
     torch.save(content, tmp_path / "c.pth")
     assert torch.equal(load_checkpoint(str(tmp_path / "c.pth"))["model"]["a"], WEIGHTS["a"])
 
 
 def test_deits_own_checkpoints_with_their_arguments_are_read(tmp_path):
-    torch.save({"model": WEIGHTS, "args": argparse.Namespace(lr=1.0, model="deit")}, tmp_path / "c.pth")
+    torch.save(
+        {"model": WEIGHTS, "args": argparse.Namespace(lr=1.0, model="deit")}, tmp_path / "c.pth"
+    )
     assert load_checkpoint(str(tmp_path / "c.pth"))["args"].lr == 1.0
 
 
@@ -93,6 +97,12 @@ def test_seeds_of_different_keys_differ_and_of_equal_keys_agree():
         return torch.rand(()).item(), random.random(), np.random.rand()
 
     assert draw(utils.SAMPLE, 0, 1, 2) == draw(utils.SAMPLE, 0, 1, 2)
-    keys = [(utils.INIT, 0), (utils.SAMPLE, 0, 0, 0), (utils.SAMPLE, 0, 0, 1), (utils.SAMPLE, 0, 1, 0),
-            (utils.STEP, 0, 0, 0, 0), (utils.STEP, 0, 0, 0, 1)]
+    keys = [
+        (utils.INIT, 0),
+        (utils.SAMPLE, 0, 0, 0),
+        (utils.SAMPLE, 0, 0, 1),
+        (utils.SAMPLE, 0, 1, 0),
+        (utils.STEP, 0, 0, 0, 0),
+        (utils.STEP, 0, 0, 0, 1),
+    ]
     assert len({draw(*key) for key in keys}) == len(keys)

@@ -1,10 +1,11 @@
-"""Run under torchrun by test_distributed.py: one pair of processes makes all of its runs, as starting it takes longest.
+"""Run under torchrun by test_distributed.py: one pair of processes makes all of its runs, as
+starting it takes longest.
 
     torchrun --nproc_per_node=2 two_processes.py FOLDER
 
-FOLDER/runs.json has the command lines by name. In FOLDER/NAME, each process leaves what it printed (printed0.txt), and
-every set of masks that the run has had (masks0.pth); and the weights after each permutation and each reconstruction
-(weights0.pth).
+FOLDER/runs.json has the command lines by name. In FOLDER/NAME, each process leaves what it printed
+(printed0.txt), and every set of masks that the run has had (masks0.pth); and the weights after each
+permutation and each reconstruction (weights0.pth).
 """
 
 import contextlib
@@ -30,16 +31,21 @@ def copy_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def record(found: list, update):
     """`Masks.update`, which also adds a copy of the new masks to the list."""
+
     def recording(masks, new):
         changes = update(masks, new)
         if new:
             found.append(copy_of(masks.masks))
         return changes
+
     return recording
 
 
 def record_weights(found: list, method):
-    """A method of `Sparsifier`, which also adds a copy of the weights to the list where it has changed them."""
+    """A method of `Sparsifier`, which also adds a copy of the weights to the list where it has
+    changed them.
+    """
+
     def recording(sparsifier, *args):
         weights = dict(sparsifier.model.named_parameters())
         before = copy_of(weights)
@@ -47,11 +53,14 @@ def record_weights(found: list, method):
         if any(not torch.equal(weight, before[name]) for name, weight in weights.items()):
             found.append(copy_of(weights))
         return result
+
     return recording
 
 
 def share_masks(folder: Path) -> None:
-    """Saves the masks of each process for weights that differ on purpose, and these before and after a permutation."""
+    """Saves the masks of each process for weights that differ on purpose, and these before and
+    after a permutation.
+    """
     args = parse_args(["--pattern", "2:4", "--permute"])
     torch.manual_seed(utils.rank())
     model = build_model(args.model, 10, 28)
@@ -61,8 +70,10 @@ def share_masks(folder: Path) -> None:
     first = sparsifier.first_masks()
     after = copy_of(weights)
     sparsifier.start(first)
-    torch.save({"masks": sparsifier.masks.masks, "before": before, "after": after},
-               folder / f"shared{utils.rank()}.pth")
+    torch.save(
+        {"masks": sparsifier.masks.masks, "before": before, "after": after},
+        folder / f"shared{utils.rank()}.pth",
+    )
 
 
 def run_all(folder: Path) -> None:
@@ -75,9 +86,13 @@ def run_all(folder: Path) -> None:
         (folder / name).mkdir(exist_ok=True)
         found, weights = [], []
         Masks.update = record(found, update)
-        Sparsifier._permute, Sparsifier._reconstruct = (record_weights(weights, method)
-                                                        for method in (permute, reconstruct))
-        with open(folder / name / f"printed{utils.rank()}.txt", "w") as file, contextlib.redirect_stdout(file):
+        Sparsifier._permute, Sparsifier._reconstruct = (
+            record_weights(weights, method) for method in (permute, reconstruct)
+        )
+        with (
+            open(folder / name / f"printed{utils.rank()}.txt", "w") as file,
+            contextlib.redirect_stdout(file),
+        ):
             main.main(parse_args(argv))
         torch.save(found, folder / name / f"masks{utils.rank()}.pth")
         torch.save(weights, folder / name / f"weights{utils.rank()}.pth")

@@ -3,12 +3,20 @@
 import sys
 
 import utils
-from sparsity_factory import PruningError, checkpoint_table, has_reached_target, read_pruning, unpack
+from sparsity_factory import (
+    PruningError,
+    checkpoint_table,
+    has_reached_target,
+    read_pruning,
+    unpack,
+)
 from utils import UserError
 
 
 def audit(path: str) -> int:
-    """Prints what a checkpoint keeps of each layer, from the file alone; 1 if its weights do not obey its masks."""
+    """Prints what a checkpoint keeps of each layer, from the file alone; 1 if its weights do not
+    obey its masks.
+    """
     checkpoint = utils.load_checkpoint(path)
     masks = unpack(checkpoint.get("masks", {}))
     if not masks:
@@ -21,7 +29,9 @@ def audit(path: str) -> int:
         return 1
     print(f"pruned with {recipe.in_words()}")
     if "shape" in checkpoint:
-        print("shrunk: the pruned heads and neurons are gone, and the table is of those that are left")
+        print(
+            "shrunk: the pruned heads and neurons are gone, and the table is of those that are left"
+        )
     if "pruning" in checkpoint and not has_reached_target(checkpoint["pruning"]):
         print("every pruned weight is zero; its schedule has not reached the target yet")
     else:

@@ -1,4 +1,6 @@
-"""From arguments to the objects of a run: data loaders, model, sparsifier, teacher, criterion, batch transform."""
+"""From arguments to the objects of a run: data loaders, model, sparsifier, teacher, criterion,
+batch transform.
+"""
 
 import argparse
 import copy
@@ -19,7 +21,15 @@ from engine import StepOptions
 from losses import CosubLoss, DenseTeacherLoss, DistillationLoss
 from models import build_model, train_attention_only, train_both_heads
 from samplers import EvalBatchSampler, TrainSampler
-from sparsity_factory import PruningError, Recipe, Sparsifier, prunable_weights, read_pruning, shrink, with_units
+from sparsity_factory import (
+    PruningError,
+    Recipe,
+    Sparsifier,
+    prunable_weights,
+    read_pruning,
+    shrink,
+    with_units,
+)
 from utils import Compute, UserError, log
 
 from .argument_checks import mixes
@@ -36,8 +46,8 @@ from .weights import adapt_weights, has_trained_head, load_weights
 class DenseTeacher:
     """The model as it was before pruning, frozen and in evaluation mode.
 
-    origin: what a checkpoint keeps of it, to load it again: `file` ("" for timm's weights), whether to `use_ema`, and
-    the `sha256` of the weights.
+    origin: what a checkpoint keeps of it, to load it again: `file` ("" for timm's weights), whether
+    to `use_ema`, and the `sha256` of the weights.
     """
 
     model: torch.nn.Module
@@ -56,31 +66,45 @@ def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
     labels = getattr(train_set, "class_to_idx", {})
     for name, label in getattr(val_set, "class_to_idx", {}).items():
         if labels.get(name) != label:
-            raise UserError(f"--data-path {args.data_path}: class {name} of val/ is number {label} there, and "
-                            f"{labels.get(name, 'missing')} in train/; expected the same folders in both")
+            raise UserError(
+                f"--data-path {args.data_path}: class {name} of val/ is number {label} there, and "
+                f"{labels.get(name, 'missing')} in train/; expected the same folders in both"
+            )
     rank, world_size = utils.rank(), utils.world_size()
     share = (rank, world_size) if args.dist_eval else (0, 1)
     val_batch_size = evaluation_batch_size(args)
-    options = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda",
-               "worker_init_fn": ignore_signals}
+    options = {
+        "num_workers": args.num_workers,
+        "pin_memory": args.pin_mem and device.type == "cuda",
+        "worker_init_fn": ignore_signals,
+    }
     if isinstance(train_set, IterableDataset):
-        train_set, val_set = (SeededStream(stream, args.seed, num_classes) for stream in (train_set, val_set))
+        train_set, val_set = (
+            SeededStream(stream, args.seed, num_classes) for stream in (train_set, val_set)
+        )
         train_loader = StreamLoader(train_set, args.batch_size, share=(rank, world_size), **options)
         val_loader = StreamLoader(val_set, val_batch_size, share=share, **options)
     else:
         options["persistent_workers"] = args.num_workers > 0
-        sampler = TrainSampler(len(train_set), args.seed, 3 if args.repeated_aug else 1, rank, world_size)
+        sampler = TrainSampler(
+            len(train_set), args.seed, 3 if args.repeated_aug else 1, rank, world_size
+        )
         train_set = SeededDataset(train_set, args.skip_bad_images)
-        train_loader = DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, **options)
+        train_loader = DataLoader(
+            train_set, args.batch_size, sampler=sampler, drop_last=True, **options
+        )
         val_batches = EvalBatchSampler(len(val_set), val_batch_size, *share)
         val_loader = DataLoader(val_set, batch_sampler=val_batches, **options)
     if not len(train_loader) and not args.eval:
-        raise UserError(f"--batch-size {args.batch_size}: more than the training images of each process")
+        raise UserError(
+            f"--batch-size {args.batch_size}: more than the training images of each process"
+        )
     return train_loader, val_loader, num_classes
 
 
 def load_start(args) -> tuple[argparse.Namespace, dict]:
-    """The checkpoint that `--resume` or `--finetune` names, or an empty one, and the arguments of a run from there.
+    """The checkpoint that `--resume` or `--finetune` names, or an empty one, and the arguments of a
+    run from there.
 
     The checkpoint keeps its optimizer only where the training goes on with it.
     """
@@ -104,8 +128,15 @@ def load_start(args) -> tuple[argparse.Namespace, dict]:
     return args, checkpoint
 
 
-def build_state(args, model, sparsifier: Sparsifier, checkpoint: dict, compute: Compute,
-                bad_images: torch.Tensor | None, teacher: DenseTeacher | None = None) -> TrainingState:
+def build_state(
+    args,
+    model,
+    sparsifier: Sparsifier,
+    checkpoint: dict,
+    compute: Compute,
+    bad_images: torch.Tensor | None,
+    teacher: DenseTeacher | None = None,
+) -> TrainingState:
     """The state that the training starts with, or goes on with where the checkpoint has one.
 
     Raises UserError where the checkpoint had another dense teacher.
@@ -114,19 +145,27 @@ def build_state(args, model, sparsifier: Sparsifier, checkpoint: dict, compute: 
     state.dense_teacher = teacher.origin if teacher else None
     if "optimizer" in checkpoint:
         stored = checkpoint.get("dense_teacher")
-        if teacher and (not isinstance(stored, dict) or stored.get("sha256") != teacher.origin["sha256"]):
-            raise UserError(f"{teacher.origin['file'] or 'timm'}: not the dense weights that {args.resume} learned "
-                            "from; they have changed since")
+        if teacher and (
+            not isinstance(stored, dict) or stored.get("sha256") != teacher.origin["sha256"]
+        ):
+            raise UserError(
+                f"{teacher.origin['file'] or 'timm'}: not the dense weights that {args.resume} "
+                "learned "
+                "from; they have changed since"
+            )
         state.resume(checkpoint, args.resume)
     return state
 
 
-def build_dense_teacher(args, num_classes: int, model: torch.nn.Module, checkpoint: dict,
-                        device: torch.device) -> DenseTeacher | None:
-    """What `--dense-teacher` learns from, None without it: a copy of `model`, which is not pruned yet.
+def build_dense_teacher(
+    args, num_classes: int, model: torch.nn.Module, checkpoint: dict, device: torch.device
+) -> DenseTeacher | None:
+    """What `--dense-teacher` learns from, None without it: a copy of `model`, which is not pruned
+    yet.
 
-    A run that goes on has no dense model: it loads one again from where the first came, or from `--finetune`.
-    The teacher is not compiled. Raises UserError where there are no dense weights that a training could learn from.
+    A run that goes on has no dense model: it loads one again from where the first came, or from
+    `--finetune`. The teacher is not compiled. Raises UserError where there are no dense weights
+    that a training could learn from.
     """
     if args.eval or not args.dense_teacher:
         return None
@@ -138,39 +177,65 @@ def build_dense_teacher(args, num_classes: int, model: torch.nn.Module, checkpoi
         teacher = copy.deepcopy(model)
     source = args.resume or args.finetune
     if "masks" in checkpoint:
-        raise UserError(f"{flag}: {source} is pruned; expected --finetune with a file of dense weights")
+        raise UserError(
+            f"{flag}: {source} is pruned; expected --finetune with a file of dense weights"
+        )
     if not source and not args.pretrained:
-        raise UserError(f"{flag}: random weights teach nothing; expected --finetune FILE, or no --no-pretrained")
+        raise UserError(
+            f"{flag}: random weights teach nothing; expected --finetune FILE, or no --no-pretrained"
+        )
     if not has_trained_head(teacher, checkpoint.get("model")):
-        raise UserError(f"{flag}: {source or 'timm'} has no head for {num_classes} classes, and a fresh one teaches "
-                        "nothing; expected --finetune with a file that has one")
+        raise UserError(
+            f"{flag}: {source or 'timm'} has no head for {num_classes} classes, and a fresh one "
+            "teaches "
+            "nothing; expected --finetune with a file that has one"
+        )
     for name, weight in teacher.state_dict().items():
         if not weight.isfinite().all():
-            raise UserError(f"{flag}: {name} of {source or 'timm'} is not finite; expected finite dense weights")
-    # Of the file as it is: a position embedding that was resized may be rounded otherwise on another machine.
+            raise UserError(
+                f"{flag}: {name} of {source or 'timm'} is not finite; expected finite dense weights"
+            )
+    # Of the file as it is: a position embedding that was resized may be rounded otherwise on
+    # another machine.
     digest = sha256_of(checkpoint.get("model", teacher.state_dict()))
     origin = {"file": source, "use_ema": args.use_ema, "sha256": digest}
     return DenseTeacher(teacher.eval().requires_grad_(False), origin)
 
 
-def load_dense(args, num_classes: int, checkpoint: dict,
-               device: torch.device) -> tuple[argparse.Namespace, dict, torch.nn.Module]:
-    """The dense model that a run began with, by what its checkpoint remembers, and the arguments and file it is from.
+def load_dense(
+    args, num_classes: int, checkpoint: dict, device: torch.device
+) -> tuple[argparse.Namespace, dict, torch.nn.Module]:
+    """The dense model that a run began with, by what its checkpoint remembers, and the arguments
+    and file it is from.
 
     Raises UserError where it remembers nothing, or the file is gone.
     """
     stored = checkpoint.get("dense_teacher")
     if not isinstance(stored, dict) or not isinstance(stored.get("file"), str):
-        raise UserError(f"--dense-teacher {args.dense_teacher:g}: {args.resume} is of a run without it; expected "
-                        "--finetune FILE in place of --resume, to begin another run")
-    first = argparse.Namespace(**{**vars(args), "resume": "", "finetune": args.finetune or stored["file"],
-                                  "use_ema": bool(stored.get("use_ema")), "pretrained": True, "compile": False})
+        raise UserError(
+            f"--dense-teacher {args.dense_teacher:g}: {args.resume} is of a run without it; "
+            "expected "
+            "--finetune FILE in place of --resume, to begin another run"
+        )
+    first = argparse.Namespace(
+        **{
+            **vars(args),
+            "resume": "",
+            "finetune": args.finetune or stored["file"],
+            "use_ema": bool(stored.get("use_ema")),
+            "pretrained": True,
+            "compile": False,
+        }
+    )
     try:
         first, dense = load_start(first)
         return first, dense, prepare_model(first, num_classes, dense, device)
     except UserError as error:
-        raise UserError(f"{args.resume}: its dense teacher: {error}; --finetune FILE says where the dense weights are "
-                        "now") from None
+        raise UserError(
+            f"{args.resume}: its dense teacher: {error}; --finetune FILE says where the dense "
+            "weights are "
+            "now"
+        ) from None
 
 
 def sha256_of(weights: dict[str, torch.Tensor]) -> str:
@@ -182,15 +247,25 @@ def sha256_of(weights: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def prepare_model(args, num_classes: int, checkpoint: dict, device: torch.device) -> torch.nn.Module:
+def prepare_model(
+    args, num_classes: int, checkpoint: dict, device: torch.device
+) -> torch.nn.Module:
     """The model on its device, with timm's weights or the checkpoint's."""
-    # On CPUs plain attention is quicker: a training step of the sample in bfloat16 takes half as long as with fused.
+    # On CPUs plain attention is quicker: a training step of the sample in bfloat16 takes half as
+    # long as with fused.
     timm.layers.set_fused_attn(device.type == "cuda")
     pretrained = args.pretrained and not checkpoint
     source = args.resume or args.finetune or ("timm, pretrained" if pretrained else "random")
     log(f"Weights of {args.model}: {source}{', moving average' if args.use_ema else ''}")
-    model = build_model(args.model, num_classes, args.input_size, drop=args.drop, drop_path=args.drop_path,
-                        pretrained=pretrained, assignments=args.model_kwargs)
+    model = build_model(
+        args.model,
+        num_classes,
+        args.input_size,
+        drop=args.drop,
+        drop_path=args.drop_path,
+        pretrained=pretrained,
+        assignments=args.model_kwargs,
+    )
     if "shape" in checkpoint:
         try:
             model = with_units(model, checkpoint["shape"])
@@ -205,22 +280,32 @@ def prepare_model(args, num_classes: int, checkpoint: dict, device: torch.device
     if args.distillation_type != "none":
         train_both_heads(model, args.model)
     if args.compile:
-        # In place: parameters keep their names, and masks and averages their parameters. A shape is compiled for
-        # itself, since code for any shape is slower.
+        # In place: parameters keep their names, and masks and averages their parameters. A shape is
+        # compiled for itself, since code for any shape is slower.
         model.compile(dynamic=False)
     return model.to(device)
 
 
-def build_sparsifier(args, model: torch.nn.Module, checkpoint: dict, epoch_steps: int, compute: Compute,
-                     known: dict | None = None) -> Sparsifier:
-    """What prunes the model: with the masks of the checkpoint, or else with a recipe whose masks are not chosen yet.
+def build_sparsifier(
+    args,
+    model: torch.nn.Module,
+    checkpoint: dict,
+    epoch_steps: int,
+    compute: Compute,
+    known: dict | None = None,
+) -> Sparsifier:
+    """What prunes the model: with the masks of the checkpoint, or else with a recipe whose masks
+    are not chosen yet.
 
-    A run that goes on has the recipe of its checkpoint, and its place in the schedule. With `--finetune`, a pruner that
-    is asked for replaces both; without one, the masks of the checkpoint stay as they are.
+    A run that goes on has the recipe of its checkpoint, and its place in the schedule. With
+    `--finetune`, a pruner that is asked for replaces both; without one, the masks of the checkpoint
+    stay as they are.
 
-    epoch_steps: optimizer steps an epoch. known: statistics of the dense model, as `Calibration` shares them.
+    epoch_steps: optimizer steps an epoch. known: statistics of the dense model, as `Calibration`
+    shares them.
     """
-    source, goes_on = args.resume or args.finetune, "optimizer" in checkpoint
+    source = args.resume or args.finetune
+    goes_on = "optimizer" in checkpoint
     asked = recipe_of(args)
 
     def sparsifier(recipe: Recipe, masks=None) -> Sparsifier:
@@ -228,14 +313,29 @@ def build_sparsifier(args, model: torch.nn.Module, checkpoint: dict, epoch_steps
         if recipe.looks_at_data and (goes_on or not masks):
             calibration = Calibration(args, model, compute, None if goes_on else known)
             data = {"statistics": calibration, "walk": calibration.walk}
-        return Sparsifier(model, recipe, total_steps=max(args.epochs - args.start_epoch, 1) * epoch_steps,
-                          epoch_steps=epoch_steps, masks=masks, share=utils.on_first_process, **data)
+        return Sparsifier(
+            model,
+            recipe,
+            total_steps=max(args.epochs - args.start_epoch, 1) * epoch_steps,
+            epoch_steps=epoch_steps,
+            masks=masks,
+            share=utils.on_first_process,
+            **data,
+        )
 
     try:
         stored, masks = read_pruning(checkpoint)
-        if args.resume and asked.pruner and (masks is not None or goes_on) and asked.differences(stored):
-            raise UserError(f"{asked.in_words()}: {source} is of a run with {stored.in_words()}; leave the pruning "
-                            "flags out, or prune its weights anew with --finetune")
+        if (
+            args.resume
+            and asked.pruner
+            and (masks is not None or goes_on)
+            and asked.differences(stored)
+        ):
+            raise UserError(
+                f"{asked.in_words()}: {source} is of a run with {stored.in_words()}; leave the "
+                "pruning "
+                "flags out, or prune its weights anew with --finetune"
+            )
         if masks is None or (asked.pruner and not args.resume):
             with naming_the_config(args.custom_config):
                 return sparsifier(asked.one_shot() if args.eval else asked)
@@ -246,65 +346,109 @@ def build_sparsifier(args, model: torch.nn.Module, checkpoint: dict, epoch_steps
             going_on.load_state_dict(checkpoint["pruning"])
         return going_on
     except PruningError as error:
-        raise UserError(f"{source}: {error}" if source and not args.custom_config else str(error)) from None
+        raise UserError(
+            f"{source}: {error}" if source and not args.custom_config else str(error)
+        ) from None
 
 
-def shrink_before_training(args, model: torch.nn.Module, sparsifier: Sparsifier,
-                           masks: dict[str, torch.Tensor]) -> tuple[torch.nn.Module, torch.nn.Module, Sparsifier]:
-    """The model as it is, the same without what is pruned, and what keeps that so: nothing, but it has the recipe."""
+def shrink_before_training(
+    args, model: torch.nn.Module, sparsifier: Sparsifier, masks: dict[str, torch.Tensor]
+) -> tuple[torch.nn.Module, torch.nn.Module, Sparsifier]:
+    """The model as it is, the same without what is pruned, and what keeps that so: nothing, but it
+    has the recipe.
+    """
     if not masks:
-        raise UserError(f"--shrink: the weights of {args.resume} are pruned already; expected a run that prunes")
+        raise UserError(
+            f"--shrink: the weights of {args.resume} are pruned already; expected a run that prunes"
+        )
     dense = copy.deepcopy(model)
     sparsifier.start(masks)
     model = shrink(model, sparsifier.masks.masks)
     if args.compile:
         model.compile(dynamic=False)
-    kept = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in prunable_weights(model).items()}
-    return dense, model, Sparsifier(model, sparsifier.recipe, total_steps=sparsifier.steps.total,
-                                    epoch_steps=sparsifier.steps.epoch, masks=kept, share=utils.on_first_process)
+    kept = {
+        name: torch.ones_like(weight, dtype=torch.bool)
+        for name, weight in prunable_weights(model).items()
+    }
+    return (
+        dense,
+        model,
+        Sparsifier(
+            model,
+            sparsifier.recipe,
+            total_steps=sparsifier.steps.total,
+            epoch_steps=sparsifier.steps.epoch,
+            masks=kept,
+            share=utils.on_first_process,
+        ),
+    )
 
 
-def build_step_options(args, num_classes: int, compute: Compute,
-                       teacher: DenseTeacher | None = None) -> StepOptions:
+def build_step_options(
+    args, num_classes: int, compute: Compute, teacher: DenseTeacher | None = None
+) -> StepOptions:
     """How the steps of a run are made."""
-    return StepOptions(build_criterion(args, num_classes, compute.device, teacher), compute,
-                       build_batch_transform(args, num_classes, compute.device), args.clip_grad, args.accum_iter,
-                       args.train_mode, args.cosub)
+    return StepOptions(
+        build_criterion(args, num_classes, compute.device, teacher),
+        compute,
+        build_batch_transform(args, num_classes, compute.device),
+        args.clip_grad,
+        args.accum_iter,
+        args.train_mode,
+        args.cosub,
+    )
 
 
 def build_batch_transform(args, num_classes: int, device: torch.device) -> BatchTransform:
-    """DeiT's transforms of a training batch on its device; 3-Augment comes without random erasing."""
+    """DeiT's transforms of a training batch; 3-Augment comes without random erasing."""
     erase = mixup = None
     if args.reprob and not args.ThreeAugment:
         erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
     if mixes(args):
-        # Binary cross-entropy asks of each class whether the image shows it: every class that is mixed in counts fully,
-        # and smoothing, which gives every class a share, would make that every class.
-        mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
-                      args.mixup_mode, label_smoothing=0.0 if args.bce_loss else args.smoothing,
-                      num_classes=num_classes)
+        # Binary cross-entropy asks of each class whether the image shows it: every class that is
+        # mixed in counts fully, and smoothing, which gives every class a share, would make that
+        # every class.
+        mixup = Mixup(
+            args.mixup,
+            args.cutmix,
+            args.cutmix_minmax,
+            args.mixup_prob,
+            args.mixup_switch_prob,
+            args.mixup_mode,
+            label_smoothing=0.0 if args.bce_loss else args.smoothing,
+            num_classes=num_classes,
+        )
     return BatchTransform(device, erase, mixup)
 
 
-def build_criterion(args, num_classes: int, device: torch.device, dense_teacher: DenseTeacher | None = None):
+def build_criterion(
+    args, num_classes: int, device: torch.device, dense_teacher: DenseTeacher | None = None
+):
     """The training loss, called with images, outputs and targets."""
     if args.cosub:
         return CosubLoss(binary=args.bce_loss)
     if args.bce_loss:
         criterion = BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)
     else:
-        criterion = SoftTargetCrossEntropy() if mixes(args) else LabelSmoothingCrossEntropy(args.smoothing)
+        criterion = (
+            SoftTargetCrossEntropy() if mixes(args) else LabelSmoothingCrossEntropy(args.smoothing)
+        )
     if dense_teacher:
-        return DenseTeacherLoss(criterion, dense_teacher.model, args.dense_teacher, args.distillation_tau)
+        return DenseTeacherLoss(
+            criterion, dense_teacher.model, args.dense_teacher, args.distillation_tau
+        )
     teacher = None
     if args.distillation_type != "none":
         teacher = prepare_teacher(args, num_classes).to(device)
-    return DistillationLoss(criterion, teacher, args.distillation_type, args.distillation_alpha,
-                            args.distillation_tau)
+    return DistillationLoss(
+        criterion, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau
+    )
 
 
 def prepare_teacher(args, num_classes: int) -> torch.nn.Module:
-    """The model that `--distillation-type` learns from, frozen, with the weights of `--teacher-path`."""
+    """The model that `--distillation-type` learns from, frozen, with the weights of
+    `--teacher-path`.
+    """
     log(f"Teacher: {args.teacher_model} with the weights of {args.teacher_path}")
     teacher = build_model(args.teacher_model, num_classes, args.input_size, flag="--teacher-model")
     load_weights(teacher, utils.load_checkpoint(args.teacher_path)["model"], args.teacher_path)

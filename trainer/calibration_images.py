@@ -15,49 +15,72 @@ from utils import Compute, UserError, log
 
 from .stop_signals import ignore_signals
 
-BATCH_SIZE = 32  # whatever --batch-size is, since the gradient of a batch depends on its images
+# Whatever --batch-size is, since the gradient of a batch depends on its images
+BATCH_SIZE = 32
 
 
 class Calibration:
-    """The calibration images: `--calibration-images` training images under the evaluation transform, drawn by the seed.
+    """The calibration images: `--calibration-images` training images under the evaluation
+    transform, drawn by the seed.
 
-    Called with what is needed, it returns the `Statistics` of the model over them; `walk` visits the layers. Every
-    process calls it: whole batches are shared out, and what they give is added up.
+    Called with what is needed, it returns the `Statistics` of the model over them; `walk` visits
+    the layers. Every process calls it: whole batches are shared out, and what they give is added
+    up.
 
-    known: where runs share a dense model, the latest statistics of it, by seed and needs. The first call, when the
-        model is still dense, takes them from there or leaves its own.
+    known: where runs share a dense model, the latest statistics of it, by seed and needs. The first
+        call, when the model is still dense, takes them from there or leaves its own.
 
-    Raises UserError for more images than there are or less than one for each process, and for a stream of images, out
-    of which none can be drawn.
+    Raises UserError for more images than there are or less than one for each process, and for a
+    stream of images, out of which none can be drawn.
     """
 
     def __init__(self, args, model: torch.nn.Module, compute: Compute, known: dict | None = None):
-        self.model, self.images = model, args.calibration_images
-        self._seed, self._known = args.seed, known
+        self.model = model
+        self.images = args.calibration_images
+        self._seed = args.seed
+        self._known = known
         # The gradients of a loss that is not scaled vanish in float16.
         self.compute = Compute(compute.device) if compute.dtype == torch.float16 else compute
         data, _ = build_dataset(True, args, build_transform(False, args))
         if isinstance(data, IterableDataset):
-            raise UserError(f"--data-set {args.data_set}: calibration images cannot be drawn out of a stream")
+            raise UserError(
+                f"--data-set {args.data_set}: calibration images cannot be drawn out of a stream"
+            )
         if not utils.world_size() <= self.images <= len(data):
-            raise UserError(f"--calibration-images {self.images}: there are {len(data)} training images, for "
-                            f"{utils.world_size()} process(es)")
-        drawn = np.random.default_rng((utils.CALIBRATION, args.seed)).permutation(len(data))[:self.images]
+            raise UserError(
+                f"--calibration-images {self.images}: there are {len(data)} training images, for "
+                f"{utils.world_size()} process(es)"
+            )
+        drawn = np.random.default_rng((utils.CALIBRATION, args.seed)).permutation(len(data))[
+            : self.images
+        ]
         drawn = Subset(data, drawn.tolist())
 
         def loader(batch_size):
             batches = EvalBatchSampler(self.images, batch_size, utils.rank(), utils.world_size())
-            return DataLoader(drawn, batch_sampler=batches, num_workers=args.num_workers, worker_init_fn=ignore_signals)
+            return DataLoader(
+                drawn,
+                batch_sampler=batches,
+                num_workers=args.num_workers,
+                worker_init_fn=ignore_signals,
+            )
 
         self.loader = loader(BATCH_SIZE)
-        self._loader_for_all = loader(min(BATCH_SIZE, self.images // utils.world_size()))  # each process has a batch
+        # Each process has a batch
+        self._loader_for_all = loader(min(BATCH_SIZE, self.images // utils.world_size()))
 
-    def __call__(self, needs: set[str], loss: Callable = torch.nn.functional.cross_entropy) -> Statistics:
-        known, self._known, key = self._known, None, (self._seed, frozenset(needs))
+    def __call__(
+        self, needs: set[str], loss: Callable = torch.nn.functional.cross_entropy
+    ) -> Statistics:
+        known = self._known
+        self._known = None
+        key = (self._seed, frozenset(needs))
         if known and key in known:
             return known[key]
         log(f"Calibrating on {self.images:,} training images: {', '.join(sorted(needs))}")
-        shares = {"share": utils.rank(), "add_up": dist.all_reduce} if utils.world_size() > 1 else {}
+        shares = (
+            {"share": utils.rank(), "add_up": dist.all_reduce} if utils.world_size() > 1 else {}
+        )
         with self.compute.autocast():
             statistics = collect_statistics(self.model, self.loader, loss, needs, **shares)
         if known is not None:
@@ -65,8 +88,12 @@ class Calibration:
             known[key] = statistics
         return statistics
 
-    def walk(self, visit: Callable[[str, Inputs], None], beside: torch.nn.Module | None = None) -> None:
-        """Calls `visit` for each prunable weight, in the order in which they compute: see `visit_layers`."""
+    def walk(
+        self, visit: Callable[[str, Inputs], None], beside: torch.nn.Module | None = None
+    ) -> None:
+        """Calls `visit` for each prunable weight, in the order in which they compute: see
+        `visit_layers`.
+        """
         layers = prunable_weights(self.model)
         log(f"Reconstructing {len(layers)} layers on {self.images:,} training images")
         if self.images < (widest := max(weight.shape[1] for weight in layers.values())):
@@ -79,5 +106,7 @@ class Calibration:
 
         add_up = dist.all_reduce if utils.world_size() > 1 else None
         with self.compute.autocast():
-            visit_layers(self.model, self._loader_for_all, visit_and_tell, beside=beside, add_up=add_up)
+            visit_layers(
+                self.model, self._loader_for_all, visit_and_tell, beside=beside, add_up=add_up
+            )
         next(logger, None)

@@ -12,13 +12,16 @@ from .stop_signals import Stopped
 
 
 def exit_status(work) -> int:
-    """The status that `work()` returns, or else 2 with one line on standard error for a mistake of the user."""
+    """The status that `work()` returns, or else 2 with one line on standard error for a mistake of
+    the user.
+    """
     utils.quiet_libraries()
     try:
         status = work()
     except Exception as error:
         return _report(error)
-    if dist.is_initialized():  # after a failure of this process alone, NCCL would wait here for the others
+    # After a failure of this process alone, NCCL would wait here for the others
+    if dist.is_initialized():
         dist.destroy_process_group()
     return status
 
@@ -27,13 +30,17 @@ def exit_status(work) -> int:
 
 
 def _report(error: Exception) -> int:
-    """Tells the error in one line, on the first process that fails, and returns the exit status; else raises it."""
+    """Tells the error in one line, on the first process that fails, and returns the exit status;
+    else raises it.
+    """
     if isinstance(error, UserError | PruningError):
         status, message = 2, f"error: {error}"
-        error.__traceback__ = None  # from a data worker, it makes a reference cycle that keeps the workers alive
+        # From a data worker, it makes a reference cycle that keeps the workers alive
+        error.__traceback__ = None
     elif isinstance(error, Stopped):
         status, message = error.status, str(error)
-    elif isinstance(error, DivergedError | WriteError | OSError):  # OSError: a closed pipe, a disk full of output
+    elif isinstance(error, DivergedError | WriteError | OSError):
+        # OSError: a closed pipe, a disk full of output
         status, message = 1, f"error: {error}"
     elif reason := _reason_of(error):
         status, message = 1, f"error: {reason}"
@@ -41,7 +48,8 @@ def _report(error: Exception) -> int:
         return 1  # another process failed first, and has told why
     else:
         raise error
-    sys.unraisablehook = lambda _: None  # what a half-made data loader raises when it is deleted is no news
+    # What a half-made data loader raises when it is deleted is no news
+    sys.unraisablehook = lambda _: None
     if utils.is_first_to_fail():
         if "Traceback" in message:  # from a data worker, the error is the last line
             message = "error: " + message.strip().splitlines()[-1].partition(": ")[2]
@@ -50,7 +58,9 @@ def _report(error: Exception) -> int:
 
 
 def _reason_of(error: BaseException | None) -> str:
-    """The data worker or process that is gone, by the message of the error or of one that led to it; else nothing."""
+    """The data worker or process that is gone, by the message of the error or of one that led to
+    it; else nothing.
+    """
     while error:
         if str(error).startswith("DataLoader worker"):
             return str(error)

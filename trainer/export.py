@@ -40,8 +40,12 @@ from utils import UserError, WriteError, first_line, log
 from .arguments import with_model_of
 from .builders import evaluation_batch_size, load_start, prepare_model
 
-WEIGHTS, SHAPE, LOADER, PROGRAM, ONNX, README = (
-    "model.safetensors", "shape.json", "load.py", "model.pt2", "model.onnx", "README.md")
+WEIGHTS = "model.safetensors"
+SHAPE = "shape.json"
+LOADER = "load.py"
+PROGRAM = "model.pt2"
+ONNX = "model.onnx"
+README = "README.md"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 CONTENTS = {
@@ -57,7 +61,8 @@ IMPORTS = "from torch import Tensor, nn\nfrom torch.nn import functional as F\n"
 #: The exported function begins so, and where timm's attention cannot have fewer heads, ends so.
 FUNCTION, LAST = "\n\ndef load(", "    model.load_state_dict(weights)\n"
 OWN_ATTENTION = """\
-    for module in model.modules():  # timm's own attention takes the width of a head from that of the tokens
+    # timm's own attention takes the width of a head from that of the tokens.
+    for module in model.modules():
         module.__class__ = globals().get(type(module).__name__, type(module))
 """
 #: What the exported function has in place of its own lines, where there are sparse kernels.
@@ -67,7 +72,8 @@ WITH_KERNELS = {
     'in evaluation mode."""\n': """\
 in evaluation mode.
 
-    sparse_kernels: leave zeros out in the layers of shape.json, which were quicker so on the machine of the export.
+    sparse_kernels: leave zeros out in the layers of shape.json, where the exporting
+        machine was quicker so.
         For inference on CPUs only.
     \"""
 """,
@@ -85,19 +91,22 @@ in evaluation mode.
 def export(args: argparse.Namespace) -> None:
     """Writes the model of `--resume` to the folder of `--export`, all of it or nothing.
 
-    What was pruned as heads and neurons is taken out; other patterns keep their zeros. Every file is read again, and
-    its logits are compared with the model's. Without the packages of ONNX, or for a model that an exporter cannot
-    trace, that file is left out and a line says so. With `--sparse-kernels` the loader can also give the model those
-    that are quicker here.
+    What was pruned as heads and neurons is taken out; other patterns keep their zeros. Every file
+    is read again, and its logits are compared with the model's. Without the packages of ONNX, or
+    for a model that an exporter cannot trace, that file is left out and a line says so. With
+    `--sparse-kernels` the loader can also give the model those that are quicker here.
 
-    Raises UserError for what is no checkpoint, one that does not tell its model, and a folder that is not empty.
+    Raises UserError for what is no checkpoint, one that does not tell its model, and a folder that
+    is not empty.
     """
     utils.show_progress(args.quiet)
     folder = Path(os.path.abspath(args.export))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"--export {args.export}: exists; expected a new folder, or an empty one")
     args, dense, model, masks, recipe = load_model(args)
-    images = torch.randn(3, 3, args.input_size, args.input_size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(
+        3, 3, args.input_size, args.input_size, generator=torch.Generator().manual_seed(0)
+    )
     with torch.inference_mode():
         logits = model(images)
     with new_folder(folder, f"--export {args.export}") as temporary:
@@ -107,18 +116,23 @@ def export(args: argparse.Namespace) -> None:
             compare(WEIGHTS, exported(images), logits, 1e-5)
         measured = ""
         if args.sparse_kernels:
-            measured = write_kernels(temporary, exported, evaluation_batch_size(args), images, logits)
+            measured = write_kernels(
+                temporary, exported, evaluation_batch_size(args), images, logits
+            )
         left_out = write_programs(temporary, exported, images, logits)
         facts = {**describe(args, dense, model, masks, recipe, images[:1]), "kernels": measured}
         (temporary / README).write_text(readme(temporary, facts, left_out), encoding="utf-8")
     for line in left_out:
         log(line)
-    log(f"{args.export}: " + ", ".join(f"{path.name} {in_bytes(path)}" for path in sorted(folder.iterdir())))
+    log(
+        f"{args.export}: "
+        + ", ".join(f"{path.name} {in_bytes(path)}" for path in sorted(folder.iterdir()))
+    )
 
 
 def load_model(args):
-    """The model to export, in evaluation mode; with it the arguments that it has, the same model as it was before
-    pruning (of any weights), the masks of what is still zero, and the recipe.
+    """The model to export, in evaluation mode; with it the arguments that it has, the same model as
+    it was before pruning (of any weights), the masks of what is still zero, and the recipe.
     """
     args, checkpoint = load_start(argparse.Namespace(**{**vars(args), "eval": True}))
     if not args.resume:
@@ -149,8 +163,10 @@ def write_weights(folder: Path, model: nn.Module, call: tuple[str, dict]) -> nn.
     """
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
     (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
-    units = {kind: {group.name: group.units for group in unit_groups(model, [kind], known_only=True)}
-             for kind in (HEADS, NEURONS)}
+    units = {
+        kind: {group.name: group.units for group in unit_groups(model, [kind], known_only=True)}
+        for kind in (HEADS, NEURONS)
+    }
     shape = {"model": call[0], "arguments": call[1], **units}
     (folder / SHAPE).write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
     (folder / LOADER).write_text(loader_for(model), encoding="utf-8")
@@ -160,44 +176,68 @@ def write_weights(folder: Path, model: nn.Module, call: tuple[str, dict]) -> nn.
 
 
 def loader_for(model: nn.Module) -> str:
-    """The source of `export_template.py`; for a CaiT with fewer heads with this project's attention in it."""
+    """The source of `export_template.py`; for a CaiT with fewer heads with this project's attention
+    in it.
+    """
     source = Path(__file__).with_name("export_template.py").read_text(encoding="utf-8")
-    own = [kind for kind in (ClassAttn, TalkingHeadAttn) if any(type(module) is kind for module in model.modules())]
+    own = [
+        kind
+        for kind in (ClassAttn, TalkingHeadAttn)
+        if any(type(module) is kind for module in model.modules())
+    ]
     return with_classes(source, own).replace(LAST, OWN_ATTENTION + LAST) if own else source
 
 
-def write_kernels(folder: Path, model: nn.Module, batch_size: int, images: torch.Tensor, logits: torch.Tensor) -> str:
-    """Measures sparse kernels on a batch of that size, and adds those that are quicker to shape and loader.
+def write_kernels(
+    folder: Path, model: nn.Module, batch_size: int, images: torch.Tensor, logits: torch.Tensor
+) -> str:
+    """Measures sparse kernels on a batch of that size, and adds those that are quicker to shape and
+    loader.
 
     model: what the loader makes. images, logits: what the model with its kernels is compared on.
 
-    Returns what was measured, in words; nothing where the model is not quicker, and the files stay as they are.
+    Returns what was measured, in words; nothing where the model is not quicker, and the files stay
+    as they are.
     """
     quick, report = sparse_kernels(model, torch.randn(batch_size, *images.shape[1:]))
     log(report.table())
     if not report.used:
         return ""
-    chosen = {layer.name.removesuffix(".weight"): layer.kernel for layer in report.layers if layer.kernel in KERNELS}
+    chosen = {
+        layer.name.removesuffix(".weight"): layer.kernel
+        for layer in report.layers
+        if layer.kernel in KERNELS
+    }
     shape = json.loads((folder / SHAPE).read_text(encoding="utf-8"))
     shape["sparse_kernels"] = {
         name: {"name": kernel, "hands_on": getattr(quick.get_submodule(name), "hands_on", False)}
-        for name, kernel in chosen.items()}
+        for name, kernel in chosen.items()
+    }
     (folder / SHAPE).write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
-    source = loader_with({name: kernel for name, kernel in KERNELS.items() if name in chosen.values()},
-                         (folder / LOADER).read_text(encoding="utf-8"))
+    source = loader_with(
+        {name: kernel for name, kernel in KERNELS.items() if name in chosen.values()},
+        (folder / LOADER).read_text(encoding="utf-8"),
+    )
     (folder / LOADER).write_text(source, encoding="utf-8")
     with torch.inference_mode():
         found = runpy.run_path(str(folder / LOADER))["load"](folder, sparse_kernels=True)(images)
     compare(f"{LOADER} with sparse kernels", found, logits, 1e-4)
     threads = torch.get_num_threads()
-    return (f"{report.in_words()}, in float32 on {threads} thread{'s' * (threads > 1)} of {platform.machine()} "
-            f"({torch.backends.cpu.get_cpu_capability()})")
+    return (
+        f"{report.in_words()}, in float32 on {threads} thread{'s' * (threads > 1)} of "
+        f"{platform.machine()} "
+        f"({torch.backends.cpu.get_cpu_capability()})"
+    )
 
 
 def loader_with(kernels: Mapping[str, type[SparseLinear]], source: str) -> str:
-    """The source of a loader, with the keyword `sparse_kernels` and these kernels, by name, in it."""
-    bases = dict.fromkeys(kind for kernel in kernels.values() for kind in reversed(kernel.__mro__)
-                          if issubclass(kind, SparseLinear))
+    """The source of a loader with the keyword `sparse_kernels` and these kernels, by name."""
+    bases = dict.fromkeys(
+        kind
+        for kernel in kernels.values()
+        for kind in reversed(kernel.__mro__)
+        if issubclass(kind, SparseLinear)
+    )
     source = with_classes(source, bases)
     names = ", ".join(f'"{name}": {kernel.__name__}' for name, kernel in kernels.items())
     for before, after in WITH_KERNELS.items():
@@ -208,16 +248,27 @@ def loader_with(kernels: Mapping[str, type[SparseLinear]], source: str) -> str:
 def with_classes(source: str, classes: Iterable[type]) -> str:
     """The source of a loader with these classes before its function."""
     imports = [] if IMPORTS in source else [IMPORTS]
-    return source.replace(FUNCTION, "\n\n".join([*imports, *map(inspect.getsource, classes)]) + FUNCTION)
+    return source.replace(
+        FUNCTION, "\n\n".join([*imports, *map(inspect.getsource, classes)]) + FUNCTION
+    )
 
 
-def write_programs(folder: Path, model: nn.Module, images: torch.Tensor, logits: torch.Tensor) -> list[str]:
-    """Writes the `torch.export` program and the ONNX file; returns a line for each that is left out."""
+def write_programs(
+    folder: Path, model: nn.Module, images: torch.Tensor, logits: torch.Tensor
+) -> list[str]:
+    """Writes the `torch.export` program and the ONNX file; returns a line for each that is left
+    out.
+    """
     try:
         # Traced with another number of images than it is compared with.
-        program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program = torch.export.export(
+            model, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},)
+        )
     except Exception as error:  # each architecture has its own way not to be traced
-        return [f"{PROGRAM} and {ONNX} are left out: torch.export cannot trace the model ({first_line(error)})"]
+        return [
+            f"{PROGRAM} and {ONNX} are left out: torch.export cannot trace the model "
+            f"({first_line(error)})"
+        ]
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     (folder / PROGRAM).write_bytes(buffer.getbuffer())
@@ -226,14 +277,18 @@ def write_programs(folder: Path, model: nn.Module, images: torch.Tensor, logits:
     if missing := [package for package in ONNX_PACKAGES if not is_installed(package)]:
         return [f"{ONNX} is left out: it needs pip install {' '.join(missing)}"]
     try:
-        onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"])
+        onnx = torch.onnx.export(
+            program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
+        )
     except Exception as error:  # of an operation that ONNX lacks
         return [f"{ONNX} is left out: torch.onnx cannot translate the model ({first_line(error)})"]
     import onnxruntime
 
     onnx.save(folder / ONNX)
     session = onnxruntime.InferenceSession(folder / ONNX, providers=["CPUExecutionProvider"])
-    compare(ONNX, torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]), logits, 1e-4)
+    compare(
+        ONNX, torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]), logits, 1e-4
+    )
     return []
 
 
@@ -244,14 +299,25 @@ def describe(args, dense: nn.Module, model: nn.Module, masks, recipe, image: tor
     weights = f"{args.resume}{', the moving average' if args.use_ema else ''}"
     pruned = rows[-2].kept < rows[-2].total
     return {
-        "title": f"{args.model}, " + (f"{rows[-2].sparsity:.2%} of the prunable weights pruned" if pruned else "dense"),
+        "title": f"{args.model}, "
+        + (f"{rows[-2].sparsity:.2%} of the prunable weights pruned" if pruned else "dense"),
         "command": f"python {args.command}",
-        "table": [("parameters", rows[-1].total, rows[-1].kept), ("of these prunable", rows[-2].total, rows[-2].kept),
-                  ("multiply-adds of an image", sum(multiply_adds(dense, image).values()), sum(after.values()))],
-        "facts": [f"weights: {weights}, pruned with {recipe.in_words()}",
-                  f"images: float32 of shape (images, 3, {args.input_size}, {args.input_size}): pixels in [0, 1], less "
-                  f"the mean {IMAGENET_DEFAULT_MEAN}, over the deviation {IMAGENET_DEFAULT_STD}",
-                  f"versions: {utils.versions(torch.device('cpu'))}"],
+        "table": [
+            ("parameters", rows[-1].total, rows[-1].kept),
+            ("of these prunable", rows[-2].total, rows[-2].kept),
+            (
+                "multiply-adds of an image",
+                sum(multiply_adds(dense, image).values()),
+                sum(after.values()),
+            ),
+        ],
+        "facts": [
+            f"weights: {weights}, pruned with {recipe.in_words()}",
+            f"images: float32 of shape (images, 3, {args.input_size}, {args.input_size}): pixels "
+            "in [0, 1], less "
+            f"the mean {IMAGENET_DEFAULT_MEAN}, over the deviation {IMAGENET_DEFAULT_STD}",
+            f"versions: {utils.versions(torch.device('cpu'))}",
+        ],
         "zeros": pruned and bool(masks),
     }
 
@@ -259,24 +325,51 @@ def describe(args, dense: nn.Module, model: nn.Module, masks, recipe, image: tor
 def readme(folder: Path, facts: dict, left_out: list[str]) -> str:
     lines = [f"# {facts['title']}", "", f"    {facts['command']}", ""]
     lines += ["| | dense | pruned | left |", "| --- | ---: | ---: | ---: |"]
-    lines += [f"| {name} | {before:,} | {after:,} | {after / max(before, 1):.1%} |"
-              for name, before, after in facts["table"]]
+    lines += [
+        f"| {name} | {before:,} | {after:,} | {after / max(before, 1):.1%} |"
+        for name, before, after in facts["table"]
+    ]
     if facts["zeros"]:
-        lines += ["", "Pruned weights are zeros in the files. Only programs that skip zeros need fewer multiply-adds."]
+        lines += [
+            "",
+            "Pruned weights are zeros in the files. Only programs that skip zeros need fewer "
+            "multiply-adds.",
+        ]
     lines += ["", "| file | size | what it is |", "| --- | ---: | --- |"]
-    lines += [f"| `{name}` | {in_bytes(folder / name)} | {text} |" for name, text in CONTENTS.items()
-              if (folder / name).exists()]
+    lines += [
+        f"| `{name}` | {in_bytes(folder / name)} | {text} |"
+        for name, text in CONTENTS.items()
+        if (folder / name).exists()
+    ]
     lines += ["", *left_out, *([""] if left_out else []), *(f"- {fact}" for fact in facts["facts"])]
-    lines += ["", "## How to load it", "", f"`{LOADER}`, as `from load import load; model = load()`:", "",
-              "```python", (folder / LOADER).read_text(encoding="utf-8").rstrip(), "```"]
+    lines += [
+        "",
+        "## How to load it",
+        "",
+        f"`{LOADER}`, as `from load import load; model = load()`:",
+        "",
+        "```python",
+        (folder / LOADER).read_text(encoding="utf-8").rstrip(),
+        "```",
+    ]
     if facts["kernels"]:
-        lines += ["", f"`load(sparse_kernels=True)` leaves zeros out in the layers that `{SHAPE}` names, for inference "
-                  "on CPUs; the other files compute densely, with zeros. Measured on the machine of the export only:",
-                  "", f"{facts['kernels']}."]
+        lines += [
+            "",
+            f"`load(sparse_kernels=True)` leaves zeros out in the layers that `{SHAPE}` names, for "
+            "inference "
+            "on CPUs; the other files compute densely, with zeros. Measured on the machine of the "
+            "export only:",
+            "",
+            f"{facts['kernels']}.",
+        ]
     if (folder / PROGRAM).exists():
-        lines += ["", f"The program: `torch.export.load(\"{PROGRAM}\").module()(images)`."]
+        lines += ["", f'The program: `torch.export.load("{PROGRAM}").module()(images)`.']
     if (folder / ONNX).exists():
-        lines += ["", f"ONNX: `onnxruntime.InferenceSession(\"{ONNX}\").run([\"logits\"], {{\"images\": images}})`."]
+        lines += [
+            "",
+            f'ONNX: `onnxruntime.InferenceSession("{ONNX}")'
+            '.run(["logits"], {"images": images})`.',
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -285,9 +378,11 @@ def readme(folder: Path, facts: dict, left_out: list[str]) -> str:
 
 @contextlib.contextmanager
 def new_folder(folder: Path, flag: str):
-    """A temporary folder beside `folder`, which gets its name at the end, and is removed after an error.
+    """A temporary folder beside `folder`, which gets its name at the end, and is removed after an
+    error.
 
-    Like the temporary files of checkpoints it has a fixed name: what a killed process left is overwritten.
+    Like the temporary files of checkpoints it has a fixed name: what a killed process left is
+    overwritten.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -301,15 +396,22 @@ def new_folder(folder: Path, flag: str):
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
-            raise WriteError(f"{flag}: cannot be written ({error.strerror or first_line(error)})") from None
+            raise WriteError(
+                f"{flag}: cannot be written ({error.strerror or first_line(error)})"
+            ) from None
         raise
 
 
 def compare(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Raises WriteError where logits differ by more than the tolerance and, of large ones, this fraction of them."""
+    """Raises WriteError where logits differ by more than the tolerance and, of large ones, this
+    fraction of them.
+    """
     if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
-        raise WriteError(f"{name}: its logits differ from the model's by up to {(found - expected).abs().max():.2g}; "
-                         "nothing is written")
+        raise WriteError(
+            f"{name}: its logits differ from the model's by up to "
+            f"{(found - expected).abs().max():.2g}; "
+            "nothing is written"
+        )
 
 
 def is_installed(package: str) -> bool:

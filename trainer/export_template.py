@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 def load(folder=Path(__file__).parent):
     """The model of shape.json with the weights of model.safetensors, in evaluation mode."""
-    shape, weights = json.loads(Path(folder, "shape.json").read_text()), load_file(Path(folder, "model.safetensors"))
+    shape = json.loads(Path(folder, "shape.json").read_text())
+    weights = load_file(Path(folder, "model.safetensors"))
     model = timm.create_model(shape["model"], **shape["arguments"])
     for name, weight in list(model.named_parameters()):
         if weights[name].shape != weight.shape:
@@ -21,6 +22,7 @@ def load(folder=Path(__file__).parent):
                 layer.out_features, layer.in_features = layer.weight.shape
     for name, heads in shape["heads"].items():
         attention = model.get_submodule(name)
-        attention.num_heads, attention.attn_dim = heads, attention.proj.weight.shape[1]
+        attention.num_heads = heads
+        attention.attn_dim = attention.proj.weight.shape[1]
     model.load_state_dict(weights)
     return model.eval()

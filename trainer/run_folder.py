@@ -13,11 +13,15 @@ from pathlib import Path
 import utils
 from utils import UserError
 
-CHECKPOINT, BEST, LOG, LOCK = "checkpoint.pth", "best_checkpoint.pth", "log.txt", ".lock"
+CHECKPOINT = "checkpoint.pth"
+BEST = "best_checkpoint.pth"
+LOG = "log.txt"
+LOCK = ".lock"
 
 
 class RunFolder:
-    """Makes and locks the folder of `--output_dir`; the operating system releases the lock when the process ends.
+    """Makes and locks the folder of `--output_dir`; the operating system releases the lock when the
+    process ends.
 
     Raises UserError when the folder cannot be written to, or belongs to a run that is going on.
     """
@@ -31,24 +35,37 @@ class RunFolder:
                 if (self.path / file).is_dir():
                     raise UserError(f"--output_dir {name}: {file} in it is a folder")
         except (OSError, ValueError) as error:
-            raise UserError(f"--output_dir {name}: {getattr(error, 'strerror', None) or error}") from None
+            raise UserError(
+                f"--output_dir {name}: {getattr(error, 'strerror', None) or error}"
+            ) from None
         try:
-            # Of this process alone: a lock by flock would live on in data workers that outlast a killed run.
+            # Of this process alone: a lock by flock would live on in data workers that outlast a
+            # killed run.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                utils.log(f"--output_dir {name}: cannot be locked ({error.strerror}); no second run may write to it")
+                utils.log(
+                    f"--output_dir {name}: cannot be locked ({error.strerror}); no second run may "
+                    "write to it"
+                )
                 return
             self._lock.seek(0)
-            raise UserError(f"--output_dir {name}: in use by {self._lock.read().strip() or 'another run'}") from None
+            raise UserError(
+                f"--output_dir {name}: in use by {self._lock.read().strip() or 'another run'}"
+            ) from None
         started = datetime.now().astimezone().isoformat(" ", "seconds")
-        with contextlib.suppress(OSError):  # a full disk shows again when there is something to lose
+        # A full disk shows again when there is something to lose
+        with contextlib.suppress(OSError):
             self._lock.truncate(0)
-            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n")
+            self._lock.write(
+                f"process {os.getpid()} on {socket.gethostname()}, started {started}\n"
+            )
             self._lock.flush()
 
     def save(self, content: dict, best: bool = False) -> None:
-        """Writes the checkpoint and, where it is the best so far, `best_checkpoint.pth`, a second name of the file."""
+        """Writes the checkpoint and, where it is the best so far, `best_checkpoint.pth`, a second
+        name of the file.
+        """
         newest = self.path / CHECKPOINT
         utils.save_checkpoint(content, self.path / BEST if best else newest)
         if not best:
@@ -63,7 +80,9 @@ class RunFolder:
 
     def log_epoch(self, line: dict) -> None:
         """Adds an epoch to log.txt, in place of what it had of this epoch and later ones."""
-        lines = [json.dumps(entry) for entry in read_log(self.path) if entry["epoch"] < line["epoch"]]
+        lines = [
+            json.dumps(entry) for entry in read_log(self.path) if entry["epoch"] < line["epoch"]
+        ]
         text = "".join(f"{entry}\n" for entry in [*lines, json.dumps(line)])
         utils.write_atomically(self.path / LOG, lambda file: file.write(text.encode()))
 
@@ -86,14 +105,16 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def newest_checkpoint(folder: str) -> str:
-    """What `--resume auto` resumes from: of the checkpoints in `folder` that are whole, the one that got furthest.
+    """What `--resume auto` resumes from: of the checkpoints in `folder` that are whole, the one
+    that got furthest.
 
     Times of files tell nothing: copies have other ones.
     """
     furthest, found = (-math.inf, 0), ""
     newest, best = Path(folder, CHECKPOINT), Path(folder, BEST)
     paths = [path for path in (newest, best) if path.is_file()]
-    if len(paths) == 2 and newest.samefile(best):  # two names of one file, which need not be read twice
+    # Two names of one file, which need not be read twice
+    if len(paths) == 2 and newest.samefile(best):
         paths = [newest]
     for path in map(str, paths):
         try:

@@ -1,4 +1,6 @@
-"""Data sets and loaders whose samples have random numbers of their own: functions of seed, epoch and position."""
+"""Data sets and loaders whose samples have random numbers of their own: functions of seed, epoch
+and position.
+"""
 
 import itertools
 import math
@@ -13,17 +15,19 @@ from utils import BadImageError, UserError
 
 
 class SeededDataset(Dataset):
-    """Gives each sample the random choices of the key that `TrainSampler` hands over beside its index.
+    """Gives each sample the random choices of the key that `TrainSampler` hands over beside its
+    index.
 
-    skip_at_most: so many images that cannot be read are replaced, each by the next one in the data set, and named on
-        standard error; one more is an error.
+    skip_at_most: so many images that cannot be read are replaced, each by the next one in the data
+        set, and named on standard error; one more is an error.
 
     Attributes:
         bad: a bool tensor (images,), shared with the data workers: which ones are replaced.
     """
 
     def __init__(self, dataset: Dataset, skip_at_most: int = 0):
-        self.dataset, self.skip_at_most = dataset, skip_at_most
+        self.dataset = dataset
+        self.skip_at_most = skip_at_most
         self.bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
@@ -47,12 +51,19 @@ class SeededDataset(Dataset):
         self.bad[index] = True
         count = int(self.bad.count_nonzero())
         if count > self.skip_at_most:
-            raise UserError(f"{error}; this is one more than --skip-bad-images {self.skip_at_most} allows")
-        print(f"Skipping image {count} of at most {self.skip_at_most}: {error}", file=sys.stderr, flush=True)
+            raise UserError(
+                f"{error}; this is one more than --skip-bad-images {self.skip_at_most} allows"
+            )
+        print(
+            f"Skipping image {count} of at most {self.skip_at_most}: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class SeededStream(IterableDataset):
-    """Gives each image of one of timm's streams (`timm.data.IterableImageDataset`) its own random choices.
+    """Gives each image of one of timm's streams (`timm.data.IterableImageDataset`) its own random
+    choices.
 
     They come from (seed, epoch, process, data worker, its place in what that worker reads).
     Raises UserError for a label that is not below `num_classes`.
@@ -61,7 +72,10 @@ class SeededStream(IterableDataset):
     bad = None  # timm itself passes over images that cannot be read
 
     def __init__(self, stream: IterableDataset, seed: int, num_classes: int):
-        self.stream, self.seed, self.num_classes, self.epoch = stream, seed, num_classes, 0
+        self.stream = stream
+        self.seed = seed
+        self.num_classes = num_classes
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -75,35 +89,55 @@ class SeededStream(IterableDataset):
             if sample is None:
                 return
             if not 0 <= sample[1] < self.num_classes:
-                raise UserError(f"an image has the label {sample[1]}; expected 0 to {self.num_classes - 1}, as "
-                                f"--num-classes {self.num_classes} says")
+                raise UserError(
+                    f"an image has the label {sample[1]}; expected 0 to {self.num_classes - 1}, as "
+                    f"--num-classes {self.num_classes} says"
+                )
             yield sample
 
 
 class StreamLoader:
     """The batches of a `SeededStream` for one process, in the place of a DataLoader with a sampler.
 
-    For training, the shards are shared out among all data workers of all processes, and each process has the same
-    number of whole batches. For evaluation every process reads all images, and with `share` (rank, world size) uses
-    every world_size-th batch. There is no way to a place in a stream but through it: batches that are skipped are read.
+    For training, the shards are shared out among all data workers of all processes, and each
+    process has the same number of whole batches. For evaluation every process reads all images, and
+    with `share` (rank, world size) uses every world_size-th batch. There is no way to a place in a
+    stream but through it: batches that are skipped are read.
     """
 
-    def __init__(self, dataset: SeededStream, batch_size: int, num_workers: int, share=(0, 1), **options):
-        self.dataset, self.batch_size, self.share, self.skipped = dataset, batch_size, share, 0
+    def __init__(
+        self, dataset: SeededStream, batch_size: int, num_workers: int, share=(0, 1), **options
+    ):
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.share = share
+        self.skipped = 0
         self.sampler = self  # it has the sampler's `set_epoch`
         reader, (_, world_size) = dataset.stream.reader, share
-        self.trains, shards = reader.is_training, len(reader.split_info.filenames)
+        self.trains = reader.is_training
+        shards = len(reader.split_info.filenames)
         if self.trains and shards < world_size:
-            raise UserError(f"{shards} shards for {world_size} processes; expected at least one for each")
-        if not self.trains:  # with several processes timm would give some images twice and others not at all
-            reader.dist_rank, reader.dist_num_replicas = 0, 1
-        # Every worker needs a shard. Workers are made anew for each epoch, since they draw its order when they start.
+            raise UserError(
+                f"{shards} shards for {world_size} processes; expected at least one for each"
+            )
+        # With several processes timm would give some images twice and others not at all
+        if not self.trains:
+            reader.dist_rank = 0
+            reader.dist_num_replicas = 1
+        # Every worker needs a shard. Workers are made anew for each epoch, since they draw its
+        # order when they start.
         workers = max(1, min(num_workers, shards // world_size if self.trains else shards))
         dataset.stream.set_loader_cfg(num_workers=workers)
         steps = reader.num_samples / (batch_size * world_size)
         self.steps = int(steps) if self.trains else math.ceil(steps)
-        self.loader = DataLoader(dataset, batch_size, num_workers=workers, drop_last=self.trains,
-                                 generator=torch.Generator(), **options)
+        self.loader = DataLoader(
+            dataset,
+            batch_size,
+            num_workers=workers,
+            drop_last=self.trains,
+            generator=torch.Generator(),
+            **options,
+        )
 
     def set_seed(self, seed: int) -> None:
         self.dataset.seed = seed
@@ -117,7 +151,9 @@ class StreamLoader:
         return self.steps - self.skipped
 
     def __iter__(self):
-        key = np.random.SeedSequence((utils.ORDER, self.dataset.seed, self.dataset.epoch, utils.rank()))
+        key = np.random.SeedSequence(
+            (utils.ORDER, self.dataset.seed, self.dataset.epoch, utils.rank())
+        )
         self.loader.generator.manual_seed(int(key.generate_state(1)[0]))
         if self.trains:
             return itertools.islice(self.loader, self.skipped, self.steps)

@@ -17,15 +17,33 @@ from utils import UserError
 from .arguments import FREE, get_args_parser
 from .run_folder import RunFolder
 
-DENSE, ONE_SHOT, FINETUNED, LAYER = "dense", "one-shot", "finetuned", "layer"
-REFUSED = "refused: "  # what the error of a combination begins with that recipe or model refuse
+DENSE = "dense"
+ONE_SHOT = "one-shot"
+FINETUNED = "finetuned"
+LAYER = "layer"
+# What the error of a combination begins with that recipe or model refuse
+REFUSED = "refused: "
 DEFAULTS = (Recipe.score, Recipe.pattern, Recipe.prune_schedule, Recipe.reconstruct)
-COLUMNS = ("kind", "name", "score", "pattern", "schedule", "reconstruct", "sparsity", "seed", "config", "pruned",
-           "accuracy", "error")
+COLUMNS = (
+    "kind",
+    "name",
+    "score",
+    "pattern",
+    "schedule",
+    "reconstruct",
+    "sparsity",
+    "seed",
+    "config",
+    "pruned",
+    "accuracy",
+    "error",
+)
 
 
 class Combination(NamedTuple):
-    """The choices of a recipe that a sweep crosses. `name` is a pruner, or a YAML file with the checksum `config`."""
+    """The choices of a recipe that a sweep crosses. `name` is a pruner, or a YAML file with the
+    checksum `config`.
+    """
 
     name: str
     score: str = DEFAULTS[0]
@@ -41,28 +59,42 @@ class Combination(NamedTuple):
 
     @property
     def sets_sparsity(self) -> bool:
-        """Whether it reaches one sparsity only: that of a YAML file, or of a pattern such as 2:4."""
+        """Whether it has one sparsity only: that of a YAML file or a pattern such as 2:4."""
         return bool(self.config) or parse_pattern(self.pattern).sparsity is not None
 
     def __str__(self) -> str:
         """The name, and the choices that are not the defaults."""
         others = zip(self.choices, DEFAULTS, strict=True)
-        return ", ".join([self.name, *(choice for choice, default in others if choice and choice != default)])
+        return ", ".join(
+            [self.name, *(choice for choice, default in others if choice and choice != default)]
+        )
 
 
 def labels(combinations: Iterable[Combination]) -> dict[Combination, str]:
-    """What tells each from the others: its name, and those of the other choices that differ among them."""
+    """What tells each from the others: its name, and those of the other choices that differ among
+    them.
+    """
     combinations = list(dict.fromkeys(combinations))
     values = list(zip(*(combination.choices for combination in combinations), strict=True))
     differ = [len(set(column) - {""}) > 1 for column in values]
-    return {combination: ", ".join([combination.name, *(choice for choice, differs in
-                                                        zip(combination.choices, differ, strict=True)
-                                                        if differs and choice)])
-            for combination in combinations}
+    return {
+        combination: ", ".join(
+            [
+                combination.name,
+                *(
+                    choice
+                    for choice, differs in zip(combination.choices, differ, strict=True)
+                    if differs and choice
+                ),
+            ]
+        )
+        for combination in combinations
+    }
 
 
 class Task(NamedTuple):
-    """One accuracy to measure: of a combination at a sparsity, or of the dense model, or with a layer pruned alone.
+    """One accuracy to measure: of a combination at a sparsity, or of the dense model, or with a
+    layer pruned alone.
 
     A layer's name stands in the place of the pruner's. seed: of a finetuning.
     """
@@ -79,31 +111,45 @@ class Task(NamedTuple):
 
     @property
     def combination(self) -> Combination:
-        return Combination(self.name, self.score, self.pattern, self.schedule, self.reconstruct, self.config)
+        return Combination(
+            self.name, self.score, self.pattern, self.schedule, self.reconstruct, self.config
+        )
 
     @property
     def choices(self) -> dict:
         """What main.py is given for the recipe: by the names of its arguments."""
-        return {"pruner": "custom" if self.config else self.name,
-                "sparsity": None if self.combination.sets_sparsity else self.sparsity,
-                "custom_config": self.name if self.config else None,
-                "score": self.score, "pattern": self.pattern, "prune_schedule": self.schedule,
-                "reconstruct": self.reconstruct}
+        return {
+            "pruner": "custom" if self.config else self.name,
+            "sparsity": None if self.combination.sets_sparsity else self.sparsity,
+            "custom_config": self.name if self.config else None,
+            "score": self.score,
+            "pattern": self.pattern,
+            "prune_schedule": self.schedule,
+            "reconstruct": self.reconstruct,
+        }
 
     @property
     def run(self) -> str:
         """The name of the folder of its finetuning."""
         name = f"{Path(self.name).stem}-{self.config}" if self.config else self.name
-        parts = [*str(self.combination._replace(name=name)).split(", "), str(self.sparsity), f"seed{self.seed}"]
+        parts = [
+            *str(self.combination._replace(name=name)).split(", "),
+            str(self.sparsity),
+            f"seed{self.seed}",
+        ]
         return "_".join(parts).replace(":", "-")
 
     def __str__(self) -> str:
         seed = "" if self.seed is None else f", seed {self.seed}"
-        return self.kind + (f", {self.combination} at {100 * self.sparsity:.4g} %{seed}" if self.name else "")
+        return self.kind + (
+            f", {self.combination} at {100 * self.sparsity:.4g} %{seed}" if self.name else ""
+        )
 
 
 class Outcome(NamedTuple):
-    """Top-1 accuracy in percent and the fraction of the prunable weights that was pruned; or why there is none."""
+    """Top-1 accuracy in percent and the fraction of the prunable weights that was pruned; or why
+    there is none.
+    """
 
     accuracy: float | None
     pruned: float | None = None
@@ -111,14 +157,24 @@ class Outcome(NamedTuple):
 
 
 class Table:
-    """sweep.csv: a line for each outcome, added as it comes, by any process; and beside it what all of them share."""
+    """sweep.csv: a line for each outcome, added as it comes, by any process; and beside it what all
+    of them share.
+    """
 
     def __init__(self, folder: str, args, processes_per_run: int):
         """Raises UserError when the folder holds a sweep with other arguments."""
-        self.folder, self.path = folder, Path(folder, "sweep.csv")
-        shared = {action.dest for action in get_args_parser()._actions if getattr(action, "sweep", FREE) != FREE}
-        self._settings = json.loads(json.dumps({k: v for k, v in vars(args).items() if k in shared}))
-        self._settings["processes_per_run"] = processes_per_run  # which share the images of a step
+        self.folder = folder
+        self.path = Path(folder, "sweep.csv")
+        shared = {
+            action.dest
+            for action in get_args_parser()._actions
+            if getattr(action, "sweep", FREE) != FREE
+        }
+        self._settings = json.loads(
+            json.dumps({k: v for k, v in vars(args).items() if k in shared})
+        )
+        # Which share the images of a step
+        self._settings["processes_per_run"] = processes_per_run
         self._settings_path = Path(folder, "sweep.json")
         if not self.path.exists() and not self._settings_path.exists():
             return
@@ -127,18 +183,25 @@ class Table:
         except (OSError, ValueError):
             theirs = None
         if not isinstance(theirs, dict):
-            raise UserError(f"--output_dir {folder}: its sweep.json cannot be read; choose another folder")
+            raise UserError(
+                f"--output_dir {folder}: its sweep.json cannot be read; choose another folder"
+            )
         parser = get_args_parser()
         for name, ours in self._settings.items():
             default = 1 if name == "processes_per_run" else parser.get_default(name)
             before = theirs.get(name, default)  # arguments may have been added since
             if before != ours:
                 flag = "--finetune-epochs" if name == "epochs" else f"--{name.replace('_', '-')}"
-                raise UserError(f"--output_dir {folder}: holds a sweep with {flag} {before}, not {ours}; choose "
-                                "another folder")
+                raise UserError(
+                    f"--output_dir {folder}: holds a sweep with {flag} {before}, not {ours}; "
+                    "choose "
+                    "another folder"
+                )
 
     def open(self, first: bool) -> None:
-        """The first process makes and locks the folder, and writes what the sweep's lines share; the others wait."""
+        """The first process makes and locks the folder, and writes what the sweep's lines share;
+        the others wait.
+        """
         if first:
             self._lock = RunFolder(self.folder)
             self.write(self._settings_path.name, json.dumps(self._settings, indent=1).encode())
@@ -156,11 +219,17 @@ class Table:
             try:
                 # Made before sweeps crossed scores, patterns and schedules, or reconstructions:
                 if missing := {8: 4, 11: 1}.get(len(row)):
-                    row = [*row[:6 - missing], *[""] * missing, *row[6 - missing:]]
+                    row = [*row[: 6 - missing], *[""] * missing, *row[6 - missing :]]
                 kind, name, *choices, sparsity, seed, config, pruned, accuracy, error = row
-                choices = [choice or default for choice, default in zip(choices, DEFAULTS, strict=True)]
-                task = Task(kind, name, float(sparsity), int(seed) if seed else None, config, *choices)
-                found[task] = Outcome(float(accuracy) if accuracy else None, float(pruned) if pruned else None, error)
+                choices = [
+                    choice or default for choice, default in zip(choices, DEFAULTS, strict=True)
+                ]
+                task = Task(
+                    kind, name, float(sparsity), int(seed) if seed else None, config, *choices
+                )
+                found[task] = Outcome(
+                    float(accuracy) if accuracy else None, float(pruned) if pruned else None, error
+                )
             except ValueError:  # the header, or half a line
                 continue
         return found
@@ -169,13 +238,16 @@ class Table:
         """Adds a line, whole: a short write in append mode is not mixed with another process's."""
         try:
             with open(self.path, "ab", buffering=0) as file:
-                file.write(b"\n" * _torn(self.path) + _csv_lines([(task, outcome)], header=file.tell() == 0))
+                file.write(
+                    b"\n" * _torn(self.path)
+                    + _csv_lines([(task, outcome)], header=file.tell() == 0)
+                )
                 os.fsync(file.fileno())
         except OSError as error:
             raise utils.WriteError(f"{self.path}: cannot be written ({error.strerror})") from None
 
     def sort(self, tasks: Iterable[Task]) -> None:
-        """Writes the file anew: the lines of the tasks in their order, then those of other starts."""
+        """Rewrites the file: the tasks' lines in their order, then those of other starts."""
         found = self.outcomes()
         order = dict.fromkeys([*(task for task in tasks if task in found), *found])
         self.write("sweep.csv", _csv_lines([(task, found[task]) for task in order], header=True))
@@ -188,7 +260,9 @@ def mean_and_range(values: list[float]) -> str:
     """Accuracies in words: their mean, and the range of several; nothing of none."""
     if not values:
         return ""
-    return f"{mean(values):.2f}" + (f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else "")
+    return f"{mean(values):.2f}" + (
+        f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    )
 
 
 # ---- helpers, not exported ----
@@ -204,8 +278,19 @@ def _csv_lines(rows: Iterable[tuple[Task, Outcome]], header: bool) -> bytes:
         pruned = "" if outcome.pruned is None else f"{outcome.pruned:.6f}"
         accuracy = "" if outcome.accuracy is None else f"{outcome.accuracy:.4f}"
         choices = [""] * len(DEFAULTS) if task.kind == DENSE else task.combination.choices
-        writer.writerow([task.kind, task.name, *choices, task.sparsity, seed, task.config, pruned, accuracy,
-                         outcome.error])
+        writer.writerow(
+            [
+                task.kind,
+                task.name,
+                *choices,
+                task.sparsity,
+                seed,
+                task.config,
+                pruned,
+                accuracy,
+                outcome.error,
+            ]
+        )
     return text.getvalue().encode()
 
 

@@ -1,4 +1,6 @@
-"""TensorBoard and Weights & Biases, which a run reports to where it is asked to. Both packages are optional."""
+"""TensorBoard and Weights & Biases, which a run reports to where it is asked to. Both packages are
+optional.
+"""
 
 import importlib
 import os
@@ -23,12 +25,15 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in `tensorboard/` of the output folder; those of epochs that a resumed run repeats are replaced."""
+    """Event files in `tensorboard/` of the output folder; those of epochs that a resumed run
+    repeats are replaced.
+    """
 
     def __init__(self, folder: Path, epoch: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer, self._epoch = SummaryWriter(folder / "tensorboard", purge_step=epoch or None), epoch
+        self._writer = SummaryWriter(folder / "tensorboard", purge_step=epoch or None)
+        self._epoch = epoch
 
     def log(self, values: Mapping[str, float], epoch: int) -> None:
         for name, value in values.items():
@@ -39,21 +44,30 @@ class TensorBoard:
     def finish(self, pictures: Mapping[str, Path]) -> None:
         for name, path in pictures.items():
             pixels = np.asarray(Image.open(path).convert("RGB"))
-            self._writer.add_image(name.removesuffix(".png"), pixels, self._epoch, dataformats="HWC")
+            self._writer.add_image(
+                name.removesuffix(".png"), pixels, self._epoch, dataformats="HWC"
+            )
         self._writer.close()
 
 
 class WandB:
-    """A run of Weights & Biases in the project of WANDB_PROJECT; each start of a resumed run is one of its group."""
+    """A run of Weights & Biases in the project of WANDB_PROJECT; each start of a resumed run is one
+    of its group.
+    """
 
     def __init__(self, folder: str, settings: Mapping):
         import wandb
 
-        self._wandb, self._epoch = wandb, 0
+        self._wandb = wandb
+        self._epoch = 0
         try:
-            self._run = wandb.init(project=os.environ.get("WANDB_PROJECT", "sparsify-deit"), group=folder or None,
-                                   dir=folder or None, config=dict(settings),
-                                   settings=wandb.Settings(console="off", silent=True))
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "sparsify-deit"),
+                group=folder or None,
+                dir=folder or None,
+                config=dict(settings),
+                settings=wandb.Settings(console="off", silent=True),
+            )
         except wandb.Error as error:
             raise UserError(f"--wandb: {first_line(error)}") from None
 
@@ -62,7 +76,10 @@ class WandB:
         self._epoch = epoch
 
     def finish(self, pictures: Mapping[str, Path]) -> None:
-        images = {name.removesuffix(".png"): self._wandb.Image(str(path)) for name, path in pictures.items()}
+        images = {
+            name.removesuffix(".png"): self._wandb.Image(str(path))
+            for name, path in pictures.items()
+        }
         if images:
             self._run.log(images, step=self._epoch)
         self._run.finish()
@@ -73,7 +90,9 @@ def require(package: str) -> None:
     try:
         importlib.import_module(package)
     except ImportError:
-        raise UserError(f"--{package}: the package {package} is not installed; pip install {package}") from None
+        raise UserError(
+            f"--{package}: the package {package} is not installed; pip install {package}"
+        ) from None
 
 
 def build_trackers(args, epoch: int) -> list[Tracker]:

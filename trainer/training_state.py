@@ -15,10 +15,11 @@ from sparsity_factory import Sparsifier, check_masks, unit_counts
 from sparsity_factory.masks import dense_shapes
 from utils import Compute, UserError, first_line, log
 
-DROPPED_OPTIMIZERS = ("nvnovograd", "fusedmomentum")  # in timm 0.3.2, which DeiT used, and in no current release
+# In timm 0.3.2, which DeiT used, and in no current release
+DROPPED_OPTIMIZERS = ("nvnovograd", "fusedmomentum")
 
-#: Optimizers that torch computes in one pass: AdamW takes a quarter of the time on CPUs, and on GPUs the float16 loss
-#: scaler need not wait for them.
+#: Optimizers that torch computes in one pass: AdamW takes a quarter of the time on CPUs, and on
+#: GPUs the float16 loss scaler need not wait for them.
 FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")
 
 #: Entries of an optimizer's parameter groups that the arguments decide, also of a resumed run.
@@ -34,17 +35,22 @@ NEWTON_SCHULZ = muon.zeropower_via_newtonschulz
 class TrainingState:
     """What is trained, where the training stands, and the learning-rate schedule.
 
-    learner, progress: see `engine`. max_accuracy: the best top-1 so far, in percent, and best: the weights that had it,
-    `model` or `model_ema`. bad_images: a bool tensor (images,), the training images that could not be read, or None.
-    accuracy: top-1 in percent by its name (dense, pruned). dense_teacher: the `origin` of the teacher, or None.
+    learner, progress: see `engine`. max_accuracy: the best top-1 so far, in percent, and best: the
+    weights that had it, `model` or `model_ema`. bad_images: a bool tensor (images,), the training
+    images that could not be read, or None.
+    accuracy: top-1 in percent by its name (dense, pruned). dense_teacher: the `origin` of the
+    teacher, or None.
 
     Raises UserError for an optimizer or a schedule that timm refuses.
     """
 
     def __init__(self, model, sparsifier: Sparsifier, args, compute: Compute, bad_images=None):
-        self.args, self.bad_images = args, bad_images
+        self.args = args
+        self.bad_images = bad_images
         self.progress = Progress(args.seed, args.start_epoch)
-        self.max_accuracy, self.best, self.accuracy = -1.0, "model", {}
+        self.max_accuracy = -1.0
+        self.best = "model"
+        self.accuracy = {}
         self.dense_teacher: dict | None = None
         lr = args.lr if args.unscale_lr else args.lr * self._images_per_step() / 512
         fused = {"fused": True} if args.opt in FUSED else None
@@ -61,13 +67,16 @@ class TrainingState:
             self.lr_scheduler.step(self.progress.epoch)
         ema = None
         if args.model_ema:
-            ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+            ema = ModelEmaV3(
+                model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None
+            )
         scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.dtype == torch.float16)
         sparsifier.attach(optimizer, [ema.module] if ema else [])
         self.learner = Learner(model, optimizer, sparsifier, ema, scaler)
 
     def share_bad_images(self) -> list[int]:
-        """The images that any process could not read; from here on, all leave them out. Every process calls it.
+        """The images that any process could not read; from here on, all leave them out. Every
+        process calls it.
 
         Raises UserError when they are more than `--skip-bad-images` allows.
         """
@@ -77,12 +86,15 @@ class TrainingState:
         bad = sorted(set().union(*found))
         self.bad_images[bad] = True
         if len(bad) > self.args.skip_bad_images:
-            raise UserError(f"{len(bad)} training images cannot be read, named above; expected at most "
-                            f"--skip-bad-images {self.args.skip_bad_images}")
+            raise UserError(
+                f"{len(bad)} training images cannot be read, named above; expected at most "
+                f"--skip-bad-images {self.args.skip_bad_images}"
+            )
         return bad
 
     def end_epoch(self, accuracies: list[float]) -> bool:
-        """Moves on to the next epoch; true when one of the accuracies is the best so far, at the final sparsity.
+        """Moves on to the next epoch; true when one of the accuracies is the best so far, at the
+        final sparsity.
 
         accuracies: top-1 in percent of the model and, where there is one, of its moving average.
         """
@@ -96,15 +108,21 @@ class TrainingState:
         return improved
 
     def weights(self) -> dict[str, dict]:
-        """The state dicts of the model and, where there is one, of its moving average, by their keys in checkpoints."""
+        """The state dicts of the model and, where there is one, of its moving average, by their
+        keys in checkpoints.
+        """
         weights = {"model": self.learner.model.state_dict()}
-        return weights | ({"model_ema": self.learner.ema.module.state_dict()} if self.learner.ema else {})
+        return weights | (
+            {"model_ema": self.learner.ema.module.state_dict()} if self.learner.ema else {}
+        )
 
     def check_masks(self) -> None:
         """Raises PruningError where a pruned weight is not zero."""
         sparsifier = self.learner.sparsifier
         for weights in self.weights().values():
-            check_masks(weights, sparsifier.masks.masks, sparsifier.recipe if sparsifier.final else None)
+            check_masks(
+                weights, sparsifier.masks.masks, sparsifier.recipe if sparsifier.final else None
+            )
 
     def state_dict(self) -> dict:
         """DeiT's keys and this project's, in tensors, numbers, strings and plain containers only.
@@ -120,7 +138,9 @@ class TrainingState:
             "epoch": progress.epoch - 1,  # the last whole one, as in DeiT
             "step": progress.step,
             "images": progress.images,  # seen in the epoch that is not whole
-            "metrics": utils.gather_objects(progress.logger.state_dict()) if progress.epoch_step else [],
+            "metrics": utils.gather_objects(progress.logger.state_dict())
+            if progress.epoch_step
+            else [],
             "bad_images": self.share_bad_images(),
             "max_accuracy": self.max_accuracy,
             "best": self.best,
@@ -134,26 +154,37 @@ class TrainingState:
         sparsifier = learner.sparsifier
         if sparsifier.masks:
             recipe = sparsifier.recipe
-            made_by = {"name": recipe.pruner, "sparsity": recipe.sparsity, "custom_config": recipe.custom_config}
-            state |= {"masks": sparsifier.masks.state_dict(), "pruner": made_by, "pruning": sparsifier.state_dict()}
+            made_by = {
+                "name": recipe.pruner,
+                "sparsity": recipe.sparsity,
+                "custom_config": recipe.custom_config,
+            }
+            state |= {
+                "masks": sparsifier.masks.state_dict(),
+                "pruner": made_by,
+                "pruning": sparsifier.state_dict(),
+            }
         return state
 
     def resume(self, checkpoint: dict, source: str) -> None:
         """Continues where the checkpoint was written. Model and masks are loaded already.
 
-        Within an epoch, a run with other processes or batches goes on after the images that were seen.
-        Raises UserError naming `source` when its training state is not of this run's kind.
+        Within an epoch, a run with other processes or batches goes on after the images that were
+        seen. Raises UserError naming `source` when its training state is not of this run's kind.
         """
         learner, progress = self.learner, self.progress
         try:
             self._load_optimizer(checkpoint["optimizer"])
-            progress.epoch, progress.step = int(checkpoint["epoch"]) + 1, int(checkpoint.get("step", 0))
+            progress.epoch = int(checkpoint["epoch"]) + 1
+            progress.step = int(checkpoint.get("step", 0))
             progress.images = int(checkpoint.get("images", 0))
             progress.epoch_step = math.ceil(progress.images / self._images_per_step())
             if min(progress.epoch, progress.step, progress.images) < 0:
                 raise ValueError("a negative epoch or step")
             if self.lr_scheduler:
-                self._load_scheduler(checkpoint["lr_scheduler"], checkpoint["optimizer"]["param_groups"])
+                self._load_scheduler(
+                    checkpoint["lr_scheduler"], checkpoint["optimizer"]["param_groups"]
+                )
             if learner.ema:
                 learner.ema.module.load_state_dict(checkpoint.get("model_ema", checkpoint["model"]))
             if checkpoint.get("scaler"):
@@ -161,51 +192,87 @@ class TrainingState:
             progress.logger.load_state_dict(own_metrics(checkpoint.get("metrics", [])))
             self.max_accuracy = float(checkpoint.get("max_accuracy", -1.0))
             self.best = str(checkpoint.get("best", "model"))
-            self.accuracy = {str(name): float(value) for name, value in checkpoint.get("accuracy", {}).items()}
+            self.accuracy = {
+                str(name): float(value) for name, value in checkpoint.get("accuracy", {}).items()
+            }
             if self.bad_images is not None:
                 self.bad_images[[int(index) for index in checkpoint.get("bad_images", [])]] = True
-        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError, OverflowError) as error:
-            raise UserError(f"{source}: its training state does not fit this run ({first_line(error)})") from None
+        except (
+            KeyError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+            AttributeError,
+            IndexError,
+            OverflowError,
+        ) as error:
+            raise UserError(
+                f"{source}: its training state does not fit this run ({first_line(error)})"
+            ) from None
 
     def _images_per_step(self) -> int:
         return self.args.batch_size * self.args.accum_iter * utils.world_size()
 
     def _load_optimizer(self, state: dict) -> None:
-        """Loads the optimizer's state, except what the arguments decide; torch itself counts the parameters only."""
+        """Loads the optimizer's state, except what the arguments decide; torch itself counts the
+        parameters only.
+        """
         optimizer = self.learner.optimizer
         own = optimizer.state_dict()["param_groups"]
         _check_alike(state["param_groups"], own, "param_groups")
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
         for index, values in state["state"].items():
             shape = parameters[index].shape
             for name, value in values.items():
-                # One value for each weight, or fewer: a count of steps, Adafactor's row and column means.
-                if isinstance(value, torch.Tensor) and value.shape != shape and value.dim() >= max(len(shape), 1):
-                    raise ValueError(f"{name} of parameter {index} is {tuple(value.shape)}, expected {tuple(shape)}")
+                # One value for each weight, or fewer: a count of steps, Adafactor's row and column
+                # means.
+                if (
+                    isinstance(value, torch.Tensor)
+                    and value.shape != shape
+                    and value.dim() >= max(len(shape), 1)
+                ):
+                    raise ValueError(
+                        f"{name} of parameter {index} is {tuple(value.shape)}, expected "
+                        f"{tuple(shape)}"
+                    )
         settings = [{name: group[name] for name in SETTINGS if name in group} for group in own]
-        groups = [{**saved, **decided} for saved, decided in zip(state["param_groups"], settings, strict=True)]
-        before, after = state["param_groups"][0].get("initial_lr"), own[0].get("initial_lr")
+        groups = [
+            {**saved, **decided}
+            for saved, decided in zip(state["param_groups"], settings, strict=True)
+        ]
+        before = state["param_groups"][0].get("initial_lr")
+        after = own[0].get("initial_lr")
         if before is not None and before != after:
             images = self._images_per_step()
-            log(f"The learning rate is {after:.6g} instead of {before:.6g}, for {images} images a step")
+            log(
+                f"The learning rate is {after:.6g} instead of {before:.6g}, for {images} images a "
+                "step"
+            )
         optimizer.load_state_dict({**state, "param_groups": groups})
 
     def _scheduler_state(self) -> dict | None:
         if not self.lr_scheduler:
             return None
         state = self.lr_scheduler.state_dict()
-        if plateau := getattr(self.lr_scheduler, "lr_scheduler", None):  # timm leaves out most of what it has counted
-            counted = {name: value for name, value in plateau.state_dict().items() if name in COUNTED}
+        # Timm leaves out most of what it has counted
+        if plateau := getattr(self.lr_scheduler, "lr_scheduler", None):
+            counted = {
+                name: value for name, value in plateau.state_dict().items() if name in COUNTED
+            }
             state = {**state, "plateau": counted, "restore_lr": self.lr_scheduler.restore_lr}
         return state
 
     def _load_scheduler(self, state: dict, groups: list[dict]) -> None:
-        """Sets the rate of the epoch, which the arguments decide; for `plateau` also what it has counted.
+        """Sets the rate of the epoch, which the arguments decide; for `plateau` also what it has
+        counted.
 
         groups: the parameter groups of the saved optimizer.
         """
         _check_alike(state, self._scheduler_state(), "lr_scheduler")
-        epoch, plateau = self.progress.epoch, getattr(self.lr_scheduler, "lr_scheduler", None)
+        epoch = self.progress.epoch
+        plateau = getattr(self.lr_scheduler, "lr_scheduler", None)
         if plateau:
             plateau.load_state_dict({name: state["plateau"][name] for name in COUNTED})
         if not plateau or epoch <= self.lr_scheduler.warmup_t:
@@ -213,7 +280,10 @@ class TrainingState:
                 self.lr_scheduler.step(epoch)
             return
         own = self.learner.optimizer.param_groups
-        scales = [ours["initial_lr"] / saved["initial_lr"] for ours, saved in zip(own, groups, strict=True)]
+        scales = [
+            ours["initial_lr"] / saved["initial_lr"]
+            for ours, saved in zip(own, groups, strict=True)
+        ]
         for group, saved, scale in zip(own, groups, scales, strict=True):
             group["lr"] = saved["lr"] * scale
         if state.get("restore_lr"):
@@ -222,25 +292,36 @@ class TrainingState:
 
 
 def choose_muon_dtype(device: torch.device) -> None:
-    """Has timm's Muon orthogonalize in float32 where the device does not compute bfloat16 in hardware.
+    """Has timm's Muon orthogonalize in float32 where the device does not compute bfloat16 in
+    hardware.
 
-    A CPU with AVX2 alone takes thirteen times as long in bfloat16. timm's optimizers have no argument for it.
+    A CPU with AVX2 alone takes thirteen times as long in bfloat16. timm's optimizers have no
+    argument for it.
     """
     native = utils.choose_amp("auto", device) == torch.bfloat16
     muon.zeropower_via_newtonschulz = (
-        NEWTON_SCHULZ if native else functools.partial(NEWTON_SCHULZ, dtype=torch.float32))
+        NEWTON_SCHULZ if native else functools.partial(NEWTON_SCHULZ, dtype=torch.float32)
+    )
 
 
 def own_metrics(parts: list[dict]) -> dict:
-    """What this process goes on with: its own metrics or, where other processes had them, the first one's the sum."""
+    """What this process goes on with: its own metrics or, where other processes had them, the first
+    one's the sum.
+    """
     if len(parts) == utils.world_size():
         return parts[utils.rank()]
-    names = dict.fromkeys(name for part in parts for name in part) if utils.is_main_process() else ()
-    return {name: [sum(part[name][place] for part in parts if name in part) for place in (0, 1)] for name in names}
+    names = (
+        dict.fromkeys(name for part in parts for name in part) if utils.is_main_process() else ()
+    )
+    return {
+        name: [sum(part[name][place] for part in parts if name in part) for place in (0, 1)]
+        for name in names
+    }
 
 
 def _check_alike(theirs, ours, where: str) -> None:
-    """Raises ValueError where the types or lengths in `theirs` are not those of `ours`; all numbers are of one type.
+    """Raises ValueError where the types or lengths in `theirs` are not those of `ours`; all numbers
+    are of one type.
 
     Entries that only one of them has are let pass: releases of torch and timm add and remove some.
     """
@@ -253,5 +334,8 @@ def _check_alike(theirs, ours, where: str) -> None:
         for number, pair in enumerate(zip(theirs, ours, strict=True)):
             _check_alike(*pair, f"{where}[{number}]")
     elif type(ours) is not type(theirs) and not all(
-            value is None or isinstance(value, int | float) for value in (ours, theirs)):
-        raise ValueError(f"{where} is of type {type(theirs).__name__}, expected {type(ours).__name__}")
+        value is None or isinstance(value, int | float) for value in (ours, theirs)
+    ):
+        raise ValueError(
+            f"{where} is of type {type(theirs).__name__}, expected {type(ours).__name__}"
+        )

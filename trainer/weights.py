@@ -14,8 +14,11 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], sourc
     weights = with_timm_names(weights, expected)
     problems = [f"{name} is missing" for name in expected if name not in weights]
     problems += [f"{name} is not in the model" for name in weights if name not in expected]
-    problems += [f"{name} is {tuple(weights[name].shape)}, the model's {tuple(expected[name].shape)}"
-                 for name in expected if name in weights and weights[name].shape != expected[name].shape]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)}, the model's {tuple(expected[name].shape)}"
+        for name in expected
+        if name in weights and weights[name].shape != expected[name].shape
+    ]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{source}: does not fit the model: {problems[0]}{more}")
@@ -26,7 +29,10 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], sourc
 
 
 def with_timm_names(weights: dict[str, torch.Tensor], expected) -> dict[str, torch.Tensor]:
-    """Names the layer scales as `expected` has them: the DeiT III authors write `gamma_1` for timm's `ls1.gamma`."""
+    """Names the layer scales as `expected` has them: the DeiT III authors write `gamma_1` for
+    timm's `ls1.gamma`.
+    """
+
     def rename(name):
         ours = re.sub(r"\bgamma_([12])$", r"ls\1.gamma", name)
         return ours if ours in expected else name
@@ -34,15 +40,22 @@ def with_timm_names(weights: dict[str, torch.Tensor], expected) -> dict[str, tor
     return {rename(name): value for name, value in weights.items()}
 
 
-def adapt_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def adapt_weights(
+    model: torch.nn.Module, weights: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """A copy of `weights` for finetuning `model`, as DeiT's `--finetune` adapts them.
 
-    The position embedding is resized to the model's grid of patches (bicubic; class and distillation tokens kept),
-    and a head for another number of classes is replaced by the model's fresh one.
+    The position embedding is resized to the model's grid of patches (bicubic; class and
+    distillation tokens kept), and a head for another number of classes is replaced by the model's
+    fresh one.
     """
     own = model.state_dict()
     weights = dict(weights)
-    if "pos_embed" in weights and "pos_embed" in own and weights["pos_embed"].ndim == own["pos_embed"].ndim == 3:
+    if (
+        "pos_embed" in weights
+        and "pos_embed" in own
+        and weights["pos_embed"].ndim == own["pos_embed"].ndim == 3
+    ):
         num_patches = model.patch_embed.num_patches
         num_tokens = own["pos_embed"].shape[1] - num_patches
         weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], num_patches, num_tokens)
@@ -52,23 +65,33 @@ def adapt_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> d
     return weights
 
 
-def has_trained_head(model: torch.nn.Module, weights: dict[str, torch.Tensor] | None = None) -> bool:
-    """Whether the head that `adapt_weights` or timm gave the model is a trained one, and not made for its classes anew.
+def has_trained_head(
+    model: torch.nn.Module, weights: dict[str, torch.Tensor] | None = None
+) -> bool:
+    """Whether the head that `adapt_weights` or timm gave the model is a trained one, and not made
+    for its classes anew.
 
     weights: those that were adapted; None for timm's pretrained ones.
     """
     if weights is None:
         return model.pretrained_cfg.get("num_classes") == model.num_classes
     own = model.state_dict()
-    return all(name not in weights or weights[name].shape == own[name].shape for name in head_parameters(model))
+    return all(
+        name not in weights or weights[name].shape == own[name].shape
+        for name in head_parameters(model)
+    )
 
 
 def resize_pos_embed(pos_embed: torch.Tensor, num_patches: int, num_tokens: int) -> torch.Tensor:
-    """Resizes a position embedding (1, num_tokens + side ** 2, dim) to a square grid of `num_patches` patches."""
+    """Resizes a position embedding (1, num_tokens + side ** 2, dim) to a square grid of
+    `num_patches` patches.
+    """
     tokens, grid = pos_embed[:, :num_tokens], pos_embed[:, num_tokens:]
-    old, new = round(grid.shape[1] ** 0.5), round(num_patches ** 0.5)
-    if old in (0, new) or len(grid) != 1 or old ** 2 != grid.shape[1] or new ** 2 != num_patches:
+    old, new = round(grid.shape[1] ** 0.5), round(num_patches**0.5)
+    if old in (0, new) or len(grid) != 1 or old**2 != grid.shape[1] or new**2 != num_patches:
         return pos_embed  # the same, or what no model of this kind has
     grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = torch.nn.functional.interpolate(grid.float(), size=(new, new), mode="bicubic", align_corners=False)
+    grid = torch.nn.functional.interpolate(
+        grid.float(), size=(new, new), mode="bicubic", align_corners=False
+    )
     return torch.cat([tokens, grid.to(tokens.dtype).flatten(2).transpose(1, 2)], dim=1)

@@ -3,7 +3,16 @@
 from .devices import Compute, choose_amp, choose_device, versions
 from .errors import BadImageError, DivergedError, UserError, WriteError, first_line
 from .files import load_checkpoint, save_checkpoint, write_atomically
-from .logs import BARS, LINES, QUIET, MetricLogger, SmoothedValue, log, quiet_libraries, show_progress
+from .logs import (
+    BARS,
+    LINES,
+    QUIET,
+    MetricLogger,
+    SmoothedValue,
+    log,
+    quiet_libraries,
+    show_progress,
+)
 from .processes import (
     TIMEOUT,
     available_cores,

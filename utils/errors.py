@@ -2,7 +2,9 @@
 
 
 class UserError(Exception):
-    """A mistake of the user, told in one line; `main.py` prints it as `error: ...` and exits with status 2."""
+    """A mistake of the user, told in one line; `main.py` prints it as `error: ...` and exits with
+    status 2.
+    """
 
 
 class BadImageError(UserError):
@@ -14,10 +16,10 @@ class DivergedError(RuntimeError):
 
 
 class WriteError(Exception):
-    """A file that cannot be written, for want of room or otherwise; what it held before is whole."""
+    """A file that cannot be written, such as on a full disk; its old content is whole."""
 
 
 def first_line(error) -> str:
     """The first line of an exception's message, and the next where it only announces that."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[:2 if lines[0].endswith(":") else 1])
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

@@ -16,8 +16,11 @@ from tqdm import tqdm
 
 from .processes import is_main_process, sum_over_processes
 
-#: The displays of a run's progress: DeiT's lines, bars on a terminal with a line per epoch, or not at all.
-LINES, BARS, QUIET = "lines", "bars", "quiet"
+#: The displays of a run's progress: DeiT's lines, bars on a terminal with a line per epoch, or not
+#: at all.
+LINES = "lines"
+BARS = "bars"
+QUIET = "quiet"
 _display = LINES
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -25,29 +28,33 @@ SHORT = 120  # characters of what another library warns of
 
 
 def show_progress(quiet: bool = False) -> str:
-    """Chooses the display: bars where the output is a terminal, lines where it is a file or a pipe."""
+    """Chooses the display: bars on a terminal, lines for a file or a pipe."""
     global _display
     _display = QUIET if quiet else BARS if sys.stdout.isatty() else LINES
     return _display
 
 
 def log(*message, only: str = "") -> None:
-    """Prints on the first process only, at once (so that a log file can be followed). `only`: with that display."""
+    """Prints on the first process only, at once (so that a log file can be followed). `only`: with
+    that display.
+    """
     if is_main_process() and _display != QUIET and only in ("", _display):
         tqdm.write(" ".join(map(str, message)), file=sys.stdout)
         sys.stdout.flush()
 
 
 def quiet_libraries() -> None:
-    """Shows what other libraries warn of as one short line for each place in their code, on the first process only.
+    """Shows what other libraries warn of as one short line for each place in their code, on the
+    first process only.
 
-    What this project warns of is shown whole, and so are errors in logs. With `-W` or PYTHONWARNINGS, warnings are
-    shown as Python does.
+    What this project warns of is shown whole, and so are errors in logs. With `-W` or
+    PYTHONWARNINGS, warnings are shown as Python does.
     """
     if not sys.warnoptions:
         warnings.showwarning = _show_warning
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its many lines end in an error, which says it all
+    # Its many lines end in an error, which says it all
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     for handler in logging.root.handlers + logging.getLogger("torch").handlers:
         handler.addFilter(_shorten_record)
 
@@ -55,7 +62,8 @@ def quiet_libraries() -> None:
 class SmoothedValue:
     """A series of numbers, shown as the median of the last ones and the mean of all.
 
-    Tensors are kept on their device and read only when a figure is asked for: reading one waits for the device.
+    Tensors are kept on their device and read only when a figure is asked for: reading one waits for
+    the device.
     """
 
     def __init__(self, window: int = 20, fmt: str = "{median:.4f} ({global_avg:.4f})"):
@@ -75,8 +83,11 @@ class SmoothedValue:
 
     def __str__(self) -> str:
         recent = [float(value) for value in self.recent]
-        return self.fmt.format(median=float(np.median(recent)) if recent else 0.0, global_avg=self.global_avg,
-                               value=recent[-1] if recent else 0.0)
+        return self.fmt.format(
+            median=float(np.median(recent)) if recent else 0.0,
+            global_avg=self.global_avg,
+            value=recent[-1] if recent else 0.0,
+        )
 
 
 class MetricLogger:
@@ -106,31 +117,44 @@ class MetricLogger:
 
     def load_state_dict(self, state: dict[str, list]) -> None:
         for name, (total, count) in state.items():
-            self.meters[name].total, self.meters[name].count = float(total), int(count)
+            self.meters[name].total = float(total)
+            self.meters[name].count = int(count)
 
     def __str__(self) -> str:
         return "  ".join(f"{name}: {meter}" for name, meter in self.meters.items())
 
     def log_every(self, loader, print_freq: int, header: str, first: int = 0):
-        """Yields the batches of `loader`; logs every `print_freq` of them, and the total time at the end.
+        """Yields the batches of `loader`; logs every `print_freq` of them, and the total time at
+        the end.
 
-        On a terminal, a bar shows them instead. first: the number of the first batch, where earlier ones were seen
-        before.
+        On a terminal, a bar shows them instead. first: the number of the first batch, where earlier
+        ones were seen before.
         """
         steps = first + len(loader)
         disable = _display != BARS or not is_main_process()
         width = len(str(steps))
-        iter_time, data_time = SmoothedValue(fmt="{global_avg:.4f}"), SmoothedValue(fmt="{global_avg:.4f}")
+        iter_time = SmoothedValue(fmt="{global_avg:.4f}")
+        data_time = SmoothedValue(fmt="{global_avg:.4f}")
         start = end = time.time()
-        with tqdm(total=steps, initial=first, desc=header.rstrip(":"), unit="batch", leave=False, dynamic_ncols=True,
-                  file=sys.stdout, disable=disable) as bar:
+        with tqdm(
+            total=steps,
+            initial=first,
+            desc=header.rstrip(":"),
+            unit="batch",
+            leave=False,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            disable=disable,
+        ) as bar:
             for step, batch in enumerate(loader, first):
                 data_time.update(time.time() - end)
                 yield batch
                 iter_time.update(time.time() - end)
                 bar.update()
                 if step % print_freq == 0 or step == steps - 1:
-                    averages = ", ".join(f"{name} {mean:.4g}" for name, mean in self.averages().items())
+                    averages = ", ".join(
+                        f"{name} {mean:.4g}" for name, mean in self.averages().items()
+                    )
                     bar.set_postfix_str(averages, refresh=False)
                     eta = datetime.timedelta(seconds=int(iter_time.global_avg * (steps - 1 - step)))
                     line = f"{header}  [{step:{width}d}/{steps}]  eta: {eta}  {self}  "
@@ -140,8 +164,11 @@ class MetricLogger:
                     log(line, only=LINES)
                 end = time.time()
         total = time.time() - start
-        log(f"{header} Total time: {datetime.timedelta(seconds=int(total))} ({total / max(len(loader), 1):.4f} s / it)",
-            only=LINES)
+        log(
+            f"{header} Total time: {datetime.timedelta(seconds=int(total))} "
+            f"({total / max(len(loader), 1):.4f} s / it)",
+            only=LINES,
+        )
 
 
 # ---- helpers, not exported ----
@@ -150,9 +177,14 @@ _shown = set()  # the places and texts of other libraries' warnings so far
 
 
 def _short(text: str, path: str, line: int) -> str:
-    """What is shown of a library's warning; nothing where the same place or text was shown, or on other processes."""
-    text = textwrap.shorten(text.strip().partition("\n")[0].partition(" (Triggered internally at")[0], SHORT,
-                            placeholder=" ...")
+    """What is shown of a library's warning; nothing where the same place or text was shown, or on
+    other processes.
+    """
+    text = textwrap.shorten(
+        text.strip().partition("\n")[0].partition(" (Triggered internally at")[0],
+        SHORT,
+        placeholder=" ...",
+    )
     keys = {(path, line), text}
     if _shown & keys or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         return ""
@@ -166,16 +198,23 @@ def _is_ours(path: str) -> bool:
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """Takes the place of `warnings.showwarning`."""
-    text = " ".join(str(message).split()) if _is_ours(filename) else _short(str(message), filename, lineno)
+    text = (
+        " ".join(str(message).split())
+        if _is_ours(filename)
+        else _short(str(message), filename, lineno)
+    )
     if text:
         where = filename.rpartition("site-packages/")[2]
         print(f"warning: {text} ({where})", file=file or sys.stderr)
 
 
 def _shorten_record(record: logging.LogRecord) -> bool:
-    """A filter of log records: shortens those of other libraries, and drops those that were shown before."""
+    """A filter of log records: shortens those of other libraries, and drops those that were shown
+    before.
+    """
     if record.levelno >= logging.ERROR or _is_ours(record.pathname):
         return True
     text = _short(record.getMessage(), record.pathname, record.lineno)
-    record.msg, record.args = f"warning: {text} ({record.name})", ()
+    record.msg = f"warning: {text} ({record.name})"
+    record.args = ()
     return bool(text)
