@@ -15,7 +15,7 @@ import torch
 
 import utils
 from engine import steps_of_epoch
-from sparsity_factory import LayerSparsity, Sparsifier, sparsity_rows, sparsity_table
+from sparsity_factory import Kept, Sparsifier, sparsity_rows, sparsity_table
 from sparsity_factory.list_methods import menu
 from trainer.arguments import parse_args
 from trainer.audit import audit
@@ -80,11 +80,11 @@ def main(args) -> dict[str, float]:
         before = "before pruning" if "masks" in checkpoint else "dense"
         checkpoint = None  # from here on it would only take memory
 
-        rows = prune(dense, model, sparsifier, first_masks, test, before, args.eval)
+        kept = prune(dense, model, sparsifier, first_masks, test, before, args.eval)
         dense = None
         results.start(
             model,
-            rows,
+            kept,
             test.accuracy,
             torch.zeros(1, 3, args.input_size, args.input_size, device=compute.device),
         )
@@ -92,7 +92,7 @@ def main(args) -> dict[str, float]:
         if state:
             trained = train(state, options, train_loader, test, stop, results)
             accuracy = {**accuracy, "finetuned" if sparsifier.masks else "trained": trained}
-    results.finish(accuracy, sparsity_rows(model, sparsifier.masks.masks))
+    results.finish(accuracy, sparsity_rows(model, sparsifier.masks))
     if utils.is_main_process():  # also with --quiet
         print(
             "Top-1 accuracy: "
@@ -109,7 +109,7 @@ def prune(
     test: Evaluator,
     before: str,
     evaluates: bool,
-) -> list[LayerSparsity]:
+) -> Kept:
     """Prunes the model by masks that it does not have yet, and reports what is kept of each layer.
 
     The accuracy is measured before (under the name `before`) and after; with `evaluates` also of a
@@ -119,13 +119,13 @@ def prune(
     if first_masks:
         test.measure(before, dense)
         sparsifier.start(first_masks)
-    rows = sparsity_rows(model, sparsifier.masks.masks)
+    kept = sparsity_rows(model, sparsifier.masks)
     pruned = sparsifier.masks.sparsity() > 0
     if pruned:
-        log(sparsity_table(rows))
+        log(sparsity_table(kept))
     if evaluates or first_masks and pruned:
         test.measure("pruned" if pruned else "dense", test.quickest(model))
-    return rows
+    return kept
 
 
 def describe(args, compute: Compute) -> None:

@@ -30,6 +30,7 @@ import torch
 
 import utils
 from sparsity_factory import (
+    Kept,
     LayerSparsity,
     Masks,
     Statistics,
@@ -82,7 +83,7 @@ def search(argv: list[str]) -> int:
                 f"stopped by {stopped.name}; the same command goes on in {options.output_dir}",
             )
             raise
-    rows = space.rows(chosen)
+    kept = space.rows(chosen)
     command = shlex.join(
         [
             "python",
@@ -97,7 +98,7 @@ def search(argv: list[str]) -> int:
         ]
     )
     write_results(
-        options, args, chosen, rows, bench, reached(chosen), command, utils.versions(compute.device)
+        options, args, chosen, kept, bench, reached(chosen), command, utils.versions(compute.device)
     )
     record.finish()
     print(f"To use it: {command}")
@@ -203,10 +204,8 @@ class Space:
         total = prod(self.shapes[name])
         return total * amount[0] // amount[1] if isinstance(amount, tuple) else amount
 
-    def rows(self, chosen: Mapping[str, str]) -> list[LayerSparsity]:
-        """What a choice of levels keeps, as `sparsity_rows` has it, with the total of the prunable
-        weights twice.
-        """
+    def rows(self, chosen: Mapping[str, str]) -> Kept:
+        """What a choice of levels keeps of the prunable weights."""
 
         def pattern(name, level):
             return level if ":" in level or level == "dense" else "unstructured"
@@ -227,7 +226,7 @@ class Space:
             sum(row.kept for row in layers),
             sum(row.total for row in layers),
         )
-        return [*layers, total, total]
+        return Kept(layers, prunable=total, whole=total)
 
 
 def price(options, args, space: Space, model, calibration: Calibration, record: "Record"):
@@ -533,7 +532,7 @@ def write_results(
     options,
     args,
     chosen: Mapping[str, str],
-    rows: list[LayerSparsity],
+    kept: Kept,
     bench: Bench,
     reached: float,
     command: str,
@@ -543,8 +542,8 @@ def write_results(
     of = {"macs": "the multiply-adds", "latency": "the time"}.get(options.budget_of)
     text = (
         f"{reached:.2%} of {of} and " if of else ""
-    ) + f"{1 - rows[-1].sparsity:.2%} of the weights kept"
-    write = {"search.yaml": sparsity_yaml(rows, f"{options.command}\n{text}").encode()}
+    ) + f"{1 - kept.prunable.sparsity:.2%} of the weights kept"
+    write = {"search.yaml": sparsity_yaml(kept, f"{options.command}\n{text}").encode()}
     table, texts = io.StringIO(), bench.space.texts
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(
@@ -554,7 +553,7 @@ def write_results(
         "| layer | level | kept | " + " | ".join(f"loss at {level}" for level in texts) + " |",
         "| --- | --- | ---: |" + " ---: |" * len(texts),
     ]
-    for row, level in zip(rows, chosen.values(), strict=False):
+    for row, level in zip(kept.layers, chosen.values(), strict=True):
         losses = [bench.losses[row.name].get(text) for text in texts]
         writer.writerow(
             [
@@ -574,7 +573,7 @@ def write_results(
     write["search.csv"] = table.getvalue().encode()
     shares = {
         row.name: (level, 1 - row.sparsity)
-        for row, level in zip(rows, chosen.values(), strict=False)
+        for row, level in zip(kept.layers, chosen.values(), strict=True)
     }
     write["search.png"] = plots.png(plots.level_map(shares, f"{args.model}, {text}"))
     write["search.md"] = "\n\n".join(

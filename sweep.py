@@ -453,10 +453,10 @@ class Workbench:
         if first_masks:
             sparsifier.start(first_masks)
         image = torch.zeros(1, 3, args.input_size, args.input_size, device=self.compute.device)
-        results.start(self.model, sparsity_rows(self.model, sparsifier.masks.masks), {}, image)
+        results.start(self.model, sparsity_rows(self.model, sparsifier.masks), {}, image)
         self.train_loader.sampler.set_seed(args.seed)
         accuracy = train(state, self.options, self.train_loader, self.test, self.stop, results)
-        results.finish({"finetuned": accuracy}, sparsity_rows(self.model, sparsifier.masks.masks))
+        results.finish({"finetuned": accuracy}, sparsity_rows(self.model, sparsifier.masks))
         return Outcome(accuracy, sparsifier.masks.sparsity())
 
 

@@ -189,8 +189,8 @@ def step() -> list[dict]:
         state = ours(name)
         chosen = compute_masks(state.model, "lamp", SPARSITY)
         kept = Masks(state.model, chosen)
-        bytes_each = sum(mask.element_size() * mask.numel() for mask in kept.masks.values()) / sum(
-            mask.numel() for mask in kept.masks.values()
+        bytes_each = sum(mask.element_size() * mask.numel() for mask in kept.values()) / sum(
+            mask.numel() for mask in kept.values()
         )
         dense = {
             dtype: step_seconds(state.model, state.optimizer, 64, dtype)

@@ -25,6 +25,7 @@ from .shrink import shrink, unit_counts, with_units
 from .sparse_kernels import KERNELS, KernelReport, sparse_kernels
 from .sparsifier import Sparsifier, prune
 from .sparsity_table import (
+    Kept,
     LayerSparsity,
     checkpoint_table,
     sparse_multiply_adds,
@@ -46,6 +47,7 @@ __all__ = [
     "Description",
     "Inputs",
     "KernelReport",
+    "Kept",
     "LayerSparsity",
     "Masks",
     "PruningError",

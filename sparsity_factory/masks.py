@@ -45,8 +45,8 @@ class Change(NamedTuple):
     grown: Tensor
 
 
-class Masks:
-    """Keeps the pruned weights of a model at zero.
+class Masks(Mapping[str, Tensor]):
+    """Keeps the pruned weights of a model at zero: a mapping of parameter names to bool masks.
 
     The surviving weights follow exactly the path they would take if every layer computed with
     `weight * mask`, while the model keeps its plain parameters: nothing is hooked, renamed or
@@ -63,10 +63,6 @@ class Masks:
             kept. They are copied. Parameters without a mask stay dense. A parameter that several
             modules share goes by its first name.
 
-    Attributes:
-        masks: the masks by parameter name, in model order, each on its parameter's device. They
-            change in place.
-
     Raises:
         PruningError: a name that is no floating-point parameter of the model, a wrong shape or
             dtype. Nothing is changed then.
@@ -79,7 +75,7 @@ class Masks:
             name: prod(dense.get(name, weight.shape))
             for name, weight in prunable_weights(model).items()
         }
-        self.masks: dict[str, Tensor] = {}
+        self._masks: dict[str, Tensor] = {}
         self.update(masks)
         self.apply()
 
@@ -101,13 +97,13 @@ class Masks:
         changes = {}
         for name, new in masks.items():
             device = self._parameters[name].device
-            old = self.masks.setdefault(
+            old = self._masks.setdefault(
                 name, torch.ones(new.shape, dtype=torch.bool, device=device)
             )
             new = new.to(device)
             changes[name] = Change(dropped=old > new, grown=new > old)
             old.copy_(new)
-        self.masks = {name: self.masks[name] for name in self._parameters if name in self.masks}
+        self._masks = {name: self._masks[name] for name in self._parameters if name in self._masks}
         return changes
 
     def check(self, masks: Mapping[str, Tensor]) -> None:
@@ -132,7 +128,7 @@ class Masks:
         """Sets the pruned weights to zero: after every optimizer step, before an average of the
         weights is updated.
         """
-        for name, mask in self.masks.items():
+        for name, mask in self._masks.items():
             select(self._parameters[name], mask)
 
     @torch.no_grad()
@@ -140,7 +136,7 @@ class Masks:
         """Sets the gradients of the pruned weights to zero: after backward, before they are
         unscaled and clipped.
         """
-        for name, mask in self.masks.items():
+        for name, mask in self._masks.items():
             if self._parameters[name].grad is not None:
                 select(self._parameters[name].grad, mask)
 
@@ -155,19 +151,30 @@ class Masks:
         Raises:
             AttributeError: the module has no parameter of a masked name.
         """
-        for name, mask in self.masks.items():
+        for name, mask in self._masks.items():
             parameter = module.get_parameter(name)
             select(parameter, mask.to(parameter.device))
 
-    def __bool__(self) -> bool:
-        """Whether any weight has a mask."""
-        return bool(self.masks)
+    def __getitem__(self, name: str) -> Tensor:
+        """The mask of a parameter, on its device. It changes in place."""
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the masked parameters, in model order."""
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    # By identity: tensors have no truth value that a comparison of mappings could use.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def sparsity(self) -> float:
         """The fraction that is pruned of the prunable weights that have a mask, in [0, 1]; biases
         do not count.
         """
-        masks = {name: mask for name, mask in self.masks.items() if name in self._sizes}
+        masks = {name: mask for name, mask in self._masks.items() if name in self._sizes}
         total = sum(self._sizes[name] for name in masks)
         return (
             1 - sum(int(mask.count_nonzero()) for mask in masks.values()) / total if total else 0.0
@@ -175,7 +182,7 @@ class Masks:
 
     def state_dict(self) -> dict[str, dict]:
         """The masks packed to one bit per weight: see `pack`."""
-        return pack(self.masks)
+        return pack(self._masks)
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         """Replaces the masks by those of a `state_dict` for the same weights, and applies them.
@@ -185,16 +192,16 @@ class Masks:
             nothing is changed then.
         """
         masks = unpack(state)
-        for name in [*self.masks, *masks]:
+        for name in [*self._masks, *masks]:
             if name not in masks:
                 raise PruningError(f"mask {name!r} is missing from the saved masks")
-            if name not in self.masks:
+            if name not in self._masks:
                 raise PruningError(
                     f"mask {name!r} of the saved masks belongs to no weight that is masked here"
                 )
-            if masks[name].shape != self.masks[name].shape:
+            if masks[name].shape != self._masks[name].shape:
                 raise PruningError(
-                    f"mask {name!r}: expected shape {list(self.masks[name].shape)}, got "
+                    f"mask {name!r}: expected shape {list(self._masks[name].shape)}, got "
                     f"{list(masks[name].shape)}"
                 )
         self.update(masks)

@@ -150,7 +150,7 @@ class Sparsifier:
         """Prunes the model for the first step. `first`: what `first_masks` returned, where it was
         called already.
         """
-        if not self.masks.masks:
+        if not self.masks:
             first = self.first_masks() if first is None else first
             self._changed = 0 if self.schedule.changes_at(0) else -1
             dense = copy.deepcopy(self.model.state_dict()) if self._learns else {}
@@ -159,7 +159,7 @@ class Sparsifier:
             if dense:
                 self.model.load_state_dict(dense)
         if self._learns:
-            self._learner = self._new_learner(self.masks.masks)
+            self._learner = self._new_learner(self.masks)
         self._hide() if self._hides else self.masks.apply()
         self._mask_averages()
 
@@ -260,14 +260,14 @@ class Sparsifier:
                 if self.recipe.pattern != "unstructured"
                 or isinstance(self._levels.get(name), tuple)
             }
-            for name, mask in self.masks.masks.items():
+            for name, mask in self.masks.items():
                 if name in new and name not in grouped:
                     new[name] = new[name].to(mask.device) & mask
         return new
 
     def dense(self) -> dict[str, Tensor]:
         """Masks that keep every weight."""
-        return {name: torch.ones_like(mask) for name, mask in self.masks.masks.items()}
+        return {name: torch.ones_like(mask) for name, mask in self.masks.items()}
 
     def learned(self) -> dict[str, Tensor]:
         """The masks that were learned; those of the recipe where the training is too short to learn
@@ -275,7 +275,7 @@ class Sparsifier:
         """
         learner = self._learner
         return (
-            self._shared_masks(lambda: {**self.masks.masks, **learner.masks()})
+            self._shared_masks(lambda: {**self.masks, **learner.masks()})
             if learner
             else self.choose()
         )
@@ -289,7 +289,7 @@ class Sparsifier:
 
         def compute():
             new = {}
-            for layer, (name, mask) in enumerate(self.masks.masks.items()):
+            for layer, (name, mask) in enumerate(self.masks.items()):
                 weight = self._parameters[name]
                 if weight.grad is not None:
                     count = int(share * int(mask.count_nonzero()))
@@ -346,7 +346,7 @@ class Sparsifier:
         steps = state.steps(recipe)
         masks = state.masks()
         self.masks.check(masks)
-        expected = self.masks.masks or (self._shapes if self.recipe.pruner else {})
+        expected = self.masks or (self._shapes if self.recipe.pruner else {})
         for name in expected:
             # Structured patterns mask other parameters
             if name not in masks and masks.keys() <= expected.keys():
@@ -553,8 +553,8 @@ class Sparsifier:
 
     def _hide(self) -> None:
         """Takes the pruned weights out of the model."""
-        weights = [self._parameters[name].detach() for name in self.masks.masks]
-        for name, weight in zip(self.masks.masks, weights, strict=True):
+        weights = [self._parameters[name].detach() for name in self.masks]
+        for name, weight in zip(self.masks, weights, strict=True):
             if name not in self._hidden:
                 self._hidden[name] = torch.empty_like(weight)
         hidden = list(self._hidden.values())
@@ -642,4 +642,4 @@ def prune(
         walk=lambda visit, beside: visit_layers(model, batches, visit, beside=beside),
     )
     sparsifier.start()
-    return sparsifier.masks.masks
+    return dict(sparsifier.masks)

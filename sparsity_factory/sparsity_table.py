@@ -4,7 +4,7 @@ configuration.
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
 from typing import NamedTuple
 
@@ -29,14 +29,30 @@ class LayerSparsity(NamedTuple):
         return 1 - self.kept / self.total if self.total else 0.0
 
 
-def sparsity_rows(model: nn.Module, masks: Mapping[str, Tensor]) -> list[LayerSparsity]:
-    """One row per prunable weight in model order, then two totals: the prunable weights, and all
-    parameters.
+class Kept(NamedTuple):
+    """How much pruning kept of a model.
+
+    layers: one row per prunable weight, in model order.
+    prunable, whole: the totals over the prunable weights and over all parameters.
+    """
+
+    layers: list[LayerSparsity]
+    prunable: LayerSparsity
+    whole: LayerSparsity
+
+    @property
+    def rows(self) -> list[LayerSparsity]:
+        """The layers, then the two totals."""
+        return [*self.layers, self.prunable, self.whole]
+
+
+def sparsity_rows(model: nn.Module, masks: Mapping[str, Tensor]) -> Kept:
+    """What is kept of each prunable weight, of all of them and of the whole model.
 
     Args:
         model: a module; only names, shapes and sizes of its parameters are read. A shrunk one is
             compared with the dense one that it was.
-        masks: parameter name to bool tensor, as `compute_masks` returns and `Masks.masks` holds. A
+        masks: parameter name to bool tensor, as `compute_masks` returns, or a `Masks`. A
             prunable weight without a mask counts as dense.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -48,8 +64,8 @@ def sparsity_rows(model: nn.Module, masks: Mapping[str, Tensor]) -> list[LayerSp
     )
 
 
-def sparsity_table(rows: Sequence[LayerSparsity]) -> str:
-    """The rows of `sparsity_rows` as text: name, shape, kept of total, sparsity in percent; the
+def sparsity_table(kept: Kept) -> str:
+    """What is kept as text: name, shape, kept of total, sparsity in percent; the
     totals below a line.
     """
     header = ("layer", "shape", "kept", "of", "sparsity")
@@ -61,7 +77,7 @@ def sparsity_table(rows: Sequence[LayerSparsity]) -> str:
             f"{row.total:,}",
             f"{row.sparsity:.2%}",
         )
-        for row in rows
+        for row in kept.rows
     ]
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
     lines = [_line(row, widths) for row in [header, *cells]]
@@ -80,17 +96,17 @@ def checkpoint_table(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor])
     return sparsity_table(_rows(masked, masks, shapes, sum(map(prod, shapes.values()))))
 
 
-def sparsity_csv(rows: Sequence[LayerSparsity], dense: Mapping[str, int]) -> str:
-    """The rows of `sparsity_rows` as CSV, with the multiply-adds of each, dense and weighted by the
+def sparsity_csv(kept: Kept, dense: Mapping[str, int]) -> str:
+    """What is kept as CSV, with the multiply-adds of each, dense and weighted by the
     layer's density.
 
     Args:
-        rows: from `sparsity_rows`.
+        kept: from `sparsity_rows`.
         dense: from `multiply_adds`. Its attention products and other layers get rows of their own.
     """
-    *layers, prunable, whole = rows
+    layers, prunable, whole = kept
     others = LayerSparsity(OTHERS, (), whole.total - prunable.total, whole.total - prunable.total)
-    sparse = sparse_multiply_adds(rows, dense)
+    sparse = sparse_multiply_adds(kept, dense)
     totals = [sum(count[row.name] for row in layers) for count in (dense, sparse)]
     table = [(row, dense[row.name], sparse[row.name]) for row in layers]
     table += [(LayerSparsity(ATTENTION, (), 0, 0), dense[ATTENTION], dense[ATTENTION])]
@@ -126,20 +142,20 @@ def sparsity_csv(rows: Sequence[LayerSparsity], dense: Mapping[str, int]) -> str
     return text.getvalue()
 
 
-def sparse_multiply_adds(rows: Sequence[LayerSparsity], dense: Mapping[str, int]) -> dict[str, int]:
+def sparse_multiply_adds(kept: Kept, dense: Mapping[str, int]) -> dict[str, int]:
     """The counts of `multiply_adds`, those of each prunable weight times the fraction of it that is
     kept.
     """
-    density = {row.name: row.kept / row.total for row in rows[:-2]}
+    density = {row.name: row.kept / row.total for row in kept.layers}
     return {name: round(count * density.get(name, 1)) for name, count in dense.items()}
 
 
-def sparsity_yaml(rows: Sequence[LayerSparsity], comment: str = "") -> str:
-    """The rows of `sparsity_rows` as a custom configuration that keeps the same numbers of weights.
+def sparsity_yaml(kept: Kept, comment: str = "") -> str:
+    """A custom configuration that keeps the same number of weights in each layer.
 
     comment: its lines are put first.
     """
-    layers = rows[:-2]
+    layers = kept.layers
     mode = "nxm" if any(":" in row.pattern for row in layers) else "unstructured"
     lines = [f"# {line}" for line in comment.splitlines()]
     lines += ["sparsity:", f"  mode: {mode}", "  level:"]
@@ -160,7 +176,7 @@ def _rows(
     masks: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     parameters: int,
-) -> list[LayerSparsity]:
+) -> Kept:
     """shapes: those of the dense model. parameters: how many there are, pruned or not."""
     layers = []
     for name, weight in prunable.items():
@@ -177,7 +193,7 @@ def _rows(
         mask.numel() - int(mask.count_nonzero()) for name, mask in masks.items() if name in shapes
     )
     whole = LayerSparsity("whole model", (), parameters - pruned, sum(map(prod, shapes.values())))
-    return [*layers, total, whole]
+    return Kept(layers, total, whole)
 
 
 def _pattern(mask: Tensor) -> str:

@@ -268,7 +268,7 @@ def test_an_optimizer_moves_the_weights_that_are_kept_and_no_others(opt):
         lambda images, logits, targets: torch.nn.functional.cross_entropy(logits, targets), COMPUTE
     )
     train_one_epoch(state.learner, step, batches, state.progress)
-    for name, mask in sparsifier.masks.masks.items():
+    for name, mask in sparsifier.masks.items():
         moved = model.get_parameter(name) != before[name]
         assert moved[mask].any()
         assert not moved[~mask].any()

@@ -263,7 +263,7 @@ def test_a_step_that_overflows_in_float16_is_skipped_and_changes_masks_with_the_
     sparsifier.attach(optimizer)
 
     def after_step():
-        masks = torch.cat([mask.flatten() for mask in sparsifier.masks.masks.values()])
+        masks = torch.cat([mask.flatten() for mask in sparsifier.masks.values()])
         seen.append((scaler.get_scale(), weights_of(model), masks))
 
     train(
@@ -295,7 +295,7 @@ def test_pruned_weights_are_zero_after_every_step_of_an_optimizer_that_moves_the
 
     def after_step():
         for weights in (model.state_dict(), ema.module.state_dict()):
-            check_masks(weights, sparsifier.masks.masks)
+            check_masks(weights, sparsifier.masks)
         checked.append(sparsifier.masks.sparsity())
 
     train(model, batches(9), optimizer, sparsifier=sparsifier, ema=ema, after_step=after_step)

@@ -63,7 +63,7 @@ def save_checkpoint(path, name=SAMPLE, size=28, classes=10, **recipe):
         sparsifier.start(sparsifier.first_masks())
         content |= {"masks": sparsifier.masks.state_dict(), "pruning": sparsifier.state_dict()}
     torch.save({**content, "model": model.state_dict()}, path)
-    return model, sparsifier.masks.masks
+    return model, sparsifier.masks
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def test_logits_learn_as_by_autograd_through_a_soft_mask():
         loss_of(masked, step).backward()
         optimizer.step()
         run.step(parts=1 + step % 2, scale=2.0 ** (step % 5))  # neither changes anything
-    for mask, values in zip(run.sparsifier.masks.masks.values(), logits, strict=True):
+    for mask, values in zip(run.sparsifier.masks.values(), logits, strict=True):
         assert torch.equal(mask, choices[values.argmax(1)].bool().view(mask.shape))
 
 
@@ -128,7 +128,7 @@ def test_adam_is_that_of_torch():
 def test_weights_stand_still_until_the_masks_are_final_and_train_from_there():
     dense, run = network(), Run(recipe(prune_end=0.5))
     for step in range(STEPS):
-        masks = run.sparsifier.masks.masks
+        masks = run.sparsifier.masks
         check_masks(run.model.state_dict(), masks, run.sparsifier.recipe)
         check_masks(run.average.state_dict(), masks, run.sparsifier.recipe)
         assert run.sparsifier.final == (step > 6)
@@ -145,8 +145,8 @@ def test_weights_stand_still_until_the_masks_are_final_and_train_from_there():
             )
             final = {name: mask.clone() for name, mask in masks.items()}
         run.step()
-    assert all(torch.equal(run.sparsifier.masks.masks[name], mask) for name, mask in final.items())
-    first = Run(recipe()).sparsifier.masks.masks
+    assert all(torch.equal(run.sparsifier.masks[name], mask) for name, mask in final.items())
+    first = Run(recipe()).sparsifier.masks
     assert any(not torch.equal(final[name], mask) for name, mask in first.items())
 
 
@@ -218,19 +218,19 @@ def test_a_reconstruction_chooses_the_first_masks_and_makes_up_for_the_learned_o
 
     run = Run(recipe(prune_end=0.5, reconstruct="obs"), started=False, walk=walk)
     run.sparsifier.start()
-    by_obs = run.sparsifier.masks.masks["0.weight"].clone()
-    assert not torch.equal(by_obs, Run(recipe()).sparsifier.masks.masks["0.weight"])
+    by_obs = run.sparsifier.masks["0.weight"].clone()
+    assert not torch.equal(by_obs, Run(recipe()).sparsifier.masks["0.weight"])
     assert torch.equal(run.model[0].weight, network()[0].weight * by_obs)
     for _ in range(6):
         run.step()
-    learned = {name: mask.clone() for name, mask in run.sparsifier.masks.masks.items()}
+    learned = {name: mask.clone() for name, mask in run.sparsifier.masks.items()}
     run.step()
     assert len(walks) == 2
-    kept = run.sparsifier.masks.masks["0.weight"]
+    kept = run.sparsifier.masks["0.weight"]
     assert (kept == learned["0.weight"]).float().mean() > 0.8  # one more step of learning
     assert not torch.equal(run.model[0].weight, network()[0].weight * kept)
-    check_masks(run.model.state_dict(), run.sparsifier.masks.masks, run.sparsifier.recipe)
-    check_masks(run.average.state_dict(), run.sparsifier.masks.masks, run.sparsifier.recipe)
+    check_masks(run.model.state_dict(), run.sparsifier.masks, run.sparsifier.recipe)
+    check_masks(run.average.state_dict(), run.sparsifier.masks, run.sparsifier.recipe)
 
 
 def test_each_layer_learns_among_the_masks_of_its_own_n_and_a_dense_one_stays():
@@ -239,7 +239,7 @@ def test_each_layer_learns_among_the_masks_of_its_own_n_and_a_dense_one_stays():
     assert [values.shape for values in run.logits()] == [(24, 4)]
     for _ in range(STEPS):
         run.step()
-    check_masks(run.model.state_dict(), run.sparsifier.masks.masks, run.sparsifier.recipe)
+    check_masks(run.model.state_dict(), run.sparsifier.masks, run.sparsifier.recipe)
 
 
 def test_a_layer_without_a_gradient_keeps_its_masks():
@@ -247,10 +247,10 @@ def test_a_layer_without_a_gradient_keeps_its_masks():
     model[0].weight.requires_grad_(False)
     sparsifier = Sparsifier(model, recipe(), total_steps=4, epoch_steps=2)
     sparsifier.start()
-    before = sparsifier.masks.masks["0.weight"].clone()
+    before = sparsifier.masks["0.weight"].clone()
     for _ in range(4):
         sparsifier.begin_step()
         model(torch.randn(3, 8)).square().sum().backward()
         sparsifier.end_backward()
         sparsifier.end_step()
-    assert torch.equal(sparsifier.masks.masks["0.weight"], before)
+    assert torch.equal(sparsifier.masks["0.weight"], before)

@@ -167,7 +167,7 @@ def test_only_existing_gradients_are_masked():
     assert model[0].weight.grad is None
     model[0].weight.grad = torch.ones(7, 10)
     masks.apply_to_grads()
-    assert torch.equal(model[0].weight.grad.bool(), masks.masks["0.weight"])
+    assert torch.equal(model[0].weight.grad.bool(), masks["0.weight"])
 
 
 def test_a_masked_model_can_be_copied_and_has_its_plain_parameters():
@@ -186,7 +186,7 @@ def test_masks_work_on_the_device_of_the_weights():
         masks = Masks(layer, {"weight": torch.ones(7, 10, dtype=torch.bool)})
         masks.apply()
         masks.apply_to_grads()
-        for tensor in (masks.masks["weight"], layer.weight, layer.weight.grad):
+        for tensor in (masks["weight"], layer.weight, layer.weight.grad):
             assert tensor.device.type == "cuda"
 
 
@@ -226,7 +226,7 @@ def test_an_infinite_gradient_of_a_pruned_weight_becomes_zero_and_that_of_a_kept
     masks = Masks(model, compute_masks(model, "unif", 0.5))
     model[0].weight.grad = torch.full((7, 10), torch.inf)
     masks.apply_to_grads()
-    assert torch.equal(model[0].weight.grad, torch.where(masks.masks["0.weight"], torch.inf, 0.0))
+    assert torch.equal(model[0].weight.grad, torch.where(masks["0.weight"], torch.inf, 0.0))
 
 
 def test_strided_values_are_selected_in_place():
@@ -241,21 +241,21 @@ def test_masks_are_copies_of_what_they_were_made_from():
     masks = Masks(model, chosen)
     kept = int(chosen["0.weight"].sum())
     chosen["0.weight"].fill_(True)
-    assert int(masks.masks["0.weight"].sum()) == kept
+    assert int(masks["0.weight"].sum()) == kept
     masks.update({"0.weight": (new := torch.zeros(7, 10, dtype=torch.bool))})
     new.fill_(True)
-    assert not masks.masks["0.weight"].any()
+    assert not masks["0.weight"].any()
 
 
 def test_an_update_changes_masks_in_place_and_tells_what_was_dropped_and_grown():
     model = nn.Sequential(nn.Linear(3, 1, bias=False))
     masks = Masks(model, {"0.weight": torch.tensor([[True, True, False]])})
-    held, weight = masks.masks["0.weight"], model[0].weight.detach().clone()
+    held, weight = masks["0.weight"], model[0].weight.detach().clone()
     change = masks.update({"0.weight": torch.tensor([[True, False, True]])})
     assert list(change) == ["0.weight"]
     assert change["0.weight"].dropped.tolist() == [[False, True, False]]
     assert change["0.weight"].grown.tolist() == [[False, False, True]]
-    assert masks.masks["0.weight"] is held and held.tolist() == [[True, False, True]]
+    assert masks["0.weight"] is held and held.tolist() == [[True, False, True]]
     assert torch.equal(model[0].weight, weight)  # until they are applied
     masks.apply()
     assert model[0].weight.count_nonzero() == 1
@@ -267,23 +267,23 @@ def test_any_parameter_can_have_a_mask_also_later_and_masks_stay_in_model_order(
     bias = torch.arange(7) < 5
     change = masks.update({"0.bias": bias})
     masks.apply()
-    assert list(masks.masks) == ["0.bias", "2.weight"]
+    assert list(masks) == ["0.bias", "2.weight"]
     assert torch.equal(change["0.bias"].dropped, ~bias)
     assert torch.equal(model[0].bias != 0, bias)
     restored = Masks(fresh := two_layers(), unpack(masks.state_dict()))
-    assert torch.equal(restored.masks["0.bias"], bias) and torch.equal(fresh[0].bias, model[0].bias)
-    check_masks(model.state_dict(), masks.masks)
+    assert torch.equal(restored["0.bias"], bias) and torch.equal(fresh[0].bias, model[0].bias)
+    check_masks(model.state_dict(), masks)
 
 
 def test_an_update_that_does_not_fit_changes_nothing():
     model = two_layers()
     masks = Masks(model, compute_masks(model, "unif", 0.5))
-    before = {name: mask.clone() for name, mask in masks.masks.items()}
+    before = {name: mask.clone() for name, mask in masks.items()}
     with pytest.raises(PruningError, match="'2.weight'"):
         masks.update(
             {"0.weight": torch.zeros(7, 10, dtype=torch.bool), "2.weight": torch.zeros(7, 3)}
         )
-    assert all(torch.equal(masks.masks[name], mask) for name, mask in before.items())
+    assert all(torch.equal(masks[name], mask) for name, mask in before.items())
 
 
 def test_an_average_obeys_the_masks():
@@ -291,7 +291,7 @@ def test_an_average_obeys_the_masks():
     masks = Masks(model, compute_masks(model, "unif", 0.5))
     average = ModelEmaV3(two_layers())
     masks.apply_to(average.module)
-    assert torch.equal(average.module[0].weight != 0, masks.masks["0.weight"])
+    assert torch.equal(average.module[0].weight != 0, masks["0.weight"])
 
 
 class ReadsZero(TorchDispatchMode):
@@ -307,9 +307,9 @@ def test_an_average_on_the_cpu_obeys_masks_on_a_gpu_and_is_checked_against_them(
     with FakeTensorMode(), ReadsZero():
         layer, average = nn.Linear(10, 7, device="cuda"), nn.Linear(10, 7)
         masks = Masks(layer, {"weight": torch.ones(7, 10, dtype=torch.bool)})
-        assert masks.masks["weight"].device.type == "cuda"
+        assert masks["weight"].device.type == "cuda"
         masks.apply_to(average)
-        check_masks(average.state_dict(), masks.masks)
+        check_masks(average.state_dict(), masks)
         assert average.weight.device.type == "cpu"
 
 
@@ -326,8 +326,8 @@ def test_masks_survive_a_file_that_is_read_with_weights_only():
     assert state["2.weight"]["bits"].numel() == 3  # 21 weights
     fresh = two_layers()
     restored = Masks(fresh, unpack(state))
-    assert list(restored.masks) == list(masks.masks)
-    assert all(torch.equal(restored.masks[name], mask) for name, mask in masks.masks.items())
+    assert list(restored) == list(masks)
+    assert all(torch.equal(restored[name], mask) for name, mask in masks.items())
     assert torch.equal(fresh[0].weight, model[0].weight)
 
 
@@ -389,9 +389,9 @@ def test_damaged_masks_are_a_one_line_error_and_change_nothing(damage):
     change, message = DAMAGES[damage]
     model = two_layers()
     masks = Masks(model, compute_masks(model, "unif", 0.1))
-    before, weight = dict(masks.masks), model[0].weight.clone()
+    before, weight = dict(masks), model[0].weight.clone()
     with pytest.raises(PruningError, match=message) as error:
         masks.load_state_dict(damaged(change))
     assert "\n" not in str(error.value)
-    assert all(masks.masks[name] is mask for name, mask in before.items())
+    assert all(masks[name] is mask for name, mask in before.items())
     assert torch.equal(model[0].weight, weight)

@@ -85,7 +85,7 @@ def test_channels_stay_within_their_head():
 def test_blocks_that_are_not_known_stay_as_they_are():
     model = linears(torch.rand(8, 8), torch.rand(8, 8))
     dense = copy.deepcopy(model)
-    masks = started(model, Recipe("unif", pattern="2:4", permute=True)).masks.masks
+    masks = started(model, Recipe("unif", pattern="2:4", permute=True)).masks
     for name, mask in compute_masks(dense, "unif", pattern="2:4").items():
         assert torch.equal(masks[name], mask)
 
@@ -199,9 +199,7 @@ def test_the_orders_of_the_first_process_are_those_of_all():
         torch.equal(one, other)
         for one, other in zip(model.parameters(), expected.parameters(), strict=True)
     )
-    assert all(
-        torch.equal(first.masks.masks[name], mask) for name, mask in second.masks.masks.items()
-    )
+    assert all(torch.equal(first.masks[name], mask) for name, mask in second.masks.items())
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def pruned_sample(pruner="lamp", sparsity=0.9, **options):
     torch.manual_seed(0)
     model = build_model("deit_sample_patch4_28", 10, 28).eval()
     masks = Masks(model, compute_masks(model, pruner, sparsity, **options))
-    return model, masks.masks, torch.randn(3, 3, 28, 28, generator=RNG)
+    return model, masks, torch.randn(3, 3, 28, 28, generator=RNG)
 
 
 def kernels_in(model) -> set[str]:

@@ -26,7 +26,7 @@ def model_and_masks():
 
 def test_rows_count_every_layer_the_prunable_weights_and_the_whole_model():
     model, masks = model_and_masks()
-    rows = sparsity_rows(model, masks)
+    rows = sparsity_rows(model, masks).rows
     assert [row[:4] for row in rows] == [
         ("0.weight", (20, 100), 1000, 2000),
         ("2.weight", (5, 20), 50, 100),
@@ -39,7 +39,7 @@ def test_rows_count_every_layer_the_prunable_weights_and_the_whole_model():
 def test_a_weight_without_a_mask_counts_as_dense():
     model, masks = model_and_masks()
     del masks["0.weight"]
-    assert [row.kept for row in sparsity_rows(model, masks)] == [2000, 50, 2050, 2115]
+    assert [row.kept for row in sparsity_rows(model, masks).rows] == [2000, 50, 2050, 2115]
 
 
 def test_the_totals_are_the_weights_that_are_not_zero():
@@ -48,7 +48,7 @@ def test_the_totals_are_the_weights_that_are_not_zero():
         for parameter in model.parameters():
             parameter.fill_(1)
     Masks(model, masks)
-    assert sparsity_rows(model, masks)[-1].kept == sum(
+    assert sparsity_rows(model, masks).whole.kept == sum(
         int(p.count_nonzero()) for p in model.parameters()
     )
 
@@ -94,7 +94,7 @@ def test_every_row_names_its_pattern():
     masks = compute_masks(
         model, "custom", custom_config={"sparsity": {"mode": "nxm", "level": LEVELS}}
     )
-    patterns = {row.name: row.pattern for row in sparsity_rows(model, masks)}
+    patterns = {row.name: row.pattern for row in sparsity_rows(model, masks).layers}
     assert patterns["blocks.0.mlp.fc1.weight"] == "dense"
     assert patterns["blocks.1.mlp.fc1.weight"] == "2:4"
     assert patterns["blocks.2.attn.proj.weight"] == "1:4"

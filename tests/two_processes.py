@@ -35,7 +35,7 @@ def record(found: list, update):
     def recording(masks, new):
         changes = update(masks, new)
         if new:
-            found.append(copy_of(masks.masks))
+            found.append(copy_of(masks))
         return changes
 
     return recording
@@ -71,7 +71,7 @@ def share_masks(folder: Path) -> None:
     after = copy_of(weights)
     sparsifier.start(first)
     torch.save(
-        {"masks": sparsifier.masks.masks, "before": before, "after": after},
+        {"masks": sparsifier.masks, "before": before, "after": after},
         folder / f"shared{utils.rank()}.pth",
     )
 

@@ -363,7 +363,7 @@ def shrink_before_training(
         )
     dense = copy.deepcopy(model)
     sparsifier.start(masks)
-    model = shrink(model, sparsifier.masks.masks)
+    model = shrink(model, sparsifier.masks)
     if args.compile:
         model.compile(dynamic=False)
     kept = {

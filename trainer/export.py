@@ -294,17 +294,17 @@ def write_programs(
 
 def describe(args, dense: nn.Module, model: nn.Module, masks, recipe, image: torch.Tensor) -> dict:
     """What the README tells of the model."""
-    rows = sparsity_rows(model, masks)
-    after = sparse_multiply_adds(rows, multiply_adds(model, image))
+    kept = sparsity_rows(model, masks)
+    after = sparse_multiply_adds(kept, multiply_adds(model, image))
     weights = f"{args.resume}{', the moving average' if args.use_ema else ''}"
-    pruned = rows[-2].kept < rows[-2].total
+    pruned = kept.prunable.kept < kept.prunable.total
     return {
         "title": f"{args.model}, "
-        + (f"{rows[-2].sparsity:.2%} of the prunable weights pruned" if pruned else "dense"),
+        + (f"{kept.prunable.sparsity:.2%} of the prunable weights pruned" if pruned else "dense"),
         "command": f"python {args.command}",
         "table": [
-            ("parameters", rows[-1].total, rows[-1].kept),
-            ("of these prunable", rows[-2].total, rows[-2].kept),
+            ("parameters", kept.whole.total, kept.whole.kept),
+            ("of these prunable", kept.prunable.total, kept.prunable.kept),
             (
                 "multiply-adds of an image",
                 sum(multiply_adds(dense, image).values()),

@@ -13,7 +13,7 @@ import torch
 
 import utils
 from sparsity_factory import (
-    LayerSparsity,
+    Kept,
     Recipe,
     multiply_adds,
     sparse_multiply_adds,
@@ -118,17 +118,15 @@ class Results:
         self._drawn = time.monotonic()
 
     @first_process_only
-    def start(
-        self, model, rows: list[LayerSparsity], accuracy: dict[str, float], image: torch.Tensor
-    ) -> None:
+    def start(self, model, kept: Kept, accuracy: dict[str, float], image: torch.Tensor) -> None:
         """Takes what is known before the training, and writes what is kept of each layer.
 
-        rows: from `sparsity_rows`, also of a dense model. accuracy: top-1 in percent by name.
+        kept: from `sparsity_rows`, also of a dense model. accuracy: top-1 in percent by name.
         image: one such as the model takes, for which multiply-adds are counted.
         """
-        self.rows = rows
+        self.kept = kept
         self.accuracy = accuracy
-        pruned = rows[-2].kept < rows[-2].total
+        pruned = kept.prunable.kept < kept.prunable.total
         if self.folder:
             self.multiply_adds = multiply_adds(model, image)
             # Of an earlier run
@@ -137,7 +135,9 @@ class Results:
             if pruned:
                 self._write_sparsity()
         values = {f"accuracy/{name}": value for name, value in accuracy.items()}
-        values |= {f"sparsity/{row.name}": row.sparsity for row in rows[:-1] if pruned}
+        values |= {
+            f"sparsity/{row.name}": row.sparsity for row in (*kept.layers, kept.prunable) if pruned
+        }
         self._track(values, self.epoch)
 
     @first_process_only
@@ -154,14 +154,14 @@ class Results:
                 self._draw_training()
 
     @first_process_only
-    def finish(self, accuracy: dict[str, float], rows: list[LayerSparsity]) -> None:
+    def finish(self, accuracy: dict[str, float], kept: Kept) -> None:
         """Writes the picture of the training, the summary, and what is kept of each layer, where
         that has changed.
 
-        accuracy: all that was measured. rows: of the model as it is now.
+        accuracy: all that was measured. kept: of the model as it is now.
         """
-        changed = rows != self.rows
-        self.rows = rows
+        changed = kept != self.kept
+        self.kept = kept
         captions = {
             SPARSITY_PNG: "Sparsity of each layer",
             TRAINING_PNG: "Loss, accuracy and learning rate by epoch",
@@ -185,8 +185,8 @@ class Results:
             tracker.finish({name: self.folder.path / name for name in pictures})
 
     def _write_sparsity(self) -> None:
-        overall, target = self.rows[-2].sparsity, self.target
-        layers = {row.name: row.sparsity for row in self.rows[:-2]}
+        overall, target = self.kept.prunable.sparsity, self.target
+        layers = {row.name: row.sparsity for row in self.kept.layers}
         label = (
             f"all layers, {100 * overall:.4g} %"
             if target is None
@@ -197,8 +197,8 @@ class Results:
             "With --pruner custom --custom-config and this file, each layer keeps as many weights "
             "again."
         )
-        self._write(SPARSITY_CSV, sparsity_csv(self.rows, self.multiply_adds).encode())
-        self._write(SPARSITY_YAML, sparsity_yaml(self.rows, comment).encode())
+        self._write(SPARSITY_CSV, sparsity_csv(self.kept, self.multiply_adds).encode())
+        self._write(SPARSITY_YAML, sparsity_yaml(self.kept, comment).encode())
         self._write(
             SPARSITY_PNG,
             plots.png(
@@ -216,8 +216,8 @@ class Results:
             self._drawn = time.monotonic()
 
     def _summary(self, accuracy: dict[str, float], pictures: dict[str, str]) -> str:
-        *_, prunable, whole = self.rows
-        sparse = sparse_multiply_adds(self.rows, self.multiply_adds)
+        _, prunable, whole = self.kept
+        sparse = sparse_multiply_adds(self.kept, self.multiply_adds)
         counts = [
             ("parameters", whole.total, whole.kept),
             ("of these prunable", prunable.total, prunable.kept),

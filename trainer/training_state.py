@@ -120,9 +120,7 @@ class TrainingState:
         """Raises PruningError where a pruned weight is not zero."""
         sparsifier = self.learner.sparsifier
         for weights in self.weights().values():
-            check_masks(
-                weights, sparsifier.masks.masks, sparsifier.recipe if sparsifier.final else None
-            )
+            check_masks(weights, sparsifier.masks, sparsifier.recipe if sparsifier.final else None)
 
     def state_dict(self) -> dict:
         """DeiT's keys and this project's, in tensors, numbers, strings and plain containers only.
