@@ -81,12 +81,17 @@ def test_the_flags_and_files_that_commands_name_exist(page):
             assert (ROOT / path).exists(), path
 
 
-def test_every_file_of_the_project_has_a_line_in_the_house():
-    files = {
-        path.name for folder in (ROOT, ROOT / "sparsity_factory") for path in folder.glob("*.py")
-    }
-    missing = files - {"__init__.py", *re.findall(r"`(\w+\.py)`", HOUSE)}
-    assert not missing, "each expects a line in docs/house.md"
+@pytest.mark.parametrize(
+    "folder, page",
+    [
+        (".", "docs/house.md"),
+        *((name, f"{name}/README.md") for name in ("trainer", "sparsity_factory")),
+    ],
+)
+def test_every_file_of_the_project_has_a_line_in_the_table_of_its_folder(folder, page):
+    files = {path.name for path in (ROOT / folder).glob("*.py")}
+    missing = files - {"__init__.py", *re.findall(r"`(\w+\.py)`", (ROOT / page).read_text())}
+    assert not missing, f"each expects a line in {page}"
 
 
 # ---- the examples of docs/house.md ----

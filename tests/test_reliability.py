@@ -312,7 +312,7 @@ def test_a_signal_during_the_evaluation_keeps_the_whole_epoch(run_main, tiny, tm
 
 
 def test_a_second_signal_ends_the_process_at_once():
-    program = "from stopping import *\nwith StopSignals() as stop:\n print(1, flush=True)\n time.sleep(600)\n print(2)"
+    program = "from trainer.stop_signals import *\nwith StopSignals() as stop:\n print(1, flush=True)\n time.sleep(600)\n print(2)"
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
