@@ -158,7 +158,7 @@ def test_an_example_of_the_page_does_what_the_page_says(factory, diff, code):
 
 
 def test_the_examples_of_the_page_are_in_the_menu(factory):
-    text = importlib.import_module(f"{factory.__name__}.menu").menu()
+    text = importlib.import_module(f"{factory.__name__}.list_methods").menu()
     for name in ("relative", "taper", "outputs:N", "late"):
         assert re.search(rf"^{name}  ", text, re.MULTILINE), name
     assert [example[0] for example in EXAMPLES] == [
