@@ -47,7 +47,7 @@ from trainer.exit_status import exit_status
 from trainer.run_folder import RunFolder
 from trainer.stop_signals import Stopped, StopSignals
 from trainer.sweep_table import FINETUNED, ONE_SHOT
-from utils import UserError
+from utils import Compute, UserError
 
 OUTPUT, DONE = ROOT / "output" / "compare", "done"
 # Images of a class: of the sample, its first ones, and of those held out, the next
@@ -152,7 +152,7 @@ class Bench:
             # It says which flags a sweep has of its own
             with contextlib.redirect_stdout(io.StringIO()):
                 _, args = parse_sweep_args(arguments)
-            self.bench = Workbench(args, utils.choose_device(args.device), self.stop)
+            self.bench = Workbench(args, Compute.choose(args.device, args.amp), self.stop)
             self.arguments = arguments
 
     def cost(self, task: Task) -> tuple[float, int]:

@@ -5,8 +5,8 @@ where they run.
     print(report.table())
 
 A kernel is a class in `KERNELS`: a linear layer that computes with another form of its weight.
-`takes` says which weights it is for, and whatever it cannot do it raises as RuntimeError when it is
-tried: then the layer stays dense.
+`why_not` gives the reason against a kernel for a weight. A kernel that fails for any other reason
+raises RuntimeError when it is tried; then the layer stays dense.
 """
 
 import copy
@@ -64,7 +64,7 @@ class SparseLinear(nn.Linear):
             return self.compute(x)
 
     @staticmethod
-    def takes(weight: Tensor, dtype: torch.dtype) -> str | None:
+    def why_not(weight: Tensor, dtype: torch.dtype) -> str | None:
         """Why this kernel is not for such a weight, or None. dtype: that in which the dense layer
         computes.
         """
@@ -129,7 +129,7 @@ class MklCsr(Transposed):
     """Compressed sparse rows on CPUs, multiplied by MKL."""
 
     @staticmethod
-    def takes(weight: Tensor, dtype: torch.dtype) -> str | None:
+    def why_not(weight: Tensor, dtype: torch.dtype) -> str | None:
         if weight.device.type != "cpu":
             return "for CPUs"
         return None if torch.backends.mkl.is_available() else "this build of torch has no MKL"
@@ -139,7 +139,7 @@ class Csr(Transposed):
     """Compressed sparse rows on CPUs, multiplied by torch's own kernel."""
 
     @staticmethod
-    def takes(weight: Tensor, dtype: torch.dtype) -> str | None:
+    def why_not(weight: Tensor, dtype: torch.dtype) -> str | None:
         return None if weight.device.type == "cpu" else "for CPUs"
 
     def multiply(self, tokens: Tensor, into: Tensor) -> None:
@@ -152,7 +152,7 @@ class Bsr(Transposed):
     sizes = (64, 32, 16)
 
     @classmethod
-    def takes(cls, weight: Tensor, dtype: torch.dtype) -> str | None:
+    def why_not(cls, weight: Tensor, dtype: torch.dtype) -> str | None:
         return None if cls.block(weight) else "its zeros are not in blocks of 16 x 16 or larger"
 
     @classmethod
@@ -180,7 +180,7 @@ class TwoOfFour(SparseLinear):
     """2:4 on CUDA of compute capability 8 and above, by torch's SparseSemiStructuredTensor."""
 
     @staticmethod
-    def takes(weight: Tensor, dtype: torch.dtype) -> str | None:
+    def why_not(weight: Tensor, dtype: torch.dtype) -> str | None:
         if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (8, 0):
             return "for CUDA of compute capability 8 and above"
         if dtype not in (torch.float16, torch.bfloat16):
@@ -202,7 +202,7 @@ class Compact(SparseLinear):
     """
 
     @staticmethod
-    def takes(weight: Tensor, dtype: torch.dtype) -> str | None:
+    def why_not(weight: Tensor, dtype: torch.dtype) -> str | None:
         kept = weight != 0
         return (
             "no input or output is wholly pruned"
@@ -417,7 +417,7 @@ def _try_kernels(name, layer, x, kernels, measure) -> tuple[LayerTimes, dict[str
     built, refused = {}, {}
     for kernel, make in kernels.items():
         try:
-            if reason := make.takes(weight, dtype):
+            if reason := make.why_not(weight, dtype):
                 refused[kernel] = reason
                 continue
             sparse = make(layer, dtype)

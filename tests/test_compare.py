@@ -105,7 +105,7 @@ def test_held_out_images_are_trained_on_by_none(small):
 def test_work_that_another_process_has_is_left_to_it_until_it_is_killed(small):
     compare, _, _ = small
     hold = (
-        "import sys, time; sys.path[:0] = sys.argv[2:]; from run_folder import RunFolder; "
+        "import sys, time; sys.path[:0] = sys.argv[2:]; from trainer.run_folder import RunFolder; "
         "lock = RunFolder(sys.argv[1]); print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen(

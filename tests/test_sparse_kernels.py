@@ -265,15 +265,15 @@ def test_2_of_4_is_for_gpus_that_have_it_and_for_dtypes_that_it_does_not_round(m
         def __ne__(self, other):
             return self.weight != other
 
-    takes, half, good = KERNELS["2:4"].takes, torch.float16, OnCuda(torch.eye(4).repeat(1, 2))
-    assert "CUDA" in takes(torch.eye(4), half)
+    why_not, half, good = KERNELS["2:4"].why_not, torch.float16, OnCuda(torch.eye(4).repeat(1, 2))
+    assert "CUDA" in why_not(torch.eye(4), half)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "8" in takes(good, half)
+    assert "8" in why_not(good, half)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert takes(good, half) is None
-    assert "TF32" in takes(good, torch.float32)
-    assert "two of four" in takes(OnCuda(torch.ones(4, 8)), half)
-    assert "two of four" in takes(OnCuda(torch.eye(6)), half)
+    assert why_not(good, half) is None
+    assert "TF32" in why_not(good, torch.float32)
+    assert "two of four" in why_not(OnCuda(torch.ones(4, 8)), half)
+    assert "two of four" in why_not(OnCuda(torch.eye(6)), half)
 
 
 @pytest.mark.gpu
