@@ -17,13 +17,14 @@ from .method import Description, describe
 from .multiply_adds import multiply_adds
 from .patterns import PATTERNS, parse_pattern, regrow
 from .pruners import PRUNERS, check_request, compute_masks, needs_of
+from .pruning import prune
 from .recipe import Recipe
 from .reconstruction import RECONSTRUCTIONS, obs_prune
 from .schedules import SCHEDULES
 from .scores import SCORES
 from .shrink import shrink, unit_counts, with_units
 from .sparse_kernels import KERNELS, KernelReport, sparse_kernels
-from .sparsifier import Sparsifier, prune
+from .sparsifier import Sparsifier
 from .sparsity_table import (
     Kept,
     LayerSparsity,

@@ -4,8 +4,8 @@ A schedule is a class of a few lines. It says at which steps masks change, and a
 for the new ones. No schedule knows how weights are scored, allocated or grouped; no pruner knows
 the training loop. To add a schedule, write such a class and name it in `SCHEDULES`.
 
-Steps are counted from 0. Masks that change at step t are those of step t + 1 on, except that a
-change at step 0 is made before the training begins.
+Steps are counted from 0. Masks that change at step t hold from step t + 1 on. A change at step 0 is
+made before the training begins.
 """
 
 import math
@@ -16,14 +16,18 @@ import torch
 from torch import Tensor
 
 from .method import method
+from .pruned_weights import FrozenWeights, HiddenWeights, ZeroWeights
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The times of a run in steps: in all, of an epoch, and the first and last at which a schedule
-    changes masks.
+    """The times of a run, in steps.
 
-    rewind: the step whose weights are gone back to, or None.
+    Attributes:
+        total: steps of the whole training.
+        epoch: steps of an epoch.
+        start, end: the first and the last step at which a schedule changes masks.
+        rewind: the step whose weights the run goes back to, or None.
     """
 
     total: int
@@ -38,19 +42,21 @@ class Schedule:
 
     Attributes:
         uses: the fields of a recipe that it looks at.
-        starts_sparse: the run begins with the masks of the target; otherwise with a dense network.
-        looks_at_gradients: `masks` is called before the optimizer's step, with the dense gradients
-        in place.
-        trains_pruned: pruned weights are trained as well, though the forward pass does not see
-        them.
+        starts_sparse: the run begins with the masks of the target, not with a dense network.
+        looks_at_gradients: `masks` is called before the optimizer's step, with dense gradients.
+        moves_weights: any pruned weight of a layer may come back, whatever the pattern.
+        goes_dense: a pruned model becomes dense again on the way.
+        trains_pruned: pruned weights are trained too, but the forward pass does not see them.
         decay: such weights, times this, are added to their gradients.
-        learns_masks: up to its one change of masks the weights stand still, and groups learn their
-        masks.
+        learns_masks: until its one change of masks, all weights stand still while groups learn
+            their masks.
     """
 
     uses: tuple[str, ...] = ()
     starts_sparse = True
     looks_at_gradients = False
+    moves_weights = False
+    goes_dense = False
     trains_pruned = False
     decay = 0.0
     learns_masks = False
@@ -64,22 +70,28 @@ class Schedule:
         return False
 
     def masks(self, step: int, network) -> dict[str, Tensor]:
-        """The masks that a change at this step brings: those of the `Sparsifier` `network` that it
-        chooses or grows.
+        """The masks that a change at this step brings.
 
-        A change that is due may be put off for some steps. It is then that of the step at which it
-        is made.
+        Args:
+            step: when the change is made, which may be some steps after it was due.
+            network: the `Sparsifier` that chooses or grows them.
         """
         raise NotImplementedError
 
     def is_final(self, changed: int) -> bool:
-        """Whether the target is reached when the latest change was at step `changed` (-1: none
-        yet).
-        """
+        """Whether the target is reached with a latest change at step `changed` (-1: none yet)."""
         return True
 
+    def pruned_weights(self, changed: int) -> type[ZeroWeights]:
+        """What treats pruned weights after a change of the masks at step `changed`."""
+        if self.trains_pruned:
+            return HiddenWeights
+        if self.learns_masks and not self.is_final(changed):
+            return FrozenWeights
+        return ZeroWeights
+
     def every(self, step: int) -> bool:
-        """Whether the step is one of every `prune_every` after the start, up to the end."""
+        """Whether a change is due: every `prune_every` steps after the start, up to the end."""
         since = step - self.steps.start
         return since > 0 and step <= self.steps.end and since % self.recipe.prune_every == 0
 
@@ -105,7 +117,11 @@ class Gradual(Schedule):
 
     def masks(self, step, network):
         left = 1 - self.progress(step) if step < self.steps.end else 0
-        return network.choose(lambda sparsity: sparsity * (1 - left**3), among_kept=True)
+
+        def so_far(sparsity: float) -> float:
+            return sparsity * (1 - left**3)
+
+        return network.choose(so_far, among_kept=True)
 
     def is_final(self, changed):
         return changed >= self.steps.end
@@ -113,28 +129,27 @@ class Gradual(Schedule):
 
 @method("Han et al. 2015, arXiv:1506.02626; Frankle et al. 2020, arXiv:1912.05671")
 class Iterative(Schedule):
-    """Each of --prune-rounds prunes the same fraction of what is left; --rewind takes the weights
-    back to an epoch.
-    """
+    """Each of --prune-rounds prunes the same fraction of what is left; --rewind resets weights."""
 
     uses = ("prune_start", "prune_end", "prune_rounds", "rewind")
     starts_sparse = False
 
     def __init__(self, recipe, steps):
         super().__init__(recipe, steps)
+        span = steps.end - steps.start
         gaps = max(recipe.prune_rounds - 1, 1)
-        self.rounds = [
-            steps.start + (steps.end - steps.start) * i // gaps for i in range(recipe.prune_rounds)
-        ]
+        self.rounds = [steps.start + span * i // gaps for i in range(recipe.prune_rounds)]
 
     def changes_at(self, step):
         return step in self.rounds
 
     def masks(self, step, network):
         share = sum(start <= step for start in self.rounds) / len(self.rounds)
-        return network.choose(
-            lambda sparsity: 1 - (1 - sparsity) ** share if share < 1 else sparsity, among_kept=True
-        )
+
+        def so_far(sparsity: float) -> float:
+            return 1 - (1 - sparsity) ** share if share < 1 else sparsity
+
+        return network.choose(so_far, among_kept=True)
 
     def is_final(self, changed):
         return changed >= self.rounds[-1]
@@ -142,40 +157,35 @@ class Iterative(Schedule):
 
 @method("Mocanu et al. 2018, arXiv:1707.04780")
 class Set(Schedule):
-    """Every so many steps the smallest kept weights of a layer make room for as many others at
-    random.
-    """
+    """Every few steps the smallest kept weights of a layer make room for others, at random."""
 
     uses = ("prune_start", "prune_end", "prune_every", "drop_fraction", "seed")
-    # Weights without a gradient are not trained, and would not grow
+    # A weight without a gradient is not trained, and would not grow
     looks_at_gradients = True
+    moves_weights = True
 
     def changes_at(self, step):
         return self.every(step) and step < self.steps.end
 
     def masks(self, step, network):
         share = self.recipe.drop_fraction / 2 * (1 + math.cos(math.pi * self.progress(step)))
-        return network.regrow(share, lambda weight, layer: self.growth(weight, step, layer))
+
+        def growth(weight: Tensor, layer: int) -> Tensor:
+            return self.growth(weight, step, layer)
+
+        return network.regrow(share, growth)
 
     def growth(self, weight: Tensor, step: int, layer: int) -> Tensor:
         """How much each weight of a layer deserves to grow: non-negative, of the weight's shape."""
-        seed = (
-            np.random.SeedSequence((self.recipe.seed, step, layer))
-            .generate_state(1, np.uint64)
-            .item()
-        )
-        return torch.rand(
-            weight.shape,
-            generator=torch.Generator(weight.device).manual_seed(seed),
-            device=weight.device,
-        )
+        sequence = np.random.SeedSequence((self.recipe.seed, step, layer))
+        seed = sequence.generate_state(1, np.uint64).item()
+        generator = torch.Generator(weight.device).manual_seed(seed)
+        return torch.rand(weight.shape, generator=generator, device=weight.device)
 
 
 @method("Evci et al. 2020, arXiv:1911.11134")
 class RigL(Set):
-    """Every so many steps the smallest kept weights of a layer make room for those of the largest
-    dense gradient.
-    """
+    """As set, but weights with the largest dense gradients take the place of the smallest."""
 
     uses = ("prune_start", "prune_end", "prune_every", "drop_fraction")
 
@@ -185,37 +195,34 @@ class RigL(Set):
 
 @method("Peste et al. 2021, arXiv:2106.12379")
 class ACDC(Schedule):
-    """Dense and sparse phases of epochs in turn: --prune-rounds sparse ones, the last from
-    --prune-end on.
+    """Dense and sparse phases in turn: --prune-rounds sparse ones, the last from --prune-end on.
 
-    From the start to the end phases have one length, dense first; from the end on, sparse. Phases
-    begin with an epoch, except where they would be shorter than one.
+    From the start to the end all phases have the same length, the first one dense; from the end on
+    the model is sparse. Phases begin with an epoch, unless they would be shorter than one.
     """
 
     uses = ("prune_start", "prune_end", "prune_rounds")
     starts_sparse = False
+    goes_dense = True
 
     def __init__(self, recipe, steps):
         super().__init__(recipe, steps)
         phases = 2 * recipe.prune_rounds - 1
         span = steps.end - steps.start
-        begins = [steps.start + span * phase // phases for phase in range(1, phases + 1)]
+        # Phases begin here after the first, dense one: sparse, dense, sparse, ..., sparse
+        self.begins = [steps.start + span * phase // phases for phase in range(1, phases + 1)]
+
         if span >= phases * steps.epoch:
             last_epoch = (steps.total - 1) // steps.epoch
-            begins = [
-                min((2 * step + steps.epoch) // (2 * steps.epoch), last_epoch) * steps.epoch
-                for step in begins
-            ]
-        # Of a sparse, a dense, a sparse ... and at last a sparse phase
-        self.begins = begins
+            epochs = [(2 * step + steps.epoch) // (2 * steps.epoch) for step in self.begins]
+            self.begins = [min(epoch, last_epoch) * steps.epoch for epoch in epochs]
 
     def changes_at(self, step):
         return step in self.begins
 
     def masks(self, step, network):
-        return (
-            network.choose() if sum(begin <= step for begin in self.begins) % 2 else network.dense()
-        )
+        is_sparse = sum(begin <= step for begin in self.begins) % 2
+        return network.choose() if is_sparse else network.dense()
 
     def is_final(self, changed):
         return changed >= self.begins[-1]
@@ -223,9 +230,7 @@ class ACDC(Schedule):
 
 @method("Bengio et al. 2013, arXiv:1308.3432")
 class STE(Schedule):
-    """The forward pass sees masked weights, all are trained, masks are chosen anew every so many
-    steps.
-    """
+    """The forward pass sees masked weights, all are trained; masks are chosen every few steps."""
 
     uses = ("prune_start", "prune_end", "prune_every")
     trains_pruned = True
@@ -250,9 +255,7 @@ class SRSTE(STE):
 
 @method("Fang et al. 2024, arXiv:2409.17481")
 class MaskLLM(Schedule):
-    """Up to --prune-end weights stand still, and each n:m group learns its mask; then masks stay,
-    and weights train.
-    """
+    """Until --prune-end weights stand still and n:m groups learn masks; then weights train."""
 
     uses = ("prune_end", "mask_lr", "seed")
     learns_masks = True

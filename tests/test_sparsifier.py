@@ -328,7 +328,7 @@ def test_a_dense_recipe_does_nothing():
         for name, value in run.model.state_dict().items()
     )
     assert (
-        run.sparsifier.masks == {} and run.sparsifier.final and run.sparsifier.masks.sparsity() == 0
+        not run.sparsifier.masks and run.sparsifier.final and run.sparsifier.masks.sparsity() == 0
     )
 
 

@@ -1,0 +1,71 @@
+"""`prune`: prunes and reconstructs a model in one call."""
+
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+
+from torch import Tensor, nn
+
+from .custom_yaml import read_yaml
+from .layer_walk import visit_layers
+from .recipe import Recipe
+from .sparsifier import Sparsifier
+from .statistics import collect_statistics
+
+
+def prune(
+    model: nn.Module,
+    pruner: str,
+    sparsity: float | None = None,
+    custom_config: str | PathLike | Mapping | None = None,
+    score: str = "magnitude",
+    *,
+    pattern: str = "unstructured",
+    batches: Sequence,
+    loss: Callable | None = None,
+    reconstruct: str = "obs",
+    seed: int = 0,
+    permute: bool = False,
+) -> dict[str, Tensor]:
+    """Prunes a model in place, and lets the kept weights compensate for the pruned ones.
+
+    The choices are those of `compute_masks`. Layers are pruned in the order in which they compute,
+    each with the inputs that the model, pruned so far, gives it.
+
+    Args:
+        batches: calibration images, or images and targets, each time it is iterated over: a list,
+            a loader.
+        loss: from outputs and targets to the mean loss, for scores that need gradients.
+        reconstruct: a name in `RECONSTRUCTIONS`.
+        permute: reorder inputs of layers first, so that groups of n:m keep more.
+
+    Returns:
+        Parameter name to bool mask, for `Masks(model, masks)`.
+
+    Raises:
+        PruningError: what `compute_masks` refuses, an unknown reconstruction, no batches, or a
+            layer that does not run.
+    """
+    if isinstance(custom_config, str | PathLike):
+        custom_config = read_yaml(custom_config)
+    recipe = Recipe(
+        pruner,
+        sparsity,
+        custom_config,
+        score,
+        pattern,
+        permute=permute,
+        reconstruct=reconstruct,
+        seed=seed,
+    )
+
+    # One-shot: a training of one step, of which only the start happens
+    sparsifier = Sparsifier(
+        model,
+        recipe,
+        total_steps=1,
+        epoch_steps=1,
+        statistics=lambda needs: collect_statistics(model, batches, loss, needs),
+        walk=lambda visit, beside: visit_layers(model, batches, visit, beside=beside),
+    )
+    sparsifier.start()
+    return dict(sparsifier.masks)
