@@ -17,14 +17,13 @@ configuration; with more it is a space, out of which `search.py` takes one each.
 import logging
 import numbers
 import re
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from os import PathLike, fspath
 
 import yaml
 
-from .errors import PruningError
+from .errors import PruningError, short
 
 MODES = ("nxm", "unstructured")
 EXPECTED_LEVEL = 'expected [n, m] with 1 <= n <= m, "n:m", a sparsity in [0, 1), or dense'
@@ -110,7 +109,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.MarkedYAMLError(
-                        problem=f"key {_short(key.value)} twice", problem_mark=key.start_mark
+                        problem=f"key {short(key.value)} twice", problem_mark=key.start_mark
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -119,7 +118,7 @@ class _Loader(yaml.SafeLoader):
 def _path(source) -> str:
     if not isinstance(source, str | PathLike):
         raise PruningError(
-            f"custom_config is {_short(source)}: expected the path of a YAML file, or a mapping"
+            f"custom_config is {short(source)}: expected the path of a YAML file, or a mapping"
         )
     return str(fspath(source))
 
@@ -165,7 +164,7 @@ def _refuse_exotic(text: str, path: str) -> None:
             if found := getattr(event, kind, None):
                 line = event.start_mark.line + 1
                 raise PruningError(
-                    f"{path}: line {line}: {kind} {_short(found)}: expected plain YAML without "
+                    f"{path}: line {line}: {kind} {short(found)}: expected plain YAML without "
                     f"{kind}s"
                 )
         if depth > MAX_DEPTH:
@@ -186,8 +185,8 @@ def level_section(config, where: str):
     for place, entry in choices.items() if isinstance(choices, Mapping) else enumerate(choices):
         if not isinstance(entry, list | tuple) or len(entry) != 1:
             raise PruningError(
-                f"{where}: is a space for search.py --space, with {_short(entry)} in choices "
-                f"{_short(place)}: expected one level for each weight"
+                f"{where}: is a space for search.py --space, with {short(entry)} in choices "
+                f"{short(place)}: expected one level for each weight"
             )
     if isinstance(choices, Mapping):
         return {place: entry[0] for place, entry in choices.items()}
@@ -219,7 +218,7 @@ def _checked(config, where: str) -> Mapping:
         section = _section(section, ("mode", "level"), where, "sparsity")
     if section["mode"] not in MODES:
         raise PruningError(
-            f"{where}: mode is {_short(section['mode'])}: expected {' or '.join(MODES)}"
+            f"{where}: mode is {short(section['mode'])}: expected {' or '.join(MODES)}"
         )
     return section
 
@@ -228,10 +227,10 @@ def _section(found, keys: tuple[str, ...], where: str, what: str) -> Mapping:
     """Checks that a part of the configuration is a mapping with exactly these keys."""
     expected = f"expected a mapping with the key{'s' * (len(keys) > 1)} {' and '.join(keys)}"
     if not isinstance(found, Mapping):
-        raise PruningError(f"{where}: {what} is {_short(found)}: {expected}")
+        raise PruningError(f"{where}: {what} is {short(found)}: {expected}")
     for key in found:
         if key not in keys:
-            raise PruningError(f"{where}: unknown key {_short(key)} in {what}: {expected}")
+            raise PruningError(f"{where}: unknown key {short(key)} in {what}: {expected}")
     for key in keys:
         if key not in found:
             raise PruningError(f"{where}: {what} lacks {key}: {expected}")
@@ -247,7 +246,7 @@ def _by_name(level, names: list[str], where: str, key: str, parse: Callable) -> 
     if isinstance(level, Mapping):
         return _from_patterns(level, names, where, key, parse)
     raise PruningError(
-        f"{where}: {key} is {_short(level)}: expected a list, or a mapping from patterns to levels"
+        f"{where}: {key} is {short(level)}: expected a list, or a mapping from patterns to levels"
     )
 
 
@@ -270,10 +269,10 @@ def _from_patterns(
     for pattern in level:
         if not isinstance(pattern, str):
             raise PruningError(
-                f"{where}: {key} has the key {_short(pattern)}: expected a pattern of weight names"
+                f"{where}: {key} has the key {short(pattern)}: expected a pattern of weight names"
             )
     ordered = sorted(level, key=lambda pattern: pattern != "default")
-    parsed = parse(((f"{key} {_short(pattern)}", level[pattern]) for pattern in ordered), where)
+    parsed = parse(((f"{key} {short(pattern)}", level[pattern]) for pattern in ordered), where)
     entries = {}
     for pattern, entry in zip(ordered, parsed, strict=True):
         matched = (
@@ -281,7 +280,7 @@ def _from_patterns(
         )
         if not matched:
             raise PruningError(
-                f"{where}: {key} {_short(pattern)} matches no prunable weight: expected a pattern "
+                f"{where}: {key} {short(pattern)} matches no prunable weight: expected a pattern "
                 f"such as {names[0]}"
             )
         entries |= dict.fromkeys(matched, entry)
@@ -326,7 +325,7 @@ def _parse_choices(entries, where: str) -> list[tuple]:
     for label, entry in entries:
         if not isinstance(entry, list | tuple) or not entry:
             raise PruningError(
-                f"{where}: {label} is {_short(entry)}: expected a list of at least one level"
+                f"{where}: {label} is {short(entry)}: expected a list of at least one level"
             )
     levels = iter(
         _parse_all(
@@ -363,7 +362,7 @@ def parse_level(entry, label: str) -> float | tuple[int, int]:
         if n > m >= 0:  # the oldest form: group size first, then how many of it are pruned
             n, m = n - m, n
     if not 1 <= n <= m:
-        raise PruningError(f"{label} is {_short(entry)}: {EXPECTED_LEVEL}")
+        raise PruningError(f"{label} is {short(entry)}: {EXPECTED_LEVEL}")
     return n, m
 
 
@@ -380,20 +379,8 @@ def _amount(
         return total - round(level * total)
     n, m = level
     if shape[1] % m:
-        found = f"{where}: {label} is {_short(n)}:{_short(m)}"
+        found = f"{where}: {label} is {short(n)}:{short(m)}"
         raise PruningError(
             f"{found}: expected a group size that divides the {shape[1]} inputs of {name}"
         )
     return n, m
-
-
-def _short(value) -> str:
-    """A value for a message: as Python writes it, but never long."""
-    try:
-        return _repr.repr(value)
-    except ValueError:  # integers of thousands of digits have no repr
-        return "a huge number"
-
-
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = _repr.maxlong = 100

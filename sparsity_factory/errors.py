@@ -1,12 +1,23 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, and values as its messages show them."""
+
+import reprlib
 
 
 class PruningError(ValueError):
-    """A request, configuration or checkpoint that cannot be used. The message is one line that
-    names the culprit.
-    """
+    """A request, configuration or checkpoint that cannot be used; the message is one line."""
 
     def __init__(self, message: str):
-        # File names and YAML keys may hold line breaks; whoever prints the message relies on one
-        # line.
+        # File names and YAML keys may hold line breaks, which would make several lines
         super().__init__(" ".join(message.split()))
+
+
+def short(value) -> str:
+    """A value as a message shows it: as Python writes it, cut to about a hundred characters."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # integers of thousands of digits have no repr
+        return "a huge number"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100

@@ -2,12 +2,11 @@
 
 import math
 import numbers
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 from .custom_yaml import level_section, parse_level, resolve_levels
-from .errors import PruningError
+from .errors import PruningError, short
 from .patterns import parse_pattern
 from .pruners import PRUNERS, needs_of
 from .reconstruction import NONE, RECONSTRUCTIONS
@@ -107,21 +106,20 @@ class Recipe:
             PruningError: anything else, in one line.
         """
         if not isinstance(untrusted, Mapping):
-            raise PruningError(f"the recipe is {_short(untrusted)}: expected a mapping")
+            raise PruningError(f"the recipe is {short(untrusted)}: expected a mapping")
         values = dict(untrusted)
         if "name" in values and "pruner" not in values:
             values["pruner"] = values.pop("name")
         for name, value in values.items():
             if not isinstance(value, str | int | float | Mapping | None):
                 raise PruningError(
-                    f"the recipe's {_short(name)} is {_short(value)}: expected a number or a word"
+                    f"the recipe's {short(name)} is {short(value)}: expected a number or a word"
                 )
         known = {field.name for field in fields(cls)}
         for name in [name for name in values if name not in known]:
             if not isinstance(name, str) or values[name] not in (None, False, "none"):
                 raise PruningError(
-                    f"the recipe has {_short(name)}: {_short(values[name])}, which is not known "
-                    "here"
+                    f"the recipe has {short(name)}: {short(values[name])}, which is not known here"
                 )
             del values[name]
         recipe = cls(**values)
@@ -421,7 +419,7 @@ class Recipe:
         that it asks for.
         """
         if not isinstance(self.custom_config, Mapping):
-            raise PruningError(f"custom_config is {_short(self.custom_config)}: expected a mapping")
+            raise PruningError(f"custom_config is {short(self.custom_config)}: expected a mapping")
         level = level_section(self.custom_config, "custom_config")
         if isinstance(level, Mapping):
             # Looked at first, wherever it is
@@ -430,10 +428,10 @@ class Recipe:
             entries = list(enumerate(level))
         else:
             raise PruningError(
-                f"custom_config: level is {_short(level)}: expected a list, or a mapping"
+                f"custom_config: level is {short(level)}: expected a list, or a mapping"
             )
         return [
-            (place, parse_level(entry, f"custom_config: level {_short(place)}"))
+            (place, parse_level(entry, f"custom_config: level {short(place)}"))
             for place, entry in entries
         ]
 
@@ -476,12 +474,5 @@ def _in_words(value) -> str:
     return (
         f"{value}"
         if isinstance(value, int | float) and abs(value) < LARGEST
-        else _short(value).strip("'")
+        else short(value).strip("'")
     )
-
-
-def _short(value) -> str:
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # integers of thousands of digits have no repr
-        return "a huge number"

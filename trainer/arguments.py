@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import reprlib
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from sparsity_factory import (
     read_yaml,
 )
 from sparsity_factory.custom_yaml import level_section
+from sparsity_factory.errors import short
 from utils import TIMEOUT, UserError, available_cores, log, processes_here
 
 from .argument_checks import check_args
@@ -724,7 +724,7 @@ def _preset_value(action, value, where):
     """
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise UserError(f"{where}: expected true or false, got {brief(value)}")
+            raise UserError(f"{where}: expected true or false, got {short(value)}")
         return value
     if value is None and action.default is None:
         return None
@@ -739,28 +739,20 @@ def _preset_value(action, value, where):
         if isinstance(item, (dict, list, bool)) or item is None:
             raise UserError(
                 f"{where}: expected a value of type {(action.type or str).__name__}, got "
-                f"{brief(item)}"
+                f"{short(item)}"
             )
         try:
             item = (action.type or str)(str(item))
         except ValueError:  # also of an integer that has too many digits to be printed
             raise UserError(
-                f"{where}: expected a value of type {action.type.__name__}, got {brief(item)}"
+                f"{where}: expected a value of type {action.type.__name__}, got {short(item)}"
             ) from None
         if action.choices and item not in action.choices:
             raise UserError(
-                f"{where}: expected one of {', '.join(action.choices)}, got {brief(item)}"
+                f"{where}: expected one of {', '.join(action.choices)}, got {short(item)}"
             )
         read.append(item)
     return read if action.nargs == "+" else read[0]
-
-
-def brief(value) -> str:
-    """A value as an error message shows it, never long."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:
-        return "a number of too many digits"
 
 
 def recipe_of(args) -> Recipe:
