@@ -11,6 +11,16 @@ class PruningError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+def as_flag(name: str) -> str:
+    """The flag of the command line that sets a field of a recipe: `--custom-config`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def in_words(value) -> str:
+    """A value as it is typed on the command line, but never long."""
+    return f"{value}" if isinstance(value, float) else short(value).strip("'")
+
+
 def short(value) -> str:
     """A value as a message shows it: as Python writes it, cut to about a hundred characters."""
     try:

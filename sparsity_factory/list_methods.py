@@ -2,6 +2,7 @@
 `Recipe.check`.
 """
 
+import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -42,7 +43,7 @@ GROUPS = {"sparsity": {"mode": "nxm", "level": {"default": [2, 4]}}}
 # What is refused for what stands beside a choice: a recipe of that kind, and the epochs of the
 # training if they matter.
 ALONE = {
-    "no --pruner beside another choice (--pattern n:m brings unif)": (Recipe(sparsity=0.5), None),
+    "another choice without --pruner (--pattern n:m implies unif)": (Recipe(sparsity=0.5), None),
     "--pruner without --sparsity": (Recipe("lamp"), None),
     "--pruner custom without --custom-config": (Recipe("custom"), None),
     "--custom-config with another pruner": (Recipe("lamp", 0.5, CONFIG), None),
@@ -200,11 +201,9 @@ def _flag(name: str) -> str:
 
 
 def _reason(recipe: Recipe, epochs: float | None = None) -> str:
-    """Why a recipe is refused, without the flag that the message begins with; nothing where it is
-    not.
-    """
+    """Why a recipe is refused, without the flag that begins the message; empty if it is not."""
     try:
         recipe.check(epochs)
     except PruningError as error:
-        return "expected " + str(error).partition(": expected ")[2]
+        return re.search(r"\b(expected|needs) .*", str(error))[0]
     return ""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .custom_yaml import resolve_levels
-from .errors import PruningError
+from .errors import PruningError, as_flag, in_words, short
 from .k_largest import largest_lamp_scores_overall, largest_overall, largest_threshold
 from .knapsack import cheapest
 from .levels import at_levels, kfac
@@ -123,59 +123,55 @@ def check_request(
     *,
     pattern: str = "unstructured",
     budget: str = "weights",
+    flags: bool = False,
 ) -> None:
-    """Refuses what no model could be pruned with: unknown names, values out of range, choices that
-    exclude each other.
+    """Refuses choices with which no model could be pruned: unknown, out of range, or in conflict.
+
+    flags: messages name the choices as the command line does, `--pruner` for `pruner`.
 
     Raises:
         PruningError: in one line.
     """
-    if pruner not in PRUNERS:
-        raise PruningError(f"unknown pruner {pruner!r}: expected one of {', '.join(PRUNERS)}")
-    if score not in SCORES:
-        raise PruningError(f"unknown score {score!r}: expected one of {', '.join(SCORES)}")
-    fixed = parse_pattern(pattern).sparsity is not None
-    if budget not in parse_pattern(pattern).budgets:
-        raise PruningError(
-            f"budget {budget!r}: expected {' or '.join(parse_pattern(pattern).budgets)} with "
-            "pattern "
-            f"{pattern}"
-        )
+    name = as_flag if flags else str
+    words = in_words if flags else short
+
+    def expect(good: bool, choice: str, value, wanted: str) -> None:
+        if not good:
+            raise PruningError(f"{name(choice)} {words(value)}: expected {wanted}")
+
+    # Each by itself
+    known = isinstance(pruner, str) and pruner in PRUNERS
+    expect(known, "pruner", pruner, f"one of {', '.join(PRUNERS)}")
+    known = isinstance(score, str) and score in SCORES
+    expect(known, "score", score, f"one of {', '.join(SCORES)}")
+    parsed = parse_pattern(pattern)
+    with_pattern = f"with {name('pattern')} {pattern}"
+    budgets = " or ".join(parsed.budgets)
+    expect(budget in parsed.budgets, "budget", budget, f"{budgets} {with_pattern}")
+
+    # A custom configuration says everything
     if pruner == "custom":
-        if sparsity is not None:
-            raise PruningError(
-                "pruner custom takes its sparsity from the configuration: expected no sparsity"
-            )
-        if pattern != "unstructured":
-            raise PruningError(
-                f"pruner custom takes its patterns from the configuration: expected no {pattern!r} "
-                "too"
-            )
+        by_yaml = f"none with {name('pruner')} custom, whose YAML sets"
+        expect(sparsity is None, "sparsity", sparsity, f"{by_yaml} the sparsity")
+        expect(pattern == "unstructured", "pattern", pattern, f"{by_yaml} the patterns")
         if custom_config is None:
-            raise PruningError("pruner custom needs a configuration: expected a YAML file")
+            raise PruningError(f"{name('pruner')} custom needs {name('custom_config')} as well")
         return
     if custom_config is not None:
-        raise PruningError(
-            f"pruner {pruner} takes no custom configuration: expected a sparsity only"
-        )
-    if fixed:
-        if sparsity is not None:
-            raise PruningError(
-                f"pattern {pattern} is a sparsity of its own: expected no sparsity beside it"
-            )
-        if pruner != "unif":
-            raise PruningError(
-                f"pattern {pattern} prunes every layer alike: expected pruner unif, got {pruner}"
-            )
+        raise PruningError(f"{name('custom_config')} needs {name('pruner')} custom, got {pruner}")
+
+    # Every other pruner has one sparsity to meet, that of the pattern if it has its own
+    if parsed.sparsity is not None:
+        expect(sparsity is None, "sparsity", sparsity, f"none {with_pattern}, which sets it")
+        alike = f"unif {with_pattern}, which prunes every layer alike"
+        expect(pruner == "unif", "pruner", pruner, alike)
         return
     if sparsity is None:
-        raise PruningError(f"pruner {pruner} needs a sparsity: expected a number in [0, 1)")
-    if (
-        isinstance(sparsity, bool)
-        or not isinstance(sparsity, numbers.Real)
-        or not 0 <= sparsity < 1
-    ):
-        raise PruningError(f"sparsity {sparsity!r}: expected a number in [0, 1)")
+        raise PruningError(
+            f"{name('pruner')} {pruner} needs {name('sparsity')} as well, a number in [0, 1)"
+        )
+    is_number = isinstance(sparsity, numbers.Real) and not isinstance(sparsity, bool)
+    expect(is_number and 0 <= sparsity < 1, "sparsity", sparsity, "a number in [0, 1)")
 
 
 def needs_of(pruner: str | None = None, score: str = "magnitude") -> frozenset[str]:

@@ -38,15 +38,12 @@ def test_the_dense_recipe_is_accepted():
 
 
 REFUSED = {
-    "sparsity without a pruner": (Recipe(sparsity=0.5), "--sparsity 0.5: expected --pruner"),
+    "sparsity without a pruner": (Recipe(sparsity=0.5), "--sparsity 0.5 needs --pruner"),
     "schedule without a pruner": (
         Recipe(prune_schedule="rigl"),
-        "--prune-schedule rigl: expected --pruner",
+        "--prune-schedule rigl needs --pruner",
     ),
-    "configuration without a pruner": (
-        Recipe(custom_config={}),
-        "--custom-config: expected --pruner",
-    ),
+    "configuration without a pruner": (Recipe(custom_config={}), "--custom-config needs --pruner"),
     "unknown pruner": (Recipe("lamb", 0.5), "--pruner lamb: expected one of lamp"),
     "pruner of no text": (Recipe(["lamp"], 0.5), "--pruner"),
     "unknown score": (Recipe("lamp", 0.5, score="size"), "--score size: expected one of magnitude"),
@@ -54,7 +51,7 @@ REFUSED = {
         scheduled("oneshot"),
         "--prune-schedule oneshot: expected one of one-shot",
     ),
-    "no sparsity": (Recipe("lamp"), "--pruner lamp: expected --sparsity"),
+    "no sparsity": (Recipe("lamp"), "--pruner lamp needs --sparsity"),
     "sparsity of 1": (Recipe("lamp", 1.0), "--sparsity 1.0"),
     "sparsity of no number": (Recipe("lamp", True), "--sparsity"),
     "sparsity that is NaN": (Recipe("lamp", float("nan")), "--sparsity nan"),
@@ -75,12 +72,12 @@ REFUSED = {
         custom(0.5, pattern="row"),
         "--pattern row: expected none with --pruner custom",
     ),
-    "custom without configuration": (Recipe("custom"), "--pruner custom: expected --custom-config"),
+    "custom without configuration": (Recipe("custom"), "--pruner custom needs --custom-config"),
     "configuration of no mapping": (Recipe("custom", custom_config=[0.5]), "expected a mapping"),
     "wrong level": (custom(1.5), "level 0 is 1.5"),
     "configuration beside lamp": (
         dataclasses.replace(LAMP, custom_config={}),
-        "expected --pruner custom",
+        "--custom-config needs --pruner custom",
     ),
     "start of 1": (scheduled("gradual", prune_start=1.0), "--prune-start 1.0"),
     "end of 0": (scheduled("gradual", prune_end=0.0), "--prune-end 0.0"),

@@ -117,7 +117,7 @@ MISTAKES = [
     (["--pattern", "1:2t", "--sparsity", "0.5"], "--pattern 1:2t", {}),
     (["--pattern", "4:8t"], "4:8t", {}),
     ([*LAMP, "--permute"], "--permute: expected n:m", {}),
-    (["--permute"], "--permute: expected --pruner", {}),
+    (["--permute"], "--permute needs --pruner", {}),
     (["--pattern", "blok:4x4"], "blok:4x4", {}),
     ([*LAMP, "--pattern", "block:5x4"], "block:5x4", {}),
     (["--pruner", "lamp", "--sparsity", "0.9", "--pattern", "x:4"], "at most 0.75", {}),
