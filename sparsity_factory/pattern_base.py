@@ -1,17 +1,17 @@
-"""What a pattern is asked.
+"""The base class of all patterns, with the methods that a pattern may override.
 
-It knows no allocation. Where it looks at each layer by itself, it says
+A pattern knows no allocation. A unit is what it keeps or removes as a whole: a weight, a block, a
+head. A pattern that handles each layer by itself overrides some of these:
 
-- `units(shape)`: how many units, things that are kept or removed as one, a weight of that shape
-  has;
-- `score(score)`: the scores of the units from the scores of the weights;
+- `units(shape)`: how many units a weight of that shape has;
+- `score(score)`: the scores of the units, from the scores of the weights;
 - `fit(kept, shapes, budget)`: the numbers of units that layers can keep, from those that an
   allocation wants;
-- `step(shape)`: by how many units the number that a weight keeps can change at least;
-- `mask(score, kept)`: the mask of a layer from the scores of its units.
+- `step(shape)`: the smallest change of the number of units that a weight keeps;
+- `mask(score, kept)`: the mask of a layer, from the scores of its units.
 
-Where units reach over several layers, it has a `masks` of its own, which is all that the outside
-calls. Scores are finite and non-negative.
+A pattern whose units reach over several layers overrides `masks` itself, the only method that
+`compute_masks` calls. Scores are finite and non-negative.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,21 +19,22 @@ from math import prod
 
 from torch import Tensor, nn
 
-LEVELS = 25  # that a search looks at, from 1 down to 1/64, each 16 % below the one before
+# How many densities a search tries: from 1 down to 1/64, each 16 % below the one before.
+LEVELS = 25
 
 Shapes = Mapping[str, Sequence[int]]
 
 
 class Pattern:
-    """What all patterns have in common.
+    """What all patterns have in common; by itself it removes single weights.
 
     Attributes:
         name: as it is written on the command line.
-        sparsity: what the pattern itself fixes, else None.
+        sparsity: the sparsity that the pattern fixes, or None.
         budgets: what a sparsity can be a fraction of.
-        transposable: what holds along the inputs holds along the outputs as well.
-        structured: a block without what is pruned is a smaller block. It is zero on both sides, and
-        so has no gradient.
+        transposable: whether the pattern holds along the outputs as well as along the inputs.
+        structured: whether a block without its pruned units is a smaller block. Both sides of a
+            pruned unit are zero, so it has no gradient.
     """
 
     name: str
@@ -48,11 +49,14 @@ class Pattern:
         """The masks of a model, by parameter name, in model order.
 
         Args:
-            model: it is not changed.
+            model: a module, which is not changed.
             scores: the `Scores` of its prunable weights.
             allocate: from `Scores` and a sparsity to the number of units that each layer keeps.
-            sparsity: the fraction of the budget that goes.
+            sparsity: the fraction of the budget to remove.
             budget: one of `budgets`.
+
+        Raises:
+            PruningError: the pattern does not fit a layer, or cannot reach the sparsity.
         """
         self.check(scores.shapes)
         total = round(sum(map(prod, scores.shapes.values())) * (1 - sparsity))
@@ -63,7 +67,7 @@ class Pattern:
         """Raises a PruningError that names the first layer that the pattern does not fit."""
 
     def units(self, shape: Sequence[int]) -> int:
-        """How many units a weight has: without more ado, each single weight is one."""
+        """How many units a weight of this shape has."""
         return prod(shape)
 
     def score(self, score: Tensor) -> Tensor:
@@ -71,44 +75,36 @@ class Pattern:
         return score
 
     def fit(self, kept: dict[str, int], shapes: Shapes, budget: int) -> dict[str, int]:
-        """The numbers of units that layers keep, where an allocation wants `kept` and all have
-        `budget` together.
-        """
+        """How many units each layer keeps if the allocation wants `kept`, `budget` in all."""
         return kept
 
     def step(self, shape: Sequence[int]) -> int:
-        """By how many units the number that a weight keeps can change at least."""
+        """The smallest change of the number of units that a weight keeps."""
         return 1
 
     def levels(self, shape: Sequence[int]) -> list[int]:
-        """Numbers of units that a weight may keep, in rising order, among which a search chooses:
-        all, if few.
-        """
+        """The numbers of units that a search lets a weight keep, in rising order."""
         step = self.step(shape)
         most = self.units(shape) // step
-        return [
-            step * n
-            for n in sorted({1, *(max(round(most * 2 ** (-k / 4)), 1) for k in range(LEVELS))})
-        ]
+        steps = {max(round(most * 2 ** (-k / 4)), 1) for k in range(LEVELS)}
+        return [step * n for n in sorted(steps | {1})]
 
     def compared_columns(self, block_size: int) -> int:
-        """How many columns are taken together where units are chosen from left to right: about
-        `block_size`.
-        """
+        """How many columns to compare at once if units are chosen from left to right."""
         return block_size
 
     def share(self, kept: int, shape: Sequence[int], start: int, end: int) -> int:
-        """Of the units that a weight keeps, those that its columns from `start` to `end` keep."""
+        """How many of the `kept` units of a weight lie in its columns `start` to `end` - 1."""
         return round(kept * end / shape[1]) - round(kept * start / shape[1])
 
     def mask(self, score: Tensor, kept: int, at_least: Tensor | None = None) -> Tensor:
         """Bool tensor of the weight's shape that keeps `kept` units.
 
-        at_least: `suffix_sums(histogram(score))`, where it is known already.
+        at_least: `suffix_sums(histogram(score))`, if it is known already.
         """
         raise NotImplementedError
 
 
 def down(sparsity: float) -> str:
-    """To four digits, towards zero, so that what is printed can be met."""
+    """A sparsity as text: four digits, rounded down, so that the pattern can reach it."""
     return f"{int(sparsity * 10_000) / 10_000:g}"

@@ -1,7 +1,6 @@
-"""Patterns within a layer: what is removed together, and from the scores of one layer to its mask;
-and all by name.
+"""Patterns: which weights are removed together, and the mask of a layer from its scores.
 
-To add one, write a class that says what `pattern_base.py` asks, and name it in `PATTERNS`. Among
+To add one, write a subclass of `Pattern` in `pattern_base.py` and name it in `PATTERNS`. Among
 equal scores the earlier weight or block in row-major order is kept.
 """
 
@@ -14,18 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import PruningError
+from .errors import PruningError, short
 from .k_largest import k_largest
 from .knapsack import nearest_steps
 from .method import method
 from .pattern_base import Pattern, down
 from .unit_patterns import Heads, HeadsAndNeurons, Neurons
 
-# Above this group size, partitioning the groups is faster than comparing every pair
+# Above this group size, partitioning the groups is faster than comparing every pair.
 PAIRWISE_UP_TO = 32
-# Group size, of which all masks are looked at: 90 for 2:4t, and of 8 a hundred million
+# The largest group size of n:mt, which tries all masks of a block: 90 for 2:4t, but a hundred
+# million for a group size of 8.
 MOST_TRANSPOSABLE = 4
-BLOCKS_AT_ONCE = 2**16  # so that the sums of all masks of these take 50 MB
+# For so many blocks, the sums of scores under all masks take 50 MB.
+BLOCKS_AT_ONCE = 2**16
 
 
 @method()
@@ -57,19 +58,19 @@ class _Groups(Pattern):
             if self.m and inputs % self.m:
                 raise PruningError(
                     f"pattern {self.name}: expected a group size that divides the {inputs} inputs "
-                    "of "
-                    f"{name} ({outputs} x {inputs})"
+                    f"of {name} ({outputs} x {inputs})"
                 )
 
     def fit(self, kept, shapes, budget):
-        """All layers together keep as much of the budget as whole n allow, and never more than it.
+        """Makes the n of each layer whole, and uses as much of the budget as that allows.
 
-        Among the ways to do so, it is the one that stays nearest to what the allocation wants.
-        Layers that it wants dense stay dense, if the budget allows that. What is whole and within
-        the budget already stays as it is.
+        The result is the one nearest to what the allocation wants. Layers that it wants dense stay
+        dense if the budget allows that. Numbers that are whole and within the budget already stay
+        as they are.
         """
         m = {name: self.m or shape[1] for name, shape in shapes.items()}
         groups = {name: prod(shape) // m[name] for name, shape in shapes.items()}
+
         least = sum(groups.values())
         if least > budget:
             most = 1 - least / sum(map(prod, shapes.values()))
@@ -78,18 +79,14 @@ class _Groups(Pattern):
                 f"pattern {self.name} keeps at least one of {group}: "
                 f"expected a sparsity of at most {down(most)}"
             )
-        if (
-            all(kept[name] and kept[name] % groups[name] == 0 for name in kept)
-            and sum(kept.values()) <= budget
-        ):
+
+        whole = all(kept[name] and kept[name] % groups[name] == 0 for name in kept)
+        if whole and sum(kept.values()) <= budget:
             return kept
-        n = nearest_steps(
-            np.array(list(kept.values())),
-            np.array(list(groups.values())),
-            np.array(list(m.values())),
-            budget,
-        )
-        return {name: int(n) * groups[name] for name, n in zip(kept, n, strict=True)}
+
+        wanted, step, most = (np.array(list(of.values())) for of in (kept, groups, m))
+        n_of_layers = nearest_steps(wanted, step, most, budget)
+        return {name: int(n) * groups[name] for name, n in zip(kept, n_of_layers, strict=True)}
 
     def step(self, shape):
         return prod(shape) // (self.m or shape[1])
@@ -98,7 +95,7 @@ class _Groups(Pattern):
         return self.m or block_size
 
     def share(self, kept, shape, start, end):
-        # The same in each row
+        # Each row keeps the same share
         return shape[0] * super().share(kept // shape[0], shape, start, end)
 
     def mask(self, score, kept, at_least=None):
@@ -119,9 +116,7 @@ class Row(_Groups):
 
 @method("Mishra et al. 2021, arXiv:2104.08378")
 class NOfM(_Groups):
-    """n of every m consecutive weights along the inputs, such as 2:4, in every layer; takes no
-    sparsity.
-    """
+    """n of every m consecutive weights along the inputs, such as 2:4; takes no sparsity."""
 
     form = "n:m"
     suffix = ""
@@ -149,11 +144,10 @@ class NOfM(_Groups):
 
 @method("Hubara et al. 2021, arXiv:2102.08124")
 class Transposable(NOfM):
-    """n of every m along the inputs and along the outputs, such as 2:4t: n:m for the backward pass
-    as well.
-    """
+    """n of every m along inputs and outputs, such as 2:4t: n:m in the backward pass as well."""
 
-    form, suffix = "n:mt", "t"
+    form = "n:mt"
+    suffix = "t"
     transposable = True
 
     def __init__(self, name: str, n: int, m: int):
@@ -168,8 +162,7 @@ class Transposable(NOfM):
             if outputs % self.m or inputs % self.m:
                 raise PruningError(
                     f"pattern {self.name}: expected blocks of {self.m} x {self.m} that divide "
-                    f"{name} "
-                    f"({outputs} x {inputs})"
+                    f"{name} ({outputs} x {inputs})"
                 )
 
     def mask(self, score, kept, at_least=None):
@@ -192,9 +185,7 @@ class AnyOfM(_Groups):
 
 @method("Gray et al. 2017, block-sparse kernels")
 class Block(Pattern):
-    """Blocks of R outputs by C inputs, such as block:16x16; the score of a block is the sum over
-    its weights.
-    """
+    """Blocks of R outputs by C inputs, such as block:16x16; a block's score is its weights' sum."""
 
     form = "block:RxC"
 
@@ -226,7 +217,7 @@ class Block(Pattern):
 
     def score(self, score):
         blocks = score.unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows))
-        # So that rounding depends on no device
+        # In float64, so that the order of the sum, which differs between devices, does not matter
         return blocks.sum((1, 3), dtype=torch.float64).to(score.dtype)
 
     def compared_columns(self, block_size):
@@ -254,48 +245,52 @@ PATTERNS: dict[str, type[Pattern]] = {
 
 
 def parse_pattern(name: str) -> Pattern:
-    """The pattern of that name: one of the forms in `PATTERNS`, with numbers for their capital and
-    small letters.
+    """The pattern of that name: a form in `PATTERNS` with numbers in place of n, m, R and C.
 
     Raises:
         PruningError: no form fits, or its numbers are out of range.
     """
-    for pattern in PATTERNS.values():
-        if found := pattern.parse(name) if isinstance(name, str) else None:
-            return found
+    if isinstance(name, str):
+        for pattern in PATTERNS.values():
+            if found := pattern.parse(name):
+                return found
     raise PruningError(
-        f"unknown pattern {str(name)[:100]!r}: expected unstructured, row, n:m such as 2:4, n:mt "
-        "such "
-        "as 2:4t, x:m such as x:4, block:RxC such as block:16x16, heads, neurons or heads+neurons"
+        f"unknown pattern {short(name)}: expected unstructured, row, n:m such as 2:4, n:mt such as "
+        "2:4t, x:m such as x:4, block:RxC such as block:16x16, heads, neurons or heads+neurons"
     )
 
 
 def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
-    """Mask of the shape of `score` that keeps the `n` largest of every `m` consecutive weights of
-    its last dimension.
+    """Mask that keeps the `n` largest of every `m` consecutive scores of the last dimension.
 
     Args:
         score: a tensor; `m` divides its last dimension.
         n: from 0 to `m`.
+
+    Returns:
+        A bool tensor of the shape of `score`, on its device.
     """
-    if not n:
+    if n == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     groups = score.reshape(-1, m)
     if m > PAIRWISE_UP_TO:
         return _n_of_large_groups(groups, n).view(score.shape)
-    mask = torch.zeros(groups.shape, dtype=torch.bool, device=score.device)
-    # The rank of a weight is the number of weights that go before it in its group: to begin with,
-    # all earlier ones.
+
+    # The rank of a weight is how many weights of its group come before it. At first each weight
+    # ranks at its place.
     ranks = [
         torch.full((len(groups),), place, dtype=torch.uint8, device=score.device)
         for place in range(m)
     ]
+
+    # Compare every pair; on a tie the earlier weight stays ahead
     for later in range(m):
         for earlier in range(later):
-            # On a tie the earlier stays ahead
             overtakes = (groups[:, later] > groups[:, earlier]).view(torch.uint8)
             ranks[earlier] += overtakes
             ranks[later] -= overtakes
+
+    mask = torch.zeros(groups.shape, dtype=torch.bool, device=score.device)
     for place, rank in enumerate(ranks):
         mask[:, place] = rank < n
     return mask.view(score.shape)
@@ -304,9 +299,9 @@ def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
 def transposable_n_of_m(score: Tensor, n: int, m: int) -> Tensor:
     """Mask that keeps n of every m consecutive weights of each row and of each column.
 
-    Of each m x m block it is the mask of the largest sum of scores, among all that there are. On a
-    tie it is the first of those masks in the order of their first rows, then of their second ones,
-    and so on, a row that keeps earlier weights being first.
+    Each m x m block gets the mask under which the sum of its scores is largest, of all possible
+    masks. On a tie it gets the mask whose first row keeps earlier weights, then the one whose
+    second row does, and so on.
 
     Args:
         score: shape (outputs, inputs); `m` divides both.
@@ -314,20 +309,18 @@ def transposable_n_of_m(score: Tensor, n: int, m: int) -> Tensor:
     """
     masks = torch.from_numpy(_transposable_masks(n, m)).to(score.device)
     blocks = score.unflatten(0, (-1, m)).unflatten(2, (-1, m)).transpose(1, 2)
-    # In float64 the sums of float32 scores are exact, but for extreme ones, whatever the order in
-    # which they are added.
-    sums = (
-        part.double() @ masks.T.double() for part in blocks.reshape(-1, m * m).split(BLOCKS_AT_ONCE)
-    )
-    best = torch.cat([of_masks.argmax(1) for of_masks in sums])
+
+    # In float64 the sums of float32 scores are exact in any order, unless the scores are extreme
+    parts = blocks.reshape(-1, m * m).split(BLOCKS_AT_ONCE)
+    best = torch.cat([(part.double() @ masks.T.double()).argmax(1) for part in parts])
     return masks[best].view(blocks.shape).transpose(1, 2).reshape(score.shape)
 
 
 def regrow(weight: Tensor, mask: Tensor, growth: Tensor, count: int) -> Tensor:
-    """Drops the smallest of the kept weights, and grows as many of all that are then not kept,
-    dropped ones included.
+    """Drops the smallest kept weights, and grows as many of those that are then not kept.
 
-    Among equals the earlier weight in row-major order is kept, and grown.
+    A weight that was dropped may grow again. Among equals the earlier weight in row-major order is
+    kept, and grown.
 
     Args:
         weight: the `count` smallest magnitudes that the mask keeps are dropped.
@@ -339,13 +332,14 @@ def regrow(weight: Tensor, mask: Tensor, growth: Tensor, count: int) -> Tensor:
         A mask that keeps as many weights as the given one.
 
     Raises:
-        PruningError: a count that is out of range.
+        PruningError: the count is out of range.
     """
     kept = int(mask.count_nonzero())
     if not 0 <= count <= kept:
         raise PruningError(
             f"{count} weights to drop and grow: expected 0 to the {kept} that are kept"
         )
+
     left = k_largest(_positive_where(mask, weight.detach().abs()), kept - count)
     return left | k_largest(_positive_where(~left, growth), count)
 
@@ -354,28 +348,31 @@ def regrow(weight: Tensor, mask: Tensor, growth: Tensor, count: int) -> Tensor:
 
 
 def _positive_where(mask: Tensor, values: Tensor) -> Tensor:
-    """Values in the same order, and above 0 where the mask is True; 0 elsewhere."""
+    """The values above 0 in the same order where the mask is True; 0 elsewhere."""
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     return values.nextafter(values.new_tensor(torch.inf)).masked_fill(~mask, 0)
 
 
 @cache
 def _transposable_masks(n: int, m: int) -> np.ndarray:
-    """The masks of m x m that keep n of each row and column, shape (masks, m * m), earlier weights
-    first.
-    """
+    """All m x m masks that keep n of each row and column, shape (masks, m * m), in tie order."""
     rows = [[place in kept for place in range(m)] for kept in combinations(range(m), n)]
     blocks = np.array(list(product(rows, repeat=m)))
     return blocks[(blocks.sum(1) == n).all(1)].reshape(-1, m * m)
 
 
 def _n_of_large_groups(groups: Tensor, n: int) -> Tensor:
+    """The mask of groups, shape (groups, m), by sorting on a GPU and by partitioning on a CPU."""
     if groups.device.type != "cpu":
         best_first = groups.argsort(dim=1, descending=True, stable=True)
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best_first[:, :n], True)
+
     groups = groups.numpy()
     last_kept = np.partition(groups, -n, axis=1)[:, -n, None]
-    mask, ties = groups > last_kept, groups == last_kept
+    mask = groups > last_kept
+
+    # Of the scores that equal the last one kept, the earlier ones are kept
+    ties = groups == last_kept
     missing = n - mask.sum(1, keepdims=True)
     mask |= ties & (ties.cumsum(1, dtype=np.int32) <= missing)
     return torch.from_numpy(mask)

@@ -1,18 +1,17 @@
-"""Allocations: how the global budget is shared among layers; and `compute_masks`, which prunes a
-model with one.
+"""Allocations, which share the global budget among layers, and `compute_masks`, which uses them.
 
 A pruner is the name of an allocation. An allocation is a function
 
     def allocation(scores: Scores, sparsity: float) -> dict[str, int]
 
-from the scores of every prunable weight, in model order, and the share of weights to remove, to the
-number of weights that each layer keeps. An allocation knows no pattern: within a layer the largest
-scores are kept as `patterns.py` has it, and where the pattern removes blocks, an allocation is
-given the scores of blocks and counts blocks. To add one, write such a function and name it in
-`PRUNERS`.
+from the scores of every prunable weight, in model order, and the fraction of weights to remove, to
+the number of weights that each layer keeps. An allocation knows no pattern: the pattern in
+`patterns.py` keeps the largest scores of a layer. If the pattern removes blocks, the allocation is
+given the scores of blocks and counts blocks. To add an allocation, write such a function and name
+it in `PRUNERS`.
 
-N: prunable weights in all; n: those of a layer. The global budget is round(N (1 - sparsity)), half
-to even.
+N is the number of all prunable weights, n that of a layer. The global budget is
+round(N (1 - sparsity)), half to even.
 """
 
 import math
@@ -36,10 +35,11 @@ from .patterns import n_of_m, parse_pattern
 from .scores import SCORES, Scores, wanda
 from .statistics import Statistics
 
-OUTLIER = 5  # M of OWL: a weight is an outlier above so many times the mean of its layer
-# Lambda of OWL: how far the density of a layer may be from that of the model
+# M of OWL: a weight is an outlier if its score is above this many times the mean of its layer.
+OUTLIER = 5
+# Lambda of OWL: how far the density of a layer may be from that of the model.
 OWL_RANGE = 0.08
-# Tau of AlphaPruning: the sparsity of a layer is 0.8 to 1.2 of one value for the model
+# Tau of AlphaPruning: the sparsity of a layer is 0.8 to 1.2 times one value for the model.
 ALPHA_RANGE = 0.2
 
 
@@ -59,32 +59,31 @@ def compute_masks(
     """Decides which prunable weights of a model to keep. The model is not changed.
 
     Args:
-        model: any module with linear layers; see `prunable_weights` for which of its weights are
-        prunable.
+        model: any module with linear layers; `prunable_weights` says which weights are prunable.
         pruner: a name in `PRUNERS`: how the budget is shared among layers.
-        sparsity: the fraction of the prunable weights to remove, in [0, 1); not for `custom`, nor
-            for a pattern such as 2:4 that has its own. With `budget="macs"`, that of their
-            multiply-adds and the attention products'.
+        sparsity: the fraction of the prunable weights to remove, in [0, 1); None for `custom`, and
+            for a pattern such as 2:4 that has its own. With `budget="macs"`, the fraction of the
+            multiply-adds of these weights and of the attention products.
         custom_config: path of a YAML file, or what such a file parses to; for `custom` only.
         score: a name in `SCORES`: how much a weight matters.
         pattern: one of the forms in `PATTERNS`, such as `2:4`: what may be removed together.
-        budget: `weights`, or with heads and neurons also `macs`; then the model, which is one of
-        timm, is run once.
-        statistics: what `collect_statistics` returned for the model, where `needs_of(pruner,
-        score)` is not empty.
-        seed: of scores that are drawn.
-        reconstructed: whether a reconstruction follows, for `search`, which looks at what a layer
-            then loses.
+        budget: `weights`, or with heads and neurons also `macs`; for that the model, one of timm,
+            is run once.
+        statistics: what `collect_statistics` returned for the model; needed unless
+            `needs_of(pruner, score)` is empty.
+        seed: the seed of scores that are drawn at random.
+        reconstructed: whether a reconstruction follows; `search` then looks at the losses after
+            it.
 
     Returns:
         Parameter name to bool tensor of the weight's shape, on its device, True where the weight is
-        kept; in model order. All prunable weights are there; where heads or neurons go, their
-        biases too, and what else has a row or column for each of them.
+        kept; in model order. All prunable weights have a mask. If heads or neurons are pruned, so
+        have their biases and every other parameter with a row or column for each of them.
 
     Raises:
-        PruningError: whatever `check_request` refuses, statistics that are missing or lack
-            something, a model without prunable weights, one that the pattern does not fit, a weight
-            or score that is not finite.
+        PruningError: `check_request` refuses the request; statistics are missing or incomplete; the
+            model has no prunable weights, or the pattern does not fit it; a weight or score is not
+            finite.
     """
     check_request(pruner, sparsity, custom_config, score, pattern=pattern, budget=budget)
     weights = prunable_weights(model)
@@ -93,13 +92,12 @@ def compute_masks(
             f"{type(model).__name__} has no prunable weights: no nn.Linear besides the classifier"
         )
     _check_statistics(statistics, weights, pruner, score)
+
     pattern = parse_pattern(pattern)
     scores = Scores(weights, SCORES[score], pattern, statistics, seed, reconstructed)
     if pruner == "custom":
-        return {
-            name: mask_at(scores, name, level)
-            for name, level in custom(scores, custom_config).items()
-        }
+        levels = custom(scores, custom_config)
+        return {name: mask_at(scores, name, level) for name, level in levels.items()}
 
     def allocate(scores: Scores, sparsity: float) -> dict[str, int]:
         allocation = PRUNERS[pruner](scores, sparsity)
@@ -175,9 +173,7 @@ def check_request(
 
 
 def needs_of(pruner: str | None = None, score: str = "magnitude") -> frozenset[str]:
-    """The names in `STATISTICS` that `compute_masks` needs for these choices: what to collect.
-    Often empty.
-    """
+    """The names in `STATISTICS` that `compute_masks` needs for these choices; often none."""
     found = [PRUNERS.get(pruner), SCORES.get(score)]
     return frozenset().union(*(getattr(function, "needs", ()) for function in found))
 
@@ -190,8 +186,9 @@ def unif(scores: Scores, sparsity: float) -> dict[str, int]:
 
 @method("Gale et al. 2019, arXiv:1902.09574")
 def unifplus(scores: Scores, sparsity: float) -> dict[str, int]:
-    """Uniform+: the first and the last prunable layer stay dense, the others share the sparsity
-    that meets the target.
+    """Uniform+: first and last prunable layer stay dense, all others get one sparsity.
+
+    That sparsity is the one that meets the target.
 
     Gale et al. 2019, arXiv:1902.09574.
 
@@ -199,13 +196,16 @@ def unifplus(scores: Scores, sparsity: float) -> dict[str, int]:
         PruningError: the target is out of reach with those two layers dense.
     """
     sizes = scores.sizes
-    total, middle = sum(sizes.values()), sum(list(sizes.values())[1:-1])
+    total = sum(sizes.values())
+    middle = sum(list(sizes.values())[1:-1])
+
     if sparsity * total >= middle and sparsity > 0:
         limit = f"less than {middle / total:.4f}" if middle else "0"
         raise PruningError(
             "unifplus keeps the first and last prunable layer dense: expected a sparsity of "
             f"{limit}, got {sparsity:g}"
         )
+
     dense = {next(iter(sizes)), next(reversed(sizes))}
     shared = sparsity * total / middle if middle else 0.0
     return {name: n if name in dense else _remaining(n, shared) for name, n in sizes.items()}
@@ -213,8 +213,9 @@ def unifplus(scores: Scores, sparsity: float) -> dict[str, int]:
 
 @method()
 def glob(scores: Scores, sparsity: float) -> dict[str, int]:
-    """Global: the largest scores over all layers together are kept; on a tie the earlier layer's.
-    Meets the budget.
+    """Global: the largest scores over all layers together are kept.
+
+    On a tie the earlier layer's are. The budget is met exactly.
     """
     return largest_overall(scores, _budget(scores.sizes, sparsity))
 
@@ -223,9 +224,9 @@ def glob(scores: Scores, sparsity: float) -> dict[str, int]:
 def erk(scores: Scores, sparsity: float) -> dict[str, int]:
     """Erdos-Renyi kernel: a layer keeps a number of weights proportional to fan_in + fan_out.
 
-    A layer that would keep more than it has stays dense, and the rest of the budget is shared
-    again. Each layer's share is rounded by itself, so that the total may differ from the budget by
-    half a weight per layer.
+    A layer that would keep more weights than it has stays dense, and the rest of the budget is
+    shared again. Each layer's share is rounded by itself, so the total may differ from the budget
+    by half a weight per layer.
 
     Evci et al. 2020, arXiv:1911.11134.
     """
@@ -233,12 +234,16 @@ def erk(scores: Scores, sparsity: float) -> dict[str, int]:
     fans = {name: sum(shape) for name, shape in scores.shapes.items()}
     kept = {}
     left = sum(sizes.values()) * (1 - sparsity)
+
     while len(kept) < len(sizes):
         shared = {name: fan for name, fan in fans.items() if name not in kept}
         scale = left / sum(shared.values())
         full = {name: sizes[name] for name, fan in shared.items() if scale * fan > sizes[name]}
+
+        # Once no layer overflows, the shares are final
         kept |= full or {name: round(scale * fan) for name, fan in shared.items()}
         left -= sum(full.values())
+
     return {name: kept[name] for name in sizes}
 
 
@@ -246,14 +251,14 @@ def erk(scores: Scores, sparsity: float) -> dict[str, int]:
 def lamp(scores: Scores, sparsity: float) -> dict[str, int]:
     """Layer-adaptive magnitude pruning: the largest LAMP scores over all layers together are kept.
 
-    The LAMP score of a weight w is w^2 over the sum of v^2, in float64, over the weights v of its
-    layer with
-    |v| >= |w|, w itself included (with another score than the magnitude, that score stands for
-    |w|). Equal weights of a layer have equal scores, except that the first of its largest weights
-    counts as score 1, as it does without ties; so every layer keeps a weight. A layer of zeros has
-    score 0 elsewhere. On a tie the earlier layer goes first.
+    The LAMP score of a weight w is w^2 divided by the sum of v^2 over the weights v of its layer
+    with |v| >= |w|, w itself included, in float64. With another score than the magnitude, that
+    score takes the place of |w|. Equal weights of a layer have equal LAMP scores, with one
+    exception: the first of its largest weights has 1, as it would without ties, so every layer
+    keeps a weight. The other weights of a layer of zeros have 0. On a tie the earlier layer's
+    weights are kept.
 
-    The budget is met exactly. When it is smaller than the number of layers, the earlier layers keep
+    The budget is met exactly. If it is smaller than the number of layers, the earlier layers keep
     one weight each, and the later ones none.
 
     Lee et al. 2021, arXiv:2010.07611.
@@ -263,24 +268,24 @@ def lamp(scores: Scores, sparsity: float) -> dict[str, int]:
 
 @method("Yin et al. 2024, arXiv:2310.05175", needs=wanda.needs)
 def owl(scores: Scores, sparsity: float) -> dict[str, int]:
-    """Outlier-weighed: a layer keeps more, the more of its weights have an outlying Wanda score.
+    """Outlier-weighed: a layer keeps more if more of its weights have an outlying Wanda score.
 
-    A weight is an outlier where abs(w_ij) norm2(x_j) is more than 5 times its mean over the layer,
-    whatever the score that then chooses within the layer. With r the share of outliers in a layer,
-    R that in the whole model, and D = 1 - sparsity, the layer has the density D + 0.08 (r - R) /
-    max over layers of abs(r - R).
+    A weight is an outlier if abs(w_ij) norm2(x_j) is more than 5 times the mean over the layer,
+    whichever score then chooses within the layer. Let r be the fraction of outliers in a layer, R
+    that in the whole model, and D = 1 - sparsity: then the density of the layer is
+    D + 0.08 (r - R) / max over layers of abs(r - R).
 
-    The budget is met exactly: densities outside of [one weight, 1] stop there, and the others move
-    by one amount. A layer is a prunable weight here, and a transformer block in the paper. The
-    paper asks for densities within 0.08 of D, as here; its public code spreads them over 0.16
-    around their mean, so that some can be further from it.
+    The budget is met exactly: densities are limited to [one weight, 1], and the others shift by one
+    amount. A layer is a prunable weight here, and a transformer block in the paper. The paper asks
+    for densities within 0.08 of D, as here. Its public code spreads them over 0.16 around their
+    mean, so some can be further from it.
 
     Yin et al. 2024, arXiv:2310.05175.
     """
     sizes = np.array(list(scores.sizes.values()), float)
-    outliers = np.array(
-        [_outlier_ratio(wanda(scores.weight(name), scores.layer(name))) for name in scores]
-    )
+    wandas = (wanda(scores.weight(name), scores.layer(name)) for name in scores)
+    outliers = np.array([_outlier_ratio(score) for score in wandas])
+
     deviation = outliers - outliers @ sizes / sizes.sum()
     density = 1 - sparsity + OWL_RANGE * deviation / (np.abs(deviation).max() or 1)
     return _meet_budget(scores, sparsity, lambda share: density + 2 * share - 1)
@@ -288,25 +293,25 @@ def owl(scores: Scores, sparsity: float) -> dict[str, int]:
 
 @method("Lu et al. 2024, arXiv:2410.10912")
 def alpha(scores: Scores, sparsity: float) -> dict[str, int]:
-    """AlphaPruning: a layer keeps more, the heavier the tail of its spectrum, which says that it is
-    better trained.
+    """AlphaPruning: a layer keeps more if the tail of its spectrum is heavier.
 
-    The tail is the upper half of the eigenvalues of W^T W that are not zero, e_1 the smallest of
-    its k. Its exponent is estimated after Hill as alpha = 1 + k / sum(ln(e_i / e_1)). The sparsity
-    of a layer is c (0.8 + 0.4 (alpha - min) / (max - min)), with the minimum and maximum of alpha
-    over layers, and one c for all. A layer without an exponent, such as one of zeros, is given the
-    maximum.
+    A heavier tail indicates a better trained layer. The tail is the upper half of the nonzero
+    eigenvalues of W^T W: e_1, the smallest, to e_k. Hill's estimate of its exponent is
+    alpha = 1 + k / sum(ln(e_i / e_1)). The sparsity of a layer is
+    c (0.8 + 0.4 (alpha - min) / (max - min)), with the minimum and maximum of alpha over layers,
+    and one c for all. A layer without an exponent, such as one of zeros, is given the maximum.
 
-    The budget is met exactly: sparsities that would leave less than one weight stop there, and c
-    grows for the others. Eigenvalues are computed in float64 on the CPU, so that the counts depend
-    on no device. As in the public code for vision transformers, each prunable weight has its own
-    sparsity; language models there have one a block.
+    The budget is met exactly: every layer keeps at least one weight, and c grows for the others.
+    Eigenvalues are computed in float64 on the CPU, so that the counts depend on no device. As in
+    the public code for vision transformers, each prunable weight has its own sparsity; for language
+    models that code has one per block.
 
     Lu et al. 2024, arXiv:2410.10912.
     """
     exponents = np.array([_hill_exponent(scores.weight(name)) for name in scores])
     largest = exponents[np.isfinite(exponents)].max(initial=0)
     exponents = np.minimum(exponents, largest)
+
     position = (exponents - exponents.min()) / (np.ptp(exponents) or 1)
     relative = 1 - ALPHA_RANGE + 2 * ALPHA_RANGE * position
     return _meet_budget(scores, sparsity, lambda share: 1 - 2 * (1 - share) * relative)
@@ -314,12 +319,11 @@ def alpha(scores: Scores, sparsity: float) -> dict[str, int]:
 
 @method("Kuznedelev et al. 2023, arXiv:2210.09223", needs=SCORES["cap"].needs)
 def cap(scores: Scores, sparsity: float) -> dict[str, int]:
-    """Correlation-aware: what costs the loss most to remove, the others making up for it, is kept;
-    meets the budget.
+    """Correlation-aware: keeps the weights whose removal costs most if the others compensate.
 
-    A layer keeps as many weights as it has among the largest `cap` scores over all layers, on a tie
-    the earlier layer's, whatever the score that then chooses within the layer. With the score `cap`
-    these are the paper's masks.
+    A layer keeps as many weights as it has among the largest `cap` scores over all layers,
+    whichever score then chooses within the layer. On a tie the earlier layer's are kept. The budget
+    is met exactly. With the score `cap` these are the paper's masks.
 
     Kuznedelev et al. 2023, arXiv:2210.09223.
     """
@@ -328,31 +332,28 @@ def cap(scores: Scores, sparsity: float) -> dict[str, int]:
 
 @method("this project; Martens and Grosse 2015, arXiv:1503.05671", needs=kfac.needs)
 def search(scores: Scores, sparsity: float) -> dict[str, int]:
-    """Levels found: those of the least sum of what each layer loses alone, as far as its weights
-    will make up for it.
+    """Levels found by search: the sum of what the layers lose is the smallest within the budget.
 
-    Each layer is pruned at each of the levels of the pattern, by its scores or, where a
-    reconstruction follows, by Optimal Brain Surgeon, and loses what `search.kfac` says. Among all
-    choices of levels within the budget the best is found exactly, up to the rounding of `cheapest`.
-    What that leaves of the budget, less than a level takes, goes to the earliest layers.
+    Each layer is pruned by itself at each level of the pattern, by its scores or, if a
+    reconstruction follows, by Optimal Brain Surgeon; `levels.kfac` is its loss. Of all choices of
+    levels within the budget the best is found exactly, up to the rounding of `cheapest`. What is
+    then left of the budget, too little for another level, is given to the earliest layers.
 
     Raises:
         PruningError: the budget is less than the lowest levels take.
     """
+
+    def losses_of(name: str, kept: list[int]) -> list[float]:
+        """What a layer loses at each of its levels."""
+        mask_of = None if scores.reconstructed else partial(scores.mask, name)
+        found = at_levels(
+            scores.weight(name), scores.layer(name), kept, scores.pattern, mask_of=mask_of
+        )
+        return [kfac(pruned) for pruned in found]
+
     levels = [scores.pattern.levels(shape) for shape in scores.shapes.values()]
-    losses = [
-        [
-            kfac(pruned)
-            for pruned in at_levels(
-                scores.weight(name),
-                scores.layer(name),
-                kept,
-                scores.pattern,
-                mask_of=None if scores.reconstructed else partial(scores.mask, name),
-            )
-        ]
-        for name, kept in zip(scores, levels, strict=True)
-    ]
+    losses = [losses_of(name, kept) for name, kept in zip(scores, levels, strict=True)]
+
     budget = _budget(scores.sizes, sparsity)
     least = sum(kept[0] for kept in levels)
     if budget < least:
@@ -361,11 +362,13 @@ def search(scores: Scores, sparsity: float) -> dict[str, int]:
             "pruner search keeps something of each layer: expected a sparsity of at most "
             f"{most:.6f}"
         )
-    options = cheapest(levels, losses, budget)
-    chosen = {
-        name: kept[option] for name, kept, option in zip(scores, levels, options, strict=True)
-    }
-    for name, units in scores.sizes.items():  # what the levels leave of the budget
+
+    chosen = {}
+    for name, kept, option in zip(scores, levels, cheapest(levels, losses, budget), strict=True):
+        chosen[name] = kept[option]
+
+    # Spend what the levels leave of the budget
+    for name, units in scores.sizes.items():
         more = min(budget - sum(chosen.values()), units - chosen[name])
         chosen[name] += more - more % scores.pattern.step(scores.shapes[name])
     return chosen
@@ -373,11 +376,13 @@ def search(scores: Scores, sparsity: float) -> dict[str, int]:
 
 @method()
 def custom(scores: Scores, config: str | PathLike | Mapping) -> dict[str, int | tuple[int, int]]:
-    """What the configuration says, per layer: the number of weights kept, or (n, m) for n of every
-    m.
+    """As the YAML says: each layer keeps a number of weights, or n of every m.
+
+    Returns:
+        Weight name to the number of weights kept, or to (n, m).
 
     Raises:
-        PruningError: see `config.resolve_levels`.
+        PruningError: see `custom_yaml.resolve_levels`.
     """
     return resolve_levels(config, scores.shapes)
 
@@ -389,9 +394,7 @@ PRUNERS: dict[str, Callable] = {
 
 
 def mask_at(scores: Scores, name: str, level: int | tuple[int, int]) -> Tensor:
-    """The mask of a layer at a level of a custom configuration: a number of weights that are kept,
-    or (n, m).
-    """
+    """The mask of a layer at a level: the number of weights that it keeps, or (n, m)."""
     return n_of_m(scores[name], *level) if isinstance(level, tuple) else scores.mask(name, level)
 
 
@@ -401,13 +404,15 @@ def mask_at(scores: Scores, name: str, level: int | tuple[int, int]) -> Tensor:
 def _check_statistics(
     statistics: Statistics | None, weights: Mapping[str, Tensor], pruner: str, score: str
 ) -> None:
-    """Refuses what lacks something that the choices need, and says which choice needs it."""
-    for choice, needs in (
-        (f"pruner {pruner}", needs_of(pruner)),
-        (f"score {score}", needs_of(None, score)),
-    ):
+    """Refuses statistics that lack something, and says which choice needs it."""
+    needs_by_choice = {
+        f"pruner {pruner}": needs_of(pruner),
+        f"score {score}": needs_of(None, score),
+    }
+    for choice, needs in needs_by_choice.items():
         if not needs:
             continue
+
         if statistics is None:
             raise PruningError(
                 f"{choice} looks at data: expected statistics with {', '.join(sorted(needs))}"
@@ -417,12 +422,12 @@ def _check_statistics(
             raise PruningError(
                 f"{choice} needs {', '.join(sorted(missing))}: the statistics hold {held}"
             )
+
         for name, weight in weights.items():
             if statistics.shapes.get(name) != weight.shape:
                 raise PruningError(
-                    f"the statistics are of another model: {name} of shape {list(weight.shape)} is "
-                    "not "
-                    "among their weights"
+                    f"the statistics are of another model: {name} of shape {list(weight.shape)} "
+                    "is not among their weights"
                 )
 
 
@@ -437,14 +442,14 @@ def _remaining(n: int, sparsity: float) -> int:
 def _meet_budget(
     scores: Scores, sparsity: float, density: Callable[[float], np.ndarray]
 ) -> dict[str, int]:
-    """The numbers of weights that are nearest to densities that meet the budget exactly.
+    """How many weights each layer keeps so that the budget is met as the densities say.
 
-    Every layer keeps at least one weight; with a budget of fewer weights than layers, the earlier
-    layers do. What rounding down leaves goes to the layers with the largest fractions, on a tie to
-    the earlier ones.
+    Every layer keeps at least one weight; if the budget has fewer weights than there are layers,
+    the earlier layers keep one. Numbers are rounded down, and the remaining weights are given to
+    the layers with the largest fractions, on a tie to the earlier ones.
 
-    density: from a number in [0, 1] to the density of each layer, which does not fall as that
-    number grows.
+    density: from a number in [0, 1] to the densities of all layers, none of which falls as that
+        number grows.
     """
     sizes = np.array(list(scores.sizes.values()), float)
     budget = _budget(scores.sizes, sparsity)
@@ -454,6 +459,7 @@ def _meet_budget(
         return np.clip(density(share) * sizes, least, sizes)
 
     exact = wanted(largest_threshold(lambda share: wanted(share).sum() <= budget))
+
     kept = np.floor(exact)
     by_fraction = np.argsort(kept - exact, kind="stable")
     kept[by_fraction[: budget - int(kept.sum())]] += 1
@@ -465,15 +471,15 @@ def _outlier_ratio(score: Tensor) -> float:
 
 
 def _hill_exponent(weight: Tensor) -> float:
-    """The exponent of the power law that the upper half of the spectrum of W^T W follows; infinite
-    if it has none.
-    """
+    """The power-law exponent of the upper half of the spectrum of W^T W; infinite if none."""
     weight = weight.cpu().double()
     narrow = weight if weight.shape[0] < weight.shape[1] else weight.T
     eigenvalues = torch.linalg.eigvalsh(narrow @ narrow.T).numpy()
-    # Of an eigenvalue that is zero
+
+    # An eigenvalue of zero is computed as something up to this
     noise = eigenvalues[-1] * len(eigenvalues) * np.finfo(float).eps
     eigenvalues = eigenvalues[eigenvalues > noise]
+
     tail = eigenvalues[len(eigenvalues) // 2 :]
     spread = np.log(tail / tail[0]).mean() if len(tail) else 0.0
     return 1 + 1 / spread if spread > 1e-6 else math.inf

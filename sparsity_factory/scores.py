@@ -1,14 +1,13 @@
-"""How much a weight matters, and `Scores`, which computes that for every prunable weight of a
-model.
+"""How much each weight matters, and `Scores`, which computes that for all prunable weights.
 
 A score is a function
 
     def score(weight: Tensor, layer: Layer) -> Tensor
 
 from a weight of shape (outputs, inputs), float32 or float64, and what is known of its layer, to a
-tensor of the weight's shape, dtype and device: finite and non-negative, larger where the weight
-matters more. It looks at the statistics that it `needs`, and no others. To add one, write such a
-function and name it in `SCORES`.
+tensor of the weight's shape, dtype and device. Its values are finite and non-negative, and larger
+for weights that matter more. It looks at the statistics that it `needs`, and no others. To add a
+score, write such a function and name it in `SCORES`.
 
 w_ij: the weight from input j to output i; x: the inputs of the layer over all tokens of the
 calibration images; g: the gradient of the mean loss over them, g_b: over those of batch b.
@@ -28,18 +27,21 @@ from .method import method
 from .patterns import Pattern, Unstructured
 from .statistics import STATISTICS, Statistics
 
-DAMPING = 0.01  # of the mean of the Gram matrix's diagonal, as SparseGPT has it
+DAMPING = 0.01  # times the mean of the Gram matrix's diagonal, as in SparseGPT
 
 
 class Layer:
     """What is known of a layer besides its weight.
 
     Attributes:
-        name: of the weight.
-        seed: for scores that are drawn.
-        images: how many the statistics are of.
+        name: the name of the weight.
+        seed: the seed of scores that are drawn at random.
+        images: the number of images that the statistics were collected from.
         input_norms, gram, gradient_gram, gradient, first_gradient, squared_gradient, removal_costs:
-            as `STATISTICS` says, float64, on the device of the weight.
+            the statistics of these names in `STATISTICS`, float64, on the device of the weight.
+
+    Raises:
+        PruningError: on access to a statistic, if no statistics were given.
     """
 
     def __init__(self, name: str, seed: int = 0, statistics: Statistics | None = None, device=None):
@@ -56,19 +58,16 @@ class Layer:
         if need not in STATISTICS:
             raise AttributeError(need)
         if self._statistics is None:
-            raise PruningError(
-                f"{self.name}: {need} of its layer is not known: expected statistics"
-            )
+            message = f"{self.name}: {need} of its layer is not known: expected statistics"
+            raise PruningError(message)
         return self._statistics.value(self.name, need).to(self._device)
 
     @cached_property
     def inverse_gram_diagonal(self) -> Tensor:
-        """The diagonal of the inverse of the damped Gram matrix; infinite for an input that is
-        always zero.
-        """
+        """The diagonal of the damped Gram matrix's inverse; infinite for dead inputs."""
         diagonal = self.gram.diagonal()
         dead = diagonal == 0
-        # Which has an inverse
+        # Ones on the diagonal of dead inputs, so that the matrix has an inverse
         damped = self.gram + torch.diag(DAMPING * diagonal.mean() + dead.to(diagonal.dtype))
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         return inverse.diagonal().masked_fill(dead, torch.inf)
@@ -77,7 +76,7 @@ class Layer:
 @method()
 def magnitude(weight: Tensor, layer: Layer) -> Tensor:
     """abs(w)."""
-    # Numpy asks for large pages; page faults are most of the time that torch takes
+    # numpy asks for large pages, and torch spends most of its time on page faults
     if weight.device.type == "cpu":
         return torch.from_numpy(np.abs(weight.detach().numpy()))
     return weight.abs()
@@ -117,28 +116,28 @@ def wanda(weight: Tensor, layer: Layer) -> Tensor:
 
 @method("Zhang et al. 2024, Plug-and-Play (ICLR)", needs={"input_norms"})
 def ria(weight: Tensor, layer: Layer) -> Tensor:
-    """(abs(w_ij) / sum_i abs(w_ij) + abs(w_ij) / sum_j abs(w_ij)) norm2(x_j)^0.5; a row or column
-    of zeros adds 0.
+    """(abs(w_ij) / sum_i abs(w_ij) + abs(w_ij) / sum_j abs(w_ij)) norm2(x_j)^0.5.
+
+    A row or column of zeros adds 0.
     """
     size = weight.abs()
-    sums = (size.sum(dim, keepdim=True, dtype=torch.float64) for dim in (0, 1))
+    sums = [size.sum(dim, keepdim=True, dtype=torch.float64) for dim in (0, 1)]
     relative = sum(size / total.masked_fill(total == 0, 1) for total in sums)
     return (relative * layer.input_norms.sqrt()).to(weight)
 
 
 @method("Hassibi and Stork 1993; Frantar and Alistarh 2023, arXiv:2301.00774", needs={"gram"})
 def obs(weight: Tensor, layer: Layer) -> Tensor:
-    """w_ij^2 / [(X^T X + damping)^-1]_jj: what its removal costs if the others make up for it; 0 if
-    x_j is always 0.
+    """w_ij^2 / [(X^T X + damping)^-1]_jj: cost of removal if the other weights compensate.
+
+    It is 0 if x_j is always 0.
     """
     return (weight * (weight / layer.inverse_gram_diagonal)).to(weight)
 
 
 @method("Kuznedelev et al. 2023, arXiv:2210.09223", needs={"removal_costs"})
 def cap(weight: Tensor, layer: Layer) -> Tensor:
-    """What the loss rises until the weight is gone, the block's least costly going first and the
-    others making up.
-    """
+    """Rise in loss when a block's weights are removed cheapest first and the others compensate."""
     return layer.removal_costs.to(weight)
 
 
@@ -149,20 +148,19 @@ SCORES: dict[str, Callable[[Tensor, Layer], Tensor]] = {
 
 
 class Scores(Mapping[str, Tensor]):
-    """Scores by parameter name, on the device of the weight, computed when asked for; and how they
-    are distributed.
+    """Scores by parameter name, each computed on the device of the weight when it is asked for.
 
-    A score is that of a unit, which is what the pattern removes together: a single weight, or a
+    There is one score per unit. A unit is what the pattern removes together: a single weight, or a
     block. Allocations see units and no pattern.
 
-    Another pass over the weights costs less time than touching the memory for a copy of them all,
-    and no such memory. All scores have one dtype, so that they compare: float64 when some weight
-    has it, else float32 (half precision is exact in it).
+    Scores are not stored: computing them again takes less time than touching the memory for a copy
+    of all weights. All scores have one dtype, so that they can be compared: float64 if any weight
+    is float64, else float32, which represents half precision exactly.
 
     Attributes:
-        pattern: what the units are.
-        reconstructed: whether the kept weights will make up for the pruned ones.
-        weights: parameter name to the weight as it is.
+        pattern: defines the units.
+        reconstructed: whether the kept weights will compensate for the pruned ones.
+        weights: parameter name to the weight itself.
         sizes: parameter name to the number of units.
         shapes: parameter name to the shape of the weight, (outputs, inputs).
     """
@@ -176,41 +174,45 @@ class Scores(Mapping[str, Tensor]):
         seed: int = 0,
         reconstructed: bool = False,
     ):
-        self.reconstructed = reconstructed
         self.weights = weights
-        self._score = score
         self.pattern = pattern or Unstructured()
+        self.reconstructed = reconstructed
+        self._score = score
         self._statistics = statistics
         self._seed = seed
+
         self.shapes = {name: weight.shape for name, weight in weights.items()}
         self.sizes = {name: self.pattern.units(shape) for name, shape in self.shapes.items()}
         wide = any(weight.dtype == torch.float64 for weight in weights.values())
         self._dtype = torch.float64 if wide else torch.float32
+
         self._layers: dict[str, Layer] = {}
         self._finite: set[str] = set()
         self._at_least: dict[str, Tensor] = {}
-        # What one layer is asked for comes in a row
+        # Callers ask for the scores of one layer several times in a row
         self._latest: tuple[str, Tensor] | None = None
 
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
         if self._latest and self._latest[0] == name:
             return self._latest[1]
-        self._latest = None  # so that its memory is used again: fresh memory takes longer
+        self._latest = None  # frees its memory for use below; fresh memory takes longer
+
         weight = self.weights[name].detach().to(self._dtype)
         score = self.pattern.score(self._score(weight, self.layer(name)))
         if name not in self._finite and not score.amax().isfinite():
-            self.weight(name)
+            self.weight(name)  # raises if the weight itself is the cause
             raise PruningError(
                 f"{name} has a {self._score.__name__} score that is NaN or infinite in "
                 f"{self._dtype}"
             )
+
         self._finite.add(name)
-        self._latest = name, score
+        self._latest = (name, score)
         return score
 
     def by(self, score: Callable[[Tensor, Layer], Tensor]) -> "Scores":
-        """Another score of the same units of the same weights."""
+        """The same weights and units with another score."""
         if score is self._score:
             return self
         return Scores(
@@ -218,9 +220,7 @@ class Scores(Mapping[str, Tensor]):
         )
 
     def replaced(self, values: Mapping[str, Tensor]) -> "Scores":
-        """Scores of the weights that `values` names, each with its values there, broadcast to the
-        weight's shape.
-        """
+        """The weights that `values` names, with these values as scores, broadcast to each shape."""
 
         def given(weight: Tensor, layer: Layer) -> Tensor:
             return values[layer.name].to(weight).expand_as(weight).contiguous()
@@ -232,7 +232,7 @@ class Scores(Mapping[str, Tensor]):
         """The weight itself, shape (outputs, inputs), in the dtype of all scores.
 
         Raises:
-            PruningError: it is not finite.
+            PruningError: the weight is not finite.
         """
         weight = self.weights[name].detach().to(self._dtype)
         if not weight.isfinite().all():
@@ -247,15 +247,13 @@ class Scores(Mapping[str, Tensor]):
         return self._layers[name]
 
     def at_least(self, name: str) -> Tensor:
-        """For each bin of `k_largest.py` the scores in it and in all higher bins: counted once,
-        then remembered.
-        """
+        """For each bin of `k_largest.py` the number of scores in it and all higher bins; cached."""
         if name not in self._at_least:
             self._at_least[name] = suffix_sums(histogram(self[name]))
         return self._at_least[name]
 
     def mask(self, name: str, kept: int) -> Tensor:
-        """The mask of a layer that keeps so many units."""
+        """The mask of a layer that keeps `kept` units."""
         return self.pattern.mask(self[name], kept, self._at_least.get(name))
 
     def __iter__(self) -> Iterator[str]:
