@@ -1,4 +1,4 @@
-"""Pruning for any `torch.nn.Module` with linear layers: which weights go, and how they stay gone.
+"""Pruning for any `torch.nn.Module` with linear layers: chooses weights, and keeps them at zero.
 
     from sparsity_factory import Masks, compute_masks
 

@@ -1,6 +1,4 @@
-"""What a checkpoint says of a run's pruning: the `state_dict` of a `Sparsifier`, which nobody has
-to trust.
-"""
+"""Reads what a checkpoint says of a run's pruning, and trusts none of it."""
 
 from collections.abc import Mapping
 
@@ -17,8 +15,7 @@ VERSION = 1  # of the state
 
 
 def has_reached_target(untrusted) -> bool:
-    """Whether the `state_dict` of a `Sparsifier` is of a model with the sparsity and pattern that
-    its recipe asks for.
+    """Whether the model of a `Sparsifier`'s `state_dict` has reached its target.
 
     Raises:
         PruningError: a state that is damaged.
@@ -28,17 +25,18 @@ def has_reached_target(untrusted) -> bool:
 
 
 def read_pruning(checkpoint: dict) -> tuple[Recipe, dict[str, Tensor] | None]:
-    """The recipe and the masks of an untrusted checkpoint, None where it has none; its weights are
-    checked by them.
+    """The recipe and the masks of an untrusted checkpoint; None if it has no masks.
 
-    Raises PruningError for what is damaged, weights that do not obey their masks, and groups that
-    do not hold.
+    Raises:
+        PruningError: an entry is damaged, pruned weights are not zero, or groups do not have the
+            number of weights that their pattern asks for.
     """
     pruning = checkpoint.get("pruning")
     stored = pruning.get("recipe") if isinstance(pruning, dict) else checkpoint.get("pruner")
     recipe = Recipe() if stored is None else Recipe.from_dict(stored)
     if "masks" not in checkpoint:
         return recipe, None
+
     masks = unpack(checkpoint["masks"])
     reached = has_reached_target(pruning) if isinstance(pruning, dict) else True
     for kind in ("model", "model_ema"):
@@ -52,14 +50,14 @@ def read_pruning(checkpoint: dict) -> tuple[Recipe, dict[str, Tensor] | None]:
 def check_masks(
     weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], recipe: Recipe | None = None
 ) -> None:
-    """Checks a state dict against its masks: pruned weights are zero, and every group holds what
-    n:m allows.
+    """Checks that pruned weights are zero, and that groups have the weights their pattern asks for.
 
     Args:
-        weights: parameter name to tensor; names without a mask are not looked at. May be empty.
+        weights: parameter name to tensor, a state dict. Names without a mask are ignored. If it is
+            empty, only the masks are checked.
         masks: parameter name to bool tensor, True where the weight is kept; on any device, as the
-        weights are.
-        recipe: the one that made the masks, where its target is reached: its groups are counted.
+            weights are.
+        recipe: the one that made the masks, if its target is reached: its groups are counted.
 
     Raises:
         PruningError: naming the first weight that does not obey.
@@ -69,44 +67,15 @@ def check_masks(
             f"the weights are a {type(weights).__name__}, expected a mapping of names to tensors"
         )
     for name, mask in masks.items() if weights else ():
-        weight = weights.get(name)
-        if (
-            not isinstance(weight, Tensor)
-            or weight.shape != mask.shape
-            or weight.is_meta
-            or weight.layout != torch.strided
-        ):
-            raise PruningError(
-                f"mask {name!r}: there is no weight of that name and of shape {list(mask.shape)}"
-            )
-        nonzero = int(
-            (weight != 0).logical_and_(mask.to(weight.device).logical_not()).count_nonzero()
-        )
-        if nonzero:
-            raise PruningError(f"{name}: {nonzero} of its pruned weights are not zero")
-    if recipe is None:
-        return
-    shapes = {name: mask.shape for name, mask in masks.items() if mask.dim() == 2}
-    levels = recipe.levels(shapes)
-    pattern = parse_pattern(recipe.pattern)
-    if pattern.sparsity is not None:
-        levels = dict.fromkeys(shapes, (pattern.n, pattern.m))
-    for name, level in levels.items():
-        if isinstance(level, int):
-            if int(masks[name].count_nonzero()) != level:
-                raise PruningError(
-                    f"{name}: keeps {int(masks[name].count_nonzero())} weights, expected {level}"
-                )
-        elif any(
-            (side.reshape(-1, level[1]).sum(1) != level[0]).any()
-            for side in (masks[name], masks[name].T)[: 1 + pattern.transposable]
-        ):
-            raise PruningError(f"{name}: a group of {level[1]} does not keep {level[0]}")
+        _check_weight(name, weights.get(name), mask)
+    if recipe is not None:
+        _check_levels(masks, recipe)
 
 
 class SavedPruning:
-    """What a checkpoint says of a run's pruning, read entry by entry. Raises PruningError for what
-    cannot be.
+    """What a checkpoint says of a run's pruning, read entry by entry.
+
+    Its methods raise PruningError for an entry that is missing, damaged or out of range.
     """
 
     def __init__(self, untrusted):
@@ -136,9 +105,7 @@ class SavedPruning:
         return Recipe.from_dict(self.entry("recipe", Mapping))
 
     def progress(self) -> tuple[int, int, bool]:
-        """The step to train next, the one of the last change of the masks, and whether a change is
-        late.
-        """
+        """The step to train next, the step of the last change of masks, whether one is overdue."""
         step = self.integer("step")
         changed = self.integer("changed", -1)
         late = self.entry("late", bool)
@@ -149,24 +116,22 @@ class SavedPruning:
         return step, changed, late
 
     def steps(self, recipe: Recipe) -> Steps:
+        """The times of the schedule."""
         found = self.entry("steps", Mapping)
-        rewind = None if recipe.rewind is None else self.integer("rewind", 0, found)
-        steps = Steps(
-            *(self.integer(name, 0, found) for name in ("total", "epoch", "start", "end")), rewind
-        )
-        if (
-            not steps.start <= steps.end <= max(steps.total - 1, 0)
-            or not steps.epoch
-            or (rewind or 0) > steps.start
-        ):
+        names = ["total", "epoch", "start", "end"]
+        if recipe.rewind is not None:
+            names.append("rewind")
+        steps = Steps(**{name: self.integer(name, 0, found) for name in names})
+
+        in_order = (steps.rewind or 0) <= steps.start <= steps.end <= max(steps.total - 1, 0)
+        if not in_order or not steps.epoch:
             raise PruningError(f"the saved pruning's steps are out of order: {steps}")
         return steps
 
     def is_final(self, recipe: Recipe) -> bool:
         """Whether the target of the recipe is reached."""
-        return SCHEDULES[recipe.prune_schedule](recipe, self.steps(recipe)).is_final(
-            self.integer("changed", -1)
-        )
+        schedule = SCHEDULES[recipe.prune_schedule](recipe, self.steps(recipe))
+        return schedule.is_final(self.integer("changed", -1))
 
     def masks(self) -> dict[str, Tensor]:
         return unpack(self.entry("masks", dict))
@@ -174,7 +139,7 @@ class SavedPruning:
     def hidden(
         self, expected: Mapping[str, Tensor], masks: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The pruned weights that are kept outside of the model, as `tensors` has them."""
+        """The pruned weights that are kept outside of the model, with zeros elsewhere."""
         hidden = self.tensors("hidden", expected)
         for name, values in hidden.items():
             if bits(values).cpu().mul(masks[name].view(torch.int8)).any():
@@ -191,17 +156,55 @@ class SavedPruning:
                 f"the saved pruning's {name} has {len(found)} tensors, expected other names or "
                 f"{len(expected)}"
             )
+
         for key, like in expected.items():
             value = found[key]
-            if (
-                not isinstance(value, Tensor)
-                or value.shape != like.shape
-                or value.dtype != like.dtype
-                or value.is_meta
-                or value.layout != torch.strided
-            ):
+            if not _is_plain_tensor(value, like.shape) or value.dtype != like.dtype:
                 raise PruningError(
                     f"the saved pruning's {name} {key!r}: expected a {like.dtype} tensor of shape "
                     f"{list(like.shape)}"
                 )
         return dict(found)
+
+
+# ---- helpers, not exported ----
+
+
+def _check_weight(name: str, weight, mask: Tensor) -> None:
+    """That a weight fits its mask, and is zero wherever it is pruned."""
+    if not _is_plain_tensor(weight, mask.shape):
+        raise PruningError(
+            f"mask {name!r}: there is no weight of that name and of shape {list(mask.shape)}"
+        )
+    pruned = mask.to(weight.device).logical_not()
+    nonzero = int((weight != 0).logical_and_(pruned).count_nonzero())
+    if nonzero:
+        raise PruningError(f"{name}: {nonzero} of its pruned weights are not zero")
+
+
+def _check_levels(masks: Mapping[str, Tensor], recipe: Recipe) -> None:
+    """That masks keep as many weights, of a layer or of each group, as the recipe says for each."""
+    shapes = {name: mask.shape for name, mask in masks.items() if mask.dim() == 2}
+    pattern = parse_pattern(recipe.pattern)
+    levels = recipe.levels(shapes)
+    if pattern.sparsity is not None:
+        levels = dict.fromkeys(shapes, (pattern.n, pattern.m))
+
+    for name, level in levels.items():
+        mask = masks[name]
+        if isinstance(level, int):
+            kept = int(mask.count_nonzero())
+            if kept != level:
+                raise PruningError(f"{name}: keeps {kept} weights, expected {level}")
+            continue
+
+        n, m = level
+        sides = [mask, mask.T] if pattern.transposable else [mask]
+        if any((side.reshape(-1, m).sum(1) != n).any() for side in sides):
+            raise PruningError(f"{name}: a group of {m} does not keep {n}")
+
+
+def _is_plain_tensor(value, shape: torch.Size) -> bool:
+    if not isinstance(value, Tensor) or value.shape != shape:
+        return False
+    return not value.is_meta and value.layout == torch.strided

@@ -14,13 +14,14 @@ from .errors import PruningError
 def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weight of every `nn.Linear` except the classifier's, by parameter name, in model order.
 
-    The classifier is what `model.get_classifier()` returns, where the model has that method: a
-    module, or a list or tuple of them. A weight that several modules share appears once, under its
-    first name; one shared with the classifier does not appear. Linear layers whose weight is not a
+    The classifier is what `model.get_classifier()` returns, if the model has that method: a module,
+    or a list or tuple of them. A weight that several modules share appears once, under its first
+    name; a weight shared with the classifier does not appear. Linear layers whose weight is not a
     plain parameter (`torch.nn.utils.prune`, parametrizations) are left out.
     """
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     seen = {id(module.weight) for module in _modules(classifier) if isinstance(module, nn.Linear)}
+
     weights = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or not isinstance(module.weight, nn.Parameter):
@@ -32,9 +33,7 @@ def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def dense_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
-    """Of a shrunk model, the shapes that its parameters had in the dense one, by name; else
-    nothing.
-    """
+    """By name, the shapes that the parameters of a shrunk model had before; else nothing."""
     return getattr(model, "dense_shapes", {})
 
 
@@ -61,7 +60,7 @@ class Masks(Mapping[str, Tensor]):
         model: pruned in place, at once.
         masks: parameter name to bool tensor of the parameter's shape, True where the weight is
             kept. They are copied. Parameters without a mask stay dense. A parameter that several
-            modules share goes by its first name.
+            modules share has its first name.
 
     Raises:
         PruningError: a name that is no floating-point parameter of the model, a wrong shape or
@@ -75,6 +74,7 @@ class Masks(Mapping[str, Tensor]):
             name: prod(dense.get(name, weight.shape))
             for name, weight in prunable_weights(model).items()
         }
+
         self._masks: dict[str, Tensor] = {}
         self.update(masks)
         self.apply()
@@ -84,8 +84,7 @@ class Masks(Mapping[str, Tensor]):
         """Changes masks in place, and no weight: `apply` does that.
 
         Args:
-            masks: as for the class. Those that are not named stay; a parameter that had none was
-                dense.
+            masks: as for the class. Other masks stay. A parameter without a mask was dense.
 
         Returns:
             For each name in `masks`, which weights were dropped and which have grown.
@@ -96,57 +95,49 @@ class Masks(Mapping[str, Tensor]):
         self.check(masks)
         changes = {}
         for name, new in masks.items():
-            device = self._parameters[name].device
-            old = self._masks.setdefault(
-                name, torch.ones(new.shape, dtype=torch.bool, device=device)
-            )
-            new = new.to(device)
+            new = new.to(self._parameters[name].device)
+            dense = torch.ones(new.shape, dtype=torch.bool, device=new.device)
+            old = self._masks.setdefault(name, dense)
             changes[name] = Change(dropped=old > new, grown=new > old)
             old.copy_(new)
+
+        # In model order
         self._masks = {name: self._masks[name] for name in self._parameters if name in self._masks}
         return changes
 
     def check(self, masks: Mapping[str, Tensor]) -> None:
-        """Raises PruningError for what `update` would not take."""
+        """Raises PruningError for masks that `update` would refuse."""
         for name, mask in masks.items():
             parameter = self._parameters.get(name)
             if parameter is None or parameter.dtype not in _INTEGERS:
                 raise PruningError(
                     f"mask {name!r}: the model has no floating-point parameter of that name"
                 )
-            if (
-                not isinstance(mask, Tensor)
-                or mask.dtype != torch.bool
-                or mask.shape != parameter.shape
-            ):
+            is_mask = isinstance(mask, Tensor) and mask.dtype == torch.bool
+            if not is_mask or mask.shape != parameter.shape:
                 raise PruningError(
                     f"mask {name!r}: expected a bool tensor of shape {list(parameter.shape)}"
                 )
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Sets the pruned weights to zero: after every optimizer step, before an average of the
-        weights is updated.
-        """
+        """Sets pruned weights to zero: after each optimizer step, before averages are updated."""
         for name, mask in self._masks.items():
             select(self._parameters[name], mask)
 
     @torch.no_grad()
     def apply_to_grads(self) -> None:
-        """Sets the gradients of the pruned weights to zero: after backward, before they are
-        unscaled and clipped.
-        """
+        """Sets gradients of pruned weights to zero: after backward, before unscaling, clipping."""
         for name, mask in self._masks.items():
             if self._parameters[name].grad is not None:
                 select(self._parameters[name].grad, mask)
 
     @torch.no_grad()
     def apply_to(self, module: nn.Module) -> None:
-        """Sets the pruned weights of another module to zero, such as a moving average of the model
-        on any device.
+        """Sets the pruned weights of another module to zero, such as an average of the weights.
 
-        An average of masked weights needs it only when the masks have changed: the average of zeros
-        is zero.
+        The module may be on any device. An average needs this only when the masks have changed: the
+        average of zeros is zero.
 
         Raises:
             AttributeError: the module has no parameter of a masked name.
@@ -166,19 +157,16 @@ class Masks(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._masks)
 
-    # By identity: tensors have no truth value that a comparison of mappings could use.
+    # By identity: a comparison of mappings would need one truth value for a tensor
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
     def sparsity(self) -> float:
-        """The fraction that is pruned of the prunable weights that have a mask, in [0, 1]; biases
-        do not count.
-        """
+        """The pruned fraction of the prunable weights with a mask, in [0, 1]; without biases."""
         masks = {name: mask for name, mask in self._masks.items() if name in self._sizes}
         total = sum(self._sizes[name] for name in masks)
-        return (
-            1 - sum(int(mask.count_nonzero()) for mask in masks.values()) / total if total else 0.0
-        )
+        kept = sum(int(mask.count_nonzero()) for mask in masks.values())
+        return 1 - kept / total if total else 0.0
 
     def state_dict(self) -> dict[str, dict]:
         """The masks packed to one bit per weight: see `pack`."""
@@ -188,8 +176,8 @@ class Masks(Mapping[str, Tensor]):
         """Replaces the masks by those of a `state_dict` for the same weights, and applies them.
 
         Raises:
-            PruningError: names or shapes that are not those of these masks, damaged entries;
-            nothing is changed then.
+            PruningError: other names or shapes than these masks have, or damaged entries; nothing
+                is changed then.
         """
         masks = unpack(state)
         for name in [*self._masks, *masks]:
@@ -204,35 +192,33 @@ class Masks(Mapping[str, Tensor]):
                     f"mask {name!r}: expected shape {list(self._masks[name].shape)}, got "
                     f"{list(masks[name].shape)}"
                 )
+
         self.update(masks)
         self.apply()
 
 
 def select(values: Tensor, mask: Tensor) -> None:
-    """Sets `values` to 0.0 where the bool `mask` of their shape is False, in place; infinity and
-    NaN too.
+    """Sets `values` to 0.0 where the bool `mask` of their shape is False, in place.
 
-    A bit pattern times 1 is itself, and times 0 it is that of 0.0, whatever number it stands for.
-    On CPUs this takes a tenth of the time of `masked_fill_`, and no more than a product of floats,
-    which makes NaN of infinity times 0. As int8 the mask takes half the time of a bool, which torch
-    does not vectorise.
+    A bit pattern times 1 is itself, and times 0 it is that of 0.0, even if it stands for infinity
+    or NaN. On CPUs this takes a tenth of the time of `masked_fill_`, and no more than a product of
+    floats, which would make NaN of infinity times 0. An int8 mask takes half the time of a bool
+    one, which torch does not vectorise.
     """
     bits(values).mul_(mask.view(torch.int8))
 
 
 def bits(values: Tensor) -> Tensor:
-    """The bit patterns of floats as integers of their size: a view, without history, of the same
-    memory.
-    """
+    """The bit patterns of floats as integers of their size: a view of the same memory, detached."""
     return values.detach().view(_INTEGERS[values.dtype])
 
 
 def pack(masks: Mapping[str, Tensor]) -> dict[str, dict]:
-    """Bool masks by name, packed to one bit per weight, for `torch.load(..., weights_only=True)`
-    and `unpack` to read.
+    """Packs bool masks to one bit per weight, for `torch.load(..., weights_only=True)`.
 
-    Per name `{"bits": uint8 tensor, "shape": [rows, columns]}`: row-major, most significant bit
-    first, the last byte padded with zeros.
+    Returns:
+        For each name `{"bits": uint8 tensor, "shape": [rows, columns]}`: row-major, most
+        significant bit first, the last byte padded with zeros. `unpack` reads it.
     """
     return {
         name: {"bits": torch.from_numpy(np.packbits(mask.cpu().numpy())), "shape": list(mask.shape)}
@@ -241,22 +227,21 @@ def pack(masks: Mapping[str, Tensor]) -> dict[str, dict]:
 
 
 def unpack(state: dict[str, dict]) -> dict[str, Tensor]:
-    """The bool masks, on the CPU, from what `pack` or `Masks.state_dict` returned: `Masks(model,
-    unpack(state))`.
+    """The bool masks, on the CPU, from what `pack` or `Masks.state_dict` returned.
 
     The state may come from an untrusted file. Each of its bytes becomes eight mask entries and no
-    more, so memory stays proportional to what was read.
+    more, so that memory stays proportional to the size of the file.
 
     Raises:
         PruningError: naming the first entry that is not as `pack` writes it.
     """
     if not isinstance(state, dict):
         raise PruningError("the saved masks are not a dictionary")
+
     storages = set()
     for name, entry in state.items():
-        problem = _packing_problem(name, entry)
-        # Entries that are views of one another would multiply the memory that the file itself paid
-        # for.
+        problem = _why_not_packed(name, entry)
+        # Entries that are views of one another would take more memory than the size of the file
         if not problem and entry["bits"].untyped_storage().data_ptr() in storages:
             problem = "shares its bits with another entry"
         if problem:
@@ -285,23 +270,23 @@ def _modules(found) -> Iterator[nn.Module]:
             yield from _modules(item)
 
 
-def _packing_problem(name, entry) -> str | None:
+def _why_not_packed(name, entry) -> str | None:
+    """Why an entry is not as `pack` writes it; None if it is."""
     if not isinstance(name, str) or not isinstance(entry, dict) or set(entry) != {"bits", "shape"}:
         return "expected a name with bits and a shape"
-    bits, shape = entry["bits"], entry["shape"]
+    bits = entry["bits"]
+    shape = entry["shape"]
+
     if not isinstance(shape, list | tuple) or not 1 <= len(shape) <= 8:
         return "expected a shape of 1 to 8 dimensions"
     if not all(type(size) is int and 1 <= size < 2**31 for size in shape):
         return "expected a shape of positive integers"
-    if (
-        not isinstance(bits, Tensor)
-        or bits.dtype != torch.uint8
-        or bits.layout != torch.strided
-        or bits.is_meta
-    ):
+
+    is_bytes = isinstance(bits, Tensor) and bits.dtype == torch.uint8
+    if not is_bytes or bits.layout != torch.strided or bits.is_meta:
         return "expected bits as a uint8 tensor"
     needed = -(-prod(shape) // 8)
-    # Contiguous: a stride of 0 would let one stored byte stand for any number of them.
+    # Contiguous: a stride of 0 would let one stored byte stand for any number of bytes
     if bits.dim() != 1 or bits.numel() != needed or not bits.is_contiguous():
         return f"expected {needed} contiguous bytes of bits for its shape"
     return None

@@ -1,6 +1,4 @@
-"""What a method says of itself, so that lists of methods are made from the code: a line, its
-source, what it needs.
-"""
+"""What a method says of itself, for lists of methods: a line, its source, its needs."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -26,8 +24,6 @@ def method(source: str = "", needs: Iterable[str] = ()) -> Callable:
 
 
 def describe(entry) -> Description:
-    """What a function or class in a registry is: the first line of its docstring, and what `method`
-    says of it.
-    """
+    """A function or class of a registry: the first line of its docstring, its source and needs."""
     line = (entry.__doc__ or "").strip().partition("\n")[0]
     return Description(line, getattr(entry, "source", ""), getattr(entry, "needs", frozenset()))
