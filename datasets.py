@@ -271,8 +271,7 @@ def _timm(path, is_train, transform, args):
     ):
         raise UserError(
             f"--data-path {path}: has no {split} in it; expected --train-split and --val-split to "
-            "name "
-            "folders or tar files there"
+            "name folders or tar files there"
         )
     try:
         data = create_dataset(

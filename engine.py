@@ -27,7 +27,7 @@ class Learner:
     """What is trained.
 
     network: maps images (batch, 3, height, width) to logits (batch, classes), or to a pair of them;
-    may be in DDP.
+        may be wrapped in DDP.
     sparsifier: keeps pruned weights at zero and changes the masks; None trains dense.
     ema: the moving average of the weights, or None.
     scaler: the loss scaler of float16; by default the loss is not scaled.
@@ -37,36 +37,32 @@ class Learner:
     optimizer: torch.optim.Optimizer
     sparsifier: Sparsifier | None = None
     ema: ModelEmaV3 | None = None
-    scaler: torch.amp.GradScaler = field(
-        default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False)
-    )
+    scaler: torch.amp.GradScaler | None = None
 
     def __post_init__(self):
-        self.sparsifier = self.sparsifier or Sparsifier(
-            self.model, Recipe(), total_steps=1, epoch_steps=1
-        )
+        if self.sparsifier is None:
+            self.sparsifier = Sparsifier(self.model, Recipe(), total_steps=1, epoch_steps=1)
+        if self.scaler is None:
+            self.scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     @property
     def model(self) -> nn.Module:
         """The network without its DDP wrapper."""
-        return (
-            self.network.module
-            if isinstance(self.network, DistributedDataParallel)
-            else self.network
-        )
+        wrapped = isinstance(self.network, DistributedDataParallel)
+        return self.network.module if wrapped else self.network
 
 
 @dataclass(frozen=True)
 class StepOptions:
     """How a training step is made.
 
-    criterion: called with the images, the outputs of the network for them, and the targets; returns
-    the loss.
-    batch_transform: called with images and targets on the device, returns those that the network is
-    trained on.
-    clip_grad: the largest norm of the gradients, None to leave them as they are.
-    accum_iter: an optimizer step takes the mean gradient of so many batches; the last one of an
-    epoch may have fewer.
+    criterion: called with the images, the network's outputs for them and the targets; returns the
+        loss.
+    compute: device and precision of the forward pass.
+    batch_transform: called with images and targets on the device; returns those to train on.
+    clip_grad: the largest norm of the gradients, or None to leave them as they are.
+    accum_iter: batches whose mean gradient makes an optimizer step; the last step of an epoch may
+        have fewer.
     train_mode: drop path and dropout are on.
     cosub: the network is given every image twice, for `losses.CosubLoss`.
     """
@@ -84,9 +80,10 @@ class StepOptions:
 class Progress:
     """Where a run stands.
 
-    epoch: the epoch to train next, or in training. epoch_step, images: the optimizer steps and the
-    images (of all processes) of that epoch so far, and logger their metrics. step: optimizer steps
-    in all.
+    epoch: the epoch that is trained now or next.
+    epoch_step, images, logger: the optimizer steps of that epoch so far, their images (of all
+        processes) and their metrics.
+    step: optimizer steps in all.
     """
 
     seed: int = 0
@@ -97,12 +94,12 @@ class Progress:
     logger: MetricLogger = field(default_factory=training_logger)
 
     def end_step(self, images: int) -> None:
-        self.epoch_step = self.epoch_step + 1
-        self.images = self.images + images
-        self.step = self.step + 1
+        self.epoch_step += 1
+        self.images += images
+        self.step += 1
 
     def end_epoch(self) -> None:
-        self.epoch = self.epoch + 1
+        self.epoch += 1
         self.epoch_step = 0
         self.images = 0
         self.logger = training_logger()
@@ -122,13 +119,13 @@ def train_one_epoch(
     after_step=None,
     print_freq: int = 10,
 ) -> dict[str, float]:
-    """Trains on the batches of `loader`, the rest of an epoch, and returns the mean of each metric
-    over all processes.
+    """Trains on the batches of `loader`, which are the rest of an epoch.
 
     after_step: called after each optimizer step.
     print_freq: batches between two lines of the log.
-    Raises DivergedError when the loss is not finite; looked at only where a line is logged, since
-    looking waits for the device.
+    Returns the mean of each metric over all processes.
+    Raises DivergedError if the loss is not finite. That is checked only next to a log line, because
+    checking waits for the device.
     """
     network = learner.network
     model = learner.model
@@ -138,55 +135,71 @@ def train_one_epoch(
     logger = progress.logger
     device = options.compute.device
     accum_iter = options.accum_iter
+
     network.train(options.train_mode)
     second_order = getattr(optimizer, "is_second_order", False)
-    first_batch = progress.epoch_step * accum_iter
+    one = torch.ones((), device=device)  # scaled, it tells the sparsifier the scale of the loss
     seen = 0
-    one = torch.ones((), device=device)
+
+    # A resumed epoch starts in its middle.
+    first_batch = progress.epoch_step * accum_iter
     num_batches = first_batch + len(loader)
     batches = logger.log_every(loader, print_freq, f"Epoch: [{progress.epoch}]", first_batch)
+
     for batch, (images, targets) in enumerate(batches, first_batch):
         step, place = divmod(batch, accum_iter)
-        group = min(accum_iter, num_batches - step * accum_iter)  # batches of this step
-        completes_step = place == group - 1
-        # Just after a log line, which has waited for the device anyway
+        batches_of_step = min(accum_iter, num_batches - step * accum_iter)
+        completes_step = place == batches_of_step - 1
+
+        # The log line before this batch has waited for the device, so this check costs nothing.
         if batch % print_freq == 1 % print_freq:
             check_finite(progress)
+
+        # Drop path, dropout and mixup depend on the place in the training alone.
         utils.seed_everything(utils.STEP, progress.seed, progress.epoch, batch, utils.rank())
+
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         seen += len(images) * utils.world_size()
         if options.batch_transform is not None:
             images, targets = options.batch_transform(images, targets)
+
         if place == 0:
             optimizer.zero_grad()
             sparsifier.begin_step()
-        # Processes exchange their gradients once a step.
-        with (
-            network.no_sync()
-            if network is not model and not completes_step
-            else contextlib.nullcontext()
-        ):
+
+        # DDP exchanges gradients once a step, in the backward pass of its last batch.
+        waits = network is not model and not completes_step
+        with network.no_sync() if waits else contextlib.nullcontext():
             with options.compute.autocast():
                 outputs = network(torch.cat([images, images]) if options.cosub else images)
                 loss = options.criterion(images, outputs, targets)
-            scaler.scale(loss / group).backward(create_graph=second_order)
+            scaler.scale(loss / batches_of_step).backward(create_graph=second_order)
+
         logger.update(loss=loss.detach().float(), lr=optimizer.param_groups[0]["lr"])
         if not completes_step:
             continue
+
+        # Gradients are still dense here. After this call the pruned weights have none, so that
+        # clipping sees the norm of the sparse network.
         sparsifier.end_backward(scaler.scale(one))
         if options.clip_grad is not None:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(network.parameters(), options.clip_grad)
+
         scaler.step(optimizer)
         scaler.update()
+
+        # Pruned weights are zero again before the average sees them.
         sparsifier.end_step()
         if learner.ema is not None:
             learner.ema.update(model)
+
         progress.end_step(seen)
         seen = 0
         if after_step is not None:
             after_step()
+
     check_finite(progress, model)
     logger.synchronize()
     utils.log(f"Averaged stats: {logger}", only=utils.LINES)
@@ -198,35 +211,36 @@ def evaluate(loader, model, compute: Compute, *, shared=False, after_batch=None,
     """Evaluates `model` on the images of `loader`, each counted once.
 
     shared: each process has a part of the images, and the counts of all are added up. Otherwise
-        each process has all images, and the figures are those of the first: rounding may differ,
-        and what follows from them must not.
+        each process has all images, and the figures are those of the first process, so that
+        rounding cannot make processes decide differently.
     after_batch: called after each batch.
-    Returns `acc1` and `acc5` in percent (`acc5` over as many classes as there are, where there are
-    fewer than five) and the mean cross-entropy `loss`, the same on every process.
+    Returns `acc1` and `acc5` in percent (`acc5` over all classes if there are fewer than five)
+    and the mean cross-entropy `loss`; the same on every process.
     """
     model.eval()
     logger = MetricLogger()
-    # Right at first, right among five, loss, images
+
+    # The top-1 hits, the top-5 hits, the sum of the losses, and the images. They stay on the device
+    # until the end: reading one of them would wait for it.
     totals = torch.zeros(4, dtype=torch.float64, device=compute.device)
+
     for images, targets in logger.log_every(loader, print_freq, "Test:"):
         images = images.to(compute.device, non_blocking=True)
         targets = targets.to(compute.device, non_blocking=True)
         with compute.autocast():
             logits = model(images).float()
-        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+
         loss = torch.nn.functional.cross_entropy(logits, targets)
-        batch = torch.stack(
-            [hits[:, 0].sum(), hits.sum(), loss * len(images), loss.new_full((), len(images))]
-        ).double()
+        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        count = len(images)
+        sums = [hits[:, 0].sum(), hits.sum(), loss * count, loss.new_full((), count)]
+        batch = torch.stack(sums).double()
         totals += batch
-        logger.update(
-            loss=loss,
-            acc1=100 * batch[0] / len(images),
-            acc5=100 * batch[1] / len(images),
-            n=len(images),
-        )
+
+        logger.update(loss=loss, acc1=100 * batch[0] / count, acc5=100 * batch[1] / count, n=count)
         if after_batch is not None:
             after_batch()
+
     totals = totals.tolist()
     counts = shared or utils.is_main_process()
     top1, top5, loss, count = utils.sum_over_processes(totals if counts else [0.0] * 4)
@@ -240,12 +254,15 @@ def evaluate(loader, model, compute: Compute, *, shared=False, after_batch=None,
 
 @torch.no_grad()
 def check_finite(progress: Progress, model: nn.Module | None = None) -> None:
-    """Raises DivergedError on every process when the loss of any, or a weight of `model`, is not
-    finite.
+    """Raises DivergedError on all processes if a loss, or a weight of `model`, is not finite.
+
+    It waits for the device.
     """
     total = float(progress.logger.meters["loss"].total)
     if model is not None:
+        # 0 * w is 0 for every finite w, and NaN otherwise.
         total += float(torch.stack([(0 * weight).sum() for weight in model.parameters()]).sum())
+
     if not math.isfinite(utils.sum_over_processes([total])[0]):
         raise DivergedError(
             f"the loss is not finite in epoch {progress.epoch}, at or before step "

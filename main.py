@@ -1,10 +1,10 @@
 """Prunes a vision transformer and finetunes it, with DeiT's recipe and DeiT's arguments.
 
     python main.py --pruner lamp --sparsity 0.65
-    python main.py --model deit_small_patch16_224 --data-path IMAGENET --output_dir OUT --pruner
-    lamp --sparsity 0.65 torchrun --nproc_per_node=8 main.py --model deit_small_patch16_224
-    --data-path IMAGENET --output_dir OUT \
+    python main.py --model deit_small_patch16_224 --data-path IMAGENET --output_dir OUT \
         --pruner lamp --sparsity 0.65
+    torchrun --nproc_per_node=8 main.py --model deit_small_patch16_224 --data-path IMAGENET \
+        --output_dir OUT --pruner lamp --sparsity 0.65
 
 The first line needs no data set: it uses the sample in this repository.
 """
@@ -38,66 +38,57 @@ from utils import Compute, log
 
 
 def main(args) -> dict[str, float]:
-    """The whole run; returns the top-1 accuracies in percent (dense, pruned, finetuned) that it
-    measured.
-    """
+    """The whole run. Returns the top-1 accuracies in percent by name: dense, pruned, finetuned."""
     compute = Compute.choose(args.device, args.amp)
     utils.init_process_group(
         compute.device.type, args.dist_url, args.distributed, args.world_size, args.dist_timeout
     )
     describe(args, compute)
-    # The same on every process, so that fresh weights are the same
-    utils.seed_everything(utils.INIT, args.seed)
+    utils.seed_everything(utils.INIT, args.seed)  # fresh weights are the same on every process
 
     with StopSignals() as stop:
+        # Data and model. The model is still dense here, so a dense teacher is copied now.
         train_loader, val_loader, num_classes = build_loaders(args, compute.device)
         args, checkpoint = load_start(args)
         model = prepare_model(args, num_classes, checkpoint, compute.device)
-        # While the model is dense
         teacher = build_dense_teacher(args, num_classes, model, checkpoint, compute.device)
-        sparsifier = build_sparsifier(
-            args, model, checkpoint, steps_of_epoch(train_loader, args.accum_iter), compute
-        )
+
+        # Masks are chosen, but not applied yet.
+        epoch_steps = steps_of_epoch(train_loader, args.accum_iter)
+        sparsifier = build_sparsifier(args, model, checkpoint, epoch_steps, compute)
         first_masks = {} if sparsifier.masks else sparsifier.first_masks()
         dense = model
         if args.shrink and (first_masks or "shape" not in checkpoint):
             dense, model, sparsifier = shrink_before_training(args, model, sparsifier, first_masks)
-        state = options = None
-        if not args.eval:  # before any evaluation, so that a mistake shows at once
-            options = build_step_options(args, num_classes, compute, teacher)
-            state = build_state(
-                args, model, sparsifier, checkpoint, compute, train_loader.dataset.bad, teacher
-            )
-        results = open_results(
-            args,
-            sparsifier.recipe,
-            state.progress.epoch if state else 0,
-            train_loader,
-            val_loader,
-            compute,
-        )
-        test = Evaluator(val_loader, args, compute, stop, state.accuracy if state else {})
-        before = "before pruning" if "masks" in checkpoint else "dense"
-        checkpoint = None  # from here on it would only take memory
 
+        # Loss and optimizer come before any evaluation, so that a mistake in them shows at once.
+        state = options = None
+        if not args.eval:
+            options = build_step_options(args, num_classes, compute, teacher)
+            bad_images = train_loader.dataset.bad
+            state = build_state(args, model, sparsifier, checkpoint, compute, bad_images, teacher)
+        epoch = state.progress.epoch if state else 0
+        results = open_results(args, sparsifier.recipe, epoch, train_loader, val_loader, compute)
+        test = Evaluator(val_loader, args, compute, stop, state.accuracy if state else {})
+
+        # Prune, and measure before and after.
+        before = "before pruning" if "masks" in checkpoint else "dense"
+        checkpoint = None  # it would only take memory from here on
         kept = prune(dense, model, sparsifier, first_masks, test, before, args.eval)
         dense = None
-        results.start(
-            model,
-            kept,
-            test.accuracy,
-            torch.zeros(1, 3, args.input_size, args.input_size, device=compute.device),
-        )
+        image = torch.zeros(1, 3, args.input_size, args.input_size, device=compute.device)
+        results.start(model, kept, test.accuracy, image)
+
+        # Finetune.
         accuracy = test.accuracy
         if state:
             trained = train(state, options, train_loader, test, stop, results)
             accuracy = {**accuracy, "finetuned" if sparsifier.masks else "trained": trained}
+
     results.finish(accuracy, sparsity_rows(model, sparsifier.masks))
     if utils.is_main_process():  # also with --quiet
-        print(
-            "Top-1 accuracy: "
-            + ", ".join(f"{name} {value:.2f} %" for name, value in accuracy.items())
-        )
+        shown = ", ".join(f"{name} {value:.2f} %" for name, value in accuracy.items())
+        print(f"Top-1 accuracy: {shown}")
     return accuracy
 
 
@@ -110,26 +101,28 @@ def prune(
     before: str,
     evaluates: bool,
 ) -> Kept:
-    """Prunes the model by masks that it does not have yet, and reports what is kept of each layer.
+    """Applies masks that the model does not have yet, and reports what is kept of each layer.
 
-    The accuracy is measured before (under the name `before`) and after; with `evaluates` also of a
-    model as it is.
-    dense: the model as it was before, which is another one only where it was shrunk.
+    dense: the model before pruning; another object than `model` only if that was shrunk.
+    before: the name of the accuracy that is measured before pruning.
+    evaluates: measure the accuracy also if nothing is pruned here.
     """
     if first_masks:
         test.measure(before, dense)
         sparsifier.start(first_masks)
+
     kept = sparsity_rows(model, sparsifier.masks)
     pruned = sparsifier.masks.sparsity() > 0
     if pruned:
         log(sparsity_table(kept))
+
     if evaluates or first_masks and pruned:
         test.measure("pruned" if pruned else "dense", test.quickest(model))
     return kept
 
 
 def describe(args, compute: Compute) -> None:
-    """Prints the first lines of a run: its arguments, and what it runs on."""
+    """Prints the first lines of a run: its arguments, and the device it runs on."""
     utils.show_progress(args.quiet)
     if args.data_path:
         log(f"Arguments: {vars(args)}", only=utils.LINES)
@@ -137,9 +130,8 @@ def describe(args, compute: Compute) -> None:
         log(
             "No --data-path: using the built-in sample, 6,000 training and 2,000 test images of "
             "Fashion-MNIST.\n"
-            "For a data set of your own: --data-path DIR --model NAME, DIR having train/ and val/ "
-            "with a folder per "
-            "class."
+            "For a data set of your own: --data-path DIR --model NAME. DIR needs train/ and val/, "
+            "each with a folder per class."
         )
     log(f"{args.model} on {compute.in_words()}, {utils.world_size()} process(es)")
 

@@ -71,8 +71,7 @@ def shape_arguments(assignments: list[str] | None) -> dict:
         if not name.isidentifier() or not value or name.startswith(FIXED):
             raise UserError(
                 f"--model-kwargs {assignment}: expected KEY=VALUE with an argument of the "
-                "architecture, "
-                "such as embed_dim=64"
+                "architecture, such as embed_dim=64"
             )
         try:
             found[name] = ast.literal_eval(value)
@@ -138,8 +137,8 @@ def build_model(
             model = create(pretrained=True)
         except Exception as error:  # hub clients raise errors of many libraries
             raise UserError(
-                f"no pretrained weights for {flag} {name} ({first_line(error)}); give weights with "
-                "--finetune FILE, or start from random ones with --no-pretrained"
+                f"no pretrained weights for {flag} {name} ({first_line(error)}); give weights "
+                "with --finetune FILE, or start from random ones with --no-pretrained"
             ) from None
     return model
 
@@ -177,8 +176,7 @@ def train_both_heads(model: torch.nn.Module, name: str) -> None:
     if not hasattr(model, "set_distilled_training"):
         raise UserError(
             f"--model {name}: has no distillation head for --distillation-type; expected a "
-            "distilled model "
-            "such as deit_small_distilled_patch16_224"
+            "distilled model such as deit_small_distilled_patch16_224"
         )
     model.set_distilled_training(True)
 

@@ -423,8 +423,8 @@ def reconstruction() -> list[dict]:
             "updates",
             "at most 4 times an evaluation of the same images",
             f"{ratio:.1f} times ({taken['walk']:.1f} s, {taken['evaluation']:.1f} s; with factors "
-            "and updates "
-            f"{taken['whole'] / taken['evaluation']:.1f} times, {taken['whole']:.1f} s)",
+            f"and updates {taken['whole'] / taken['evaluation']:.1f} times, {taken['whole']:.1f} "
+            "s)",
             over(ratio, 4, "times"),
         ),
     ]
@@ -461,8 +461,7 @@ def train() -> list[dict]:
             "training step, DeiT-Small, batch 16, `--amp auto`",
             "2.5 times a float32 step with timm's defaults",
             f"{plain / quick:.2f} times ({16 / quick:.1f} images/s in {name}, {16 / plain:.1f} in "
-            "float32; matrix "
-            f"products alone {products(dtype):.2f} times)",
+            f"float32; matrix products alone {products(dtype):.2f} times)",
             under(plain / quick, 2.5),
         ),
         muon_step(),
@@ -519,8 +518,8 @@ def evaluation() -> list[dict]:
         row(
             "evaluation, DeiT-Small, `--amp auto`",
             "2.5 times float32 with timm's defaults, accuracy of the sample within 0.1 points",
-            f"{plain / quick:.2f} times ({64 / quick:.0f} images/s, {64 / plain:.0f} "
-            f"in float32), {apart:.2f} points apart",
+            f"{plain / quick:.2f} times ({64 / quick:.0f} images/s, {64 / plain:.0f} in float32), "
+            f"{apart:.2f} points apart",
             under(plain / quick, 2.5) or over(apart, 0.1, "points"),
         )
     ]
@@ -591,8 +590,7 @@ def inputs() -> list[dict]:
             "input pipeline, JPEG of 500 x 375, DeiT's training transforms, 2 workers",
             "1.4 times ImageFolder and DataLoader with timm's transform",
             f"{quick / plain:.2f} times ({quick:.0f} and {plain:.0f} images/s; {workers:.0f} "
-            "before batches are "
-            "normalized)",
+            "before batches are normalized)",
             under(quick / plain, 1.4),
         )
     ]
@@ -654,10 +652,9 @@ def machine() -> str:
     )
     return (
         f"{model} ({features}), {torch.get_num_threads()} cores; Python "
-        f"{platform.python_version()}, torch "
-        f"{torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, "
-        "numpy "
-        f"{np.__version__}, Pillow {Image.__version__}"
+        f"{platform.python_version()}, torch {torch.__version__}, torchvision "
+        f"{torchvision.__version__}, timm {timm.__version__}, numpy {np.__version__}, Pillow "
+        f"{Image.__version__}"
     )
 
 
@@ -665,8 +662,8 @@ def page(results: dict) -> str:
     lines = [
         "# Performance",
         "",
-        "Made by `make bench`, which measures each figure and what it is compared with in "
-        "one run: the shortest of several times, and for the input pipeline the median.",
+        "Made by `make bench`, which measures each figure and what it is compared with in one "
+        "run: the shortest of several times, and for the input pipeline the median.",
         "",
         f"Machine: {results['machine']}.",
         "",

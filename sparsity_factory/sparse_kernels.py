@@ -319,8 +319,8 @@ class KernelReport(NamedTuple):
         count = sum(layer.kernel != DENSE for layer in self.layers)
         return (
             f"Sparse kernels in {count} of {len(self.layers)} layers, whole model, {self.images} "
-            "images at once: "
-            f"{rates} images/s, {self.seconds[DENSE] / self.seconds['sparse']:.2f} times"
+            f"images at once: {rates} images/s, "
+            f"{self.seconds[DENSE] / self.seconds['sparse']:.2f} times"
             + ("" if self.used else "; not quicker by 5 % as a whole, so the model stays dense")
         )
 

@@ -184,8 +184,7 @@ class Statistics:
             if self.needs & OF_GRADIENTS and not with_gradient:
                 raise PruningError(
                     f"{name} has no gradient on any of the calibration images: expected a layer "
-                    "that "
-                    "the loss depends on"
+                    "that the loss depends on"
                 )
             for need, total in self._sums[name].items():
                 if not total.isfinite().all():
@@ -447,8 +446,8 @@ class _Inputs(TorchFunctionMode):
             if of_images and (inputs.dim() == 1 or len(inputs) % self._images):
                 raise PruningError(
                     f"{name} is given inputs of shape {list(inputs.shape)} for {self._images} "
-                    "images: "
-                    "removal_costs expects those of an image together along the first dimension"
+                    "images: removal_costs expects those of an image together along the first "
+                    "dimension"
                 )
             # No view: a change of it in place leaves the hook where it is
             outputs = outputs.clone()

@@ -61,8 +61,8 @@ class _Units(Pattern):
         if left < step.sum():
             raise PruningError(
                 f"pattern {self.name} keeps at least one unit of each block and all weights "
-                "elsewhere: "
-                f"expected a sparsity of at most {down((sum(costs) - step.sum()) / total)}"
+                "elsewhere: expected a sparsity of at most "
+                f"{down((sum(costs) - step.sum()) / total)}"
             )
 
         sums = [

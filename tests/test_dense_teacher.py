@@ -183,13 +183,12 @@ def test_a_run_does_not_go_on_with_another_teacher(run_main, tiny, tmp_path, sto
     error = run_main(*goes_on, status=2)
     assert error == (
         "error: out/checkpoint.pth: its dense teacher: dense.pth: no such checkpoint; --finetune "
-        "FILE "
-        "says where the dense weights are now\n"
+        "FILE says where the dense weights are now\n"
     )
     torch.save(dense(1), "dense.pth")
     assert run_main(*goes_on, status=2) == (
-        "error: dense.pth: not the dense weights that out/checkpoint.pth learned "
-        "from; they have changed since\n"
+        "error: dense.pth: not the dense weights that out/checkpoint.pth learned from; they have "
+        "changed since\n"
     )
     assert "is pruned" in run_main(*goes_on, "--finetune", "out/checkpoint.pth", status=2)
     assert (tmp_path / "out/checkpoint.pth").read_bytes() == before

@@ -274,8 +274,8 @@ def test_sparsity_zero_keeps_everything(pruner, pattern):
         *(
             (
                 name,
-                "unknown pattern .*expected unstructured, row, n:m such as 2:4, n:mt such as 2:4t, "
-                "x:m .* heads",
+                "unknown pattern .*expected unstructured, row, n:m such as 2:4, n:mt such as "
+                "2:4t, x:m .* heads",
             )
             for name in (
                 "2:",

@@ -63,38 +63,31 @@ def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
     """The loaders of the training and the validation images, and the number of classes."""
     train_set, num_classes = build_dataset(True, args)
     val_set, _ = build_dataset(False, args)
-    labels = getattr(train_set, "class_to_idx", {})
-    for name, label in getattr(val_set, "class_to_idx", {}).items():
-        if labels.get(name) != label:
-            raise UserError(
-                f"--data-path {args.data_path}: class {name} of val/ is number {label} there, and "
-                f"{labels.get(name, 'missing')} in train/; expected the same folders in both"
-            )
-    rank, world_size = utils.rank(), utils.world_size()
-    share = (rank, world_size) if args.dist_eval else (0, 1)
-    val_batch_size = evaluation_batch_size(args)
+    check_classes(train_set, val_set, args.data_path)
+
+    process = utils.rank(), utils.world_size()
+    share = process if args.dist_eval else (0, 1)  # of the validation images
     options = {
         "num_workers": args.num_workers,
         "pin_memory": args.pin_mem and device.type == "cuda",
         "worker_init_fn": ignore_signals,
     }
     if isinstance(train_set, IterableDataset):
-        train_set, val_set = (
-            SeededStream(stream, args.seed, num_classes) for stream in (train_set, val_set)
-        )
-        train_loader = StreamLoader(train_set, args.batch_size, share=(rank, world_size), **options)
-        val_loader = StreamLoader(val_set, val_batch_size, share=share, **options)
+        train = SeededStream(train_set, args.seed, num_classes)
+        train_loader = StreamLoader(train, args.batch_size, share=process, **options)
+        val = SeededStream(val_set, args.seed, num_classes)
+        val_loader = StreamLoader(val, evaluation_batch_size(args), share=share, **options)
     else:
         options["persistent_workers"] = args.num_workers > 0
-        sampler = TrainSampler(
-            len(train_set), args.seed, 3 if args.repeated_aug else 1, rank, world_size
-        )
-        train_set = SeededDataset(train_set, args.skip_bad_images)
+        repeats = 3 if args.repeated_aug else 1
+        sampler = TrainSampler(len(train_set), args.seed, repeats, *process)
+        train = SeededDataset(train_set, args.skip_bad_images)
         train_loader = DataLoader(
-            train_set, args.batch_size, sampler=sampler, drop_last=True, **options
+            train, args.batch_size, sampler=sampler, drop_last=True, **options
         )
-        val_batches = EvalBatchSampler(len(val_set), val_batch_size, *share)
-        val_loader = DataLoader(val_set, batch_sampler=val_batches, **options)
+        batches = EvalBatchSampler(len(val_set), evaluation_batch_size(args), *share)
+        val_loader = DataLoader(val_set, batch_sampler=batches, **options)
+
     if not len(train_loader) and not args.eval:
         raise UserError(
             f"--batch-size {args.batch_size}: more than the training images of each process"
@@ -102,11 +95,22 @@ def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
     return train_loader, val_loader, num_classes
 
 
-def load_start(args) -> tuple[argparse.Namespace, dict]:
-    """The checkpoint that `--resume` or `--finetune` names, or an empty one, and the arguments of a
-    run from there.
+def check_classes(train_set, val_set, data_path: str) -> None:
+    """Raises UserError if a class of val/ is missing in train/ or has another number there."""
+    labels = getattr(train_set, "class_to_idx", {})
+    for name, label in getattr(val_set, "class_to_idx", {}).items():
+        if labels.get(name) != label:
+            raise UserError(
+                f"--data-path {data_path}: class {name} of val/ is number {label} there, and "
+                f"{labels.get(name, 'missing')} in train/; expected the same folders in both"
+            )
 
-    The checkpoint keeps its optimizer only where the training goes on with it.
+
+def load_start(args) -> tuple[argparse.Namespace, dict]:
+    """The arguments of a run, and the checkpoint it starts from; an empty one without a file.
+
+    `--resume` and `--finetune` name the file. The checkpoint keeps its optimizer only if the
+    training resumes from it.
     """
     args = argparse.Namespace(**vars(args))
     if args.resume == "auto":
@@ -114,13 +118,18 @@ def load_start(args) -> tuple[argparse.Namespace, dict]:
         none = f"no checkpoint in {args.output_dir}, so the run starts from the beginning"
         log(f"--resume auto: {args.resume or none}")
     if args.resume and not args.eval:
-        args.use_ema = False  # of the file that the run began with
+        args.use_ema = False  # it was for the file that the run began with
+
     source = args.resume or args.finetune
-    checkpoint = utils.load_checkpoint(source) if source else {}
-    if source and args.use_ema:
+    if not source:
+        return args, {}
+
+    checkpoint = utils.load_checkpoint(source)
+    if args.use_ema:
         if "model_ema" not in checkpoint:
             raise UserError(f"--use-ema: {source} holds no moving average of the weights")
         checkpoint["model"] = checkpoint["model_ema"]
+
     if not args.resume or args.eval:
         checkpoint.pop("optimizer", None)
     if "optimizer" in checkpoint:
@@ -137,21 +146,20 @@ def build_state(
     bad_images: torch.Tensor | None,
     teacher: DenseTeacher | None = None,
 ) -> TrainingState:
-    """The state that the training starts with, or goes on with where the checkpoint has one.
+    """The state that the training starts with, or resumes if the checkpoint has one.
 
-    Raises UserError where the checkpoint had another dense teacher.
+    Raises UserError if the checkpoint had another dense teacher.
     """
     state = TrainingState(model, sparsifier, args, compute, bad_images)
     state.dense_teacher = teacher.origin if teacher else None
+
     if "optimizer" in checkpoint:
         stored = checkpoint.get("dense_teacher")
-        if teacher and (
-            not isinstance(stored, dict) or stored.get("sha256") != teacher.origin["sha256"]
-        ):
+        known = stored.get("sha256") if isinstance(stored, dict) else None
+        if teacher and known != teacher.origin["sha256"]:
             raise UserError(
                 f"{teacher.origin['file'] or 'timm'}: not the dense weights that {args.resume} "
-                "learned "
-                "from; they have changed since"
+                "learned from; they have changed since"
             )
         state.resume(checkpoint, args.resume)
     return state
@@ -160,21 +168,22 @@ def build_state(
 def build_dense_teacher(
     args, num_classes: int, model: torch.nn.Module, checkpoint: dict, device: torch.device
 ) -> DenseTeacher | None:
-    """What `--dense-teacher` learns from, None without it: a copy of `model`, which is not pruned
-    yet.
+    """What `--dense-teacher` learns from: a copy of `model` before it is pruned. None without it.
 
-    A run that goes on has no dense model: it loads one again from where the first came, or from
-    `--finetune`. The teacher is not compiled. Raises UserError where there are no dense weights
-    that a training could learn from.
+    A resumed run has no dense model. It loads one again from where the first run had it, or from
+    `--finetune`. The teacher is not compiled.
+
+    Raises UserError if there are no dense weights that a training could learn from.
     """
     if args.eval or not args.dense_teacher:
         return None
-    flag = f"--dense-teacher {args.dense_teacher:g}"
     log(f"Teacher: the dense model, with {args.dense_teacher:g} of the loss")
     if "optimizer" in checkpoint:
         args, checkpoint, teacher = load_dense(args, num_classes, checkpoint, device)
     else:
         teacher = copy.deepcopy(model)
+
+    flag = f"--dense-teacher {args.dense_teacher:g}"
     source = args.resume or args.finetune
     if "masks" in checkpoint:
         raise UserError(
@@ -187,16 +196,16 @@ def build_dense_teacher(
     if not has_trained_head(teacher, checkpoint.get("model")):
         raise UserError(
             f"{flag}: {source or 'timm'} has no head for {num_classes} classes, and a fresh one "
-            "teaches "
-            "nothing; expected --finetune with a file that has one"
+            "teaches nothing; expected --finetune with a file that has one"
         )
     for name, weight in teacher.state_dict().items():
         if not weight.isfinite().all():
             raise UserError(
                 f"{flag}: {name} of {source or 'timm'} is not finite; expected finite dense weights"
             )
-    # Of the file as it is: a position embedding that was resized may be rounded otherwise on
-    # another machine.
+
+    # The digest is of the file as it is: another machine may round a resized position embedding
+    # otherwise.
     digest = sha256_of(checkpoint.get("model", teacher.state_dict()))
     origin = {"file": source, "use_ema": args.use_ema, "sha256": digest}
     return DenseTeacher(teacher.eval().requires_grad_(False), origin)
@@ -205,36 +214,30 @@ def build_dense_teacher(
 def load_dense(
     args, num_classes: int, checkpoint: dict, device: torch.device
 ) -> tuple[argparse.Namespace, dict, torch.nn.Module]:
-    """The dense model that a run began with, by what its checkpoint remembers, and the arguments
-    and file it is from.
+    """The arguments, the checkpoint and the dense model with which a resumed run once began.
 
-    Raises UserError where it remembers nothing, or the file is gone.
+    Raises UserError if its checkpoint does not say, or the file is gone.
     """
     stored = checkpoint.get("dense_teacher")
     if not isinstance(stored, dict) or not isinstance(stored.get("file"), str):
         raise UserError(
             f"--dense-teacher {args.dense_teacher:g}: {args.resume} is of a run without it; "
-            "expected "
-            "--finetune FILE in place of --resume, to begin another run"
+            "expected --finetune FILE in place of --resume, to begin another run"
         )
-    first = argparse.Namespace(
-        **{
-            **vars(args),
-            "resume": "",
-            "finetune": args.finetune or stored["file"],
-            "use_ema": bool(stored.get("use_ema")),
-            "pretrained": True,
-            "compile": False,
-        }
-    )
+
+    first = argparse.Namespace(**vars(args))
+    first.resume = ""
+    first.finetune = args.finetune or stored["file"]
+    first.use_ema = bool(stored.get("use_ema"))
+    first.pretrained = True
+    first.compile = False
     try:
         first, dense = load_start(first)
         return first, dense, prepare_model(first, num_classes, dense, device)
     except UserError as error:
         raise UserError(
             f"{args.resume}: its dense teacher: {error}; --finetune FILE says where the dense "
-            "weights are "
-            "now"
+            "weights are now"
         ) from None
 
 
@@ -252,8 +255,9 @@ def prepare_model(
 ) -> torch.nn.Module:
     """The model on its device, with timm's weights or the checkpoint's."""
     # On CPUs plain attention is quicker: a training step of the sample in bfloat16 takes half as
-    # long as with fused.
+    # long as with fused attention.
     timm.layers.set_fused_attn(device.type == "cuda")
+
     pretrained = args.pretrained and not checkpoint
     source = args.resume or args.finetune or ("timm, pretrained" if pretrained else "random")
     log(f"Weights of {args.model}: {source}{', moving average' if args.use_ema else ''}")
@@ -271,19 +275,27 @@ def prepare_model(
             model = with_units(model, checkpoint["shape"])
         except PruningError as error:
             raise UserError(f"{source}: {error}") from None
+
     if args.resume:
         load_weights(model, checkpoint["model"], args.resume)
     elif args.finetune:
         load_weights(model, adapt_weights(model, checkpoint["model"]), args.finetune)
+
     if args.attn_only:
         train_attention_only(model)
     if args.distillation_type != "none":
         train_both_heads(model, args.model)
     if args.compile:
-        # In place: parameters keep their names, and masks and averages their parameters. A shape is
-        # compiled for itself, since code for any shape is slower.
-        model.compile(dynamic=False)
+        compile_model(model)
     return model.to(device)
+
+
+def compile_model(model: torch.nn.Module) -> None:
+    """Compiles a model in place, so that parameters keep their names, and masks their parameters.
+
+    Each shape of inputs is compiled for itself, since code for any shape is slower.
+    """
+    model.compile(dynamic=False)
 
 
 def build_sparsifier(
@@ -294,24 +306,24 @@ def build_sparsifier(
     compute: Compute,
     known: dict | None = None,
 ) -> Sparsifier:
-    """What prunes the model: with the masks of the checkpoint, or else with a recipe whose masks
-    are not chosen yet.
+    """What prunes the model: by the masks of the checkpoint, or by a recipe that has yet to choose.
 
-    A run that goes on has the recipe of its checkpoint, and its place in the schedule. With
-    `--finetune`, a pruner that is asked for replaces both; without one, the masks of the checkpoint
-    stay as they are.
+    A resumed run has the recipe of its checkpoint, and its place in the schedule. With
+    `--finetune`, a pruner that is asked for replaces both; without one, the masks of the
+    checkpoint stay.
 
-    epoch_steps: optimizer steps an epoch. known: statistics of the dense model, as `Calibration`
-    shares them.
+    epoch_steps: optimizer steps an epoch.
+    known: statistics of the dense model, as `Calibration` shares them.
+    Raises UserError for a recipe that the model or the checkpoint does not fit.
     """
     source = args.resume or args.finetune
-    goes_on = "optimizer" in checkpoint
+    resumes = "optimizer" in checkpoint
     asked = recipe_of(args)
 
     def sparsifier(recipe: Recipe, masks=None) -> Sparsifier:
         data = {}
-        if recipe.looks_at_data and (goes_on or not masks):
-            calibration = Calibration(args, model, compute, None if goes_on else known)
+        if recipe.looks_at_data and (resumes or not masks):
+            calibration = Calibration(args, model, compute, None if resumes else known)
             data = {"statistics": calibration, "walk": calibration.walk}
         return Sparsifier(
             model,
@@ -325,37 +337,38 @@ def build_sparsifier(
 
     try:
         stored, masks = read_pruning(checkpoint)
-        if (
-            args.resume
-            and asked.pruner
-            and (masks is not None or goes_on)
-            and asked.differences(stored)
-        ):
+        has_pruning = masks is not None or resumes
+        if args.resume and asked.pruner and has_pruning and asked.differences(stored):
             raise UserError(
                 f"{asked.in_words()}: {source} is of a run with {stored.in_words()}; leave the "
-                "pruning "
-                "flags out, or prune its weights anew with --finetune"
+                "pruning flags out, or prune its weights anew with --finetune"
             )
+
+        # New masks.
         if masks is None or (asked.pruner and not args.resume):
             with naming_the_config(args.custom_config):
                 return sparsifier(asked.one_shot() if args.eval else asked)
-        if not goes_on:
+
+        # The masks of the file, which stay as they are.
+        if not resumes:
             return sparsifier(stored.one_shot(), masks)
-        going_on = sparsifier(stored, masks)
+
+        # The masks of the file, which its schedule may change.
+        resumed = sparsifier(stored, masks)
         if "pruning" in checkpoint:
-            going_on.load_state_dict(checkpoint["pruning"])
-        return going_on
+            resumed.load_state_dict(checkpoint["pruning"])
+        return resumed
     except PruningError as error:
-        raise UserError(
-            f"{source}: {error}" if source and not args.custom_config else str(error)
-        ) from None
+        names_file = source and not args.custom_config
+        raise UserError(f"{source}: {error}" if names_file else str(error)) from None
 
 
 def shrink_before_training(
     args, model: torch.nn.Module, sparsifier: Sparsifier, masks: dict[str, torch.Tensor]
 ) -> tuple[torch.nn.Module, torch.nn.Module, Sparsifier]:
-    """The model as it is, the same without what is pruned, and what keeps that so: nothing, but it
-    has the recipe.
+    """The dense model, the model without its pruned units, and a sparsifier for that.
+
+    The new sparsifier masks nothing, but it has the recipe, for the checkpoint.
     """
     if not masks:
         raise UserError(
@@ -363,25 +376,21 @@ def shrink_before_training(
         )
     dense = copy.deepcopy(model)
     sparsifier.start(masks)
-    model = shrink(model, sparsifier.masks)
+    small = shrink(model, sparsifier.masks)
     if args.compile:
-        model.compile(dynamic=False)
-    kept = {
-        name: torch.ones_like(weight, dtype=torch.bool)
-        for name, weight in prunable_weights(model).items()
-    }
-    return (
-        dense,
-        model,
-        Sparsifier(
-            model,
-            sparsifier.recipe,
-            total_steps=sparsifier.steps.total,
-            epoch_steps=sparsifier.steps.epoch,
-            masks=kept,
-            share=utils.on_first_process,
-        ),
+        compile_model(small)
+
+    weights = prunable_weights(small)
+    kept = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    follower = Sparsifier(
+        small,
+        sparsifier.recipe,
+        total_steps=sparsifier.steps.total,
+        epoch_steps=sparsifier.steps.epoch,
+        masks=kept,
+        share=utils.on_first_process,
     )
+    return dense, small, follower
 
 
 def build_step_options(
@@ -405,9 +414,8 @@ def build_batch_transform(args, num_classes: int, device: torch.device) -> Batch
     if args.reprob and not args.ThreeAugment:
         erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
     if mixes(args):
-        # Binary cross-entropy asks of each class whether the image shows it: every class that is
-        # mixed in counts fully, and smoothing, which gives every class a share, would make that
-        # every class.
+        # Binary cross-entropy asks for each class whether the image shows it. Every class that is
+        # mixed in counts fully, so smoothing, which gives every class a share, must be off.
         mixup = Mixup(
             args.mixup,
             args.cutmix,
@@ -427,28 +435,28 @@ def build_criterion(
     """The training loss, called with images, outputs and targets."""
     if args.cosub:
         return CosubLoss(binary=args.bce_loss)
+
     if args.bce_loss:
         criterion = BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)
+    elif mixes(args):
+        criterion = SoftTargetCrossEntropy()
     else:
-        criterion = (
-            SoftTargetCrossEntropy() if mixes(args) else LabelSmoothingCrossEntropy(args.smoothing)
-        )
+        criterion = LabelSmoothingCrossEntropy(args.smoothing)
+
+    tau = args.distillation_tau
     if dense_teacher:
-        return DenseTeacherLoss(
-            criterion, dense_teacher.model, args.dense_teacher, args.distillation_tau
-        )
+        return DenseTeacherLoss(criterion, dense_teacher.model, args.dense_teacher, tau)
+
     teacher = None
     if args.distillation_type != "none":
         teacher = prepare_teacher(args, num_classes).to(device)
     return DistillationLoss(
-        criterion, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau
+        criterion, teacher, args.distillation_type, args.distillation_alpha, tau
     )
 
 
 def prepare_teacher(args, num_classes: int) -> torch.nn.Module:
-    """The model that `--distillation-type` learns from, frozen, with the weights of
-    `--teacher-path`.
-    """
+    """The frozen model that `--distillation-type` learns from, with `--teacher-path`'s weights."""
     log(f"Teacher: {args.teacher_model} with the weights of {args.teacher_path}")
     teacher = build_model(args.teacher_model, num_classes, args.input_size, flag="--teacher-model")
     load_weights(teacher, utils.load_checkpoint(args.teacher_path)["model"], args.teacher_path)

@@ -18,8 +18,9 @@ from .training_state import TrainingState
 
 
 class Evaluator:
-    """Evaluates a model on the validation images of a run: called with it, returns what
-    `engine.evaluate` does.
+    """Evaluates models on the validation images of a run.
+
+    Called with a model, it returns what `engine.evaluate` does.
 
     accuracy: takes what `measure` measures, top-1 in percent by name.
     """
@@ -30,13 +31,13 @@ class Evaluator:
         self.loader = loader
         self.compute = compute
         self.stop = stop
+        self.accuracy = accuracy
         self.shared = args.dist_eval
         self.print_freq = args.print_freq
         self.sparse_kernels = args.sparse_kernels
-        self.accuracy = accuracy
 
     def __call__(self, model: torch.nn.Module) -> dict[str, float]:
-        # An average in the CPU's memory
+        # A moving average may live in the CPU's memory.
         if next(model.parameters()).device != self.compute.device:
             model = copy.deepcopy(model).to(self.compute.device)
         return evaluate(
@@ -54,14 +55,16 @@ class Evaluator:
         log(f"{name}: {self.accuracy[name]:.2f} %", only=utils.BARS)
 
     def quickest(self, model: torch.nn.Module) -> torch.nn.Module:
-        """With `--sparse-kernels` the model with the kernels that are quicker for its batches, else
-        the model itself.
+        """The model with the sparse kernels that are quicker for its batches, if asked for.
 
         Every process measures for itself, where it will compute.
         """
-        images = next((images for images, _ in self.loader), None) if self.sparse_kernels else None
-        if images is None:  # not asked for, or none of the images are this process's
+        if not self.sparse_kernels:
             return model
+        images = next((images for images, _ in self.loader), None)
+        if images is None:  # this process has none of the images
+            return model
+
         with self.compute.autocast():
             model, report = sparse_kernels(model.eval(), images.to(self.compute.device))
         log(report.table())
@@ -70,8 +73,7 @@ class Evaluator:
     def _common_batches(self) -> int:
         """How many batches every process evaluates: with `--dist-eval` some have one more."""
         sampler = getattr(self.loader, "batch_sampler", None)
-        # How many a stream has shows when it ends
-        return sampler.common_length() if sampler else 0
+        return sampler.common_length() if sampler else 0  # only its end tells a stream's length
 
 
 def train(
@@ -82,46 +84,31 @@ def train(
     stop: StopSignals,
     results: Results,
 ) -> float:
-    """Trains to the last epoch, evaluating and writing checkpoints after each; returns the last
-    top-1 accuracy.
+    """Trains to the last epoch, evaluating and writing checkpoints after each.
+
+    Returns the last top-1 accuracy in percent.
     """
     args = state.args
     learner = state.learner
     progress = state.progress
     if utils.world_size() > 1:
         learner.network = distribute(learner.model, options, args.input_size, args.batch_size)
+
     loader.sampler.set_epoch(progress.epoch)
     steps = steps_of_epoch(loader, args.accum_iter)
-    log(
-        f"Training epochs {progress.epoch} to {args.epochs - 1}, {steps} steps each"
-        + (
-            f"; going on after step {progress.epoch_step} of epoch {progress.epoch}"
-            if progress.epoch_step
-            else ""
-        )
-    )
-    last = (
-        learner.sparsifier.step + (args.epochs - progress.epoch) * steps - progress.epoch_step - 1
-    )
-    if not learner.sparsifier.final and last < learner.sparsifier.steps.end:
-        log(
-            "The target sparsity is not reached: it is due at step "
-            f"{learner.sparsifier.steps.end}, and the last one "
-            f"here is {last}; more --epochs would reach it"
-        )
-    start, test_stats = time.time(), {}
+    announce(state, steps)
 
     def after_step():
         stop.check()
-        if (
-            args.checkpoint_every
-            and progress.epoch_step % args.checkpoint_every == 0
-            and progress.epoch_step < steps
-        ):
+        every = args.checkpoint_every
+        if every and progress.epoch_step % every == 0 and progress.epoch_step < steps:
             save(state, results)
 
+    start = time.time()
+    test_stats = {}
     try:
         while progress.epoch < args.epochs:
+            # Train on the rest of the epoch; a resumed one skips the images it has seen.
             loader.sampler.set_epoch(progress.epoch, skip=progress.images // utils.world_size())
             began = time.time()
             images = len(loader) * args.batch_size * utils.world_size()
@@ -134,10 +121,14 @@ def train(
                 print_freq=args.print_freq,
             )
             speed = images / (time.time() - began)
+
+            # Evaluate.
             test_stats = {"test": test(learner.model)}
             if learner.ema:
                 log("Moving average of the weights", only=utils.LINES)
                 test_stats["test_ema"] = test(learner.ema.module)
+
+            # Log, and write a checkpoint.
             state.share_bad_images()
             improved = state.end_epoch([stats["acc1"] for stats in test_stats.values()])
             line = epoch_metrics(state, {"train": train_stats, **test_stats})
@@ -149,9 +140,30 @@ def train(
         save(state, results)
         stopped.add_place(progress.epoch, progress.epoch_step, args.output_dir)
         raise
+
     log(f"Training time {datetime.timedelta(seconds=int(time.time() - start))}")
     state.check_masks()
     return test_stats["test"]["acc1"] if test_stats else test(learner.model)["acc1"]
+
+
+def announce(state: TrainingState, steps: int) -> None:
+    """Says which epochs follow, of `steps` steps each, and if the target is out of reach."""
+    epochs = state.args.epochs
+    progress = state.progress
+    sparsifier = state.learner.sparsifier
+
+    text = f"Training epochs {progress.epoch} to {epochs - 1}, {steps} steps each"
+    if progress.epoch_step:
+        text += f"; going on after step {progress.epoch_step} of epoch {progress.epoch}"
+    log(text)
+
+    due = sparsifier.steps.end
+    last = sparsifier.step + (epochs - progress.epoch) * steps - progress.epoch_step - 1
+    if not sparsifier.final and last < due:
+        log(
+            f"The target sparsity is not reached: it is due at step {due}, and the last one here "
+            f"is {last}; more --epochs would reach it"
+        )
 
 
 def distribute(
@@ -159,23 +171,25 @@ def distribute(
 ) -> DistributedDataParallel:
     """The model in DDP, which averages gradients over the processes.
 
-    DDP arranges its buckets anew after the first backward pass, and with them the order of its
-    sums. That pass is made here, so that the first step of a resumed run sums as the same step of
-    an undisturbed one does. It leaves no trace: what batch normalization counts is put back. The
-    batch has its real size, as a compiled model is compiled for it.
+    DDP rearranges its buckets after the first backward pass, and with them the order of its sums.
+    That pass is made here, so that the first step of a resumed run sums in the same order as that
+    step of an undisturbed run. The pass leaves no trace.
     """
-    devices = [options.compute.device.index] if options.compute.device.type == "cuda" else None
-    network = DistributedDataParallel(model, device_ids=devices)
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    network.train(options.train_mode)
-    images = torch.zeros(
-        batch_size * (1 + options.cosub), 3, input_size, input_size, device=options.compute.device
+    device = options.compute.device
+    network = DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == "cuda" else None
     )
+    buffers = [buffer.clone() for buffer in model.buffers()]
+
+    # A batch of the real size, as a compiled model is compiled for that.
+    network.train(options.train_mode)
+    images = batch_size * (2 if options.cosub else 1)
     with options.compute.autocast():
-        outputs = network(images)
-    sum(
-        output.float().sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,))
-    ).backward()
+        outputs = network(torch.zeros(images, 3, input_size, input_size, device=device))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    sum(output.float().sum() for output in outputs).backward()
+
+    # Undo what the pass did to gradients and to the statistics of batch normalization.
     model.zero_grad()
     with torch.no_grad():
         for buffer, before in zip(model.buffers(), buffers, strict=True):
@@ -184,8 +198,9 @@ def distribute(
 
 
 def save(state: TrainingState, results: Results, best: bool = False) -> None:
-    """Writes the checkpoint, if the run has an output folder. Every process calls it; the first one
-    writes.
+    """Writes the checkpoint, if the run has an output folder.
+
+    Every process calls it, and the first one writes.
     """
     if state.args.output_dir:
         check_finite(state.progress, state.learner.model)
@@ -198,13 +213,12 @@ def epoch_metrics(state: TrainingState, metrics: dict[str, dict[str, float]]) ->
     line = {
         f"{kind}_{name}": value for kind, stats in metrics.items() for name, value in stats.items()
     }
-    if masks := state.learner.sparsifier.masks:
-        line["sparsity"] = masks.sparsity()
-    return {
-        **line,
-        "epoch": state.progress.epoch - 1,
-        "n_parameters": sum(p.numel() for p in state.learner.model.parameters() if p.requires_grad),
-    }
+    learner = state.learner
+    if learner.sparsifier.masks:
+        line["sparsity"] = learner.sparsifier.masks.sparsity()
+    line["epoch"] = state.progress.epoch - 1
+    line["n_parameters"] = sum(p.numel() for p in learner.model.parameters() if p.requires_grad)
+    return line
 
 
 def epoch_in_words(line: dict[str, float], speed: float) -> str:
@@ -212,7 +226,6 @@ def epoch_in_words(line: dict[str, float], speed: float) -> str:
     average = f", moving average {line['test_ema_acc1']:.2f} %" if "test_ema_acc1" in line else ""
     return (
         f"epoch {line['epoch']}: training loss {line['train_loss']:.4f}, validation loss "
-        f"{line['test_loss']:.4f}, "
-        f"top-1 {line['test_acc1']:.2f} %{average}, learning rate {line['train_lr']:.2g}, "
-        f"{speed:,.0f} images/s"
+        f"{line['test_loss']:.4f}, top-1 {line['test_acc1']:.2f} %{average}, learning rate "
+        f"{line['train_lr']:.2g}, {speed:,.0f} images/s"
     )

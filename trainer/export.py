@@ -225,8 +225,7 @@ def write_kernels(
     threads = torch.get_num_threads()
     return (
         f"{report.in_words()}, in float32 on {threads} thread{'s' * (threads > 1)} of "
-        f"{platform.machine()} "
-        f"({torch.backends.cpu.get_cpu_capability()})"
+        f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
     )
 
 
@@ -314,8 +313,8 @@ def describe(args, dense: nn.Module, model: nn.Module, masks, recipe, image: tor
         "facts": [
             f"weights: {weights}, pruned with {recipe.in_words()}",
             f"images: float32 of shape (images, 3, {args.input_size}, {args.input_size}): pixels "
-            "in [0, 1], less "
-            f"the mean {IMAGENET_DEFAULT_MEAN}, over the deviation {IMAGENET_DEFAULT_STD}",
+            f"in [0, 1], less the mean {IMAGENET_DEFAULT_MEAN}, over the deviation "
+            f"{IMAGENET_DEFAULT_STD}",
             f"versions: {utils.versions(torch.device('cpu'))}",
         ],
         "zeros": pruned and bool(masks),
@@ -355,10 +354,9 @@ def readme(folder: Path, facts: dict, left_out: list[str]) -> str:
     if facts["kernels"]:
         lines += [
             "",
-            f"`load(sparse_kernels=True)` leaves zeros out in the layers that `{SHAPE}` names, for "
-            "inference "
-            "on CPUs; the other files compute densely, with zeros. Measured on the machine of the "
-            "export only:",
+            f"`load(sparse_kernels=True)` leaves zeros out in the layers that `{SHAPE}` names, "
+            "for inference on CPUs; the other files compute densely, with zeros. Measured on the "
+            "machine of the export only:",
             "",
             f"{facts['kernels']}.",
         ]
@@ -409,8 +407,7 @@ def compare(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: f
     if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
         raise WriteError(
             f"{name}: its logits differ from the model's by up to "
-            f"{(found - expected).abs().max():.2g}; "
-            "nothing is written"
+            f"{(found - expected).abs().max():.2g}; nothing is written"
         )
 
 

@@ -56,8 +56,7 @@ def open_results(
         "command": f"{launcher} {args.command}",
         "model": f"{args.model}, {args.input_size} x {args.input_size}",
         "data": f"{args.data_path or 'the built-in sample'}, {images_in(train_loader):,} training "
-        "and "
-        f"{images_in(val_loader):,} validation images",
+        f"and {images_in(val_loader):,} validation images",
         "computed": f"on {compute.in_words()}, by {processes} process{'es' * (processes > 1)}",
         "versions": utils.versions(compute.device),
     }

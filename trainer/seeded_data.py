@@ -90,8 +90,8 @@ class SeededStream(IterableDataset):
                 return
             if not 0 <= sample[1] < self.num_classes:
                 raise UserError(
-                    f"an image has the label {sample[1]}; expected 0 to {self.num_classes - 1}, as "
-                    f"--num-classes {self.num_classes} says"
+                    f"an image has the label {sample[1]}; expected 0 to {self.num_classes - 1}, "
+                    f"as --num-classes {self.num_classes} says"
                 )
             yield sample
 

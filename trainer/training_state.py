@@ -15,7 +15,7 @@ from sparsity_factory import Sparsifier, check_masks, unit_counts
 from sparsity_factory.masks import dense_shapes
 from utils import Compute, UserError, first_line, log
 
-# In timm 0.3.2, which DeiT used, and in no current release
+#: Optimizers of timm 0.3.2, which DeiT used, that no current release has.
 DROPPED_OPTIMIZERS = ("nvnovograd", "fusedmomentum")
 
 #: Optimizers that torch computes in one pass: AdamW takes a quarter of the time on CPUs, and on
@@ -28,6 +28,9 @@ SETTINGS = ("lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")
 #: What the plateau schedule counts, by ReduceLROnPlateau's names.
 COUNTED = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 
+#: What a damaged or foreign training state raises while it is loaded.
+DAMAGED = (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError, OverflowError)
+
 #: The iterations of Muon and its kin, in bfloat16 unless told otherwise.
 NEWTON_SCHULZ = muon.zeropower_via_newtonschulz
 
@@ -35,11 +38,13 @@ NEWTON_SCHULZ = muon.zeropower_via_newtonschulz
 class TrainingState:
     """What is trained, where the training stands, and the learning-rate schedule.
 
-    learner, progress: see `engine`. max_accuracy: the best top-1 so far, in percent, and best: the
-    weights that had it, `model` or `model_ema`. bad_images: a bool tensor (images,), the training
-    images that could not be read, or None.
-    accuracy: top-1 in percent by its name (dense, pruned). dense_teacher: the `origin` of the
-    teacher, or None.
+    learner, progress: see `engine`.
+    max_accuracy, best: the best top-1 so far in percent, and the weights that had it: `model` or
+        `model_ema`.
+    accuracy: top-1 in percent by name (dense, pruned).
+    bad_images: a bool tensor (images,) that is True for training images that cannot be read, or
+        None.
+    dense_teacher: the `origin` of the dense teacher, or None.
 
     Raises UserError for an optimizer or a schedule that timm refuses.
     """
@@ -52,33 +57,40 @@ class TrainingState:
         self.best = "model"
         self.accuracy = {}
         self.dense_teacher: dict | None = None
-        lr = args.lr if args.unscale_lr else args.lr * self._images_per_step() / 512
-        fused = {"fused": True} if args.opt in FUSED else None
+
         choose_muon_dtype(compute.device)
-        settings = argparse.Namespace(**{**vars(args), "lr": lr, "opt_args": fused})
-        try:
-            optimizer = create_optimizer(settings, model)
-            self.lr_scheduler, _ = create_scheduler(settings, optimizer)
-        except Exception as error:  # every optimizer has its own way to refuse
-            dropped = args.opt.rpartition("_")[2] in DROPPED_OPTIMIZERS
-            reason = "timm no longer has this optimizer" if dropped else first_line(error)
-            raise UserError(f"--opt {args.opt} --sched {args.sched}: {reason}") from None
+        optimizer = self._build_optimizer(model)
         if self.lr_scheduler and self.progress.epoch:
             self.lr_scheduler.step(self.progress.epoch)
+
         ema = None
         if args.model_ema:
-            ema = ModelEmaV3(
-                model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None
-            )
+            device = "cpu" if args.model_ema_force_cpu else None
+            ema = ModelEmaV3(model, args.model_ema_decay, device=device)
+
         scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.dtype == torch.float16)
         sparsifier.attach(optimizer, [ema.module] if ema else [])
         self.learner = Learner(model, optimizer, sparsifier, ema, scaler)
 
-    def share_bad_images(self) -> list[int]:
-        """The images that any process could not read; from here on, all leave them out. Every
-        process calls it.
+    def _build_optimizer(self, model) -> torch.optim.Optimizer:
+        """timm's optimizer for `--opt`. Sets `lr_scheduler` too; None is a constant rate."""
+        args = self.args
+        lr = args.lr if args.unscale_lr else args.lr * self._images_per_step() / 512
+        fused = {"fused": True} if args.opt in FUSED else None
+        settings = argparse.Namespace(**{**vars(args), "lr": lr, "opt_args": fused})
+        try:
+            optimizer = create_optimizer(settings, model)
+            self.lr_scheduler, _ = create_scheduler(settings, optimizer)
+        except Exception as error:  # every optimizer refuses in its own way
+            dropped = args.opt.rpartition("_")[2] in DROPPED_OPTIMIZERS
+            reason = "timm no longer has this optimizer" if dropped else first_line(error)
+            raise UserError(f"--opt {args.opt} --sched {args.sched}: {reason}") from None
+        return optimizer
 
-        Raises UserError when they are more than `--skip-bad-images` allows.
+    def share_bad_images(self) -> list[int]:
+        """The images that any process could not read. From here on, all processes leave them out.
+
+        Every process calls it. Raises UserError for more than `--skip-bad-images` allows.
         """
         if self.bad_images is None:
             return []
@@ -93,10 +105,11 @@ class TrainingState:
         return bad
 
     def end_epoch(self, accuracies: list[float]) -> bool:
-        """Moves on to the next epoch; true when one of the accuracies is the best so far, at the
-        final sparsity.
+        """Moves on to the next epoch; returns whether an accuracy is the best so far.
 
-        accuracies: top-1 in percent of the model and, where there is one, of its moving average.
+        Only epochs at the final sparsity count.
+
+        accuracies: top-1 in percent of the model and, if there is one, of its moving average.
         """
         self.progress.end_epoch()
         if self.lr_scheduler:
@@ -108,16 +121,14 @@ class TrainingState:
         return improved
 
     def weights(self) -> dict[str, dict]:
-        """The state dicts of the model and, where there is one, of its moving average, by their
-        keys in checkpoints.
-        """
+        """The state dicts of the model and its moving average, by their keys in checkpoints."""
         weights = {"model": self.learner.model.state_dict()}
-        return weights | (
-            {"model_ema": self.learner.ema.module.state_dict()} if self.learner.ema else {}
-        )
+        if self.learner.ema:
+            weights["model_ema"] = self.learner.ema.module.state_dict()
+        return weights
 
     def check_masks(self) -> None:
-        """Raises PruningError where a pruned weight is not zero."""
+        """Raises PruningError if a pruned weight is not zero."""
         sparsifier = self.learner.sparsifier
         for weights in self.weights().values():
             check_masks(weights, sparsifier.masks, sparsifier.recipe if sparsifier.final else None)
@@ -127,7 +138,9 @@ class TrainingState:
 
         Every process has to call it, since each has its own part of the metrics.
         """
-        learner, progress = self.learner, self.progress
+        learner = self.learner
+        progress = self.progress
+        metrics = utils.gather_objects(progress.logger.state_dict()) if progress.epoch_step else []
         state = {
             **self.weights(),
             "optimizer": learner.optimizer.state_dict(),
@@ -136,19 +149,19 @@ class TrainingState:
             "epoch": progress.epoch - 1,  # the last whole one, as in DeiT
             "step": progress.step,
             "images": progress.images,  # seen in the epoch that is not whole
-            "metrics": utils.gather_objects(progress.logger.state_dict())
-            if progress.epoch_step
-            else [],
+            "metrics": metrics,
             "bad_images": self.share_bad_images(),
             "max_accuracy": self.max_accuracy,
             "best": self.best,
             "accuracy": self.accuracy,
             "args": vars(self.args),
         }
+
         if self.dense_teacher:
             state["dense_teacher"] = self.dense_teacher
         if dense_shapes(learner.model):
             state["shape"] = unit_counts(learner.model)
+
         sparsifier = learner.sparsifier
         if sparsifier.masks:
             recipe = sparsifier.recipe
@@ -167,104 +180,106 @@ class TrainingState:
     def resume(self, checkpoint: dict, source: str) -> None:
         """Continues where the checkpoint was written. Model and masks are loaded already.
 
-        Within an epoch, a run with other processes or batches goes on after the images that were
-        seen. Raises UserError naming `source` when its training state is not of this run's kind.
+        Within an epoch, a run with other processes or batches continues after the images that were
+        seen. Raises UserError, naming `source`, if its training state does not fit this run.
         """
-        learner, progress = self.learner, self.progress
         try:
             self._load_optimizer(checkpoint["optimizer"])
-            progress.epoch = int(checkpoint["epoch"]) + 1
-            progress.step = int(checkpoint.get("step", 0))
-            progress.images = int(checkpoint.get("images", 0))
-            progress.epoch_step = math.ceil(progress.images / self._images_per_step())
-            if min(progress.epoch, progress.step, progress.images) < 0:
-                raise ValueError("a negative epoch or step")
-            if self.lr_scheduler:
-                self._load_scheduler(
-                    checkpoint["lr_scheduler"], checkpoint["optimizer"]["param_groups"]
-                )
-            if learner.ema:
-                learner.ema.module.load_state_dict(checkpoint.get("model_ema", checkpoint["model"]))
-            if checkpoint.get("scaler"):
-                learner.scaler.load_state_dict(checkpoint["scaler"])
-            progress.logger.load_state_dict(own_metrics(checkpoint.get("metrics", [])))
-            self.max_accuracy = float(checkpoint.get("max_accuracy", -1.0))
-            self.best = str(checkpoint.get("best", "model"))
-            self.accuracy = {
-                str(name): float(value) for name, value in checkpoint.get("accuracy", {}).items()
-            }
-            if self.bad_images is not None:
-                self.bad_images[[int(index) for index in checkpoint.get("bad_images", [])]] = True
-        except (
-            KeyError,
-            ValueError,
-            TypeError,
-            RuntimeError,
-            AttributeError,
-            IndexError,
-            OverflowError,
-        ) as error:
+            self._load_progress(checkpoint)
+            self._load_rest(checkpoint)
+        except DAMAGED as error:
             raise UserError(
                 f"{source}: its training state does not fit this run ({first_line(error)})"
             ) from None
+
+    def _load_progress(self, checkpoint: dict) -> None:
+        """Sets the place in the training, and the learning rate there."""
+        progress = self.progress
+        progress.epoch = int(checkpoint["epoch"]) + 1
+        progress.step = int(checkpoint.get("step", 0))
+        progress.images = int(checkpoint.get("images", 0))
+        progress.epoch_step = math.ceil(progress.images / self._images_per_step())
+        if min(progress.epoch, progress.step, progress.images) < 0:
+            raise ValueError("a negative epoch or step")
+
+        progress.logger.load_state_dict(own_metrics(checkpoint.get("metrics", [])))
+        if self.lr_scheduler:
+            groups = checkpoint["optimizer"]["param_groups"]
+            self._load_scheduler(checkpoint["lr_scheduler"], groups)
+
+    def _load_rest(self, checkpoint: dict) -> None:
+        """Loads the moving average, the scaler, the accuracies and the images to leave out."""
+        learner = self.learner
+        if learner.ema:
+            learner.ema.module.load_state_dict(checkpoint.get("model_ema", checkpoint["model"]))
+        if checkpoint.get("scaler"):
+            learner.scaler.load_state_dict(checkpoint["scaler"])
+
+        self.max_accuracy = float(checkpoint.get("max_accuracy", -1.0))
+        self.best = str(checkpoint.get("best", "model"))
+        accuracy = checkpoint.get("accuracy", {})
+        self.accuracy = {str(name): float(value) for name, value in accuracy.items()}
+
+        if self.bad_images is not None:
+            self.bad_images[[int(index) for index in checkpoint.get("bad_images", [])]] = True
 
     def _images_per_step(self) -> int:
         return self.args.batch_size * self.args.accum_iter * utils.world_size()
 
     def _load_optimizer(self, state: dict) -> None:
-        """Loads the optimizer's state, except what the arguments decide; torch itself counts the
-        parameters only.
-        """
+        """Loads the optimizer's state, except for what the arguments decide."""
         optimizer = self.learner.optimizer
         own = optimizer.state_dict()["param_groups"]
         _check_alike(state["param_groups"], own, "param_groups")
-        parameters = [
-            parameter for group in optimizer.param_groups for parameter in group["params"]
-        ]
-        for index, values in state["state"].items():
+        self._check_shapes(state["state"])
+
+        groups = []
+        for saved, ours in zip(state["param_groups"], own, strict=True):
+            decided = {name: ours[name] for name in SETTINGS if name in ours}
+            groups.append({**saved, **decided})
+
+        before = state["param_groups"][0].get("initial_lr")
+        after = own[0].get("initial_lr")
+        if before is not None and before != after:
+            log(
+                f"The learning rate is {after:.6g} instead of {before:.6g}, for "
+                f"{self._images_per_step()} images a step"
+            )
+        optimizer.load_state_dict({**state, "param_groups": groups})
+
+    def _check_shapes(self, state: dict[int, dict]) -> None:
+        """Raises ValueError for a value of the optimizer that does not fit its parameter.
+
+        torch itself only counts the parameters. A value has one number for each weight, or fewer
+        dimensions: a count of steps, or Adafactor's row and column means.
+        """
+        groups = self.learner.optimizer.param_groups
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        for index, values in state.items():
             shape = parameters[index].shape
             for name, value in values.items():
-                # One value for each weight, or fewer: a count of steps, Adafactor's row and column
-                # means.
-                if (
-                    isinstance(value, torch.Tensor)
-                    and value.shape != shape
-                    and value.dim() >= max(len(shape), 1)
-                ):
+                if not isinstance(value, torch.Tensor) or value.shape == shape:
+                    continue
+                if value.dim() >= max(len(shape), 1):
                     raise ValueError(
                         f"{name} of parameter {index} is {tuple(value.shape)}, expected "
                         f"{tuple(shape)}"
                     )
-        settings = [{name: group[name] for name in SETTINGS if name in group} for group in own]
-        groups = [
-            {**saved, **decided}
-            for saved, decided in zip(state["param_groups"], settings, strict=True)
-        ]
-        before = state["param_groups"][0].get("initial_lr")
-        after = own[0].get("initial_lr")
-        if before is not None and before != after:
-            images = self._images_per_step()
-            log(
-                f"The learning rate is {after:.6g} instead of {before:.6g}, for {images} images a "
-                "step"
-            )
-        optimizer.load_state_dict({**state, "param_groups": groups})
 
     def _scheduler_state(self) -> dict | None:
         if not self.lr_scheduler:
             return None
         state = self.lr_scheduler.state_dict()
-        # Timm leaves out most of what it has counted
+
+        # timm leaves out most of what the plateau schedule has counted.
         if plateau := getattr(self.lr_scheduler, "lr_scheduler", None):
-            counted = {
-                name: value for name, value in plateau.state_dict().items() if name in COUNTED
-            }
-            state = {**state, "plateau": counted, "restore_lr": self.lr_scheduler.restore_lr}
+            counts = plateau.state_dict()
+            state["plateau"] = {name: value for name, value in counts.items() if name in COUNTED}
+            state["restore_lr"] = self.lr_scheduler.restore_lr
         return state
 
     def _load_scheduler(self, state: dict, groups: list[dict]) -> None:
-        """Sets the rate of the epoch, which the arguments decide; for `plateau` also what it has
-        counted.
+        """Sets the learning rate of the epoch; for `plateau` also what it has counted.
 
         groups: the parameter groups of the saved optimizer.
         """
@@ -273,10 +288,14 @@ class TrainingState:
         plateau = getattr(self.lr_scheduler, "lr_scheduler", None)
         if plateau:
             plateau.load_state_dict({name: state["plateau"][name] for name in COUNTED})
+
+        # The rate follows from the epoch and the arguments.
         if not plateau or epoch <= self.lr_scheduler.warmup_t:
             if epoch:
                 self.lr_scheduler.step(epoch)
             return
+
+        # The rate of `plateau` is the saved one, scaled if the arguments now say another base rate.
         own = self.learner.optimizer.param_groups
         scales = [
             ours["initial_lr"] / saved["initial_lr"]
@@ -290,27 +309,28 @@ class TrainingState:
 
 
 def choose_muon_dtype(device: torch.device) -> None:
-    """Has timm's Muon orthogonalize in float32 where the device does not compute bfloat16 in
-    hardware.
+    """Makes timm's Muon orthogonalize in float32 if the device has no bfloat16 in hardware.
 
     A CPU with AVX2 alone takes thirteen times as long in bfloat16. timm's optimizers have no
     argument for it.
     """
     native = utils.choose_amp("auto", device) == torch.bfloat16
-    muon.zeropower_via_newtonschulz = (
-        NEWTON_SCHULZ if native else functools.partial(NEWTON_SCHULZ, dtype=torch.float32)
-    )
+    in_float32 = functools.partial(NEWTON_SCHULZ, dtype=torch.float32)
+    muon.zeropower_via_newtonschulz = NEWTON_SCHULZ if native else in_float32
 
 
 def own_metrics(parts: list[dict]) -> dict:
-    """What this process goes on with: its own metrics or, where other processes had them, the first
-    one's the sum.
+    """The metrics with which this process resumes, from those of all processes.
+
+    They are its own; or, if there were other processes then, the sum on the first one and nothing
+    on the others.
     """
     if len(parts) == utils.world_size():
         return parts[utils.rank()]
-    names = (
-        dict.fromkeys(name for part in parts for name in part) if utils.is_main_process() else ()
-    )
+    if not utils.is_main_process():
+        return {}
+
+    names = dict.fromkeys(name for part in parts for name in part)
     return {
         name: [sum(part[name][place] for part in parts if name in part) for place in (0, 1)]
         for name in names
@@ -318,22 +338,25 @@ def own_metrics(parts: list[dict]) -> dict:
 
 
 def _check_alike(theirs, ours, where: str) -> None:
-    """Raises ValueError where the types or lengths in `theirs` are not those of `ours`; all numbers
-    are of one type.
+    """Raises ValueError if a type or length in `theirs` is not that of `ours`.
 
-    Entries that only one of them has are let pass: releases of torch and timm add and remove some.
+    All numbers count as one type. Entries that only one of them has are let pass: releases of torch
+    and timm add and remove some.
     """
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in ours.keys() & theirs.keys():
             _check_alike(theirs[key], ours[key], f"{where}.{key}")
-    elif isinstance(ours, list | tuple) and isinstance(theirs, list | tuple):
+        return
+
+    if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple):
         if len(ours) != len(theirs):
             raise ValueError(f"{where} has {len(theirs)} entries, expected {len(ours)}")
         for number, pair in enumerate(zip(theirs, ours, strict=True)):
             _check_alike(*pair, f"{where}[{number}]")
-    elif type(ours) is not type(theirs) and not all(
-        value is None or isinstance(value, int | float) for value in (ours, theirs)
-    ):
+        return
+
+    numbers = all(value is None or isinstance(value, int | float) for value in (ours, theirs))
+    if type(ours) is not type(theirs) and not numbers:
         raise ValueError(
             f"{where} is of type {type(theirs).__name__}, expected {type(ours).__name__}"
         )

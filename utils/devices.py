@@ -56,8 +56,7 @@ def choose_device(name: str) -> torch.device:
         if device.index is not None and processes_here() > 1:
             raise UserError(
                 f"--device {name}: one GPU for {processes_here()} processes on this machine; "
-                "expected auto "
-                "or cuda, with which each has its own"
+                "expected auto or cuda, with which each has its own"
             )
         if not torch.cuda.is_available():
             raise UserError(

@@ -50,8 +50,7 @@ def write_atomically(path: Path, write) -> None:
         if isinstance(cause, OSError):
             raise WriteError(
                 f"{path}: cannot be written ({cause.strerror or first_line(cause)}); what it held "
-                "before "
-                "is whole"
+                "before is whole"
             ) from None
         raise
 
@@ -90,8 +89,7 @@ def load_checkpoint(source: str) -> dict:
         if code := re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error)):
             raise UserError(
                 f"{source}: refused, it holds {code[1]} where only tensors and plain containers "
-                "are "
-                "read"
+                "are read"
             ) from None
         raise UserError(f"{source}: not a checkpoint") from None
     except Exception as error:

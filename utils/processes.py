@@ -102,8 +102,7 @@ def init_process_group(
         raise UserError(
             f"{'--distributed' if distributed else f'--world_size {wanted}'}: there "
             f"{'is one process' if processes == 1 else f'are {processes} processes'}; start as "
-            "many as you "
-            "want with torchrun"
+            "many as you want with torchrun"
         )
     if processes == 1:
         return
@@ -199,8 +198,8 @@ def exchange_failure(error: BaseException) -> str:
     if "timed out" in text.lower() or "timeout" in text.lower():
         return f"process {rank()} waited for another one longer than --dist-timeout allows"
     return (
-        f"process {rank()} lost the connection to another one, "
-        "which was killed or cannot be reached"
+        f"process {rank()} lost the connection to another one, which was killed or cannot be "
+        "reached"
     )
 
 
