@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from itertools import combinations
 
-from .errors import PruningError
+from .errors import PruningError, as_flag
 from .method import describe
 from .patterns import PATTERNS, parse_pattern
 from .pruners import PRUNERS
 from .recipe import Recipe
 from .reconstruction import RECONSTRUCTIONS
-from .schedules import SCHEDULES
+from .schedules import SCHEDULES, users_of
 from .scores import SCORES
 
 WIDTH = 120
@@ -132,7 +132,7 @@ def table(registry: Mapping) -> str:
 def refusals() -> list[str]:
     """What `Recipe.check` refuses, with its reasons, in lines of at most `WIDTH`."""
     lines = [
-        f"{_flag(one)} {', '.join(ones)} with {_flag(other)} {', '.join(others)}: {reason}"
+        f"{as_flag(one)} {', '.join(ones)} with {as_flag(other)} {', '.join(others)}: {reason}"
         for one, ones, other, others, reason in refused_pairs()
     ]
     lines += [f"{what}: {_reason(*refused)}" for what, refused in ALONE.items()]
@@ -140,7 +140,7 @@ def refusals() -> list[str]:
         users = users_of(field.name)
         if users and field.name != "seed":
             lines.append(
-                f"{_flag(field.name)} with another --prune-schedule than {', '.join(users)}"
+                f"{as_flag(field.name)} with another --prune-schedule than {', '.join(users)}"
             )
     return [line for long in lines for line in textwrap.wrap(long, WIDTH, subsequent_indent="    ")]
 
@@ -177,11 +177,6 @@ def example(pruner: str = "unif", pattern: str | None = None, **choices) -> Reci
     )
 
 
-def users_of(name: str) -> list[str]:
-    """The schedules that look at a field of a recipe."""
-    return [schedule for schedule, entry in SCHEDULES.items() if name in entry.uses]
-
-
 # ---- helpers, not exported ----
 
 
@@ -194,10 +189,6 @@ def _values() -> dict[str, Iterable[str]]:
         "score": SCORES,
         "reconstruct": RECONSTRUCTIONS,
     }
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _reason(recipe: Recipe, epochs: float | None = None) -> str:

@@ -11,7 +11,7 @@ from .errors import PruningError, as_flag, in_words, short
 from .patterns import parse_pattern
 from .pruners import PRUNERS, check_request, needs_of
 from .reconstruction import NONE, RECONSTRUCTIONS
-from .schedules import SCHEDULES, Steps
+from .schedules import SCHEDULES, Steps, users_of
 
 LARGEST = 2**53  # integers are smaller: floats count no further, and nothing here is that large
 MOST_LEARNED = 8  # size of a group whose mask is learned: 4:8 has 70 masks, 8:16 has 12,870
@@ -274,7 +274,7 @@ class Recipe:
         self._expect(_is_in(SCHEDULES, self.prune_schedule), "prune_schedule", f"one of {names}")
 
         for name in self._given():
-            users = [schedule for schedule in SCHEDULES if name in SCHEDULES[schedule].uses]
+            users = users_of(name)
             if users and name != "seed" and self.prune_schedule not in users:
                 raise PruningError(
                     f"{self._flag(name)}: not with --prune-schedule {self.prune_schedule}; only "

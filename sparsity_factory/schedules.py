@@ -281,3 +281,8 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "sr-ste": SRSTE,
     "maskllm": MaskLLM,
 }
+
+
+def users_of(field: str) -> list[str]:
+    """The names of the schedules that look at a field of a recipe."""
+    return [name for name, schedule in SCHEDULES.items() if field in schedule.uses]

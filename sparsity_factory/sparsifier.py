@@ -114,7 +114,7 @@ class Sparsifier:
 
         self.masks = Masks(model, masks or {})
         self._followers = Followers(model, self.masks)
-        # Until `start` as after the last change
+        # A run that is never started treats pruned weights as after the last change
         self._pruned_weights = self._pruned_weights_after(self.steps.total, self.schedule)
 
     @property

@@ -25,8 +25,8 @@ from sparsity_factory.list_methods import (
     example,
     menu,
     refused_pairs,
-    users_of,
 )
+from sparsity_factory.schedules import users_of
 from trainer.arguments import get_args_parser
 
 PAGE = (ROOT / "docs" / "methods.md").read_text()

@@ -7,7 +7,8 @@ import pytest
 import torch
 from made_up import pattern_for
 
-from sparsity_factory import SCHEDULES, PruningError, Recipe, describe
+from sparsity_factory import SCHEDULES, PruningError, Recipe, check_request, describe
+from sparsity_factory.schedules import Schedule
 
 LAMP = Recipe("lamp", 0.65)
 
@@ -155,6 +156,45 @@ def test_what_makes_no_sense_is_refused_in_one_line(case):
         recipe.check()
     assert message in str(error.value)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("attribute", "fields", "message"),
+    [
+        ("moves_weights", {"pattern": "2:4"}, "groups would break"),
+        ("goes_dense", {"sparsity": 0.5, "pattern": "heads"}, "come back in a dense phase"),
+        ("learns_masks", {"sparsity": 0.5}, "each mask of a group has a logit"),
+        ("trains_pruned", {"sparsity": 0.5, "reconstruct": "obs"}, "trains the pruned weights"),
+    ],
+)
+def test_a_new_schedule_is_combined_by_what_it_says_of_itself(
+    monkeypatch, attribute, fields, message
+):
+    recipe = Recipe("unif", prune_schedule="mine", **fields)
+    monkeypatch.setitem(SCHEDULES, "mine", type("Mine", (Schedule,), {}))
+    recipe.check()
+    monkeypatch.setitem(SCHEDULES, "mine", type("Mine", (Schedule,), {attribute: True}))
+    with pytest.raises(PruningError, match=message):
+        recipe.check()
+
+
+def test_a_request_and_a_recipe_are_refused_in_the_same_words():
+    for choices in (
+        {"pruner": "lump", "sparsity": 0.5},
+        {"pruner": "lamp", "sparsity": 1.5},
+        {"pruner": "lamp"},
+        {"pruner": "lamp", "sparsity": 0.5, "custom_config": {}},
+        {"pruner": "lamp", "pattern": "2:4"},
+    ):
+        messages = []
+        for refuse in (Recipe(**choices).check, lambda choices=choices: check_request(**choices)):
+            with pytest.raises(PruningError) as error:
+                refuse()
+            messages.append(str(error.value))
+        as_flags, as_arguments = messages
+        assert "--pruner" in as_flags or "--sparsity" in as_flags
+        plain = as_flags.replace("--custom-config", "custom_config").replace("--", "")
+        assert plain == as_arguments.replace("'", "")
 
 
 def test_dense_levels_of_a_custom_configuration_leave_rigl_free_to_move_weights():

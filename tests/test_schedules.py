@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparsity_factory import SCHEDULES, Recipe
+from sparsity_factory.pruned_weights import FrozenWeights, HiddenWeights, ZeroWeights
 
 
 def changes(name: str, total: int, epoch: int, **fields) -> list[int]:
@@ -109,3 +110,18 @@ def test_the_growth_of_set_depends_on_seed_step_and_layer_only():
     assert torch.equal(first, growth(0, 1, 2))
     for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3), (0, 2, 1)):
         assert not torch.equal(first, growth(*other))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_pruned_weights_are_hidden_by_ste_and_frozen_until_masks_are_learned_and_zero_otherwise(
+    name,
+):
+    recipe = Recipe("lamp", 0.9, prune_schedule=name)
+    schedule = SCHEDULES[name](recipe, recipe.steps(100, 10))
+    before, after = {
+        "ste": (HiddenWeights, HiddenWeights),
+        "sr-ste": (HiddenWeights, HiddenWeights),
+        "maskllm": (FrozenWeights, ZeroWeights),
+    }.get(name, (ZeroWeights, ZeroWeights))
+    assert schedule.pruned_weights(-1) is before
+    assert schedule.pruned_weights(99) is after
