@@ -1,15 +1,17 @@
 """Finds the levels of all layers that lose least under a budget, and writes them as a custom YAML.
 
     python search.py --budget 0.5 --budget-of macs --levels 1:4 2:4 4:4
-    python search.py --budget 0.5 --levels dense 0.5 2:4 0.8 --model deit_small_patch16_224
-    --data-path IMAGENET python search.py --budget 0.4 --space configs/space.yaml
+    python search.py --budget 0.5 --levels dense 0.5 2:4 0.8 --data-path IMAGENET
+    python search.py --budget 0.4 --space configs/space.yaml
 
-Takes any argument of main.py for the model and the data beside its own. The budget is the share
-that is kept. Each layer is pruned at each of its levels, by Optimal Brain Surgeon on calibration
-images or, with `--reconstruct none`, by magnitude alone; what that loses is measured; the choice of
-least total loss is found exactly; and pairs of layers exchange a level where the whole model's
-predictions then come closer to the dense ones. What is measured stays in `--output_dir`: killed and
-started again, it goes on.
+Takes the arguments of main.py for the model and the data as well as its own. The budget is the
+share that is kept.
+
+Each layer is pruned at each of its levels, by Optimal Brain Surgeon on calibration images or, with
+`--reconstruct none`, by magnitude alone, and the loss of that is measured. The choice of least
+total loss is found exactly. Then pairs of layers exchange a level if the predictions of the whole
+model come closer to the dense ones. Measurements stay in `--output_dir`: killed and started again,
+the search measures only what is missing.
 """
 
 import argparse
@@ -47,16 +49,17 @@ from sparsity_factory.multiply_adds import ATTENTION
 from sparsity_factory.pruners import mask_at
 from sparsity_factory.scores import Layer, Scores
 from trainer import plots
-from trainer.arguments import FREE, REFUSED, get_args_parser, given, parse_args
+from trainer.arguments import given, parse_args, refused_flags
 from trainer.builders import build_loaders, load_start, prepare_model
 from trainer.calibration_images import Calibration
 from trainer.exit_status import exit_status
-from trainer.run_folder import RunFolder
+from trainer.job_folder import JobFolder
+from trainer.parser import Parser
 from trainer.stop_signals import Stopped, StopSignals
 from utils import Compute, UserError, log
 
 BUDGETS = ("weights", "macs", "latency")
-# Of the calibration images, on which predictions are compared with the dense ones
+#: Calibration images on which predictions are compared with the dense ones.
 TRIAL_IMAGES = 256
 
 
@@ -66,101 +69,39 @@ def search(argv: list[str]) -> int:
     utils.show_progress(args.quiet)
     compute = Compute.choose(args.device, args.amp)
     utils.seed_everything(utils.INIT, args.seed)
+
     with StopSignals() as stop:
         try:
             *_, num_classes = build_loaders(args, compute.device)
             args, checkpoint = load_start(args)
             model = prepare_model(args, num_classes, checkpoint, compute.device).eval()
+
             space = Space.of(options, model)
             record = Record(options, args, space)
             calibration = Calibration(args, model, compute)
-            costs, budget, reached = price(options, args, space, model, calibration, record)
+            prices = price(options, args, space, model, calibration, record)
             record.open()
             bench = Bench(options, space, model, calibration, record, stop)
-            chosen = solve(options, bench, costs, budget)
+            chosen = solve(options, bench, prices)
         except Stopped as stopped:
             stopped.args = (
-                f"stopped by {stopped.name}; the same command goes on in {options.output_dir}",
+                f"stopped by {stopped.name}; the same command resumes in {options.output_dir}",
             )
             raise
-    kept = space.rows(chosen)
-    command = shlex.join(
-        [
-            "python",
-            "main.py",
-            *options.others,
-            "--pruner",
-            "custom",
-            "--custom-config",
-            str(Path(options.output_dir, "search.yaml")),
-            "--reconstruct",
-            options.reconstruct,
-        ]
-    )
-    write_results(
-        options, args, chosen, kept, bench, reached(chosen), command, utils.versions(compute.device)
-    )
+
+    write_results(options, args.model, chosen, prices, bench, record, compute)
     record.finish()
-    print(f"To use it: {command}")
+    print(f"To use it: {command_to_use(options)}")
     return 0
 
 
 def parse_search_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
     """The search's options, and main.py's arguments for model and data. Raises UserError."""
-    parser = _Parser(
-        "search.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--budget", type=float, required=True, metavar="SHARE", help="what is kept, in (0, 1]"
-    )
-    parser.add_argument(
-        "--budget-of",
-        choices=BUDGETS,
-        default="weights",
-        help="of the prunable weights; of their multiply-adds and the attention products'; or of "
-        "the "
-        "time of the layers, as measured with sparse kernels",
-    )
-    parser.add_argument(
-        "--levels",
-        nargs="+",
-        metavar="LEVEL",
-        help="among which each layer chooses: n:m, sparsities in [0, 1), dense; by default 1:4 2:4 "
-        "4:4",
-    )
-    parser.add_argument(
-        "--space",
-        metavar="FILE",
-        help="YAML file with choices for each weight, in place of --levels",
-    )
-    parser.add_argument(
-        "--measure", choices=list(MEASURES), default="kfac", help="what a layer loses"
-    )
-    parser.add_argument(
-        "--reconstruct",
-        choices=["obs", "none"],
-        default="obs",
-        help="whether a layer's other weights make up for what goes; the run must do the same",
-    )
-    parser.add_argument(
-        "--exchanges",
-        type=int,
-        default=20,
-        metavar="N",
-        help="how many exchanges of levels between two layers are measured; 0 for none",
-    )
-    parser.add_argument(
-        "--output_dir", default="output/search", metavar="DIR", help="where the results go"
-    )
-    options, options.others = parser.parse_known_args(argv)
+    options, options.others = search_parser().parse_known_args(argv)
     options.command = shlex.join(["python", "search.py", *argv])
-    given_here = given(options.others)
-    for action in get_args_parser()._actions:
-        if getattr(action, "sweep", None) == REFUSED and action.dest in given_here:
-            raise UserError(f"{action.option_strings[0]}: not with a search")
+    if flags := refused_flags(given(options.others)):
+        raise UserError(f"{flags[0]}: not with a search")
+
     if not 0 < options.budget <= 1:
         raise UserError(f"--budget {options.budget}: expected the share that is kept, in (0, 1]")
     if options.exchanges < 0:
@@ -169,15 +110,50 @@ def parse_search_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Nam
         raise UserError("--space: not together with --levels")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("search.py: expected one process, without torchrun")
-    return options, parse_args(
-        [*options.others, "--output_dir", options.output_dir], one_recipe=False
-    )
+
+    args = parse_args([*options.others, "--output_dir", options.output_dir], one_recipe=False)
+    return options, args
+
+
+# fmt: off
+
+
+def search_parser() -> Parser:
+    parser = Parser("search.py", __doc__, allow_abbrev=False)
+    add = parser.add_argument
+
+    # The budget, and the choices
+    add("--budget", type=float, required=True, metavar="SHARE", help="what is kept, in (0, 1]")
+    add("--budget-of", choices=BUDGETS, default="weights",
+        help="of the prunable weights; of their multiply-adds and the attention products'; or of "
+             "the time of the layers, as measured with sparse kernels")
+    add("--levels", nargs="+", metavar="LEVEL",
+        help="what each layer chooses from: n:m, sparsities in [0, 1), dense; by default 1:4 2:4 "
+             "4:4")
+    add("--space", metavar="FILE",
+        help="YAML file with choices for each weight, in place of --levels")
+
+    # How choices are compared
+    add("--measure", choices=list(MEASURES), default="kfac", help="the loss of a layer")
+    add("--reconstruct", choices=["obs", "none"], default="obs",
+        help="how the other weights of a layer make up for the pruned ones; the run must do the "
+             "same")
+    add("--exchanges", type=int, default=20, metavar="N",
+        help="how many exchanges of levels between two layers are measured; 0 for none")
+
+    add("--output_dir", default="output/search", metavar="DIR", help="folder for the results")
+    return parser
+
+
+# fmt: on
 
 
 @dataclass(frozen=True)
 class Space:
-    """Among which levels each layer chooses: by weight and text of a level what is kept, a number
-    or (n, m).
+    """The levels that each layer chooses from.
+
+    shapes: of each weight. levels: by weight, then by text of a level, what it keeps: how many
+    weights, or (n, m).
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -185,7 +161,7 @@ class Space:
 
     @classmethod
     def of(cls, options, model: torch.nn.Module) -> "Space":
-        """Raises PruningError for levels that there are not, or that do not fit the model."""
+        """Raises PruningError for levels that do not exist, or do not fit the model."""
         shapes = {name: tuple(weight.shape) for name, weight in prunable_weights(model).items()}
         if options.space:
             return cls(shapes, resolve_choices(options.space, shapes))
@@ -207,120 +183,127 @@ class Space:
     def rows(self, chosen: Mapping[str, str]) -> Kept:
         """What a choice of levels keeps of the prunable weights."""
 
-        def pattern(name, level):
-            return level if ":" in level or level == "dense" else "unstructured"
+        layers = []
+        for name, level in chosen.items():
+            shape = self.shapes[name]
+            pattern = level if ":" in level or level == "dense" else "unstructured"
+            kept = self.kept(name, level)
+            layers.append(LayerSparsity(name, shape, kept, prod(shape), pattern))
 
-        layers = [
-            LayerSparsity(
-                name,
-                self.shapes[name],
-                self.kept(name, level),
-                prod(self.shapes[name]),
-                pattern(name, level),
-            )
-            for name, level in chosen.items()
-        ]
-        total = LayerSparsity(
-            "prunable weights",
-            (),
-            sum(row.kept for row in layers),
-            sum(row.total for row in layers),
-        )
+        kept = sum(row.kept for row in layers)
+        total = LayerSparsity("prunable weights", (), kept, sum(row.total for row in layers))
         return Kept(layers, prunable=total, whole=total)
 
 
-def price(options, args, space: Space, model, calibration: Calibration, record: "Record"):
-    """What each level of each layer costs, in whole numbers; the budget in them; and the share that
-    a choice reaches.
+@dataclass(frozen=True)
+class Prices:
+    """What the levels cost, in one unit: multiply-adds, seconds or weights.
 
-    Raises UserError for a budget that no choice meets, and where no time can be measured.
+    costs: of each level, by layer. fixed: of what no choice changes. whole: of the dense model.
+    budget: the share of `whole` that may be spent. unit: how many whole numbers are one cost.
     """
-    fixed, unit = 0.0, 1.0
+
+    costs: Mapping[str, Mapping[str, float]]
+    whole: float
+    budget: float
+    fixed: float = 0.0
+    unit: float = 1.0
+
+    def reached(self, chosen: Mapping[str, str]) -> float:
+        """The share that a choice of levels spends."""
+        spent = sum(self.costs[name][level] for name, level in chosen.items())
+        return (self.fixed + spent) / self.whole
+
+    def bounds(self) -> tuple[float, float]:
+        """The least and the greatest share that a choice can spend."""
+        least = sum(min(levels.values()) for levels in self.costs.values())
+        most = sum(max(levels.values()) for levels in self.costs.values())
+        return (self.fixed + least) / self.whole, (self.fixed + most) / self.whole
+
+    def in_whole_numbers(self) -> tuple[list[list[int]], int]:
+        """The costs and the budget for `cheapest`, which rounding never makes unreachable."""
+        costs = [
+            [round(self.unit * cost) for cost in levels.values()] for levels in self.costs.values()
+        ]
+        budget = int(self.unit * (self.budget * self.whole - self.fixed) + 1e-6)
+        return costs, max(budget, sum(map(min, costs)))
+
+
+def price(options, args, space: Space, model, calibration: Calibration, record: "Record") -> Prices:
+    """What each level of each layer costs.
+
+    Raises UserError if no choice meets the budget, and if no time can be measured.
+    """
     if options.budget_of == "latency":
-        record.open()  # what is measured is kept
-        seconds = measure_times(args, space, model, calibration, record)
-        whole = sum(max(times.values()) for times in seconds.values())
-        unit = 1e9
-        costs = seconds
+        record.open()  # measurements are kept
+        prices = price_in_seconds(options, args, space, model, calibration, record)
     else:
-        dense = {name: prod(shape) for name, shape in space.shapes.items()}
-        if options.budget_of == "macs":
-            size = args.input_size
-            dense = multiply_adds(
-                model, torch.zeros(1, 3, size, size, device=calibration.compute.device)
-            )
-            fixed = dense[ATTENTION]
-        costs = {
-            name: {
-                level: dense[name] * space.kept(name, level) / prod(space.shapes[name])
-                for level in levels
-            }
-            for name, levels in space.levels.items()
-        }
-        whole = fixed + sum(dense[name] for name in space.shapes)
-    least, most = (
-        (fixed + sum(pick(levels.values()) for levels in costs.values())) / whole
-        for pick in (min, max)
-    )
+        prices = price_in_numbers(options, args, space, model, calibration.compute.device)
+
+    least, most = prices.bounds()
+    asked = f"--budget {options.budget:g} of the {options.budget_of}"
     if options.budget < least - 1e-9:
         raise UserError(
-            f"--budget {options.budget:g} of the {options.budget_of}: the levels reach {least:.4f} "
-            "to "
-            f"{most:.4f}; expected at least {least:.4f}"
+            f"{asked}: the levels reach {least:.4f} to {most:.4f}; expected at least {least:.4f}"
         )
     if options.budget > most:
-        log(
-            f"--budget {options.budget:g} of the {options.budget_of}: the levels reach {most:.4f} "
-            "at most"
-        )
+        log(f"{asked}: the levels reach {most:.4f} at most")
+    return prices
 
-    def reached(chosen: Mapping[str, str]) -> float:
-        return (fixed + sum(costs[name][level] for name, level in chosen.items())) / whole
 
-    whole_costs = [[round(unit * cost) for cost in levels.values()] for levels in costs.values()]
-    budget = int(unit * (options.budget * whole - fixed) + 1e-6)
-    return whole_costs, max(budget, sum(map(min, whole_costs))), reached
+def price_in_seconds(
+    options, args, space: Space, model, calibration: Calibration, record: "Record"
+) -> Prices:
+    """Prices in the time of the layers."""
+    seconds = measure_times(args, space, model, calibration, record)
+    whole = sum(max(times.values()) for times in seconds.values())
+    return Prices(seconds, whole, options.budget, unit=1e9)
+
+
+def price_in_numbers(options, args, space: Space, model, device: torch.device) -> Prices:
+    """Prices in weights or multiply-adds, which a layer has in proportion to what it keeps."""
+    totals = {name: prod(shape) for name, shape in space.shapes.items()}
+    dense = totals
+    fixed = 0.0
+    if options.budget_of == "macs":
+        image = torch.zeros(1, 3, args.input_size, args.input_size, device=device)
+        dense = multiply_adds(model, image)
+        fixed = dense[ATTENTION]
+
+    costs = {
+        name: {level: dense[name] * space.kept(name, level) / totals[name] for level in levels}
+        for name, levels in space.levels.items()
+    }
+    whole = fixed + sum(dense[name] for name in totals)
+    return Prices(costs, whole, options.budget, fixed)
 
 
 def measure_times(
     args, space: Space, model, calibration: Calibration, record: "Record"
 ) -> dict[str, dict[str, float]]:
-    """The seconds of each layer at each level on a batch, with the kernel that is quickest, or
-    dense.
+    """The seconds of each layer at each level on a batch, with its quickest kernel or dense.
 
-    Raises UserError where no layer is quicker at any level.
+    Raises UserError if no layer is quicker at any level.
     """
-    images = torch.randn(
-        args.batch_size, 3, args.input_size, args.input_size, device=calibration.compute.device
-    )
-    ratios, dense = {}, {}
+    size = args.input_size
+    images = torch.randn(args.batch_size, 3, size, size, device=calibration.compute.device)
+    ratios = {}
+    dense = {}
     for level in (text for text in space.texts if text != "dense"):
         if level not in record.times:
             log(f"Measuring the layers at {level}")
-            own = {name: _number(level) for name, levels in space.levels.items() if level in levels}
-            config = {"sparsity": {"mode": "nxm", "level": {"default": "dense", **own}}}
-            state = {name: value.clone() for name, value in model.state_dict().items()}
-            Masks(model, compute_masks(model, "custom", custom_config=config))
-            with calibration.compute.autocast():
-                _, report = sparse_kernels(model, images)
-            model.load_state_dict(state)
-            record.add(
-                times={
-                    level: {
-                        layer.name: [layer.seconds["dense"], layer.seconds[layer.kernel]]
-                        for layer in report.layers
-                        if layer.seconds
-                    }
-                }
-            )
+            times = measure_level(level, space, model, images, calibration.compute)
+            record.add(times={level: times})
+
+        # The dense layer was measured at each level; its least time counts
         for name, (before, after) in record.times[level].items():
             dense[name] = min(before, dense.get(name, before))
             ratios[name, level] = after / before
+
     if not any(ratio < 1 for ratio in ratios.values()):
         raise UserError(
             "--budget-of latency: no layer is quicker at any of the levels with a kernel that runs "
-            "here; "
-            "expected --budget-of macs or weights"
+            "here; expected --budget-of macs or weights"
         )
     return {
         name: {level: dense.get(name, 0.0) * ratios.get((name, level), 1.0) for level in levels}
@@ -328,10 +311,27 @@ def measure_times(
     }
 
 
-class Bench:
-    """What layers lose at their levels, measured where it is not known already.
+def measure_level(
+    level: str, space: Space, model, images: torch.Tensor, compute: Compute
+) -> dict[str, list[float]]:
+    """The seconds of each layer that has this level: dense, and with its quickest kernel."""
+    own = {name: _number(level) for name, levels in space.levels.items() if level in levels}
+    config = {"sparsity": {"mode": "nxm", "level": {"default": "dense", **own}}}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    Masks(model, compute_masks(model, "custom", custom_config=config))
+    with compute.autocast():
+        _, report = sparse_kernels(model, images)
+    model.load_state_dict(state)
 
-    options: of the command line, with the measure and whether the other weights of a layer make up.
+    return {
+        layer.name: [layer.seconds["dense"], layer.seconds[layer.kernel]]
+        for layer in report.layers
+        if layer.seconds
+    }
+
+
+class Bench:
+    """The loss of each layer at each of its levels, measured unless the record has it.
 
     losses: by weight and level.
     """
@@ -352,13 +352,12 @@ class Bench:
         self._measure = MEASURES[options.measure]
         self._pruned = {}
         self._magnitudes = Scores(self._weights) if options.reconstruct == "none" else None
-        batches = list(
-            islice(
-                calibration.loader, -(-TRIAL_IMAGES // calibration.loader.batch_sampler.batch_size)
-            )
-        )
+
+        loader = calibration.loader
+        batches = list(islice(loader, -(-TRIAL_IMAGES // loader.batch_sampler.batch_size)))
         self._divergence = Divergence(model, batches, calibration.compute.autocast())
         self._statistics = self._collect(model, calibration)
+
         logger = utils.MetricLogger()
         for name in logger.log_every(list(space.levels), 12, "Layer:"):
             for level in space.levels[name]:
@@ -385,9 +384,7 @@ class Bench:
         return self._pruned[name, level]
 
     def divergence(self, chosen: Mapping[str, str]) -> float:
-        """How far the predictions of the model with these levels are from the dense ones, in nats
-        an image.
-        """
+        """How far predictions at these levels are from the dense ones, in nats per image."""
         key = " ".join(chosen.values())
         if key not in self.record.divergences:
             self.stop.check_alone()
@@ -411,187 +408,159 @@ class Bench:
         return statistics
 
 
-def solve(options, bench: Bench, costs: list[list[int]], budget: int) -> dict[str, str]:
-    """The level of each layer: the choice of least total loss, then better by exchanges that are
-    measured.
-    """
+def solve(options, bench: Bench, prices: Prices) -> dict[str, str]:
+    """The level of each layer: the choice of least total loss, then improved by exchanges."""
+    costs, budget = prices.in_whole_numbers()
     losses = [list(levels.values()) for levels in bench.losses.values()]
-    levels = [list(found) for found in bench.losses.values()]
+    texts = [list(levels) for levels in bench.losses.values()]
 
     def named(chosen) -> dict[str, str]:
-        return {
-            name: found[option]
-            for name, found, option in zip(bench.losses, levels, chosen, strict=True)
-        }
+        triples = zip(bench.losses, texts, chosen, strict=True)
+        return {name: levels[option] for name, levels, option in triples}
 
-    chosen = cheapest(costs, losses, budget)
-    if options.exchanges:
-        first = chosen
-        log(f"Measuring up to {options.exchanges} exchanges between two layers")
-        chosen = exchanges(
-            first,
-            costs,
-            losses,
-            budget,
-            lambda choice: bench.divergence(named(choice)),
-            options.exchanges,
-        )
-        log(
-            f"Divergence from the dense predictions: {bench.divergence(named(first)):.5f} nats as "
-            "solved, "
-            f"{bench.divergence(named(chosen)):.5f} after the exchanges"
-        )
-    return named(chosen)
+    def divergence(chosen) -> float:
+        return bench.divergence(named(chosen))
+
+    first = cheapest(costs, losses, budget)
+    if not options.exchanges:
+        return named(first)
+
+    log(f"Measuring up to {options.exchanges} exchanges between two layers")
+    best = exchanges(first, costs, losses, budget, divergence, options.exchanges)
+    log(
+        f"Divergence from the dense predictions: {divergence(first):.5f} nats as solved, "
+        f"{divergence(best):.5f} after the exchanges"
+    )
+    return named(best)
 
 
 class Record:
-    """The folder of a search: its arguments, and what is measured as it comes.
+    """The folder of a search: its settings, and its measurements as they come.
 
-    losses, times, divergences: what was measured. statistics: a file that is there until the search
-    is done.
+    losses: by weight and level. times: by level and weight, seconds dense and pruned.
+    divergences: by the levels of all layers. statistics: a file, until the search is done.
     """
 
     def __init__(self, options, args, space: Space):
         """Raises UserError when the folder holds a search with other arguments."""
-        self.folder = Path(options.output_dir)
-        self._lock = None
-        self._settings_path = self.folder / "search.json"
-        self._path = self.folder / "measured.jsonl"
-        self.statistics = self.folder / "statistics.pth"
         self.losses = {}
         self.times = {}
         self.divergences = {}
-        shared = {
-            action.dest
-            for action in get_args_parser()._actions
-            if getattr(action, "sweep", FREE) != FREE
-        }
-        own = {
-            name: getattr(options, name)
-            for name in ("budget", "budget_of", "measure", "reconstruct", "exchanges")
-        }
-        settings = {
-            **{name: value for name, value in vars(args).items() if name in shared},
-            **own,
-            "levels": space.levels,
-        }
-        self._settings = json.loads(json.dumps(settings))
-        if not self._settings_path.exists():
-            return
-        try:
-            theirs = json.loads(self._settings_path.read_text(encoding="utf-8"))
-            lines = (
-                self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-            )
-        except (OSError, ValueError):
-            raise UserError(
-                f"--output_dir {self.folder}: its search.json cannot be read; choose another folder"
-            ) from None
-        for name, ours in self._settings.items():
-            if theirs.get(name, get_args_parser().get_default(name)) != ours:
-                told = f"--{name.replace('_', '-')} {theirs.get(name)}, not {ours}"
-                told = "other levels" if name == "levels" else told
-                raise UserError(
-                    f"--output_dir {self.folder}: holds a search with {told}; choose another folder"
-                )
-        for line in lines:
-            try:
-                self._take(**json.loads(line))
-            except (TypeError, ValueError):  # half a line
-                continue
+        self.folder = JobFolder(options.output_dir, "measured.jsonl", job="search")
+        self.statistics = self.folder.path / "statistics.pth"
+
+        names = ("budget", "budget_of", "measure", "reconstruct", "exchanges")
+        own = {name: getattr(options, name) for name in names}
+        self.folder.agree(args, {**own, "levels": space.levels})
+        for measured in self.folder.read(_measured):
+            self._take(**measured)
 
     def open(self) -> None:
         """Makes and locks the folder."""
-        if not self._lock:
-            self._lock = RunFolder(str(self.folder))
-            content = json.dumps(self._settings, indent=1).encode()
-            utils.write_atomically(self._settings_path, lambda file: file.write(content))
+        self.folder.open()
 
     def add(self, **measured) -> None:
+        """Keeps a measurement, as one of the arguments of `_take`."""
         self._take(**measured)
-        try:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(f"\n{json.dumps(measured)}\n")  # after half a line, too
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise utils.WriteError(f"{self._path}: cannot be written ({error.strerror})") from None
+        self.folder.add(json.dumps(measured))
 
     def finish(self) -> None:
         self.statistics.unlink(missing_ok=True)
 
     def _take(self, loss=None, times=None, divergence=None) -> None:
         if loss:
-            self.losses.setdefault(loss[0], {})[loss[1]] = loss[2]
+            name, level, value = loss
+            self.losses.setdefault(name, {})[level] = value
         if divergence:
-            self.divergences[divergence[0]] = divergence[1]
+            levels, value = divergence
+            self.divergences[levels] = value
         self.times |= times or {}
+
+
+# ---- the results ----
 
 
 def write_results(
     options,
-    args,
+    model: str,
     chosen: Mapping[str, str],
-    kept: Kept,
+    prices: Prices,
     bench: Bench,
-    reached: float,
-    command: str,
-    facts: str,
+    record: Record,
+    compute: Compute,
 ) -> None:
     """search.yaml, search.csv, search.png, and search.md with all of it; prints what was found."""
-    of = {"macs": "the multiply-adds", "latency": "the time"}.get(options.budget_of)
-    text = (
-        f"{reached:.2%} of {of} and " if of else ""
-    ) + f"{1 - kept.prunable.sparsity:.2%} of the weights kept"
-    write = {"search.yaml": sparsity_yaml(kept, f"{options.command}\n{text}").encode()}
-    table, texts = io.StringIO(), bench.space.texts
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(
-        ["layer", "shape", "level", "kept", "total", *(f"loss at {level}" for level in texts)]
-    )
-    lines = [
-        "| layer | level | kept | " + " | ".join(f"loss at {level}" for level in texts) + " |",
-        "| --- | --- | ---: |" + " ---: |" * len(texts),
+    space = bench.space
+    kept = space.rows(chosen)
+    text = in_words(options, kept, prices.reached(chosen))
+    page = [
+        f"# {model}, levels under a budget",
+        f"    {options.command}",
+        f"{text}, by `{options.measure}`.",
+        f"    {command_to_use(options)}",
+        search_table(chosen, space, bench),
+        "![The level of each layer](search.png)",
+        f"- versions: {utils.versions(compute.device)}",
     ]
-    for row, level in zip(kept.layers, chosen.values(), strict=True):
-        losses = [bench.losses[row.name].get(text) for text in texts]
-        writer.writerow(
-            [
-                row.name,
-                "x".join(map(str, row.shape)),
-                level,
-                row.kept,
-                row.total,
-                *("" if loss is None else f"{loss:.6g}" for loss in losses),
-            ]
-        )
-        lines.append(
-            f"| `{row.name}` | {level} | {1 - row.sparsity:.2%} | "
-            + " | ".join("" if loss is None else f"{loss:.3g}" for loss in losses)
-            + " |"
-        )
-    write["search.csv"] = table.getvalue().encode()
-    shares = {
-        row.name: (level, 1 - row.sparsity)
-        for row, level in zip(kept.layers, chosen.values(), strict=True)
+    files = {
+        "search.yaml": sparsity_yaml(kept, f"{options.command}\n{text}").encode(),
+        "search.csv": search_csv(chosen, space, bench).encode(),
+        "search.png": picture(chosen, space, f"{model}, {text}"),
+        "search.md": "\n\n".join(page).encode(),
     }
-    write["search.png"] = plots.png(plots.level_map(shares, f"{args.model}, {text}"))
-    write["search.md"] = "\n\n".join(
-        [
-            f"# {args.model}, levels under a budget",
-            f"    {options.command}",
-            f"{text}, by `{options.measure}`.",
-            f"    {command}",
-            "\n".join(lines),
-            "![The level of each layer](search.png)",
-            f"- versions: {facts}",
-        ]
-    ).encode()
-    for name, content in write.items():
-        utils.write_atomically(
-            Path(options.output_dir, name), lambda file, content=content: file.write(content)
-        )
-    print(f"{text}: written to {options.output_dir}: {', '.join(sorted(write))}")
+
+    for name, content in files.items():
+        record.folder.write(name, content)
+    print(f"{text}: written to {options.output_dir}: {', '.join(sorted(files))}")
+
+
+def command_to_use(options) -> str:
+    """The command that prunes with the levels that were found."""
+    path = str(Path(options.output_dir, "search.yaml"))
+    pruning = ["--pruner", "custom", "--custom-config", path, "--reconstruct", options.reconstruct]
+    return shlex.join(["python", "main.py", *options.others, *pruning])
+
+
+def in_words(options, kept: Kept, reached: float) -> str:
+    """What the levels that were found keep."""
+    weights = f"{1 - kept.prunable.sparsity:.2%} of the weights kept"
+    if options.budget_of == "weights":
+        return weights
+    of = {"macs": "the multiply-adds", "latency": "the time"}[options.budget_of]
+    return f"{reached:.2%} of {of} and {weights}"
+
+
+def search_csv(chosen: Mapping[str, str], space: Space, bench: Bench) -> str:
+    """A line for each layer: its level, what it keeps, and its loss at every level."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    losses = [f"loss at {level}" for level in space.texts]
+    writer.writerow(["layer", "shape", "level", "kept", "total", *losses])
+    for row, level in zip(space.rows(chosen).layers, chosen.values(), strict=True):
+        shape = "x".join(map(str, row.shape))
+        losses = _losses(bench, row.name, "{:.6g}")
+        writer.writerow([row.name, shape, level, row.kept, row.total, *losses])
+    return table.getvalue()
+
+
+def search_table(chosen: Mapping[str, str], space: Space, bench: Bench) -> str:
+    """The same in Markdown."""
+    losses = " | ".join(f"loss at {level}" for level in space.texts)
+    lines = [
+        f"| layer | level | kept | {losses} |",
+        "| --- | --- | ---: |" + " ---: |" * len(space.texts),
+    ]
+    for row, level in zip(space.rows(chosen).layers, chosen.values(), strict=True):
+        losses = " | ".join(_losses(bench, row.name, "{:.3g}"))
+        lines.append(f"| `{row.name}` | {level} | {1 - row.sparsity:.2%} | {losses} |")
+    return "\n".join(lines)
+
+
+def picture(chosen: Mapping[str, str], space: Space, title: str) -> bytes:
+    """The level of each layer and the share that it keeps, as a PNG."""
+    rows = zip(space.rows(chosen).layers, chosen.values(), strict=True)
+    shares = {row.name: (level, 1 - row.sparsity) for row, level in rows}
+    return plots.png(plots.level_map(shares, title))
 
 
 # ---- helpers, not exported ----
@@ -605,9 +574,18 @@ def _number(text: str) -> float | str:
         return text
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
+def _losses(bench: Bench, name: str, form: str) -> list[str]:
+    """The loss of a layer at every level of the search; empty if it does not have that level."""
+    losses = [bench.losses[name].get(level) for level in bench.space.texts]
+    return ["" if loss is None else form.format(loss) for loss in losses]
+
+
+def _measured(line: str) -> dict:
+    """A line of measured.jsonl. Raises ValueError if it was not written whole."""
+    measured = json.loads(line)
+    if not isinstance(measured, dict):
+        raise ValueError(line)
+    return measured
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
-"""Compares recipes: accuracy against sparsity right after pruning and, if asked for, after
-finetuning.
+"""Compares recipes: accuracy against sparsity, right after pruning and after finetuning.
 
     python sweep.py --pruners lamp glob unif unifplus erk --sparsities 0.5 0.65 0.8 0.9
-    --finetune-epochs 2 python sweep.py --pruners lamp erk --scores magnitude taylor --schedules
-    one-shot gradual --finetune-epochs 2 python sweep.py --sensitivity --sparsities 0.5 0.8 0.95
-    torchrun --nproc_per_node=8 sweep.py --finetune-epochs 30 --model deit_small_patch16_224
-    --data-path IMAGENET
+    python sweep.py --pruners lamp erk --scores magnitude taylor --finetune-epochs 2
+    python sweep.py --schedules one-shot gradual --finetune-epochs 2
+    python sweep.py --sensitivity --sparsities 0.5 0.8 0.95
+    torchrun --nproc_per_node=8 sweep.py --finetune-epochs 30 --data-path IMAGENET
 
-Takes any argument of main.py beside its own, and crosses pruners, scores, patterns, schedules,
-reconstructions, sparsities and seeds.
-Data and dense model are loaded once. Each result is a line of sweep.csv in `--output_dir`; started
-again, it computes only what is missing there. Each finetuning is a run with a folder of its own
-under runs/, as main.py makes it: started again, it goes on from its last checkpoint. The folder
-stays, with log.txt, checkpoint.pth, best_checkpoint.pth, tables and pictures. Under torchrun the
-processes share the combinations, each on a GPU of its own; with `--processes-per-run all` they
-share the images of one run after another.
+Takes the arguments of main.py as well as its own. It crosses pruners, scores, patterns, schedules,
+reconstructions, sparsities and seeds. Data and dense model are loaded once.
+
+Each result is a line of sweep.csv in `--output_dir`; started again, the sweep computes only what is
+missing there. Each finetuning is a run with a folder of its own under runs/, as main.py makes it,
+and resumes from its last checkpoint. The folder stays, with log.txt, checkpoints, tables and
+pictures. Under torchrun the processes share the combinations, each on its own GPU; with
+`--processes-per-run all` they share the images of one run after another.
 """
 
 import argparse
@@ -50,8 +49,7 @@ from sparsity_factory import (
 )
 from sparsity_factory.recipe import timed_fields
 from trainer import plots
-from trainer.arguments import REFUSED as REFUSED_FLAG
-from trainer.arguments import get_args_parser, given, parse_args, recipe_of
+from trainer.arguments import given, parse_args, recipe_of, refused_flags
 from trainer.builders import (
     build_dense_teacher,
     build_loaders,
@@ -64,6 +62,7 @@ from trainer.builders import (
 from trainer.calibration_images import Calibration
 from trainer.epochs import Evaluator, train
 from trainer.exit_status import exit_status
+from trainer.parser import Parser
 from trainer.results import open_results
 from trainer.stop_signals import Stopped, StopSignals
 from trainer.sweep_table import (
@@ -88,8 +87,10 @@ AUTOMATIC = [name for name in PRUNERS if name != "custom"]
 def sweep(argv: list[str]) -> int:
     """The command line; returns the exit status."""
     options, args = parse_sweep_args(argv)
+    args.command = shlex.join(["sweep.py", *argv])
     utils.show_progress(quiet=True)  # of each training; the sweep has lines of its own
     compute = Compute.choose(args.device, args.amp)
+
     if options.processes_per_run == "all":
         utils.init_process_group(
             compute.device.type, args.dist_url, args.distributed, args.world_size, args.dist_timeout
@@ -97,35 +98,24 @@ def sweep(argv: list[str]) -> int:
         rank = utils.rank()
         processes = utils.world_size()
         mine = slice(None)
-    else:  # no process group: each process is one of its own
+    else:  # no process group: each process measures tasks of its own
         rank = int(os.environ.get("RANK", 0))
         processes = int(os.environ.get("WORLD_SIZE", 1))
         mine = slice(rank, None, processes)
-    launcher = (
-        "python"
-        if processes == 1
-        else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
-    )
-    args.command = shlex.join(["sweep.py", *argv])
+
     table = Table(options.output_dir, args, utils.world_size())
     with StopSignals() as stop:
         try:
             bench = Workbench(args, compute, stop)
             tasks = plan(options, bench)
             bench.check(tasks)
-            utils.on_first_process(lambda: table.open(first=rank == 0))
-            done = utils.on_first_process(table.outcomes)
+            utils.on_first_process(lambda: table.folder.open(first=rank == 0))
             progress = Progress(tasks, table, shown=rank == 0 and not args.quiet)
-            # Shared out whole: another process may have done some of its own
-            for task in tasks[mine]:
-                if task not in done:
-                    outcome = bench.outcome(task)
-                    utils.on_first_process(
-                        lambda task=task, outcome=outcome: table.add(task, outcome)
-                    )
-                    progress.show()
+            measure(tasks, mine, bench, table, progress)
+
+            # The other processes may still be at work
             while rank == 0 and not set(tasks) <= set(table.outcomes()):
-                time.sleep(0.5)  # the other processes are at work
+                time.sleep(0.5)
                 stop.check_alone()
                 progress.show()
         except Stopped as stopped:
@@ -134,89 +124,30 @@ def sweep(argv: list[str]) -> int:
                 f"{options.output_dir}",
             )
             raise
+
     if rank == 0:
         progress.close()
         table.sort(tasks)
-        facts = [f"    {launcher} {args.command}", f"- versions: {utils.versions(compute.device)}"]
-        write_results(options, args.model, table, tasks, facts)
+        command = f"{_launcher(processes)} {args.command}"
+        write_results(options, args.model, table, tasks, command, utils.versions(compute.device))
     return 0
 
 
 def parse_sweep_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
     """The sweep's options, and main.py's arguments that its runs share. Raises UserError."""
-    parser = _Parser(
-        "sweep.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--pruners",
-        nargs="*",
-        choices=AUTOMATIC,
-        help="what to compare; by default all of them, and with --sensitivity none",
-    )
-    parser.add_argument("--scores", nargs="+", choices=list(SCORES), help="magnitude by default")
-    parser.add_argument(
-        "--patterns",
-        nargs="+",
-        help="unstructured by default; one such as 2:4, which has a sparsity "
-        "of its own, is crossed with neither pruners nor sparsities",
-    )
-    parser.add_argument(
-        "--schedules",
-        nargs="+",
-        choices=list(SCHEDULES),
-        help="one-shot by default; only that is also measured right after pruning",
-    )
-    parser.add_argument(
-        "--reconstructions", nargs="+", choices=list(RECONSTRUCTIONS), help="none by default"
-    )
-    parser.add_argument(
-        "--sparsities", nargs="+", type=float, default=[0.5, 0.65, 0.8, 0.9], help="each in [0, 1)"
-    )
-    parser.add_argument(
-        "--custom-configs",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="YAML files that take part at the sparsity they reach, with each score and schedule",
-    )
-    parser.add_argument(
-        "--finetune-epochs", type=int, default=0, help="epochs of finetuning; 0 for none"
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, help="finetune once with each; --seed by default"
-    )
-    parser.add_argument(
-        "--sensitivity", action="store_true", help="prune one layer at a time, by magnitude"
-    )
-    parser.add_argument(
-        "--processes-per-run",
-        choices=["1", "all"],
-        default="1",
-        help="under torchrun: each process does combinations of its own, or all do each together",
-    )
-    parser.add_argument(
-        "--output_dir", default="output/sweep", metavar="DIR", help="where the results go"
-    )
-    options, others = parser.parse_known_args(argv)
-    given_here = given(others)
-    for action in get_args_parser()._actions:
-        if getattr(action, "sweep", None) == REFUSED_FLAG and action.dest in given_here:
-            instead = f"; see {action.instead}" if action.instead else ""
-            raise UserError(f"{action.option_strings[0]}: not with a sweep{instead}")
+    options, others = sweep_parser().parse_known_args(argv)
+    if flags := refused_flags(given(others)):
+        instead = f"; see {flags[0].instead}" if flags[0].instead else ""
+        raise UserError(f"{flags[0]}: not with a sweep{instead}")
     args = parse_args([*others, "--output_dir", options.output_dir], one_recipe=False)
-    left = [
-        action.option_strings[0]
-        for action in get_args_parser()._actions
-        if getattr(action, "sweep", None) == REFUSED_FLAG and action.dest in args.given
-    ]
-    if left and os.environ.get("RANK", "0") == "0":
-        print(
-            f"--config {args.config}: the sweep has flags of its own for {', '.join(left)}",
-            flush=True,
-        )
+
+    # A preset may have values for a run of main.py, which the sweep ignores
+    ignored = refused_flags(args.given)
+    if ignored and os.environ.get("RANK", "0") == "0":
+        names = ", ".join(map(str, ignored))
+        print(f"--config {args.config}: the sweep has flags of its own for {names}", flush=True)
+
+    # By default what main.py's arguments say, of all pruners
     options.seeds = options.seeds or [args.seed]
     options.scores = options.scores or [args.score]
     options.patterns = options.patterns or [args.pattern]
@@ -225,14 +156,49 @@ def parse_sweep_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Name
     if options.pruners is None:
         options.pruners = [] if options.sensitivity else AUTOMATIC
     args.epochs = options.finetune_epochs
+
     check_options(options, args)
     return options, args
 
 
+# fmt: off
+
+
+def sweep_parser() -> Parser:
+    parser = Parser("sweep.py", __doc__, allow_abbrev=False)
+    add = parser.add_argument
+
+    # What is crossed
+    add("--pruners", nargs="*", choices=AUTOMATIC,
+        help="what to compare; by default all of them, and with --sensitivity none")
+    add("--scores", nargs="+", choices=list(SCORES), help="magnitude by default")
+    add("--patterns", nargs="+",
+        help="unstructured by default; a pattern with a sparsity of its own, such as 2:4, is "
+             "crossed with neither pruners nor sparsities")
+    add("--schedules", nargs="+", choices=list(SCHEDULES),
+        help="one-shot by default; only that is also measured right after pruning")
+    add("--reconstructions", nargs="+", choices=list(RECONSTRUCTIONS), help="none by default")
+    add("--sparsities", nargs="+", type=float, default=[0.5, 0.65, 0.8, 0.9], help="each in [0, 1)")
+    add("--custom-configs", nargs="+", default=[], metavar="FILE",
+        help="YAML files, each measured at the sparsity it reaches, with each score and schedule")
+    add("--seeds", nargs="+", type=int, help="finetune once with each; --seed by default")
+
+    # What is measured
+    add("--finetune-epochs", type=int, default=0, help="epochs of finetuning; 0 for none")
+    add("--sensitivity", action="store_true", help="prune one layer at a time, by magnitude")
+
+    # Who does it, and where the results go
+    add("--processes-per-run", choices=["1", "all"], default="1",
+        help="under torchrun: each process takes combinations of its own, or all work on one")
+    add("--output_dir", default="output/sweep", metavar="DIR", help="folder for the results")
+    return parser
+
+
+# fmt: on
+
+
 def check_options(options, args) -> None:
-    """Raises UserError for options that no sweep can have, PruningError for a pattern that there is
-    not.
-    """
+    """Raises UserError for options that no sweep can have, PruningError for an unknown pattern."""
     for sparsity in options.sparsities:
         if not 0 <= sparsity < 1:
             raise UserError(f"--sparsities {sparsity}: expected numbers in [0, 1)")
@@ -240,11 +206,10 @@ def check_options(options, args) -> None:
         raise UserError("--finetune-epochs and --seeds: expected numbers of at least 0")
     for pattern in options.patterns:
         parse_pattern(pattern)
+
     schedules = " ".join(options.schedules)
     if set(options.schedules) != {"one-shot"} and not options.finetune_epochs:
-        raise UserError(
-            f"--schedules {schedules}: expected --finetune-epochs of at least 1 beside it"
-        )
+        raise UserError(f"--schedules {schedules} needs --finetune-epochs of at least 1 as well")
     used = {name for schedule in options.schedules for name in SCHEDULES[schedule].uses}
     for name in sorted(timed_fields() - used):
         if name in args.given:
@@ -254,61 +219,81 @@ def check_options(options, args) -> None:
 
 
 def plan(options, bench: "Workbench") -> list[Task]:
-    """The accuracies to measure, the dense one first. Raises PruningError for a YAML that does not
-    fit the model.
+    """The accuracies to measure, the dense one first.
+
+    Raises PruningError for a YAML file that does not fit the model.
     """
-    pruners, scores, patterns, schedules, reconstructions, seeds = map(
-        dict.fromkeys,
-        (
-            options.pruners,
-            options.scores,
-            options.patterns,
-            options.schedules,
-            options.reconstructions,
-            options.seeds,
-        ),
-    )
     sparsities = sorted(set(options.sparsities))
-    own = {pattern: parse_pattern(pattern).sparsity for pattern in patterns}
-    places = [
-        (Combination(*choices), sparsity)
-        for *choices, sparsity in product(
-            pruners, scores, patterns, schedules, reconstructions, sparsities
-        )
-        if own[choices[2]] is None
-    ]
-    places += [
-        (Combination("unif", *choices), round(own[choices[1]], 6))
-        for choices in product(scores, patterns, schedules, reconstructions)
-        if own[choices[1]] is not None
-    ]
-    for path in dict.fromkeys(options.custom_configs):
-        masks = compute_masks(bench.model, "custom", custom_config=path)
-        config = f"{zlib.crc32(Path(path).read_bytes()):08x}"
-        sparsity = round(_pruned(masks), 6)
-        places += [
-            (
-                Combination(path, score, schedule=schedule, reconstruct=reconstruct, config=config),
-                sparsity,
-            )
-            for score, schedule, reconstruct in product(scores, schedules, reconstructions)
-        ]
+    places = [*crossed(options, sparsities), *of_custom_configs(options, bench.model)]
 
     def task(kind, combination, sparsity, seed=None):
         return Task(kind, sparsity=sparsity, seed=seed, **combination._asdict())
 
-    tasks = [Task(DENSE)] + [
-        task(ONE_SHOT, *place) for place in places if place[0].schedule == "one-shot"
-    ]
+    tasks = [Task(DENSE)]
+    tasks += [task(ONE_SHOT, *place) for place in places if place[0].schedule == "one-shot"]
     if options.finetune_epochs:
+        seeds = dict.fromkeys(options.seeds)
         tasks += [task(FINETUNED, *place, seed) for seed in seeds for place in places]
     if options.sensitivity:
-        tasks += [
-            Task(LAYER, name, sparsity)
-            for name in prunable_weights(bench.model)
-            for sparsity in sparsities
-        ]
+        names = prunable_weights(bench.model)
+        tasks += [Task(LAYER, name, sparsity) for name in names for sparsity in sparsities]
     return tasks
+
+
+def crossed(options, sparsities: list[float]) -> list[tuple[Combination, float]]:
+    """Every combination of the options, at each sparsity or at the one of its pattern."""
+    pruners = dict.fromkeys(options.pruners)
+    scores = dict.fromkeys(options.scores)
+    schedules = dict.fromkeys(options.schedules)
+    reconstructions = dict.fromkeys(options.reconstructions)
+    own = {pattern: parse_pattern(pattern).sparsity for pattern in options.patterns}
+    free = [pattern for pattern in own if own[pattern] is None]
+    fixed = [pattern for pattern in own if own[pattern] is not None]
+
+    places = [
+        (Combination(*choices), sparsity)
+        for *choices, sparsity in product(
+            pruners, scores, free, schedules, reconstructions, sparsities
+        )
+    ]
+    places += [
+        (Combination("unif", *choices), round(own[choices[1]], 6))
+        for choices in product(scores, fixed, schedules, reconstructions)
+    ]
+    return places
+
+
+def of_custom_configs(options, model: torch.nn.Module) -> list[tuple[Combination, float]]:
+    """Every combination of the YAML files, each at the sparsity that it reaches on the model."""
+    scores = dict.fromkeys(options.scores)
+    schedules = dict.fromkeys(options.schedules)
+    reconstructions = dict.fromkeys(options.reconstructions)
+    places = []
+    for path in dict.fromkeys(options.custom_configs):
+        masks = compute_masks(model, "custom", custom_config=path)
+        sparsity = round(_pruned(masks), 6)
+        checksum = f"{zlib.crc32(Path(path).read_bytes()):08x}"
+
+        file = Combination(path, config=checksum)
+        places += [
+            (file._replace(score=score, schedule=schedule, reconstruct=reconstruct), sparsity)
+            for score, schedule, reconstruct in product(scores, schedules, reconstructions)
+        ]
+    return places
+
+
+def measure(
+    tasks: list[Task], mine: slice, bench: "Workbench", table: Table, progress: "Progress"
+) -> None:
+    """Measures the tasks of this process, `tasks[mine]`, that the table lacks."""
+    # What is done is left out only here: processes see it at different times, and must share alike
+    done = utils.on_first_process(table.outcomes)
+    for task in tasks[mine]:
+        if task in done:
+            continue
+        outcome = bench.outcome(task)
+        utils.on_first_process(lambda task=task, outcome=outcome: table.add(task, outcome))
+        progress.show()
 
 
 class Workbench:
@@ -318,6 +303,8 @@ class Workbench:
         self.args = args
         self.compute = compute
         self.stop = stop
+
+        # The data, and the dense model
         utils.seed_everything(utils.INIT, args.seed)
         self.train_loader, self.val_loader, num_classes = build_loaders(args, compute.device)
         args, checkpoint = load_start(args)
@@ -326,93 +313,94 @@ class Workbench:
         self.statistics = {}  # of the dense model
         self.test = Evaluator(self.val_loader, args, compute, stop, {})
         self.epoch_steps = steps_of_epoch(self.train_loader, args.accum_iter)
-        if args.epochs:
-            self.teacher = build_dense_teacher(
-                args, num_classes, self.model, checkpoint, compute.device
-            )
-            self.options = build_step_options(args, num_classes, compute, self.teacher)
-            sparsifier = Sparsifier(self.model, Recipe(), total_steps=1, epoch_steps=1)
-            # A mistake of the optimizer shows at once
-            build_state(args, self.model, sparsifier, {}, compute, None)
+        if not args.epochs:
+            return
+
+        # What a finetuning needs
+        self.teacher = build_dense_teacher(
+            args, num_classes, self.model, checkpoint, compute.device
+        )
+        self.options = build_step_options(args, num_classes, compute, self.teacher)
+
+        # A mistake in the optimizer's arguments shows here, before anything is measured
+        sparsifier = Sparsifier(self.model, Recipe(), total_steps=1, epoch_steps=1)
+        build_state(args, self.model, sparsifier, {}, compute, None)
 
     def check(self, tasks: Sequence[Task]) -> None:
-        """Raises PruningError where every recipe is refused, UserError where calibration images
-        cannot be had.
-        """
+        """Raises PruningError if every recipe is refused, UserError without calibration images."""
         runs = [self.arguments(task) for task in tasks if task.kind in (ONE_SHOT, FINETUNED)]
         reasons = [
-            _refusal(lambda run=run: recipe_of(run).check(run.epochs or None)) for run in runs
+            _why_not(lambda run=run: recipe_of(run).check(run.epochs or None)) for run in runs
         ]
         if runs and all(reasons):
             raise PruningError(reasons[0])
-        runs = [run for run, reason in zip(runs, reasons, strict=True) if not reason]
-        looking = [run for run in runs if recipe_of(run).looks_at_data]
+
+        # Drawing the images for one of the recipes shows whether there are enough
+        allowed = [run for run, reason in zip(runs, reasons, strict=True) if not reason]
+        looking = [run for run in allowed if recipe_of(run).looks_at_data]
         if looking:
             Calibration(looking[0], self.model, self.compute)
 
     def outcome(self, task: Task) -> Outcome:
-        """Measures what the task asks for; what fails is told in the outcome, since the others may
-        succeed.
-        """
+        """Measures the accuracy of a task; an error becomes its outcome, as others may succeed."""
         self.model.load_state_dict(self.dense)
         self.model.zero_grad()
-        # Where one process of several has no memory left, the others wait for it, and nothing can
-        # be told.
-        failures = (PruningError, DivergedError) + (
-            () if utils.world_size() > 1 else (torch.OutOfMemoryError,)
-        )
+
+        failures = (PruningError, DivergedError)
+        # If one process of several had no memory left, the others would wait for it
+        if utils.world_size() == 1:
+            failures += (torch.OutOfMemoryError,)
         try:
-            if task.kind == DENSE:
-                return Outcome(self.test(self.model)["acc1"])
-            if task.kind == LAYER:
-                level = {"default": "dense", task.name: task.sparsity}
-                masks = Masks(
-                    self.model,
-                    compute_masks(
-                        self.model,
-                        "custom",
-                        custom_config={"sparsity": {"mode": "unstructured", "level": level}},
-                    ),
-                )
-                return Outcome(self.test(self.model)["acc1"], masks.sparsity())
-            args = self.arguments(task)
-            if reason := _refusal(lambda: self._try(args)):
-                return Outcome(None, error=REFUSED + reason)
-            if task.kind == FINETUNED:
-                return self._finetune(args)
-            sparsifier = self.sparsifier(args, {})
-            sparsifier.start()
-            return Outcome(self.test(self.model)["acc1"], sparsifier.masks.sparsity())
+            return self._measure(task)
         except failures as error:
             return Outcome(None, error=first_line(error))
 
+    def _measure(self, task: Task) -> Outcome:
+        if task.kind == DENSE:
+            return Outcome(self.test(self.model)["acc1"])
+
+        if task.kind == LAYER:
+            level = {"default": "dense", task.name: task.sparsity}
+            config = {"sparsity": {"mode": "unstructured", "level": level}}
+            masks = Masks(self.model, compute_masks(self.model, "custom", custom_config=config))
+            return Outcome(self.test(self.model)["acc1"], masks.sparsity())
+
+        args = self.arguments(task)
+        if reason := _why_not(lambda: self._try(args)):
+            return Outcome(None, error=REFUSED + reason)
+        if task.kind == FINETUNED:
+            return self._finetune(args)
+        sparsifier = self.sparsifier(args, {})
+        sparsifier.start()
+        return Outcome(self.test(self.model)["acc1"], sparsifier.masks.sparsity())
+
     def arguments(self, task: Task) -> argparse.Namespace:
-        """The arguments of a run; what its schedule does not use is at its default."""
-        seed = self.args.seed if task.seed is None else task.seed
+        """The arguments of a run; those that its schedule does not use are at their defaults."""
         folder = Path(self.args.output_dir, "runs", task.run)
         values = {
             **vars(self.args),
             **task.choices,
-            "seed": seed,
+            "seed": self.args.seed if task.seed is None else task.seed,
             "output_dir": str(folder),
             "resume": "auto",
-            "finetune": "",
+            "finetune": "",  # the dense weights are here already
             "use_ema": False,
-        }  # the dense weights are here already
+        }
+
         recipe = recipe_of(argparse.Namespace(**values)).with_schedule(task.schedule)
-        return argparse.Namespace(
-            **{**values, **{name: getattr(recipe, name) for name in timed_fields()}}
-        )
+        timed = {name: getattr(recipe, name) for name in timed_fields()}
+        return argparse.Namespace(**{**values, **timed})
 
     def sparsifier(self, args, checkpoint: dict) -> Sparsifier:
-        """What prunes the model in such a run, or goes on from the checkpoint."""
+        """Prunes the model in a run with these arguments, which may resume from a checkpoint."""
         return build_sparsifier(
             args, self.model, checkpoint, self.epoch_steps, self.compute, self.statistics
         )
 
     def _try(self, args) -> None:
-        """Raises PruningError for what recipe or model refuse, whatever the scores: none is
-        computed from images.
+        """Raises PruningError for what recipe or model refuse.
+
+        Scores decide nothing here, so none is computed from images.
         """
         recipe = recipe_of(args)
         recipe.check(args.epochs or None)
@@ -425,14 +413,13 @@ class Workbench:
         ).first_masks()
 
     def _finetune(self, args) -> Outcome:
-        """A run as main.py makes it, from the dense weights or, with a checkpoint in its folder,
-        from there.
-        """
+        """A run as main.py makes it, from the dense weights or the checkpoint in its folder."""
         args, checkpoint = load_start(args)
         if checkpoint:
             load_weights(self.model, checkpoint["model"], args.resume)
         sparsifier = self.sparsifier(args, checkpoint)
         first_masks = {} if sparsifier.masks else sparsifier.first_masks()
+
         state = build_state(
             args,
             self.model,
@@ -450,10 +437,13 @@ class Workbench:
             self.val_loader,
             self.compute,
         )
+
+        # Weights change only after all that may be refused was refused
         if first_masks:
             sparsifier.start(first_masks)
         image = torch.zeros(1, 3, args.input_size, args.input_size, device=self.compute.device)
         results.start(self.model, sparsity_rows(self.model, sparsifier.masks), {}, image)
+
         self.train_loader.sampler.set_seed(args.seed)
         accuracy = train(state, self.options, self.train_loader, self.test, self.stop, results)
         results.finish({"finetuned": accuracy}, sparsity_rows(self.model, sparsifier.masks))
@@ -469,7 +459,8 @@ class Progress:
         self.shown = shown
         self.seen = set(tasks) & set(table.outcomes())
         if shown and self.seen:
-            print(f"{table.path}: {len(self.seen)} of {len(tasks)} done before", flush=True)
+            path = table.folder.results
+            print(f"{path}: {len(self.seen)} of {len(tasks)} done before", flush=True)
         self.bar = tqdm(
             total=len(tasks),
             initial=len(self.seen),
@@ -482,59 +473,61 @@ class Progress:
     def show(self) -> None:
         outcomes = self.table.outcomes() if self.shown else {}
         for task in self.tasks:
-            if task in outcomes and task not in self.seen:
-                self.seen.add(task)
-                result = outcomes[task]
-                text = result.error if result.accuracy is None else f"{result.accuracy:.2f} %"
-                tqdm.write(f"[{len(self.seen)}/{len(self.tasks)}] {task}: {text}", file=sys.stdout)
-                sys.stdout.flush()
-                self.bar.update()
+            if task in self.seen or task not in outcomes:
+                continue
+            self.seen.add(task)
+            outcome = outcomes[task]
+            text = outcome.error if outcome.accuracy is None else f"{outcome.accuracy:.2f} %"
+            tqdm.write(f"[{len(self.seen)}/{len(self.tasks)}] {task}: {text}", file=sys.stdout)
+            sys.stdout.flush()
+            self.bar.update()
 
     def close(self) -> None:
         self.bar.close()
 
 
-def write_results(options, model: str, table: Table, tasks: list[Task], facts: list[str]) -> None:
-    """The pictures and sweep.md, of what this command asked for; prints the table. facts: its first
-    and last line.
-    """
-    outcomes = {task: outcome for task, outcome in table.outcomes().items() if task in set(tasks)}
+def write_results(
+    options, model: str, table: Table, tasks: list[Task], command: str, versions: str
+) -> None:
+    """Writes the pictures and sweep.md of the outcomes of `tasks`; prints the table."""
+    wanted = set(tasks)
+    outcomes = {task: outcome for task, outcome in table.outcomes().items() if task in wanted}
     accuracies = {
         task: outcome.accuracy for task, outcome in outcomes.items() if outcome.accuracy is not None
     }
-    dense, pictures = accuracies.get(Task(DENSE)), []
+    dense = accuracies.get(Task(DENSE))
     names = labels(
         task.combination for kind in (FINETUNED, ONE_SHOT) for task in tasks if task.kind == kind
     )
+    pictures = []
+
     if curves := _curves(accuracies, names):
-        epochs, seeds = options.finetune_epochs, len(options.seeds)
+        epochs = options.finetune_epochs
         finetuned = f"finetuned for {epochs} epoch{'s' * (epochs > 1)}"
-        finetuned += f",\nmean and range of {seeds} seeds" if seeds > 1 else ""
-        table.write("sweep.png", plots.png(plots.sweep_lines(curves, dense, model, finetuned)))
+        if len(options.seeds) > 1:
+            finetuned += f",\nmean and range of {len(options.seeds)} seeds"
+        picture = plots.sweep_lines(curves, dense, model, finetuned)
+        table.folder.write("sweep.png", plots.png(picture))
         pictures.append("![Top-1 accuracy against sparsity](sweep.png)")
+
     drops = {
         (task.name, task.sparsity): dense - value
         for task, value in accuracies.items()
         if task.kind == LAYER
     }
     if drops:
-        title = f"{model}, one layer pruned at a time"
-        table.write("sensitivity.png", plots.png(plots.sensitivity_map(drops, title)))
+        picture = plots.sensitivity_map(drops, f"{model}, one layer pruned at a time")
+        table.folder.write("sensitivity.png", plots.png(picture))
         pictures.append("![Accuracy lost by pruning each layer alone](sensitivity.png)")
+
     text = "\n".join(_table(outcomes, names, dense))
-    parts = [f"# {model}, a sweep", facts[0], text, *pictures, facts[1]]
-    table.write("sweep.md", "\n\n".join(parts).encode() + b"\n")
+    parts = [f"# {model}, a sweep", f"    {command}", text, *pictures, f"- versions: {versions}"]
+    table.folder.write("sweep.md", "\n\n".join(parts).encode() + b"\n")
+
     print(text)
-    print(
-        f"Written to {table.folder}: "
-        + ", ".join(
-            sorted(
-                path.name
-                for path in Path(table.folder).iterdir()
-                if path.name.startswith(("sweep.", "sensitivity."))
-            )
-        )
-    )
+    written = [path.name for path in table.folder.path.iterdir()]
+    written = [name for name in sorted(written) if name.startswith(("sweep.", "sensitivity."))]
+    print(f"Written to {options.output_dir}: {', '.join(written)}")
 
 
 # ---- helpers, not exported ----
@@ -559,68 +552,66 @@ def _curves(
 def _table(
     outcomes: Mapping[Task, Outcome], names: Mapping[Combination, str], dense: float | None
 ) -> list[str]:
-    """Top-1 accuracy in Markdown: combinations by sparsity, then those of one sparsity, then what
-    failed.
-    """
-
-    def cell(combination, sparsity):
-        mine = {
-            task: outcome
-            for task, outcome in outcomes.items()
-            if (task.combination, task.sparsity) == (combination, sparsity) and task.kind != LAYER
-        }
-        one_shot, tuned = (
-            [
-                outcome.accuracy
-                for task, outcome in mine.items()
-                if task.kind == kind and outcome.accuracy is not None
-            ]
-            for kind in (ONE_SHOT, FINETUNED)
-        )
-        if not one_shot and not tuned:
-            refused = any(outcome.error.startswith(REFUSED) for outcome in mine.values())
-            return "refused" if refused else "failed" if mine else ""
-        parts = [f"{value:.2f}" for value in one_shot]
-        return " → ".join(filter(None, [*parts, mean_and_range(tuned)]))
-
+    """The lines of a Markdown table of accuracies, and of lists for what does not fit into it."""
     places = {(task.combination, task.sparsity) for task in outcomes if task.combination in names}
     rows = [combination for combination in names if not combination.sets_sparsity]
     sparsities = sorted({sparsity for combination, sparsity in places if combination in rows})
     lines = []
+
+    # Combinations by sparsity
     if rows:
-        lines += [
-            "| top-1 in % | "
-            + " | ".join(f"{100 * sparsity:g} %" for sparsity in sparsities)
-            + " |",
-            "| --- |" + " --- |" * len(sparsities),
-        ]
-        lines += [
-            f"| `{names[combination]}` | "
-            + " | ".join(cell(combination, sparsity) for sparsity in sparsities)
-            + " |"
-            for combination in rows
-        ]
+        head = " | ".join(f"{100 * sparsity:g} %" for sparsity in sparsities)
+        lines.append(f"| top-1 in % | {head} |")
+        lines.append("| --- |" + " --- |" * len(sparsities))
+        for combination in rows:
+            cells = [_cell(outcomes, combination, sparsity) for sparsity in sparsities]
+            lines.append(f"| `{names[combination]}` | " + " | ".join(cells) + " |")
         lines.append("")
-    lines += [
-        f"- `{names[combination]}`, {100 * sparsity:.2f} % pruned: {cell(combination, sparsity)}"
-        for combination in names
-        if combination not in rows
-        for place, sparsity in places
-        if place == combination
-    ]
-    lines += [f"- dense: {dense:.2f}"] if dense is not None else []
-    failed = {}  # one line for the sparsities that share a reason
+
+    # Combinations that have one sparsity only
+    for combination in names:
+        for place, sparsity in places:
+            if place == combination and combination not in rows:
+                cell = _cell(outcomes, combination, sparsity)
+                lines.append(f"- `{names[combination]}`, {100 * sparsity:.2f} % pruned: {cell}")
+
+    if dense is not None:
+        lines.append(f"- dense: {dense:.2f}")
+
+    # Failures; sparsities that share a reason share a line
+    failed = {}
     for task, outcome in outcomes.items():
         if outcome.error:
             name = names.get(task.combination, task.name)
             failed.setdefault((name, outcome.error), {})[f"{100 * task.sparsity:.4g}"] = None
-    return lines + [
-        f"- {name} at {', '.join(levels)} %: {error}" for (name, error), levels in failed.items()
-    ]
+    for (name, error), levels in failed.items():
+        lines.append(f"- {name} at {', '.join(levels)} %: {error}")
+    return lines
 
 
-def _refusal(check) -> str:
-    """Why `check()` refuses, in a line, or nothing."""
+def _cell(outcomes: Mapping[Task, Outcome], combination: Combination, sparsity: float) -> str:
+    """The accuracy right after pruning, then those after finetuning; or `refused` or `failed`."""
+    mine = {
+        task: outcome
+        for task, outcome in outcomes.items()
+        if (task.combination, task.sparsity) == (combination, sparsity) and task.kind != LAYER
+    }
+    found = {ONE_SHOT: [], FINETUNED: []}
+    for task, outcome in mine.items():
+        if outcome.accuracy is not None:
+            found[task.kind].append(outcome.accuracy)
+
+    if any(found.values()):
+        parts = [f"{value:.2f}" for value in found[ONE_SHOT]]
+        return " → ".join(filter(None, [*parts, mean_and_range(found[FINETUNED])]))
+    if not mine:
+        return ""
+    refused = any(outcome.error.startswith(REFUSED) for outcome in mine.values())
+    return "refused" if refused else "failed"
+
+
+def _why_not(check) -> str:
+    """The first line of the PruningError that `check()` raises; empty if it raises none."""
     try:
         check()
     except PruningError as error:
@@ -633,9 +624,11 @@ def _pruned(masks: Mapping[str, torch.Tensor]) -> float:
     return 1 - sum(int(mask.count_nonzero()) for mask in masks.values()) / total
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
+def _launcher(processes: int) -> str:
+    """The command that starts so many processes on machines like this one."""
+    if processes == 1:
+        return "python"
+    return f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
 
 
 if __name__ == "__main__":

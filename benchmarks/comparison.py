@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import measure  # noqa: F401, it finds the modules of the project
 
+from trainer.job_folder import JobFolder
 from trainer.plots import png, sweep_lines
 from trainer.sweep_table import DENSE, FINETUNED, ONE_SHOT, mean_and_range
 from trainer.sweep_table import Task as Run
@@ -232,44 +233,31 @@ def rate_of(task: Task, results: Mapping[Task, Result]) -> float | None:
 
 
 class Results:
-    """A CSV file: a line for each accuracy, added as it comes, by any process."""
+    """A CSV file with a line for each accuracy, which any process adds as it comes."""
 
     columns = (*Task._fields, "accuracy", "seconds")
 
     def __init__(self, path: Path):
         self.path = path
+        self._folder = JobFolder(path.parent, path.name, header=",".join(self.columns))
 
     def read(self) -> dict[Task, Result]:
-        found = {}
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        for row in csv.DictReader(lines, self.columns):
-            try:
-                rate = float(row["rate"]) if row["rate"] else None
-                task = Task(
-                    row["kind"],
-                    row["world"],
-                    row["model"],
-                    row["method"],
-                    row["level"],
-                    int(row["seed"]),
-                    rate if row["kind"] == TUNING else None,
-                )
-                found[task] = Result(float(row["accuracy"]), float(row["seconds"]), rate)
-            except (TypeError, ValueError):  # the header, or half a line
-                continue
-        return found
+        return dict(self._folder.read(_parse))
 
     def add(self, task: Task, result: Result) -> None:
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        if not self.path.exists():
-            writer.writerow(self.columns)
-        writer.writerow(
-            [*task[:-1], result.rate or "", f"{result.accuracy:.2f}", f"{result.seconds:.0f}"]
-        )
-        # One write, so that it is not mixed with another process's
-        with open(self.path, "ab", buffering=0) as file:
-            file.write(text.getvalue().encode())
+        numbers = [result.rate or "", f"{result.accuracy:.2f}", f"{result.seconds:.0f}"]
+        csv.writer(text, lineterminator="").writerow([*task[:-1], *numbers])
+        self._folder.add(text.getvalue())
+
+
+def _parse(line: str) -> tuple[Task, Result]:
+    """Raises ValueError for the header, and for a line that was not written whole."""
+    kind, world, model, method, level, seed, rate, accuracy, seconds = next(csv.reader([line]), [])
+    rate = float(rate) if rate else None
+    result = Result(float(accuracy), float(seconds), rate)
+    of_trial = rate if kind == TUNING else None
+    return Task(kind, world, model, method, level, int(seed), of_trial), result
 
 
 def tables(results: Mapping[Task, Result]) -> dict[tuple[str, str, str], str]:

@@ -30,9 +30,10 @@ def test_with_a_data_path_the_defaults_are_deits():
 
 
 def test_flags_are_spelt_as_in_deit():
-    ours = {option for action in get_args_parser()._actions for option in action.option_strings}
+    flags = get_args_parser().flags
+    ours = {option for flag in flags for option in flag.options}
     reference = json.loads((Path(__file__).parent / "reference" / "deit_flags.json").read_text())
-    known = {action.dest for action in get_args_parser()._actions}
+    known = {flag.name for flag in flags}
     for flag in reference:
         if flag["dest"] in known:
             assert set(flag["flags"]) <= ours
@@ -93,12 +94,12 @@ def test_the_table_of_deits_arguments_is_in_step_with_the_parser_and_the_tests()
     parser = get_args_parser()
     reference = json.loads((tests / "reference" / "deit_flags.json").read_text())
     assert set(rows) == {flag for entry in reference for flag in entry["flags"]}
-    actions = {option: action for action in parser._actions for option in action.option_strings}
+    flags = {option: flag for flag in parser.flags for option in flag.options}
     for flag, (meaning, default, test) in rows.items():
         file, name = test.split("::")
         assert f"def {name}(" in (tests / file).read_text(), test
         if not meaning.startswith("the opposite"):
-            value = parser.get_default(actions[flag].dest)
+            value = flags[flag].default
             words = {"True": "on", "False": "off", "None": "none", "": "none"}
-            assert meaning == actions[flag].help, flag
+            assert meaning == flags[flag].action.help, flag
             assert default == words.get(str(value), f"`{value}`"), flag

@@ -66,7 +66,7 @@ def test_the_readme_is_short():
 @pytest.mark.parametrize("page", [README, *DOCS, *PRESETS], ids=lambda page: page.name)
 def test_the_flags_and_files_that_commands_name_exist(page):
     """Of commands over one or more lines, in pages and in the headers of recipes."""
-    flags = {*get_args_parser()._option_string_actions}
+    flags = {option for flag in get_args_parser().flags for option in flag.options}
     known = {
         "main.py": flags,
         "sweep.py": flags | {*re.findall(r'"(--[\w-]+)"', (ROOT / "sweep.py").read_text())},

@@ -234,7 +234,7 @@ def test_after_a_failure_there_is_no_folder(run_main, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--export", "out"], "--export: expected --resume FILE beside it"),
+        (["--export", "out"], "--export needs --resume FILE as well"),
         (
             ["--resume", "c.pth", "--export", "full"],
             "--export full: exists; expected a new folder, or an empty one",

@@ -427,7 +427,7 @@ def test_a_resumed_run_has_the_schedule_of_its_checkpoint_unless_flags_say_other
     output = run_main(
         *bare, "--epochs", "4", "--resume", "longer/checkpoint.pth", "--output_dir", "longer"
     )
-    assert "The run goes on with --epochs 4 instead of 2\n" in output
+    assert "The run resumes with --epochs 4 instead of 2\n" in output
     assert learning_rates(tmp_path / "longer")[2:] == learning_rates(tmp_path / "whole")[2:]
     assert (
         read(tmp_path / "longer/checkpoint.pth")["optimizer"]["param_groups"][1]["weight_decay"]

@@ -170,7 +170,7 @@ MISTAKES = [
         {},
     ),
     ([*LAMP, "--reconstruct", "obs", "--calibration-images", "9000"], "there are 6000", {}),
-    ([*LAMP, "--sparse-kernels"], "--sparse-kernels: expected --eval or --export beside it", {}),
+    ([*LAMP, "--sparse-kernels"], "--sparse-kernels needs --eval or --export as well", {}),
     (
         [*LAMP, "--sparse-kernels", "--eval", "--compile"],
         "--sparse-kernels: not together with --compile",
