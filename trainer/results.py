@@ -3,7 +3,6 @@ checkpoints.
 """
 
 import functools
-import os
 import re
 import time
 from collections.abc import Mapping
@@ -30,8 +29,9 @@ from .trackers import Tracker, build_trackers
 SPARSITY_CSV = "sparsity.csv"
 SPARSITY_YAML = "sparsity.yaml"
 SPARSITY_PNG = "sparsity.png"
-TRAINING_PNG, SUMMARY = "training.png", "summary.md"
-# seconds: the picture of the training follows a long run, and a short one draws it once
+TRAINING_PNG = "training.png"
+SUMMARY = "summary.md"
+#: Seconds between two pictures of the training: a short run draws it only at its end.
 REDRAW_AFTER = 60
 
 
@@ -41,25 +41,22 @@ def open_results(
     """The results of a run: its folder, locked, and its trackers, both on the first process only.
 
     epoch: the one that the run starts with.
-    Raises UserError when the folder cannot be had.
+    Raises UserError if the folder cannot be written to, or another run uses it.
     """
-    processes, target = utils.world_size(), recipe.sparsity
-    title = f"{args.model}, {recipe.pruner or 'dense'}" + (
-        "" if target is None else f" at {100 * target:g} %"
-    )
-    launcher = (
-        "python"
-        if processes == 1
-        else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
-    )
+    processes = utils.world_size()
+    images = f"{images_in(train_loader):,} training and {images_in(val_loader):,} validation images"
     facts = {
-        "command": f"{launcher} {args.command}",
+        "command": f"{utils.launcher(processes)} {args.command}",
         "model": f"{args.model}, {args.input_size} x {args.input_size}",
-        "data": f"{args.data_path or 'the built-in sample'}, {images_in(train_loader):,} training "
-        f"and {images_in(val_loader):,} validation images",
+        "data": f"{args.data_path or 'the built-in sample'}, {images}",
         "computed": f"on {compute.in_words()}, by {processes} process{'es' * (processes > 1)}",
         "versions": utils.versions(compute.device),
     }
+
+    target = recipe.sparsity
+    title = f"{args.model}, {recipe.pruner or 'dense'}"
+    if target is not None:
+        title += f" at {100 * target:g} %"
     results = Results(title, facts, target, epoch)
 
     def open_both():
@@ -82,9 +79,7 @@ def images_in(loader) -> int:
 
 
 def first_process_only(method):
-    """Decorates a method that every process calls and the first one runs; its errors are raised on
-    all.
-    """
+    """Makes the first process alone run a method that all call; its errors are raised on all."""
 
     @functools.wraps(method)
     def call(*args):
@@ -94,14 +89,15 @@ def first_process_only(method):
 
 
 class Results:
-    """Writes the files and reports to the trackers. Every process calls the methods; only the first
-    has a folder.
+    """Writes the files of a run and reports to its trackers.
 
-    Everything is made from the model, its masks, log.txt and the accuracies that a checkpoint
-    holds: a run that was interrupted leaves the same as one that was not.
+    Every process calls the methods, and only the first has a folder. Everything is made from the
+    model, its masks, log.txt and the accuracies in a checkpoint, so that an interrupted run leaves
+    the same files as an undisturbed one.
 
-    title: heads the pictures. facts: for the summary, by name. target: the sparsity that was asked
-    for, if any.
+    title: the heading of pictures and summary.
+    facts: by name, for the summary.
+    target: the sparsity that was asked for, if any.
     epoch: the one that the run starts with.
     """
 
@@ -118,25 +114,28 @@ class Results:
 
     @first_process_only
     def start(self, model, kept: Kept, accuracy: dict[str, float], image: torch.Tensor) -> None:
-        """Takes what is known before the training, and writes what is kept of each layer.
+        """Writes what is kept of each layer, before the training.
 
-        kept: from `sparsity_rows`, also of a dense model. accuracy: top-1 in percent by name.
-        image: one such as the model takes, for which multiply-adds are counted.
+        kept: from `sparsity_rows`, also of a dense model.
+        accuracy: top-1 in percent by name.
+        image: one input of the model, shape (1, 3, height, width), to count its multiply-adds.
         """
         self.kept = kept
         self.accuracy = accuracy
         pruned = kept.prunable.kept < kept.prunable.total
+
         if self.folder:
             self.multiply_adds = multiply_adds(model, image)
-            # Of an earlier run
+            # Files of an earlier run would tell of another model.
             for name in (SPARSITY_CSV, SPARSITY_YAML, SPARSITY_PNG, TRAINING_PNG, SUMMARY):
                 (self.folder.path / name).unlink(missing_ok=True)
             if pruned:
                 self._write_sparsity()
+
         values = {f"accuracy/{name}": value for name, value in accuracy.items()}
-        values |= {
-            f"sparsity/{row.name}": row.sparsity for row in (*kept.layers, kept.prunable) if pruned
-        }
+        if pruned:
+            rows = (*kept.layers, kept.prunable)
+            values |= {f"sparsity/{row.name}": row.sparsity for row in rows}
         self._track(values, self.epoch)
 
     @first_process_only
@@ -154,13 +153,13 @@ class Results:
 
     @first_process_only
     def finish(self, accuracy: dict[str, float], kept: Kept) -> None:
-        """Writes the picture of the training, the summary, and what is kept of each layer, where
-        that has changed.
+        """Writes the picture of the training, the summary, and what is now kept of each layer.
 
-        accuracy: all that was measured. kept: of the model as it is now.
+        accuracy: all that was measured.
         """
         changed = kept != self.kept
         self.kept = kept
+
         captions = {
             SPARSITY_PNG: "Sparsity of each layer",
             TRAINING_PNG: "Loss, accuracy and learning rate by epoch",
@@ -171,26 +170,17 @@ class Results:
                 self._write_sparsity()
             self._draw_training()
             pictures = [name for name in captions if (self.folder.path / name).exists()]
-            self._write(
-                SUMMARY,
-                self._summary(accuracy, {name: captions[name] for name in pictures}).encode(),
-            )
-            names = sorted(path.name for path in self.folder.path.iterdir() if path.is_file())
-            utils.log(
-                f"Written to {self.folder.path}: "
-                f"{', '.join(name for name in names if name[0] != '.')}"
-            )
+            summary = self._summary(accuracy, {name: captions[name] for name in pictures})
+            self._write(SUMMARY, summary.encode())
+
+            files = sorted(path.name for path in self.folder.path.iterdir() if path.is_file())
+            shown = ", ".join(name for name in files if not name.startswith("."))
+            utils.log(f"Written to {self.folder.path}: {shown}")
+
         for tracker in self.trackers:
             tracker.finish({name: self.folder.path / name for name in pictures})
 
     def _write_sparsity(self) -> None:
-        overall, target = self.kept.prunable.sparsity, self.target
-        layers = {row.name: row.sparsity for row in self.kept.layers}
-        label = (
-            f"all layers, {100 * overall:.4g} %"
-            if target is None
-            else f"target, {100 * target:.4g} %"
-        )
         comment = (
             f"{self.title}: the fraction of each layer that is pruned, or n:m as [n, m].\n"
             "With --pruner custom --custom-config and this file, each layer keeps as many weights "
@@ -198,20 +188,16 @@ class Results:
         )
         self._write(SPARSITY_CSV, sparsity_csv(self.kept, self.multiply_adds).encode())
         self._write(SPARSITY_YAML, sparsity_yaml(self.kept, comment).encode())
-        self._write(
-            SPARSITY_PNG,
-            plots.png(
-                plots.sparsity_bars(
-                    layers, overall if target is None else target, label, self.title
-                )
-            ),
-        )
+
+        line = self.kept.prunable.sparsity if self.target is None else self.target
+        label = f"{'all layers' if self.target is None else 'target'}, {100 * line:.4g} %"
+        layers = {row.name: row.sparsity for row in self.kept.layers}
+        self._write(SPARSITY_PNG, plots.png(plots.sparsity_bars(layers, line, label, self.title)))
 
     def _draw_training(self) -> None:
         if lines := read_log(self.folder.path):
-            self._write(
-                TRAINING_PNG, plots.png(plots.training_curves(lines, self.accuracy, self.title))
-            )
+            curves = plots.training_curves(lines, self.accuracy, self.title)
+            self._write(TRAINING_PNG, plots.png(curves))
             self._drawn = time.monotonic()
 
     def _summary(self, accuracy: dict[str, float], pictures: dict[str, str]) -> str:
@@ -223,20 +209,22 @@ class Results:
             ("multiply-adds of an image", sum(self.multiply_adds.values()), sum(sparse.values())),
             (f"of these {ATTENTION}", self.multiply_adds[ATTENTION], sparse[ATTENTION]),
         ]
+
         lines = [f"# {self.title}", "", f"    {self.facts['command']}", ""]
         lines += ["| | top-1 accuracy |", "| --- | ---: |"]
         lines += [f"| {name} | {value:.2f} % |" for name, value in accuracy.items()]
+
         lines += ["", "| | dense | pruned | left |", "| --- | ---: | ---: | ---: |"]
         lines += [
             f"| {name} | {before:,} | {after:,} | {after / max(before, 1):.1%} |"
             for name, before, after in counts
         ]
+
         for name, caption in pictures.items():
             lines += ["", f"![{caption}]({name})"]
-        lines += [
-            "",
-            *(f"- {name}: {value}" for name, value in self.facts.items() if name != "command"),
-        ]
+
+        facts = {name: value for name, value in self.facts.items() if name != "command"}
+        lines += ["", *(f"- {name}: {value}" for name, value in facts.items())]
         return "\n".join(lines) + "\n"
 
     def _track(self, values: dict[str, float], epoch: int) -> None:

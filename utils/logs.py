@@ -124,19 +124,15 @@ class MetricLogger:
         return "  ".join(f"{name}: {meter}" for name, meter in self.meters.items())
 
     def log_every(self, loader, print_freq: int, header: str, first: int = 0):
-        """Yields the batches of `loader`; logs every `print_freq` of them, and the total time at
-        the end.
+        """Yields the batches of `loader`, and logs every `print_freq` of them and the total time.
 
-        On a terminal, a bar shows them instead. first: the number of the first batch, where earlier
-        ones were seen before.
+        On a terminal, a bar takes the place of the lines.
+        first: the number of the first batch, if earlier ones were seen before.
         """
         steps = first + len(loader)
-        disable = _display != BARS or not is_main_process()
-        width = len(str(steps))
         iter_time = SmoothedValue(fmt="{global_avg:.4f}")
         data_time = SmoothedValue(fmt="{global_avg:.4f}")
-        start = end = time.time()
-        with tqdm(
+        bar = tqdm(
             total=steps,
             initial=first,
             desc=header.rstrip(":"),
@@ -144,34 +140,43 @@ class MetricLogger:
             leave=False,
             dynamic_ncols=True,
             file=sys.stdout,
-            disable=disable,
-        ) as bar:
+            disable=_display != BARS or not is_main_process(),
+        )
+
+        start = end = time.time()
+        with bar:
             for step, batch in enumerate(loader, first):
                 data_time.update(time.time() - end)
                 yield batch
                 iter_time.update(time.time() - end)
+
                 bar.update()
                 if step % print_freq == 0 or step == steps - 1:
-                    averages = ", ".join(
-                        f"{name} {mean:.4g}" for name, mean in self.averages().items()
-                    )
-                    bar.set_postfix_str(averages, refresh=False)
-                    eta = datetime.timedelta(seconds=int(iter_time.global_avg * (steps - 1 - step)))
-                    line = f"{header}  [{step:{width}d}/{steps}]  eta: {eta}  {self}  "
-                    line += f"time: {iter_time}  data: {data_time}"
+                    # Reading the averages waits for the device.
+                    bar.set_postfix_str(self._short(), refresh=False)
+                    left = iter_time.global_avg * (steps - 1 - step)
+                    line = f"{header}  [{step:{len(str(steps))}d}/{steps}]  eta: {_duration(left)}"
+                    line += f"  {self}  time: {iter_time}  data: {data_time}"
                     if torch.cuda.is_available():
                         line += f"  max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}"
                     log(line, only=LINES)
                 end = time.time()
+
         total = time.time() - start
-        log(
-            f"{header} Total time: {datetime.timedelta(seconds=int(total))} "
-            f"({total / max(len(loader), 1):.4f} s / it)",
-            only=LINES,
-        )
+        each = total / max(len(loader), 1)
+        log(f"{header} Total time: {_duration(total)} ({each:.4f} s / it)", only=LINES)
+
+    def _short(self) -> str:
+        return ", ".join(f"{name} {mean:.4g}" for name, mean in self.averages().items())
 
 
 # ---- helpers, not exported ----
+
+
+def _duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as 0:01:23."""
+    return str(datetime.timedelta(seconds=int(seconds)))
+
 
 _shown = set()  # the places and texts of other libraries' warnings so far
 

@@ -36,6 +36,13 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
+def launcher(processes: int) -> str:
+    """The command that starts so many processes as these were started."""
+    if processes == 1:
+        return "python"
+    return f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
+
+
 def local_rank() -> int:
     """The number of this process on its machine, as torchrun or SLURM says."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
