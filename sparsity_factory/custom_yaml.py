@@ -7,11 +7,10 @@
         blocks.0.*: dense
         "*.mlp.fc2": [1, 4]      # later lines win
 
-The two modes differ in nothing but the reader's expectation: an entry of either form is understood
-in both.
+Either mode accepts entries of both forms; the mode only tells a reader what to expect.
 
-`choices` in the place of `level` has a list of levels for each weight. With one each it is a
-configuration; with more it is a space, out of which `search.py` takes one each.
+`choices` in place of `level` has a list of levels for each weight. With one level each it is a
+configuration; with more it is a space, from which `search.py` chooses one level for each weight.
 """
 
 import logging
@@ -27,7 +26,7 @@ from .errors import PruningError, short
 
 MODES = ("nxm", "unstructured")
 EXPECTED_LEVEL = 'expected [n, m] with 1 <= n <= m, "n:m", a sparsity in [0, 1), or dense'
-# Parsing takes some seconds per megabyte; a list of a thousand entries has ten kilobytes
+# Parsing takes some seconds per megabyte, and a list of a thousand entries has ten kilobytes.
 MAX_BYTES = 2**18
 MAX_DEPTH = 8  # a correct file has six levels
 
@@ -37,7 +36,7 @@ log = logging.getLogger(__name__)
 def resolve_levels(
     source: str | PathLike | Mapping, shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, int | tuple[int, int]]:
-    """What a custom configuration says of every prunable weight.
+    """The level that a custom configuration gives each prunable weight.
 
     Args:
         source: path of a YAML file, or what such a file parses to.
@@ -49,7 +48,8 @@ def resolve_levels(
         the inputs.
 
     Raises:
-        PruningError: one line with the file (or `custom_config`), the entry and what was expected.
+        PruningError: in one line that names the file (or `custom_config`), the entry and what was
+            expected.
     """
     config, where = _read(source)
     entries = _by_name(level_section(config, where), list(shapes), where, "level", _parse_all)
@@ -59,16 +59,16 @@ def resolve_levels(
 def resolve_choices(
     source: str | PathLike | Mapping, shapes: Mapping[str, Sequence[int]], where: str | None = None
 ) -> dict[str, dict[str, int | tuple[int, int]]]:
-    """The levels among which a search may choose for every prunable weight.
+    """The levels from which a search may choose, for each prunable weight.
 
     Args:
         source: path of a YAML file with `choices`, or what such a file parses to.
         shapes: as for `resolve_levels`.
-        where: what messages name in the place of the file.
+        where: what messages call the configuration; by default the file.
 
     Returns:
-        In the order of `shapes`: by the text of each level, such as `2:4`, `0.5` or `dense`, the
-        number of weights kept or (n, m), as `resolve_levels` has it.
+        In the order of `shapes`: the text of each level, such as `2:4`, `0.5` or `dense`, to the
+        number of weights kept or (n, m), as in `resolve_levels`.
 
     Raises:
         PruningError: as `resolve_levels`, and for an empty list of levels.
@@ -80,21 +80,23 @@ def resolve_choices(
         raise PruningError(
             f"{where}: has a level for each weight: expected choices, a list of levels for each"
         )
+
     entries = _by_name(section["choices"], list(shapes), where, "choices", _parse_choices)
-    return {
-        name: {
-            level_text(level): _amount(label, level, name, shape, where)
-            for label, level in entries[name][1]
+    found = {}
+    for name, shape in shapes.items():
+        _, levels = entries[name]
+        found[name] = {
+            level_text(level): _amount(label, level, name, shape, where) for label, level in levels
         }
-        for name, shape in shapes.items()
-    }
+    return found
 
 
 def level_text(level: float | tuple[int, int]) -> str:
     """A level as it is written: `2:4`, `0.5`, `dense`."""
-    if not isinstance(level, tuple):
-        return f"{level:g}" if level else "dense"
-    return "{}:{}".format(*level) if level[0] < level[1] else "dense"
+    if isinstance(level, tuple):
+        n, m = level
+        return f"{n}:{m}" if n < m else "dense"
+    return f"{level:g}" if level else "dense"
 
 
 # ---- helpers, not exported ----
@@ -124,98 +126,110 @@ def _path(source) -> str:
 
 
 def read_yaml(path: str):
+    """What a YAML file parses to.
+
+    Raises:
+        PruningError: the file cannot be read, is too large, or is not plain YAML.
+    """
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise PruningError(
-            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise PruningError(f"{path}: cannot be read: {reason}") from None
+
     if len(content) > MAX_BYTES:
         raise PruningError(f"{path}: expected at most {MAX_BYTES // 1024} KiB of YAML")
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise PruningError(f"{path}: expected UTF-8 text, byte {error.start} is not") from None
+
     try:
         _refuse_exotic(text, path)
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark else ""
-        problem = (
-            getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be parsed"
-        )
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None)
+        problem = problem or "cannot be parsed"
         raise PruningError(f"{path}: {place}not valid YAML here: {problem}") from None
-    except ValueError as error:  # scalars that look like a date or a number, but are none
+    except ValueError as error:  # a scalar that looks like a date or a number, but is not valid
         raise PruningError(f"{path}: not valid YAML here: {error}") from None
 
 
 def _refuse_exotic(text: str, path: str) -> None:
-    """No configuration needs tags, anchors or deep nesting; hostile ones use them to run code or to
-    fill the memory.
+    """Refuses tags, anchors and deep nesting, as no configuration needs them.
+
+    Hostile files use them to run code or to fill the memory.
     """
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
-            event, yaml.CollectionEndEvent
-        )
+        place = f"{path}: line {event.start_mark.line + 1}"
+
         for kind in ("tag", "anchor"):
             if found := getattr(event, kind, None):
-                line = event.start_mark.line + 1
                 raise PruningError(
-                    f"{path}: line {line}: {kind} {short(found)}: expected plain YAML without "
-                    f"{kind}s"
+                    f"{place}: {kind} {short(found)}: expected plain YAML without {kind}s"
                 )
+
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
         if depth > MAX_DEPTH:
-            raise PruningError(
-                f"{path}: line {event.start_mark.line + 1}: expected at most {MAX_DEPTH} nested "
-                "levels"
-            )
+            raise PruningError(f"{place}: expected at most {MAX_DEPTH} nested levels")
 
 
 def level_section(config, where: str):
-    """The levels of a configuration, as its list or its mapping has them."""
+    """The levels of a configuration: a list, or a mapping from patterns to levels.
+
+    Raises:
+        PruningError: the configuration is malformed, or a space with several levels for a weight.
+    """
     section = _checked(config, where)
     if "level" in section:
         return section["level"]
+
     choices = section["choices"]
     if not isinstance(choices, list | tuple | Mapping):
         return choices
-    for place, entry in choices.items() if isinstance(choices, Mapping) else enumerate(choices):
+
+    entries = choices.items() if isinstance(choices, Mapping) else enumerate(choices)
+    for place, entry in entries:
         if not isinstance(entry, list | tuple) or len(entry) != 1:
             raise PruningError(
                 f"{where}: is a space for search.py --space, with {short(entry)} in choices "
                 f"{short(place)}: expected one level for each weight"
             )
+
     if isinstance(choices, Mapping):
         return {place: entry[0] for place, entry in choices.items()}
     return [entry[0] for entry in choices]
 
 
 def _read(source) -> tuple:
-    """What a configuration parses to, and what messages name it."""
-    where = "custom_config" if isinstance(source, Mapping) else _path(source)
-    return (source if isinstance(source, Mapping) else read_yaml(where)), where
+    """What a configuration parses to, and what messages call it."""
+    if isinstance(source, Mapping):
+        return source, "custom_config"
+    path = _path(source)
+    return read_yaml(path), path
 
 
 def _checked(config, where: str) -> Mapping:
     """The section of a configuration, which has a mode and either `level` or `choices`."""
     if config is None:
         raise PruningError(f"{where}: is empty: expected a mapping with the key sparsity")
-    section = _section(
-        config, ("sparsity",), where, "the file" if where != "custom_config" else "it"
-    )["sparsity"]
-    # In the format's later files beside those of a search
+    whole = "it" if where == "custom_config" else "the file"
+    section = _section(config, ("sparsity",), where, whole)["sparsity"]
+
     if isinstance(section, Mapping) and "choices" in section:
-        section = _section(
-            {key: section[key] for key in section if key != "greedy"},
-            ("mode", "choices"),
-            where,
-            "sparsity",
-        )
+        # Later files of the format have the settings of a search under `greedy`
+        section = {key: value for key, value in section.items() if key != "greedy"}
+        section = _section(section, ("mode", "choices"), where, "sparsity")
     else:
         section = _section(section, ("mode", "level"), where, "sparsity")
+
     if section["mode"] not in MODES:
         raise PruningError(
             f"{where}: mode is {short(section['mode'])}: expected {' or '.join(MODES)}"
@@ -238,8 +252,9 @@ def _section(found, keys: tuple[str, ...], where: str, what: str) -> Mapping:
 
 
 def _by_name(level, names: list[str], where: str, key: str, parse: Callable) -> dict[str, tuple]:
-    """Name to (entry in words, parsed entry). key: `level` or `choices`; parse: `_parse_all` or
-    `_parse_choices`.
+    """Weight name to (label of its entry, parsed entry).
+
+    key: `level` or `choices`. parse: `_parse_all` or `_parse_choices`.
     """
     if isinstance(level, list | tuple):
         return _from_list(level, names, where, key, parse)
@@ -265,25 +280,26 @@ def _from_list(
 def _from_patterns(
     level: Mapping, names: list[str], where: str, key: str, parse: Callable
 ) -> dict[str, tuple]:
-    """`default` is looked at first, wherever it stands; later lines win."""
+    """As `_by_name`. `default` is applied first, wherever it stands; later lines win."""
     for pattern in level:
         if not isinstance(pattern, str):
             raise PruningError(
                 f"{where}: {key} has the key {short(pattern)}: expected a pattern of weight names"
             )
+
     ordered = sorted(level, key=lambda pattern: pattern != "default")
-    parsed = parse(((f"{key} {short(pattern)}", level[pattern]) for pattern in ordered), where)
+    parsed = parse([(f"{key} {short(pattern)}", level[pattern]) for pattern in ordered], where)
+
     entries = {}
     for pattern, entry in zip(ordered, parsed, strict=True):
-        matched = (
-            names if pattern == "default" else [name for name in names if _matches(name, pattern)]
-        )
+        matched = [name for name in names if pattern == "default" or _matches(name, pattern)]
         if not matched:
             raise PruningError(
                 f"{where}: {key} {short(pattern)} matches no prunable weight: expected a pattern "
                 f"such as {names[0]}"
             )
         entries |= dict.fromkeys(matched, entry)
+
     for name in names:
         if name not in entries:
             raise PruningError(
@@ -297,73 +313,78 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _parse_all(entries, where: str) -> list[tuple]:
-    """(entry in words, sparsity or (n, m)) for each entry; says once that entries are in the oldest
-    form.
-    """
-    parsed, oldest = [], []
+    """(label, sparsity or (n, m)) for each (label, entry); warns once of the oldest form."""
+    parsed = []
+    oldest = []
     for label, entry in entries:
         level = parse_level(entry, f"{where}: {label}")
         if isinstance(entry, list | tuple) and tuple(entry) != level:
             oldest.append((label, entry, level))
         parsed.append((label, level))
+
     if oldest:
         label, (m, p), (n, _) = oldest[0]
         reading = f"[{m}, {p}] is read as group size and number pruned, so {n}:{m}"
-        log.warning(
-            "%s: %s: %s%s",
-            where,
-            label,
-            reading,
-            f" (as {len(oldest) - 1} more)" if len(oldest) > 1 else "",
-        )
+        more = f" (as {len(oldest) - 1} more)" if len(oldest) > 1 else ""
+        log.warning("%s: %s: %s%s", where, label, reading, more)
     return parsed
 
 
 def _parse_choices(entries, where: str) -> list[tuple]:
-    """(entry in words, its levels as `_parse_all` has them) for each entry."""
-    entries, parsed = list(entries), []
+    """(label, its levels as from `_parse_all`) for each (label, entry)."""
+    entries = list(entries)
     for label, entry in entries:
         if not isinstance(entry, list | tuple) or not entry:
             raise PruningError(
                 f"{where}: {label} is {short(entry)}: expected a list of at least one level"
             )
-    levels = iter(
-        _parse_all(
-            (
-                (f"{label}[{place}]", level)
-                for label, entry in entries
-                for place, level in enumerate(entry)
-            ),
-            where,
-        )
-    )
-    for label, entry in entries:
-        parsed.append((label, [next(levels) for _ in entry]))
-    return parsed
+
+    # All at once, so that one warning covers all entries in the oldest form
+    labelled = [
+        (f"{label}[{place}]", level)
+        for label, entry in entries
+        for place, level in enumerate(entry)
+    ]
+    levels = iter(_parse_all(labelled, where))
+    return [(label, [next(levels) for _ in entry]) for label, entry in entries]
 
 
 def parse_level(entry, label: str) -> float | tuple[int, int]:
-    n, m = 0, 0
-    if isinstance(entry, str):
-        if entry == "dense":
-            return 0.0
-        if written := re.fullmatch(r"\s*([0-9]{1,9})\s*:\s*([0-9]{1,9})\s*", entry):
-            n, m = int(written[1]), int(written[2])
-    elif _is_number(entry, numbers.Integral) and entry >= 60:
-        n, m = divmod(int(entry), 60)  # an unquoted 2:4 is a base-60 integer in YAML 1.1
-    elif _is_number(entry, numbers.Real) and 0 <= entry < 1:
+    """The level that an entry means: a sparsity in [0, 1), or (n, m).
+
+    Raises:
+        PruningError: the entry is no level; `label` names it.
+    """
+    if _is_number(entry, numbers.Real) and 0 <= entry < 1:
         return float(entry)
-    elif (
-        isinstance(entry, list | tuple)
-        and len(entry) == 2
-        and all(_is_number(e, numbers.Integral) for e in entry)
-    ):
-        n, m = map(int, entry)
-        if n > m >= 0:  # the oldest form: group size first, then how many of it are pruned
-            n, m = n - m, n
+    if isinstance(entry, str) and entry == "dense":
+        return 0.0
+
+    n, m = _group(entry)
     if not 1 <= n <= m:
         raise PruningError(f"{label} is {short(entry)}: {EXPECTED_LEVEL}")
     return n, m
+
+
+def _group(entry) -> tuple[int, int]:
+    """The (n, m) that an entry means; (0, 0) if it has none of the forms of n:m."""
+    if isinstance(entry, str):
+        written = re.fullmatch(r"\s*([0-9]{1,9})\s*:\s*([0-9]{1,9})\s*", entry)
+        return (int(written[1]), int(written[2])) if written else (0, 0)
+
+    # YAML 1.1 reads an unquoted 2:4 as the base-60 integer 124
+    if _is_number(entry, numbers.Integral):
+        return divmod(int(entry), 60)
+
+    is_pair = isinstance(entry, list | tuple) and len(entry) == 2
+    if not is_pair or not all(_is_number(number, numbers.Integral) for number in entry):
+        return 0, 0
+
+    # The oldest form has the group size first, then how many weights of a group are pruned
+    first, second = map(int, entry)
+    if first > second >= 0:
+        return first - second, first
+    return first, second
 
 
 def _is_number(entry, kind: type) -> bool:
@@ -373,7 +394,7 @@ def _is_number(entry, kind: type) -> bool:
 def _amount(
     label: str, level, name: str, shape: Sequence[int], where: str
 ) -> int | tuple[int, int]:
-    """The level of one weight, checked against its shape."""
+    """A level as a number of weights kept or (n, m), checked against the shape of the weight."""
     if isinstance(level, float):
         total = shape[0] * shape[1]
         return total - round(level * total)

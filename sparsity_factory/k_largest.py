@@ -1,10 +1,9 @@
-"""Finds the largest scores by counting instead of sorting: of one tensor, or over all layers
-together.
+"""Finds the largest scores of a tensor, or of all layers together, by counting, not sorting.
 
-Scores are finite and non-negative. Non-negative floats are ordered as their bit patterns are, so
-the leading 16 bits put every score into one of 32768 bins, of which a few thousand are occupied,
-and only the bin in which the k-th largest lies has to be sorted. numpy does the passes over scores
-on a CPU: it asks for large pages, and without them the page faults of fresh memory take longer than
+Scores are finite and non-negative. Non-negative floats have the same order as their bit patterns,
+so the leading 16 bits put every score into one of 32768 bins, a few thousand of which are occupied.
+Only the bin with the k-th largest score has to be sorted. On a CPU, numpy does the passes over the
+scores: it asks for large pages, and without them the page faults of fresh memory take longer than
 the work itself. A GPU sorts in less time than it would take to copy the scores.
 
 Among equal scores the earlier one is kept, in row-major order and the earlier layer first, so that
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 BINS = 2**15  # the leading 16 bits of a non-negative float; the sign bit is 0
-# Scores looked at together, so that what is computed from them stays in the cache
+# How many scores are handled at once, so that intermediate results stay in the cache
 CHUNK = 2**18
 
 
@@ -31,7 +30,7 @@ def k_largest(score: Tensor, k: int, at_least: Tensor | None = None) -> Tensor:
     Args:
         score: a tensor of any shape, float32 or float64.
         k: from 0 to the number of scores.
-        at_least: `suffix_sums(histogram(score))`, where it is known already.
+        at_least: `suffix_sums(histogram(score))`, if it is known already.
     """
     if score.device.type != "cpu":
         return _k_largest_by_sorting(score.flatten(), k).view(score.shape)
@@ -47,19 +46,20 @@ def largest_overall(scores: Mapping[str, Tensor], budget: int) -> dict[str, int]
         budget: from 0 to the number of all scores.
     """
     at_least = torch.stack([scores.at_least(name) for name in scores])
+
+    # The scores above the border bin are kept; those in it have to be compared
     border = _border_bin(at_least.sum(0), budget)
     undecided = [distinct(scores[name], border, border + 1) for name in scores]
     return _fill(scores, at_least[:, border + 1], undecided, budget)
 
 
 def largest_lamp_scores_overall(scores: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """How many of the `budget` largest LAMP scores over all layers lie in each layer;
-    `pruners.lamp` defines them.
+    """How many of the `budget` largest LAMP scores over all layers lie in each layer.
 
-    A LAMP score grows with the score that it is made from, so the bins of a layer bound the LAMP
-    scores of what is in them. A threshold is found by bisection that decides nearly all weights
-    from these bounds; the LAMP scores themselves are computed in the one or two bins of each layer
-    in which it lies.
+    `pruners.lamp` defines them. A LAMP score grows with the score that it is made from, so the bins
+    of a layer bound the LAMP scores of the weights in them. These bounds decide nearly all weights,
+    once bisection has found the threshold. LAMP scores themselves are computed only in the one or
+    two bins of each layer that the threshold lies in.
 
     Args:
         scores: a `Scores`, which counts what is in each bin once and remembers it.
@@ -70,24 +70,26 @@ def largest_lamp_scores_overall(scores: Mapping[str, Tensor], budget: int) -> di
     floor = torch.stack([layer.floor for layer in layers])
 
     def first_sure(threshold: float) -> Tensor:
-        """Per layer the lowest bin whose weights all surely score at least the threshold."""
+        """For each layer the lowest bin whose weights all surely reach the threshold."""
         return torch.searchsorted(floor, torch.full((len(floor), 1), threshold, dtype=floor.dtype))
 
     def last_possible(threshold: float) -> Tensor:
-        """For each layer the lowest bin that may hold a weight that scores at least the threshold.
+        """For each layer the lowest bin that may hold a weight that reaches the threshold.
 
-        It is the next one: weights further below have smaller squares and larger sums than the
-        floor of that bin.
+        It is the bin below the first sure one: weights further below have smaller squares and
+        larger sums than the floor of that bin.
         """
         return (first_sure(threshold) - 1).clamp(min=0)
 
     def reaches_budget(lowest_bin: Callable[[float], Tensor]) -> Callable[[float], bool]:
+        """Whether the bins from `lowest_bin` up hold the budget, as a function of the threshold."""
         return lambda threshold: int(at_least.gather(1, lowest_bin(threshold)).sum()) >= budget
 
-    # The score of the last weight kept lies between these two thresholds: only the bins between
-    # need a closer look.
+    # The score of the last weight kept lies between two thresholds, so only the bins between them
+    # have to be looked at closely.
     low = last_possible(largest_threshold(reaches_budget(first_sure)))
     high = first_sure(math.nextafter(largest_threshold(reaches_budget(last_possible)), 2))
+
     kept = at_least.gather(1, high).squeeze(1)
     undecided = [
         layer.candidates(scores[name], int(start), int(stop))
@@ -97,35 +99,36 @@ def largest_lamp_scores_overall(scores: Mapping[str, Tensor], budget: int) -> di
 
 
 def largest_threshold(holds: Callable[[float], bool]) -> float:
-    """The largest float64 in [0, 1] for which `holds`, which is true at 0 and, if false anywhere,
-    false from there on.
+    """The largest float64 in [0, 1] for which `holds`.
 
-    Non-negative floats are ordered as their bit patterns are, so bisecting those takes 62 steps
-    whatever the scale.
+    `holds` is true at 0, and once it is false it stays false. The bit patterns of non-negative
+    floats have the same order as the floats, so bisecting them takes 62 steps at any scale.
     """
 
     def threshold(bits: int) -> float:
         return struct.unpack("<d", struct.pack("<q", bits))[0]
 
     bits_of_one = struct.unpack("<q", struct.pack("<d", 1.0))[0]
-    return threshold(
-        bisect_left(range(1, bits_of_one + 1), True, key=lambda bits: not holds(threshold(bits)))
-    )
+    candidates = range(1, bits_of_one + 1)
+    return threshold(bisect_left(candidates, True, key=lambda bits: not holds(threshold(bits))))
 
 
 def histogram(score: Tensor, weight_of: Callable[[np.ndarray], np.ndarray] | None = None) -> Tensor:
-    """The number of scores in each bin, or the sum of their weights; shape (BINS,), on the CPU.
+    """The number of scores in each bin, or the sum of what they count; shape (BINS,), on the CPU.
 
-    weight_of: from some of the scores, as an array, to their weights; for scores on the CPU only.
+    weight_of: from an array of scores to what each of them counts, instead of 1; for scores on the
+        CPU only.
     """
     bits, dropped = _LAYOUT[score.dtype]
     flat = score.flatten()
     if score.device.type != "cpu":
         return torch.bincount(flat.view(bits) >> dropped, minlength=BINS).cpu()
+
     total = 0
     for chunk in flat.split(CHUNK):
         bins = (chunk.view(bits) >> dropped).numpy()
-        total = total + np.bincount(bins, weight_of and weight_of(chunk.numpy()), minlength=BINS)
+        counts = weight_of(chunk.numpy()) if weight_of else None
+        total = total + np.bincount(bins, counts, minlength=BINS)
     return torch.from_numpy(total)
 
 
@@ -135,11 +138,13 @@ def suffix_sums(values: Tensor) -> Tensor:
 
 
 def distinct(score: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """The distinct scores in bins start to stop - 1, largest first, and how many there are of each;
-    on the CPU.
+    """The distinct scores in bins start to stop - 1, largest first, and their counts.
+
+    Both are on the CPU.
     """
     edges = bin_edges(score.dtype)
-    low, high = edges[start].item(), edges[stop].item()
+    low = edges[start].item()
+    high = edges[stop].item()
     if score.device.type == "cpu":
         flat = score.flatten().numpy()
         inside = torch.from_numpy(flat[(flat >= low) & (flat < high)])
@@ -150,9 +155,7 @@ def distinct(score: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
 
 
 def bin_edges(dtype: torch.dtype) -> Tensor:
-    """The smallest score of each bin, shape (BINS + 1,); infinity for the bins past every finite
-    score.
-    """
+    """The smallest score of each bin, shape (BINS + 1,); infinity past the finite scores."""
     bits, dropped = _LAYOUT[dtype]
     edges = (torch.arange(BINS + 1, dtype=bits).clamp(max=BINS - 1) << dropped).view(dtype)
     return edges.nan_to_num(nan=torch.inf, posinf=torch.inf)
@@ -160,24 +163,26 @@ def bin_edges(dtype: torch.dtype) -> Tensor:
 
 # ---- helpers, not exported ----
 
-# same-size integer, bits to drop
+# The integer type of the same size, and how many bits to drop
 _LAYOUT = {torch.float32: (torch.int32, 16), torch.float64: (torch.int64, 48)}
 
 
 def _border_bin(at_least: Tensor, k: int) -> int:
-    """The bin of the k-th largest score: those in higher bins are fewer than k, those in it
-    complete them.
-    """
+    """The bin of the k-th largest score: higher bins have fewer than k, with it they have k."""
     return int((at_least[:BINS] >= k).count_nonzero()) - 1
 
 
 def _k_largest_by_counting(flat: Tensor, k: int, at_least: Tensor) -> Tensor:
-    edges, border = bin_edges(flat.dtype), _border_bin(at_least, k)
+    edges = bin_edges(flat.dtype)
+    border = _border_bin(at_least, k)
     flat = flat.numpy()
     mask = flat >= edges[border + 1].item()
+
+    # Sort the scores of the border bin only
     undecided = np.flatnonzero((flat >= edges[border].item()) ^ mask)
     best_first = np.argsort(-flat[undecided], kind="stable")
-    mask[undecided[best_first[: k - int(at_least[border + 1])]]] = True
+    missing = k - int(at_least[border + 1])
+    mask[undecided[best_first[:missing]]] = True
     return torch.from_numpy(mask)
 
 
@@ -190,50 +195,57 @@ def _k_largest_by_sorting(flat: Tensor, k: int) -> Tensor:
 def _fill(
     scores: Mapping[str, Tensor], kept: Tensor, undecided: list[tuple[Tensor, Tensor]], budget: int
 ) -> dict[str, int]:
-    """Adds to what each layer keeps the best of the undecided weights, until the budget is met.
+    """Keeps the best undecided weights on top of `kept`, until the budget is met.
 
-    `undecided` holds, for each layer, what weights are compared by and how many weights have each
-    value.
+    undecided: for each layer the distinct values by which weights are compared, and how many
+        weights have each value.
     """
     layer = torch.repeat_interleave(torch.tensor([len(values) for values, _ in undecided]))
     values, counts = (torch.cat(column) for column in zip(*undecided, strict=True))
-    # stable: on a tie the earlier layer
+
+    # The sort is stable, so that on a tie the earlier layer comes first
     best_first = values.argsort(descending=True, stable=True)
-    layer, counts = layer[best_first], counts[best_first]
+    layer = layer[best_first]
+    counts = counts[best_first]
+
+    # What is left of the budget when all better values have been kept
     left = budget - kept.sum() - (counts.cumsum(0) - counts)
     kept = kept.index_add(0, layer, left.clamp(min=0).minimum(counts))
     return dict(zip(scores, kept.tolist(), strict=True))
 
 
 class _LampBins:
-    """What the LAMP scores of a layer can be, as far as the bins of its weights tell."""
+    """Bounds of the LAMP scores of a layer, from the bins of its weights."""
 
     def __init__(self, score: Tensor, at_least: Tensor):
-        # A power of two, so exact, that keeps the squares of extreme float64 weights in range.
-        self.scale = math.ldexp(1.0, -max(math.frexp(float(score.max()))[1], -1000))
+        # Keeps the squares of extreme float64 weights in range; exact, being a power of two
+        exponent = math.frexp(float(score.max()))[1]
+        self.scale = math.ldexp(1.0, -max(exponent, -1000))
         self.at_least = at_least
         # On the CPU, where sums have one order
         self.squares = suffix_sums(histogram(score.cpu(), self._square))
+
         # No weight of a bin scores less than its floor. Floors never fall from a bin to the next.
-        self.floor = (
-            torch.from_numpy(self._square(bin_edges(score.dtype)[:-1].numpy())) / self.squares[:-1]
-        )
-        self.floor[0] = 0.0  # also in a layer of zeros, where it would be 0 / 0
+        edges = bin_edges(score.dtype)[:-1].numpy()
+        self.floor = torch.from_numpy(self._square(edges)) / self.squares[:-1]
+        self.floor[0] = 0.0  # in a layer of zeros it would be 0 / 0
 
     def candidates(self, score: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The LAMP scores in bins start to stop - 1, largest first, and the weights with each."""
+        """The LAMP scores in bins start to stop - 1, largest first, and their counts."""
         values, counts = distinct(score, start, stop)
         squares = torch.from_numpy(self._square(values.numpy()))
         sums = self.squares[stop] + (squares * counts).cumsum(0)
         lamp_scores = torch.where(sums > 0, squares / sums, 0.0)
-        if self.at_least[stop] == 0:  # the largest weight of the layer is among them
+
+        # The largest weight of the layer is among them: the first of its equals has score 1
+        if self.at_least[stop] == 0:
             lamp_scores = torch.cat([torch.ones(1, dtype=lamp_scores.dtype), lamp_scores])
             counts = torch.cat([counts.new_ones(1), counts[:1] - 1, counts[1:]])
         return lamp_scores, counts
 
     def _square(self, values: np.ndarray) -> np.ndarray:
         squares = values.astype(np.float64)
-        with np.errstate(over="ignore"):  # of bins above the largest weight
+        with np.errstate(over="ignore"):  # the edges of bins above the largest weight overflow
             squares *= self.scale
             squares *= squares
         return squares

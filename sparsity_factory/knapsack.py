@@ -1,4 +1,4 @@
-"""One option for each of many layers under a budget: the exact choice, by dynamic programming."""
+"""Chooses one option for each of many layers under a budget, exactly, by dynamic programming."""
 
 from collections.abc import Sequence
 from math import gcd
@@ -7,7 +7,7 @@ import numpy as np
 
 from .k_largest import largest_threshold
 
-STATES = 2**16  # the totals that are told apart
+STATES = 2**16  # how many different totals dynamic programming tells apart
 
 
 def cheapest(
@@ -17,33 +17,39 @@ def cheapest(
     *,
     spend_most: bool = False,
 ) -> list[int]:
-    """The options of least total loss among those whose total cost does not pass the budget.
+    """The options of least total loss among those whose total cost is within the budget.
 
-    The choice is exact where all totals up to the budget are multiples of so much that there are at
-    most `STATES` of them. Elsewhere costs are rounded up to a part of the budget in `STATES`, so
-    that it is never passed. Among equal choices the earlier option of the earlier layer is taken.
+    The choice is exact if at most `STATES` different totals are possible. Otherwise costs are
+    rounded up to multiples of budget / `STATES`, so that the budget is never exceeded. Among equal
+    choices the earlier option of the earlier layer is taken.
 
     Args:
-        costs: of each layer the costs of its options, whole numbers.
-        losses: of each layer the losses of its options, finite.
-        budget: at least the sum of the least costs.
-        spend_most: take the least loss among those choices whose cost is the largest within the
-            budget.
+        costs: for each layer the costs of its options, whole numbers.
+        losses: for each layer the losses of its options, finite.
+        budget: at least the sum of each layer's smallest cost.
+        spend_most: consider only choices with the largest total cost within the budget.
 
     Returns:
-        Of each layer the number of its option.
+        For each layer the index of its option.
+
+    Raises:
+        ValueError: the budget is too small.
     """
     least = sum(map(min, costs))
     if budget < least:
         raise ValueError(f"budget {budget}: expected at least {least}")
+
+    # Count costs above each layer's smallest, in a unit that leaves at most `STATES` totals
     above = [np.asarray(options, np.int64) - min(options) for options in costs]
     most = sum(int(extra.max()) for extra in above)
     left = min(int(budget) - least, most)
     unit = max(gcd(*np.concatenate(above).tolist()), -(-left // STATES), 1)
     above = [-(-extra // unit) for extra in above]
     left = left // unit if left < most else sum(int(extra.max()) for extra in above)
-    # best[t]: the least loss of the later layers if they cost t above their least.
-    best, choices = np.where(np.arange(left + 1) == 0, 0.0, np.inf), []
+
+    # best[t] is the least loss of the layers from here to the last if they cost t in all
+    best = np.where(np.arange(left + 1) == 0, 0.0, np.inf)
+    choices = []
     for extra, loss in zip(reversed(above), reversed(losses), strict=True):
         reached = np.full(left + 1, np.inf)
         choice = np.zeros(left + 1, np.int16)
@@ -55,11 +61,14 @@ def cheapest(
                 choice[spent:][better] = option
         best = reached
         choices.append(choice)
-    place = int(np.flatnonzero(np.isfinite(best))[-1]) if spend_most else int(best.argmin())
+
+    # Follow the choices from the first layer to the last
+    total = int(np.flatnonzero(np.isfinite(best))[-1]) if spend_most else int(best.argmin())
     chosen = []
     for choice, extra in zip(reversed(choices), above, strict=True):
-        chosen.append(int(choice[place]))
-        place -= int(extra[chosen[-1]])
+        option = int(choice[total])
+        chosen.append(option)
+        total -= int(extra[option])
     return chosen
 
 
@@ -68,17 +77,18 @@ def nearest_steps(
 ) -> np.ndarray:
     """How many steps each of many layers takes, from 1 to `most`, under a budget.
 
-    A layer that is wanted whole stays so, if the budget allows that for all of those. The total is
-    the largest that does not pass the budget; among the ways to reach it, the one of the least
-    squared distance to shares of the budget that are proportional to what is wanted. All ways are
-    searched in which no layer is more than 32 steps from its share; fewer steps, or rounded totals,
-    where layers have so many sizes that their sums are more than STATES.
+    Layers whose wanted cost is all their steps take them all, if the budget allows that for each of
+    these layers. The total cost is the largest within the budget. Of the ways to reach it, the
+    result has the least squared distance to shares of the budget proportional to the wanted costs,
+    among all ways in which no layer is more than 32 steps from its share. If the layers have so
+    many sizes that more than `STATES` totals are possible, the search looks at fewer steps and
+    rounds totals.
 
     Args:
-        wanted: of each layer the cost that it should have.
-        step: of each layer the cost of a step.
-        most: of each layer how many steps it can take.
-        budget: of the total cost, at least that of one step of each layer.
+        wanted: the cost that each layer should have.
+        step: the cost of a step of each layer.
+        most: how many steps each layer can take.
+        budget: the largest total cost, at least that of one step of each layer.
     """
     least = np.where(wanted >= most * step, most, 1)
     if least @ step > budget:
@@ -88,6 +98,8 @@ def nearest_steps(
         return np.clip(4 * scale * wanted / step, least, most)
 
     share = shares(largest_threshold(lambda scale: (shares(scale) * step).sum() <= budget))
+
+    # The widest window around the shares for which totals need no rounding
     unit = gcd(*step.tolist())
     for window in (32, 8, 2):
         low = np.maximum(np.floor(share).astype(int) - window, least)
@@ -95,11 +107,13 @@ def nearest_steps(
         if spare <= STATES * unit:
             break
     high = np.minimum(np.floor(share).astype(int) + window, most)
-    unit = max(unit, -(-spare // STATES))
-    # Rounded such that the budget is never passed
-    cost, total = -(-step // unit), spare // unit
 
-    # Of equals the earlier keeps more
+    # Costs are rounded up and the budget down, so that it is never exceeded
+    unit = max(unit, -(-spare // STATES))
+    cost = -(-step // unit)
+    total = spare // unit
+
+    # Options count down, so that among equal choices the earlier layer takes more steps
     n = [range(top, lowest - 1, -1) for top, lowest in zip(high, low, strict=True)]
     costs = [
         [(steps - lowest) * one for steps in options]

@@ -1,12 +1,14 @@
-"""The menu: tables of all methods, and which combinations are refused: made from the registries and
-`Recipe.check`.
+"""The menu of `--list-methods`: tables of all methods, and the combinations that are refused.
+
+It is made from the registries and from `Recipe.check`.
 """
 
 import re
 import textwrap
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from itertools import combinations
+from itertools import combinations, product, zip_longest
 
 from .errors import PruningError, as_flag
 from .method import describe
@@ -26,7 +28,7 @@ CHOICES = {
     ),
     "--pattern": ("what may be removed together", PATTERNS),
     "--prune-schedule": ("when masks are chosen and changed", SCHEDULES),
-    "--reconstruct": ("how the kept weights make up for the pruned ones", RECONSTRUCTIONS),
+    "--reconstruct": ("how the kept weights compensate for the pruned ones", RECONSTRUCTIONS),
 }
 #: What docs/comparison.md measures side by side.
 COMPARED = {
@@ -35,12 +37,12 @@ COMPARED = {
     "--prune-schedule": ("one-shot", "gradual", "ste", "sr-ste", "set", "rigl", "maskllm"),
     "--reconstruct": ("none", "obs", "least-squares"),
 }
-# Of patterns with numbers
+# An example of each pattern with numbers
 EXAMPLES = {"n:m": "2:4", "n:mt": "2:4t", "x:m": "x:4", "block:RxC": "block:16x16"}
 CONFIG = {"sparsity": {"mode": "unstructured", "level": {"default": 0.5}}}
 GROUPS = {"sparsity": {"mode": "nxm", "level": {"default": [2, 4]}}}
 
-# What is refused for what stands beside a choice: a recipe of that kind, and the epochs of the
+# What is refused besides pairs of choices: an example of it as a recipe, and the epochs of the
 # training if they matter.
 ALONE = {
     "another choice without --pruner (--pattern n:m implies unif)": (Recipe(sparsity=0.5), None),
@@ -74,58 +76,48 @@ ALONE = {
 OF_THE_MODEL = """\
 --pruner unifplus: a sparsity that the layers between the first and the last cannot reach
 --pattern row, x:m: a sparsity that leaves less than one weight of a row or group
---pattern n:m, n:mt, x:m, block:RxC: sizes that do not divide the layers
---pattern heads, neurons, heads+neurons: less than one unit left in a block, unknown blocks
-what looks at data: more --calibration-images than training images, and streams (timm:wds/...)
+--pattern n:m, n:mt, x:m, block:RxC: sizes that do not divide those of the layers
+--pattern heads, neurons, heads+neurons: a block without a unit left, or of an unknown kind
+methods that look at data: more --calibration-images than training images; streams (timm:wds/...)
 """
 
 
 def menu() -> str:
     """What `main.py --list-methods` prints: a table of each choice, then what is refused."""
-    parts = [
-        f"{flag}: {what}\n\n{table(registry)}{compared(flag)}"
-        for flag, (what, registry) in CHOICES.items()
-    ]
-    return "\n\n".join(
-        [
-            *parts,
-            "Refused before any work\n\n" + "\n".join(refusals()),
-            "Refused when data and model are known\n\n" + OF_THE_MODEL.strip(),
-        ]
-    )
+    parts = []
+    for flag, (what, registry) in CHOICES.items():
+        parts.append(f"{flag}: {what}\n\n{table(registry)}{compared(flag)}")
+    parts.append("Refused before any work\n\n" + "\n".join(refusals()))
+    parts.append("Refused when data and model are known\n\n" + OF_THE_MODEL.strip())
+    return "\n\n".join(parts)
 
 
 def compared(flag: str) -> str:
-    """Where to see what the names of a choice gave."""
-    names = f"\n\nSide by side in docs/comparison.md: {', '.join(COMPARED.get(flag, ()))}"
-    return names if flag in COMPARED else ""
+    """A paragraph that says where the methods of a choice are compared; empty if nowhere."""
+    if flag not in COMPARED:
+        return ""
+    return f"\n\nSide by side in docs/comparison.md: {', '.join(COMPARED[flag])}"
 
 
 def table(registry: Mapping) -> str:
-    """All names of a registry: what each does, the statistics that it looks at where any do, and
-    its source.
-    """
-    rows = [
-        (name, line.rstrip("."), ", ".join(sorted(needs)), source)
-        for name, (line, source, needs) in (
-            (name, describe(entry)) for name, entry in registry.items()
-        )
-    ]
-    heads = ("name", "what it does", "looks at", "source")
-    columns = [column for column in zip(heads, *rows, strict=True) if any(column[1:])]
+    """A table of a registry: name, what it does, the statistics it looks at, and its source."""
+    rows = [("name", "what it does", "looks at", "source")]
+    for name, entry in registry.items():
+        line, source, needs = describe(entry)
+        rows.append((name, line.rstrip("."), ", ".join(sorted(needs)), source))
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+
+    # What a method does gets the room that the other columns leave
     widths = [min(max(map(len, column)), 36) for column in columns]
-    widths[1] = 0
-    widths[1] = min(max(map(len, columns[1])), WIDTH - sum(widths) - 2 * (len(widths) - 1))
+    others = sum(widths) - widths[1] + 2 * (len(widths) - 1)
+    widths[1] = min(max(map(len, columns[1])), WIDTH - others)
+
     lines = []
     for row in zip(*columns, strict=True):
         cells = [textwrap.wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
-        for number in range(max(map(len, cells))):
-            texts = (cell[number] if number < len(cell) else "" for cell in cells)
-            lines.append(
-                "  ".join(
-                    text.ljust(width) for text, width in zip(texts, widths, strict=True)
-                ).rstrip()
-            )
+        for texts in zip_longest(*cells, fillvalue=""):
+            padded = map(str.ljust, texts, widths)
+            lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
 
 
@@ -136,52 +128,57 @@ def refusals() -> list[str]:
         for one, ones, other, others, reason in refused_pairs()
     ]
     lines += [f"{what}: {_reason(*refused)}" for what, refused in ALONE.items()]
+
     for field in fields(Recipe):
         users = users_of(field.name)
         if users and field.name != "seed":
             lines.append(
                 f"{as_flag(field.name)} with another --prune-schedule than {', '.join(users)}"
             )
+
     return [line for long in lines for line in textwrap.wrap(long, WIDTH, subsequent_indent="    ")]
 
 
 def refused_pairs() -> list[tuple[str, list[str], str, list[str], str]]:
-    """Which values of two choices are refused together, whatever the others are: one, its values,
-    other, its, why.
+    """The values of two choices that are refused together, whatever the other choices are.
+
+    Returns:
+        (one choice, its values, another choice, its values, the reason) for each group of values.
     """
     found = []
     for (one, ones), (other, others) in combinations(_values().items(), 2):
-        reasons = {}  # by value of the one choice and reason, the values of the other
-        for value in ones:
-            for beside in others:
-                if reason := _reason(example(**{one: value, other: beside})):
-                    reasons.setdefault((value, reason), []).append(beside)
-        alike = {}
+        # The refused values of the other choice, by value of the one choice and reason
+        reasons = defaultdict(list)
+        for value, other_value in product(ones, others):
+            if reason := _reason(example(**{one: value, other: other_value})):
+                reasons[value, reason].append(other_value)
+
+        # The values of the one choice for which the same values are refused for the same reason
+        alike = defaultdict(list)
         for (value, reason), refused in reasons.items():
-            alike.setdefault((reason, tuple(refused)), []).append(value)
-        found += [
-            (one, values, other, list(refused), reason)
-            for (reason, refused), values in alike.items()
-        ]
+            alike[reason, tuple(refused)].append(value)
+
+        for (reason, refused), values in alike.items():
+            found.append((one, values, other, list(refused), reason))
     return found
 
 
 def example(pruner: str = "unif", pattern: str | None = None, **choices) -> Recipe:
     """A recipe of these choices, with the pattern, sparsity or configuration that they need."""
-    learns_masks = SCHEDULES[choices.get("prune_schedule", Recipe.prune_schedule)].learns_masks
     if pruner == "custom":
         return Recipe(pruner, custom_config=CONFIG, pattern=pattern or Recipe.pattern, **choices)
-    pattern = pattern or (EXAMPLES["x:m"] if learns_masks else Recipe.pattern)
-    return Recipe(
-        pruner, 0.5 if parse_pattern(pattern).sparsity is None else None, pattern=pattern, **choices
-    )
+
+    schedule = SCHEDULES[choices.get("prune_schedule", Recipe.prune_schedule)]
+    pattern = pattern or (EXAMPLES["x:m"] if schedule.learns_masks else Recipe.pattern)
+    sparsity = 0.5 if parse_pattern(pattern).sparsity is None else None
+    return Recipe(pruner, sparsity, pattern=pattern, **choices)
 
 
 # ---- helpers, not exported ----
 
 
 def _values() -> dict[str, Iterable[str]]:
-    """By field of a recipe all values of a choice, patterns by example."""
+    """All values of each choice, by its field of a recipe; patterns are examples."""
     return {
         "pruner": PRUNERS,
         "pattern": [EXAMPLES.get(form, form) for form in PATTERNS],
