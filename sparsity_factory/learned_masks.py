@@ -126,7 +126,7 @@ class MaskLearner:
 
 
 def group_masks(n: int, m: int) -> Tensor:
-    """All masks that keep n of m, those of earlier weights first: float32 (masks, m)."""
+    """All masks that keep n of m, float32 of shape (masks, m); earlier weights are kept first."""
     masks = [[float(place in kept) for place in range(m)] for kept in combinations(range(m), n)]
     return torch.tensor(masks)
 

@@ -57,8 +57,8 @@ class ZeroWeights:
 
     def end_backward(self, scale: float | Tensor) -> None:
         """When the gradients are complete. scale: what the loss was multiplied by."""
-        # Muon gives all singular values of a gradient one size, and most of those of a gradient
-        # with holes are noise
+        # Muon gives all singular values of a gradient one size. A gradient with holes has many that
+        # are only noise.
         if not self._followers.orthogonalizes:
             self._masks.apply_to_grads()
 
@@ -85,7 +85,7 @@ class ZeroWeights:
             masks: the saved masks.
 
         Raises:
-            PruningError: the entries are damaged, or those of another model or schedule.
+            PruningError: the entries are damaged, or belong to another model or schedule.
         """
         saved.hidden({}, masks)
 
@@ -167,8 +167,8 @@ class HiddenWeights(ZeroWeights):
 class FrozenWeights(HiddenWeights):
     """All weights stand still while the masks are learned; the next `change` ends that.
 
-    Between steps pruned weights are hidden. In a step, the model has all weights, multiplied by
-    soft masks, and `_frozen` has a copy of all parameters, to which the step's end goes back.
+    Between steps pruned weights are hidden. In a step the model has all weights, multiplied by soft
+    masks; `_frozen` has a copy of all parameters, from which the end of the step restores them.
     """
 
     learns = True

@@ -138,7 +138,7 @@ class Recipe:
         return replace(recipe, custom_config=_plain(recipe.custom_config))
 
     def differences(self, other: "Recipe") -> list[str]:
-        """The fields in which the recipes differ, of those that at least one of them uses.
+        """The fields in which the recipes differ, among all that at least one of them uses.
 
         Both recipes have passed `check`. Custom configurations are compared by the meaning of their
         levels; a list always differs from a mapping, since only the names of the weights could tell
@@ -151,7 +151,7 @@ class Recipe:
         ]
 
     def in_words(self) -> str:
-        """The flags that ask for this recipe, without those at their defaults."""
+        """The flags that ask for this recipe, without flags at their defaults."""
         if self.pruner is None:
             return "no pruner"
         used = self._used()
@@ -200,7 +200,7 @@ class Recipe:
     def levels(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int | tuple[int, int]]:
         """What `custom` keeps of each weight: a number, or (n, m). Nothing for other pruners.
 
-        shapes: those of the prunable weights, by name in model order.
+        shapes: by the names of the prunable weights, in model order.
 
         Raises:
             PruningError: the configuration does not fit the weights.
@@ -211,7 +211,7 @@ class Recipe:
         """The arguments of `compute_masks`.
 
         Args:
-            shapes: those of the prunable weights, by name in model order.
+            shapes: by the names of the prunable weights, in model order.
             levels: what `levels(shapes)` returned.
             scale: from each sparsity of the recipe to the sparsity to use. In groups, the nearest
                 number is kept. None: the recipe's own.
@@ -344,7 +344,7 @@ class Recipe:
         )
 
     def _check_reconstruction(self) -> None:
-        """The reconstruction, and that the weights it leaves are those that are trained."""
+        """The reconstruction, and that the training begins with the weights that it leaves."""
         names = ", ".join(RECONSTRUCTIONS)
         self._expect(_is_in(RECONSTRUCTIONS, self.reconstruct), "reconstruct", f"one of {names}")
         if self.reconstruct == NONE:

@@ -1,6 +1,4 @@
-"""`--audit` shows the layers of a checkpoint, and finds weights that do not obey its masks or its
-pattern.
-"""
+"""`--audit` shows the layers of a checkpoint, and finds weights that break its masks or pattern."""
 
 import re
 
@@ -18,6 +16,8 @@ def test_audit_shows_the_layers_of_a_file_and_finds_weights_that_do_not_obey(
     run_main(*tiny, "--pruner", "custom", "--custom-config", "c.yaml", "--output_dir", "out")
     output = run_main("--audit", "out/checkpoint.pth")
     assert re.search(r"blocks\.1\.attn\.qkv\.weight +288 x 96 +13,824 +27,648 +50\.00%", output)
+
+    # Pruned weights that are not zero
     checkpoint = torch.load(tmp_path / "out/checkpoint.pth", weights_only=True)
     weight = checkpoint["model"]["blocks.2.mlp.fc1.weight"]
     weight[weight == 0] = 1
@@ -26,6 +26,8 @@ def test_audit_shows_the_layers_of_a_file_and_finds_weights_that_do_not_obey(
         "--audit", "changed.pth", status=1
     )
     assert "not zero" in run_main(*tiny, "--eval", "--resume", "changed.pth", status=2)
+
+    # Other masks: two others of a group, then all four of it
     checkpoint = torch.load(tmp_path / "out/checkpoint.pth", weights_only=True)
     checkpoint["masks"]["blocks.3.mlp.fc1.weight"]["bits"][0] ^= 0b11110000
     checkpoint["model"]["blocks.3.mlp.fc1.weight"].zero_()
@@ -35,6 +37,7 @@ def test_audit_shows_the_layers_of_a_file_and_finds_weights_that_do_not_obey(
     checkpoint["masks"]["blocks.3.mlp.fc1.weight"]["bits"][0] |= 0b11110000
     torch.save(checkpoint, "changed.pth")
     assert "a group of 4 does not keep 2" in run_main("--audit", "changed.pth", status=1)
+
     run_main(*tiny, "--output_dir", "dense", "--no-pretrained")
     assert "holds no masks" in run_main("--audit", "dense/checkpoint.pth", status=2)
 
@@ -57,6 +60,7 @@ def test_a_transposable_mask_is_kept_audited_and_reported_as_n_of_m(run_main, ti
         "--output_dir",
         "out",
     )
+
     checkpoint = torch.load("out/checkpoint.pth", weights_only=True)
     masks = unpack(checkpoint["masks"])
     for name, mask in masks.items():
@@ -64,6 +68,8 @@ def test_a_transposable_mask_is_kept_audited_and_reported_as_n_of_m(run_main, ti
         assert not checkpoint["model"][name][~mask].any()
     assert "blocks.0.attn.qkv.weight: [2, 4]" in (tmp_path / "out/sparsity.yaml").read_text()
     run_main("--audit", "out/checkpoint.pth")
+
+    # Groups along the inputs hold, groups along the outputs do not
     name, mask = next(iter(masks.items()))
     masks[name] = torch.tensor([True, True, False, False]).repeat(len(mask), mask.shape[1] // 4)
     torch.save(
@@ -98,4 +104,5 @@ def test_audit_does_not_claim_a_target_that_a_schedule_has_not_reached(
         "out",
         status=143,
     )
+
     assert "has not reached the target yet" in run_main("--audit", "out/checkpoint.pth")

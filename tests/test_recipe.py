@@ -56,12 +56,12 @@ REFUSED = {
     "sparsity of 1": (Recipe("lamp", 1.0), "--sparsity 1.0"),
     "sparsity of no number": (Recipe("lamp", True), "--sparsity"),
     "sparsity that is NaN": (Recipe("lamp", float("nan")), "--sparsity nan"),
-    "sparsity beside n:m": (
+    "sparsity with n:m": (
         Recipe("lamp", 0.5, pattern="2:4"),
         "--sparsity 0.5: expected none with --pattern 2:4",
     ),
     "n above m": (Recipe("unif", pattern="4:2"), "pattern '4:2': expected n:m"),
-    "sparsity beside custom": (
+    "sparsity with custom": (
         custom(0.5, sparsity=0.5),
         "--sparsity 0.5: expected none with --pruner custom",
     ),
@@ -69,14 +69,14 @@ REFUSED = {
         Recipe("lamp", 0.5, pattern="2x4"),
         "unknown pattern '2x4': expected unstructured, row",
     ),
-    "pattern beside custom": (
+    "pattern with custom": (
         custom(0.5, pattern="row"),
         "--pattern row: expected none with --pruner custom",
     ),
     "custom without configuration": (Recipe("custom"), "--pruner custom needs --custom-config"),
     "configuration of no mapping": (Recipe("custom", custom_config=[0.5]), "expected a mapping"),
     "wrong level": (custom(1.5), "level 0 is 1.5"),
-    "configuration beside lamp": (
+    "configuration with lamp": (
         dataclasses.replace(LAMP, custom_config={}),
         "--custom-config needs --pruner custom",
     ),
@@ -389,6 +389,7 @@ def test_another_schedule_keeps_what_it_uses_and_drops_the_rest(schedule):
     )
     recipe = asked.with_schedule(schedule)
     recipe.check()
+
     kept = {
         "pruner",
         "sparsity",

@@ -1,6 +1,4 @@
-"""A recipe at work: each schedule against a plain loop, the optimizer's state, and runs that are
-cut and go on.
-"""
+"""A recipe at work: schedules against plain loops, the optimizer's state, runs that are resumed."""
 
 import copy
 import io
@@ -91,9 +89,12 @@ class Run:
         (loss_of(self.model, self.sparsifier.step) * scale).backward()
         if gradient is not None:
             self.model[0].weight.grad[0, 0] = gradient
+
         self.sparsifier.end_backward(scale)
         if after_backward is not None:
             after_backward()
+
+        # As a gradient scaler does, which skips the step of a gradient that is not finite
         if gradient is None:
             for parameter in self.model.parameters():
                 parameter.grad.div_(scale)
@@ -120,9 +121,7 @@ def largest(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
 def plain_masks(
     schedule: str, step: int, weights: dict, masks: dict, gradients: dict
 ) -> dict | None:
-    """The masks after this step (-1: before the first), or None where they stay: written out for
-    the SETTINGS above.
-    """
+    """The masks after this step (-1: before the first), or None if they stay, by the SETTINGS."""
 
     def all_largest(sparsity):
         return {name: largest(weight, sparsity) for name, weight in weights.items()}
@@ -291,6 +290,7 @@ def test_the_final_sparsity_is_reached_at_the_end_of_the_schedule_and_not_before
             assert not finals[-1] or run.sparsifier.masks.sparsity() > SPARSITY - 0.01
         reached[schedule] = finals.index(True)  # after so many steps
         assert all(finals[reached[schedule] :])
+
     assert reached == {
         "one-shot": 0,
         "gradual": 15,
@@ -513,6 +513,8 @@ def test_each_choice_of_masks_reconstructs_and_averages_begin_anew(schedule, ste
     for step in range(STEPS):
         if step or schedule != "one-shot":
             run.step()
+
+        # By hand, from the model as it was when the recipe reconstructed it
         if step in steps:
             expected = before[step]
             reconstruct_layers(
@@ -527,6 +529,7 @@ def test_each_choice_of_masks_reconstructs_and_averages_begin_anew(schedule, ste
                     torch.equal(value, model.state_dict()[name])
                     for name, value in expected.state_dict().items()
                 )
+
     assert list(before) == steps
     assert run.sparsifier.final
     assert run.sparsifier.masks.sparsity() == pytest.approx(SPARSITY, abs=0.01)
@@ -556,6 +559,7 @@ def test_what_obs_chooses_has_the_numbers_of_the_schedule_and_the_state_of_what_
         old = run.masks()
         run.step()
         plain.step()
+
         for name, mask in run.masks().items():
             assert mask.sum() == plain.masks()[name].sum()
             (momentum,) = state_of(run.optimizer, run.model.get_parameter(name))
@@ -590,10 +594,12 @@ def test_a_step_whose_gradients_are_not_finite_changes_no_mask_and_the_next_one_
     run = Run(recipe(schedule))
     for _ in range(first):
         run.step()
+
     before, weight = run.masks(), run.model[0].weight.clone()
     run.step(gradient=value)
     assert all(torch.equal(run.masks()[name], mask) for name, mask in before.items())
     assert torch.equal(run.model[0].weight, weight)
+
     run.step()
     assert any(not torch.equal(run.masks()[name], mask) for name, mask in before.items())
 
@@ -869,9 +875,7 @@ def test_masks_on_their_way_to_other_processes_are_bits():
 
 
 class NoHostReads(TorchDispatchMode):
-    """Fails where a number is read from the meta device, which stands for a GPU: to read one is to
-    wait for it.
-    """
+    """Fails if a number is read from the meta device, which stands for a GPU: reading one waits."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func is not torch.ops.aten._local_scalar_dense.default, "reads a number"
@@ -890,12 +894,14 @@ def test_no_step_between_changes_waits_for_the_device(schedule):
     }
     for mask in masks.values():
         mask[:, ::2] = False
+
     sparsifier = Sparsifier(
         model, recipe(schedule, **every), total_steps=1000, epoch_steps=250, masks=masks
     )
     sparsifier.start()
     optimizer = sgd(model)
     sparsifier.attach(optimizer)
+
     with NoHostReads():
         for _ in range(3):
             sparsifier.begin_step()
