@@ -124,7 +124,7 @@ def pair(once, tiny):
         runs["evaluation"] = [*tiny, *LAMP, "--eval", "--dist-eval"]
         (folder / "runs.json").write_text(json.dumps(runs))
         result = start_main(
-            folder, cwd=folder, processes=2, script=ROOT / "tests" / "two_processes.py"
+            folder, cwd=folder, processes=2, script=ROOT / "tests" / "helpers" / "two_processes.py"
         )
         assert result.returncode == 0, result.stderr
 

@@ -14,7 +14,7 @@ import utils
 from trainer.exit_status import exit_status
 from utils import UserError, processes
 
-EXCHANGE = ROOT / "tests" / "exchange.py"
+EXCHANGE = ROOT / "tests" / "helpers" / "exchange.py"
 
 
 @pytest.fixture
