@@ -71,7 +71,7 @@ def share_masks(folder: Path) -> None:
     after = copy_of(weights)
     sparsifier.start(first)
     torch.save(
-        {"masks": sparsifier.masks, "before": before, "after": after},
+        {"masks": dict(sparsifier.masks), "before": before, "after": after},
         folder / f"shared{utils.rank()}.pth",
     )
 
