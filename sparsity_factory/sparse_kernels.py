@@ -1,12 +1,11 @@
-"""Sparse kernels: which layers of a pruned model run faster with their zeros left out, measured
-where they run.
+"""Sparse kernels: runs layers of a pruned model without their zeros if that measures faster.
 
     quick, report = sparse_kernels(model, images)
     print(report.table())
 
 A kernel is a class in `KERNELS`: a linear layer that computes with another form of its weight.
-`why_not` gives the reason against a kernel for a weight. A kernel that fails for any other reason
-raises RuntimeError when it is tried; then the layer stays dense.
+`why_not` gives the reason against a kernel for a weight. If a kernel raises RuntimeError when it is
+tried, it is not used for that layer.
 """
 
 import copy
@@ -24,23 +23,25 @@ from torch.sparse import to_sparse_semi_structured
 from .masks import prunable_weights
 
 DENSE = "dense"
-# A kernel has to take at most this part of the dense time, since times repeat to some percent only
+# A kernel has to take at most this fraction of the dense time, since times vary by some percent.
 WORTH = 0.95
-# Seconds for the measurements of a layer, and of the whole model
-BUDGET, WHOLE_BUDGET = 0.5, 5.0
-HOPELESS = 2  # a kernel that once took so many times the dense time is not measured further
+# Seconds for the measurements of a layer, and for those of the whole model.
+BUDGET = 0.5
+WHOLE_BUDGET = 5.0
+# A kernel that once took this many times the dense time is not measured again.
+HOPELESS = 2
 
 
 class SparseLinear(nn.Linear):
     """A linear layer that leaves out zeros of its weight; for inference only, no gradients flow.
 
     It holds the parameters of the dense layer itself, so that state dicts, names and counts stay
-    those of the dense model. The sparse form is made once, on the weight's device: it follows
-    neither later changes nor moves of it.
+    those of the dense model. The sparse form is made once, on the weight's device. It does not
+    follow later changes of the weight, nor a move to another device.
 
     Args:
         linear: the dense layer.
-        dtype: that of the outputs, as the dense layer would give them.
+        dtype: the dtype of the outputs, as the dense layer would give them.
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
@@ -51,12 +52,12 @@ class SparseLinear(nn.Linear):
         self.bias = linear.bias
         self.dtype = dtype
         self.train(linear.training)
-        # Torch calls each of its sparse formats a prototype
+
+        bias = None if linear.bias is None else linear.bias.detach()
+        # torch warns that its sparse formats are prototypes
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            self.prepare(
-                linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-            )
+            self.prepare(linear.weight.detach(), bias)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -65,15 +66,18 @@ class SparseLinear(nn.Linear):
 
     @staticmethod
     def why_not(weight: Tensor, dtype: torch.dtype) -> str | None:
-        """Why this kernel is not for such a weight, or None. dtype: that in which the dense layer
-        computes.
+        """Why this kernel is not for such a weight, or None.
+
+        dtype: the dtype in which the dense layer computes.
         """
         raise NotImplementedError
 
     def prepare(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Makes the sparse form of the weight."""
         raise NotImplementedError
 
     def compute(self, x: Tensor) -> Tensor:
+        """The outputs for inputs of shape (..., inputs)."""
         raise NotImplementedError
 
 
@@ -81,44 +85,48 @@ class Transposed(SparseLinear):
     """Sparse weight (outputs, inputs) times transposed activations (inputs, tokens).
 
     Attributes:
-        hands_on: the result stays as it lies in memory, with the shape that the dense layer's has.
-            An activation function keeps that order, so that between two such layers, as in an MLP,
-            nothing is transposed.
+        hands_on: whether the result keeps its transposed order in memory, though it has the shape
+            of the dense layer's. An activation function keeps that order, so that between two such
+            layers, as in an MLP, nothing is transposed.
     """
 
     hands_on = False
-    # Tokens at once: those of two images of 224 x 224; from there on more made no difference
+    # How many tokens to multiply at once: those of two 224 x 224 images; more were not faster
     chunk = 400
 
     def compute(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, self.in_features).t().to(self.column.dtype)
         outputs = tokens.new_empty(self.out_features, tokens.shape[1])
-        for part, into in zip(
-            tokens.split(self.chunk, 1), outputs.split(self.chunk, 1), strict=True
-        ):
+        parts = zip(tokens.split(self.chunk, 1), outputs.split(self.chunk, 1), strict=True)
+        for part, into in parts:
             self.multiply(part.contiguous(), into)
+
         outputs = outputs.t().to(self.dtype)
-        return (outputs if self.hands_on else outputs.contiguous()).view(
-            *x.shape[:-1], self.out_features
-        )
+        if not self.hands_on:
+            outputs = outputs.contiguous()
+        return outputs.view(*x.shape[:-1], self.out_features)
 
     def multiply(self, tokens: Tensor, into: Tensor) -> None:
+        """Writes the outputs for tokens (inputs, tokens) to `into`, (outputs, tokens)."""
         torch.addmm(self.column, self.sparse, tokens, out=into)
 
     def prepare(self, weight: Tensor, bias: Tensor | None) -> None:
         if weight.is_cuda:
             self.chunk = 2**31 - 1
             weight = weight.to(self.dtype)
-        else:  # where no sparse product takes less than float32
+        else:  # sparse products on CPUs need float32 or more
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+
         self.sparse = self.compress(weight)
-        self.column = (
-            weight.new_zeros(len(weight), 1) if bias is None else bias.to(weight.dtype)[:, None]
-        )
+        if bias is None:
+            self.column = weight.new_zeros(len(weight), 1)
+        else:
+            self.column = bias.to(weight.dtype)[:, None]
 
     @classmethod
     def compress(cls, weight: Tensor) -> Tensor:
-        # With the short indices that MKL has, which else are converted at each call
+        """The sparse form of a weight."""
+        # MKL has 32-bit indices; longer ones would be converted at each call
         rows = weight.to_sparse_csr()
         return torch.sparse_csr_tensor(
             rows.crow_indices().int(), rows.col_indices().int(), rows.values(), rows.shape
@@ -157,17 +165,15 @@ class Bsr(Transposed):
 
     @classmethod
     def block(cls, weight: Tensor) -> int:
-        """The largest side of blocks that are either zero or have hardly a zero in them; 0 where
-        there is none.
-        """
-        kept = int(weight.count_nonzero())
+        """The largest side of blocks that are either all zero or have hardly a zero, or 0."""
+        nonzero = weight != 0
+        kept = int(nonzero.count_nonzero())
         for size in cls.sizes:
-            if all(side % size == 0 for side in weight.shape):
-                blocks = (
-                    (weight != 0).unflatten(1, (-1, size)).unflatten(0, (-1, size)).any(3).any(1)
-                )
-                if int(blocks.count_nonzero()) * size**2 <= 1.05 * kept:
-                    return size
+            if any(side % size for side in weight.shape):
+                continue
+            blocks = nonzero.unflatten(1, (-1, size)).unflatten(0, (-1, size)).any(3).any(1)
+            if int(blocks.count_nonzero()) * size**2 <= 1.05 * kept:
+                return size
         return 0
 
     @classmethod
@@ -185,8 +191,10 @@ class TwoOfFour(SparseLinear):
             return "for CUDA of compute capability 8 and above"
         if dtype not in (torch.float16, torch.bfloat16):
             return "for float16 and bfloat16; float32 would be rounded to TF32"
-        groups = weight.shape[1] % 4 == 0 and (weight != 0).unflatten(1, (-1, 4)).sum(2).max() <= 2
-        return None if groups else "more than two of four weights are kept"
+        in_groups = weight.shape[1] % 4 == 0
+        if in_groups and (weight != 0).unflatten(1, (-1, 4)).sum(2).max() <= 2:
+            return None
+        return "more than two of four weights are kept"
 
     def prepare(self, weight: Tensor, bias: Tensor | None) -> None:
         self.sparse = to_sparse_semi_structured(weight.to(self.dtype).contiguous())
@@ -197,29 +205,27 @@ class TwoOfFour(SparseLinear):
 
 
 class Compact(SparseLinear):
-    """A dense product without the inputs and outputs that are wholly pruned, as those of heads and
-    neurons are.
-    """
+    """A dense product without wholly pruned inputs and outputs, such as those of pruned heads."""
 
     @staticmethod
     def why_not(weight: Tensor, dtype: torch.dtype) -> str | None:
         kept = weight != 0
-        return (
-            "no input or output is wholly pruned"
-            if bool(kept.any(0).all() and kept.any(1).all())
-            else None
-        )
+        if bool(kept.any(0).all() and kept.any(1).all()):
+            return "no input or output is wholly pruned"
+        return None
 
     def prepare(self, weight: Tensor, bias: Tensor | None) -> None:
         kept = weight != 0
-        self.rows, self.columns = (kept.any(dim).nonzero().flatten() for dim in (1, 0))
+        self.rows = kept.any(1).nonzero().flatten()
+        self.columns = kept.any(0).nonzero().flatten()
         weight = weight.to(self.dtype)
         self.small = weight[self.rows][:, self.columns]
         self.offset = weight.new_zeros(len(weight)) if bias is None else bias.to(self.dtype)
 
     def compute(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
-        x = x if len(self.columns) == self.in_features else x.index_select(-1, self.columns)
+        if len(self.columns) < self.in_features:
+            x = x.index_select(-1, self.columns)
         y = F.linear(x, self.small, self.offset[self.rows])
         if len(self.rows) == self.out_features:
             return y
@@ -237,9 +243,10 @@ KERNELS: dict[str, type[SparseLinear]] = {
 
 
 class LayerTimes(NamedTuple):
-    """What was measured of a layer that has zeros.
+    """The times of a layer that has zeros.
 
-    seconds: of one call, by kernel, `dense` among them; empty where nothing could be measured.
+    seconds: by kernel, `dense` among them, the time of one call; empty if nothing could be
+        measured.
     refused: by kernel, why it is not for this layer.
     """
 
@@ -250,21 +257,22 @@ class LayerTimes(NamedTuple):
 
     @property
     def quickest(self) -> str | None:
-        """The quickest sparse kernel that was measured."""
-        return min(
-            (name for name in self.seconds if name != DENSE), key=self.seconds.get, default=None
-        )
+        """The quickest sparse kernel that was measured, or None."""
+        sparse = [name for name in self.seconds if name != DENSE]
+        return min(sparse, key=self.seconds.get, default=None)
 
     @property
     def kernel(self) -> str:
-        """The kernel to use: dense unless a sparse one is quicker beyond the noise."""
+        """The kernel to use: dense, unless a sparse one is quicker by more than the noise."""
         best = self.quickest
         return best if best and self.seconds[best] <= WORTH * self.seconds[DENSE] else DENSE
 
 
 class KernelReport(NamedTuple):
-    """What `sparse_kernels` measured. seconds: of the whole model on `images` images, dense and, if
-    tried, sparse.
+    """What `sparse_kernels` measured.
+
+    images: how many images the whole model was given at once.
+    seconds: the time of the whole model, `dense` and, if any layer has a kernel, `sparse`.
     """
 
     layers: Sequence[LayerTimes]
@@ -277,9 +285,10 @@ class KernelReport(NamedTuple):
         return self.seconds.get("sparse", float("inf")) <= WORTH * self.seconds.get(DENSE, 0.0)
 
     def table(self) -> str:
-        """All of it as text: a line for each layer, what each kernel is not for, and the whole
-        model.
-        """
+        """The report as text: each layer, the reasons against kernels, and the whole model."""
+        if not self.layers:
+            return self.in_words()
+
         cells = [("layer", "sparsity", "kernel", "dense", "sparse", "by")]
         for layer in self.layers:
             best = layer.quickest
@@ -294,18 +303,19 @@ class KernelReport(NamedTuple):
                 )
             )
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-            for row in cells
-        ]
-        reasons = {}
+        lines = []
+        for name, *others in cells:
+            lines.append("  ".join([name.ljust(widths[0]), *map(str.rjust, others, widths[1:])]))
+
+        # One line for each kernel and reason against it, with the layers that share the reason
+        names_by_reason = {}
         for layer in self.layers:
             for kernel, reason in layer.refused.items():
-                reasons.setdefault((kernel, reason), []).append(layer.name)
-        lines += [
-            f"{kernel}: {reason} ({_names(names)})" for (kernel, reason), names in reasons.items()
-        ]
-        return "\n".join([*(lines if self.layers else []), self.in_words()])
+                names_by_reason.setdefault((kernel, reason), []).append(layer.name)
+        for (kernel, reason), names in names_by_reason.items():
+            lines.append(f"{kernel}: {reason} ({_names(names)})")
+
+        return "\n".join([*lines, self.in_words()])
 
     def in_words(self) -> str:
         """The whole model in one line."""
@@ -313,37 +323,42 @@ class KernelReport(NamedTuple):
             return "Sparse kernels: no layer has zeros, so the model stays dense"
         if "sparse" not in self.seconds:
             return "Sparse kernels: no layer is quicker than dense, so the model stays dense"
+
+        count = sum(layer.kernel != DENSE for layer in self.layers)
         rates = ", ".join(
             f"{name} {self.images / taken:,.1f}" for name, taken in self.seconds.items()
         )
-        count = sum(layer.kernel != DENSE for layer in self.layers)
+        ratio = self.seconds[DENSE] / self.seconds["sparse"]
+        unused = "; not quicker by 5 % as a whole, so the model stays dense"
         return (
             f"Sparse kernels in {count} of {len(self.layers)} layers, whole model, {self.images} "
-            f"images at once: {rates} images/s, "
-            f"{self.seconds[DENSE] / self.seconds['sparse']:.2f} times"
-            + ("" if self.used else "; not quicker by 5 % as a whole, so the model stays dense")
+            f"images at once: {rates} images/s, {ratio:.2f} times{'' if self.used else unused}"
         )
 
 
 @torch.no_grad()
 def in_turns(functions: Mapping[str, Callable[[], object]], budget: float) -> dict[str, float]:
-    """The shortest seconds of each function, called in turns, since the speed of a machine drifts.
+    """The shortest time of each function in seconds.
 
-    budget: seconds after which no further round begins; two are always made, after a first one that
-    is not counted.
+    Functions are called in turns, since the speed of a machine drifts.
+
+    budget: seconds after which no further round begins. After a first round that is not counted,
+        there are always two.
     """
     for function in functions.values():
         function()
+
     taken = {}
-    start = time.perf_counter()
     rounds = 0
-    while rounds < 2 or time.perf_counter() - start < budget and rounds < 50:
+    start = time.perf_counter()
+    while rounds < 2 or (rounds < 50 and time.perf_counter() - start < budget):
         for name, function in functions.items():
             if rounds and taken[name] > HOPELESS * taken.get(DENSE, float("inf")):
                 continue
             began = time.perf_counter()
             function()
-            taken[name] = min(taken.get(name, float("inf")), time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            taken[name] = min(taken.get(name, float("inf")), seconds)
         rounds += 1
     return taken
 
@@ -356,43 +371,48 @@ def sparse_kernels(
     kernels: Mapping[str, type[SparseLinear]] = KERNELS,
     measure: Callable = in_turns,
 ) -> tuple[nn.Module, KernelReport]:
-    """Gives a pruned model sparse kernels in the layers where they are measured to be quicker, for
-    inference.
+    """Gives a pruned model sparse kernels in the layers that they make quicker, for inference.
 
     Call it under the autocast under which the model will run. Layers are measured one by one on
-    random inputs of the shapes that they have in the model, and their outputs put into the order
-    that a dense layer gives. Between two sparse layers that is saved, so that the model gains more
-    than its layers; it is measured as a whole as well.
+    random inputs of the shapes that they have in the model, including the time to bring outputs
+    into the order of a dense layer. Between two sparse layers the model saves that time, so it can
+    gain more than its layers. Therefore it is also measured as a whole.
 
     Args:
-        model: in evaluation mode; not changed. Only plain `nn.Linear` that it calls are replaced.
-        images: a batch as the model will see, on its device.
-        kernels: those to try, by name.
+        model: a module in evaluation mode, which is not changed. Only plain `nn.Linear` layers that
+            it calls are replaced.
+        images: a batch as the model will see, on the model's device.
+        kernels: the kernels to try, by name.
         measure: called with functions by name, `dense` first, and the seconds it may take; returns
-            those of each.
+            the seconds of each function.
 
     Returns:
         A copy of the model with the quickest kernels, which shares its parameters, or `model`
-        itself where it is not quicker; and what was measured. Outputs are equal to rounding.
+        itself if the copy is not quicker; and the report. Outputs are equal up to rounding.
     """
-    weights = {name: weight for name, weight in prunable_weights(model).items() if not weight.all()}
-    layers = {
-        name: model.get_submodule(name.removesuffix("weight").rstrip(".")) for name in weights
-    }
+    pruned = [name for name, weight in prunable_weights(model).items() if not weight.all()]
+    paths = {name: name.removesuffix("weight").rstrip(".") for name in pruned}
+    layers = {name: model.get_submodule(path) for name, path in paths.items()}
+
+    # Each layer by itself
     inputs = _inputs(model, images, layers.values())
-    times, chosen = [], {}
+    times = []
+    chosen = {}
     for name, layer in layers.items():
         timed, built = _try_kernels(name, layer, inputs.get(layer), kernels, measure)
         times.append(timed)
         if timed.kernel != DENSE:
-            chosen[name.removesuffix("weight").rstrip(".")] = built[timed.kernel]
+            chosen[paths[name]] = built[timed.kernel]
+
     report = KernelReport(times, len(images), {})
     if not chosen:
         return model, report
+
+    # The whole model
     quick = _with_layers(model, chosen)
     _hand_on(quick, images)
-    whole = {DENSE: _call(model, images), "sparse": _call(quick, images)}
-    report = report._replace(seconds=measure(whole, WHOLE_BUDGET))
+    calls = {DENSE: _call(model, images), "sparse": _call(quick, images)}
+    report = report._replace(seconds=measure(calls, WHOLE_BUDGET))
     return (quick if report.used else model), report
 
 
@@ -400,46 +420,47 @@ def sparse_kernels(
 
 
 def _try_kernels(name, layer, x, kernels, measure) -> tuple[LayerTimes, dict[str, SparseLinear]]:
-    """Measures each kernel that takes the layer on inputs like `x`, a shape and a dtype, or None if
-    it has none.
+    """Measures each kernel that suits the layer; returns the times and the kernels by name.
+
+    x: shape and dtype of the layer's inputs, or None if the model does not call it.
     """
     weight = layer.weight
     sparsity = 1 - int(weight.count_nonzero()) / weight.numel()
     if x is None:
         return LayerTimes(name, sparsity, {}, {"none": "the model does not call the layer"}), {}
     if type(layer) is not nn.Linear:
-        return LayerTimes(
-            name, sparsity, {}, {"none": f"a {type(layer).__name__} is no plain linear layer"}
-        ), {}
+        reason = f"a {type(layer).__name__} is no plain linear layer"
+        return LayerTimes(name, sparsity, {}, {"none": reason}), {}
+
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    images = torch.randn(x[0], device=weight.device).to(x[1])
-    built, refused = {}, {}
+    shape, input_dtype = x
+    inputs = torch.randn(shape, device=weight.device).to(input_dtype)
+
+    built = {}
+    refused = {}
     for kernel, make in kernels.items():
         try:
             if reason := make.why_not(weight, dtype):
                 refused[kernel] = reason
                 continue
             sparse = make(layer, dtype)
-            sparse(images)
+            sparse(inputs)
             built[kernel] = sparse
-        except RuntimeError as error:  # a shape or dtype that torch has no kernel for
+        except RuntimeError as error:  # torch has no kernel for this shape or dtype
             refused[kernel] = str(error).partition("\n")[0]
+
     seconds = {}
     if built:
-        seconds = measure(
-            {kind: _call(module, images) for kind, module in {DENSE: layer, **built}.items()},
-            BUDGET,
-        )
+        calls = {kind: _call(module, inputs) for kind, module in {DENSE: layer, **built}.items()}
+        seconds = measure(calls, BUDGET)
     return LayerTimes(name, sparsity, seconds, refused), built
 
 
 def _inputs(
     model: nn.Module, images: Tensor, layers
 ) -> dict[nn.Module, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of what each of the layers is called with; those that are not called are
-    missing.
-    """
+    """Shape and dtype of the inputs of each layer that the model calls."""
     found = {}
 
     def note(layer, arguments):
@@ -456,12 +477,9 @@ def _inputs(
 
 
 def _with_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy of the model with these layers, by name, in the place of its own; it shares parameters
-    and buffers.
-    """
-    copied = copy.deepcopy(
-        model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    )
+    """A copy of the model that has these layers, by name, and shares parameters and buffers."""
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    copied = copy.deepcopy(model, shared)
     for name, layer in layers.items():
         if not name:  # the model is the layer
             return layer
@@ -470,17 +488,15 @@ def _with_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module
 
 
 def _hand_on(model: nn.Module, images: Tensor) -> None:
-    """Lets those layers hand their results on transposed whose result reaches the next sparse layer
-    so.
-    """
+    """Sets `hands_on` of the layers whose transposed result reaches the next sparse layer so."""
     calls = []
+
+    def note(layer, arguments):
+        calls.append((layer, arguments[0].stride(-1)))
+
+    # Run the model with all layers handing on, and see in which order inputs arrive
     layers = [module for module in model.modules() if isinstance(module, Transposed)]
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda layer, arguments: calls.append((layer, arguments[0].stride(-1)))
-        )
-        for layer in layers
-    ]
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     for layer in layers:
         layer.hands_on = True
     try:
@@ -488,6 +504,7 @@ def _hand_on(model: nn.Module, images: Tensor) -> None:
     finally:
         for hook in hooks:
             hook.remove()
+
     for layer in layers:
         layer.hands_on = False
     for (layer, _), (_, stride) in pairwise(calls):
@@ -495,7 +512,7 @@ def _hand_on(model: nn.Module, images: Tensor) -> None:
 
 
 def _call(module: nn.Module, x: Tensor) -> Callable[[], None]:
-    """One call of the module, to its end, and with its output in the usual order."""
+    """A function that calls the module, brings its output into order, and waits for the end."""
 
     def call():
         module(x).contiguous()
