@@ -1,26 +1,51 @@
-# `make demo` runs the main job on the built-in sample, `make sweep` compares the pruners on it, `make test` runs the
-# linter and the tests, `make test-gpu` the tests that need a GPU, `make bench` all measurements of
-# docs/performance.md, `make compare` all accuracies of docs/comparison.md. Each sets up .venv by itself, once.
-
 PYTHON ?= python3
 BIN := .venv/bin
 
+#: Where pip takes torch and torchvision from. PyPI's wheels bring 5 GB of CUDA; a laptop does without:
+#:     make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 
-.PHONY: demo sweep test test-gpu bench compare clean
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt
+# Two at a time, of one thread each; waiting threads leave the cores to others.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+TWO := -n 2 --dist worksteal
+
+.PHONY: help demo sweep quick lint test test-gpu bench compare clean
+
+help:
+	@echo "make demo      prunes, evaluates and finetunes the built-in sample      under a minute"
+	@echo "make sweep     compares five pruners on the sample, in one picture      about ten minutes"
+	@echo "make quick     linter, types and the tests that are not slow            about a minute"
+	@echo "make test      linter, types and all tests                              about ten minutes"
+	@echo "make test-gpu  the tests that need a CUDA GPU                           needs one"
+	@echo "make bench     measures docs/performance.md                             half an hour"
+	@echo "make compare   measures docs/comparison.md                              hours; needs Fashion-MNIST"
+	@echo "make clean     removes .venv and output"
+	@echo
+	@echo "Times are for two CPU cores. The first target that is made sets up .venv: some minutes, the network,"
+	@echo "and over 5 GB of disk, or 1 GB with TORCH_INDEX=https://download.pytorch.org/whl/cpu."
 
 demo: .venv/run
 	$(BIN)/python main.py --pruner lamp --sparsity 0.65
 
-# Two processes of one thread each share the work. Stopped and started again, it goes on where it was.
+# Two processes of one thread each share the work. Stopped and started again, it resumes.
 sweep: .venv/run
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 sweep.py --device cpu \
 		--pruners lamp glob unif unifplus erk --sparsities 0.65 0.8 0.9 0.95 --finetune-epochs 1 --seeds 0 1 2
 
-# Two tests at a time, of one thread each.
-test: .venv/dev
+lint: .venv/dev
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/codespell
+	$(BIN)/mypy
+
+quick: lint
+	$(PYTEST) $(TWO) -m "not slow and not gpu"
+
+test: lint
+	$(PYTEST) $(TWO)
 
 # One at a time, since they share the GPU.
 test-gpu: .venv/dev
@@ -29,20 +54,21 @@ test-gpu: .venv/dev
 bench: .venv/dev
 	$(BIN)/python benchmarks/run.py
 
-# Hours. Two processes share the work; stopped and started again, it goes on where it was. Debian's package
-# dataset-fashion-mnist has the four official files; FASHION_MNIST=FOLDER says where they are otherwise.
+# Two processes share the work. Stopped and started again, it resumes. Debian's package dataset-fashion-mnist has the
+# four official files; FASHION_MNIST=FOLDER names another place.
 compare: .venv/run
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 benchmarks/compare.py $(FASHION_MNIST)
 
-.venv/run: requirements.txt constraints.txt
-	@echo "Setting up .venv with requirements.txt: the first time this takes some minutes and over 5 GB of disk."
+.venv/run: requirements.txt tests/constraints.txt
+	@echo "Setting up .venv with requirements.txt: the first time this takes some minutes."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements.txt
+	$(if $(TORCH_INDEX),$(PIP) --no-deps --index-url $(TORCH_INDEX) torch torchvision)
+	$(PIP) -r requirements.txt
 	@touch $@
 
-.venv/dev: requirements-dev.txt .venv/run
-	@echo "Adding requirements-dev.txt to .venv."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt
+.venv/dev: tests/requirements.txt .venv/run
+	@echo "Adding tests/requirements.txt to .venv."
+	$(PIP) -r tests/requirements.txt
 	@touch $@
 
 clean:

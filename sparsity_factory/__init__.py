@@ -37,6 +37,8 @@ from .sparsity_table import (
 )
 from .statistics import STATISTICS, Statistics, collect_statistics
 
+__version__ = "0.1.0"
+
 __all__ = [
     "KERNELS",
     "PATTERNS",

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
-import main
-from datasets import SAMPLE_PATH, read_idx
-from engine import Progress
+# Fixtures import the trainer, which takes seconds: tests of sparsity_factory do without it.
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = "torch sees no CUDA GPU here; `make test-gpu` runs these tests where there is one"
@@ -23,6 +22,15 @@ NO_GPU = "torch sees no CUDA GPU here; `make test-gpu` runs these tests where th
 def write_idx(path: Path, array: np.ndarray) -> None:
     header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
     path.write_bytes(header + array.tobytes())
+
+
+def examples(count: int) -> int:
+    """How many random inputs a test draws: `count` in CI, where the variable CI is set, fewer at home."""
+    return count if os.environ.get("CI") else max(count // 5, 10)
+
+
+settings.register_profile("project", max_examples=examples(100), deadline=None)
+settings.load_profile("project")
 
 
 def pytest_configure():
@@ -75,6 +83,8 @@ def once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_fashion(tmp_path_factory) -> Path:
     """48 training and 61 test images of Fashion-MNIST as idx files, one of them gzipped."""
+    from datasets import SAMPLE_PATH, read_idx
+
     folder = tmp_path_factory.mktemp("tiny_fashion")
     for prefix, count in (("train", 48), ("t10k", 61)):
         for kind, ndim in (("images-idx3", 3), ("labels-idx1", 1)):
@@ -115,6 +125,8 @@ def tiny(tiny_fashion) -> list[str]:
 @pytest.fixture
 def run_main(tmp_path, monkeypatch, capfd):
     """Runs the command line in this process, in an empty folder; returns what it printed."""
+    import main
+
     monkeypatch.chdir(tmp_path)
 
     def run(*argv, status=0) -> str:
@@ -129,6 +141,8 @@ def run_main(tmp_path, monkeypatch, capfd):
 @pytest.fixture
 def stop_at(monkeypatch):
     """Sends this process a signal during the training step of that number."""
+    from engine import Progress
+
     end_step = Progress.end_step
 
     def stop_at(number, signum=signal.SIGTERM):

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -244,7 +245,7 @@ anything = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(anything | anything.map(lambda level: {"sparsity": {"mode": "nxm", "level": level}}))
 def test_any_structure_is_understood_or_refused_in_one_line(config):
     try:
@@ -258,7 +259,7 @@ GOOD = yaml.safe_dump(
 ).encode()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(st.data())
 def test_any_bytes_are_understood_or_refused_in_one_line(tmp_path_factory, data):
     start, stop = sorted(data.draw(st.tuples(st.integers(0, len(GOOD)), st.integers(0, len(GOOD)))))

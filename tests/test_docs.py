@@ -172,12 +172,12 @@ def test_the_examples_of_the_page_are_in_the_menu(factory):
 def test_constraints_hold_an_exact_version_in_its_range_for_all_that_is_required():
     lines = [
         line.partition("#")[0].strip()
-        for name in ("requirements.txt", "requirements-dev.txt")
+        for name in ("requirements.txt", "tests/requirements.txt")
         for line in (ROOT / name).read_text().splitlines()
     ]
     required = [Requirement(line) for line in lines if line and not line.startswith("-r")]
     exact = {}
-    for line in (ROOT / "constraints.txt").read_text().splitlines():
+    for line in (ROOT / "tests" / "constraints.txt").read_text().splitlines():
         if line and not line.startswith("#"):
             pinned = Requirement(line)
             assert re.fullmatch(r"==[\w.]+", str(pinned.specifier)), line

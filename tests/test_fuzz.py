@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -71,7 +72,7 @@ def in_a_file(content: bytes, read):
             return None
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(400), suppress_health_check=[HealthCheck.too_slow])
 @given(CONFIGS)
 def test_any_structure_gives_masks_that_obey_it_or_one_line(config):
     levels = in_a_file(yaml.safe_dump(config).encode(), lambda path: resolve_levels(path, SHAPES))
@@ -85,7 +86,7 @@ def test_any_structure_gives_masks_that_obey_it_or_one_line(config):
         assert masks[name].count_nonzero() == kept
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 @given(
     st.one_of(
         st.binary(max_size=200),

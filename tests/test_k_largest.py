@@ -1,7 +1,7 @@
 """The k largest scores, found by counting."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsity_factory.k_largest import _k_largest_by_sorting, k_largest
@@ -10,7 +10,6 @@ from sparsity_factory.k_largest import _k_largest_by_sorting, k_largest
 few_values = st.sampled_from([0.0, 1e-40, 0.5, 1.0, 1.001, 1.002, 3.0, 1e30])
 
 
-@settings(deadline=None)
 @given(st.lists(few_values, min_size=1, max_size=40), st.data())
 def test_k_largest_keeps_the_k_largest_and_the_earlier_of_equals(values, data):
     k = data.draw(st.integers(0, len(values)))

@@ -6,6 +6,7 @@ from math import prod
 import numpy as np
 import pytest
 import torch
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import linears, statistics_of
@@ -31,7 +32,6 @@ from sparsity_factory.scores import Scores
 few_values = st.sampled_from([0.0, 1e-40, 0.5, 1.0, 1.001, 1.002, 3.0, 1e30])
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_n_of_m_keeps_the_n_largest_and_the_earlier_of_equals_in_every_group(data):
     m = data.draw(st.sampled_from([1, 2, 3, 4, 8, PAIRWISE_UP_TO, PAIRWISE_UP_TO + 1]))
@@ -194,7 +194,7 @@ def test_a_custom_configuration_gives_patterns_by_layer_with_every_score(score):
 # ---- whole n under a budget ----
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=examples(100))
 @given(st.data())
 def test_whole_steps_come_as_near_to_the_budget_as_any_do_and_then_as_near_to_what_is_wanted(data):
     m = data.draw(st.integers(1, 6))
@@ -371,7 +371,7 @@ def test_regrow_by_hand():
     assert torch.equal(regrow(weight, mask, growth, 0), mask)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=examples(100))
 @given(st.data())
 def test_regrow_drops_the_smallest_kept_and_grows_the_largest_of_all_others(data):
     size = data.draw(st.integers(1, 20))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from made_up import linears, statistics_of
@@ -93,7 +94,7 @@ def test_masks_on_a_gpu_equal_those_on_the_cpu_to_the_bit(reference_model, prune
 
 shapes = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=6)
 sparsities = st.floats(0, 1, exclude_max=True, allow_nan=False)
-any_layers = settings(deadline=None, max_examples=60)
+any_layers = settings(max_examples=examples(60))
 
 
 @st.composite
@@ -213,7 +214,7 @@ def exact_lamp_score(layer, j) -> Fraction:
     return Fraction(layer[j] ** 2, not_smaller) if not_smaller else Fraction(0)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(integer_layers, sparsities)
 def test_lamp_equals_brute_force_with_exact_fractions_on_tied_weights(layers, sparsity):
     budget = round(sum(map(len, layers)) * (1 - sparsity))
@@ -221,7 +222,7 @@ def test_lamp_equals_brute_force_with_exact_fractions_on_tied_weights(layers, sp
     assert kept(model, "lamp", sparsity) == best_over_all_layers(layers, exact_lamp_score, budget)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=examples(100))
 @given(integer_layers, sparsities)
 def test_glob_equals_brute_force_on_tied_weights(layers, sparsity):
     budget = round(sum(map(len, layers)) * (1 - sparsity))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import linears, statistics_of
@@ -92,7 +93,7 @@ def test_random_scores_are_uniform_and_depend_on_seed_and_layer_only():
     assert drawn == pytest.approx(DRAWN)  # on every machine
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=examples(50))
 @given(st.data())
 def test_scores_are_finite_and_non_negative_also_of_zeros_and_dead_inputs(data):
     dtype = data.draw(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import linears, statistics_of
@@ -46,7 +47,7 @@ def totals(choice, layers):
 # ---- the exact choice ----
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(layers, st.integers(0, 30), st.integers(1, 50), st.booleans())
 def test_no_choice_within_the_budget_loses_less(layers, spare, factor, spend_most):
     budget = factor * (sum(min(cost for cost, _ in layer) for layer in layers) + spare)
@@ -68,7 +69,7 @@ def test_of_equal_choices_the_earlier_option_of_the_earlier_layer_is_taken():
     assert cheapest([[0, 0], [0, 0]], [[1, 1], [1, 1]], 0) == [0, 0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @given(
     st.lists(st.lists(st.integers(0, 10**12), min_size=2, max_size=4), min_size=2, max_size=4),
     st.floats(0, 1),

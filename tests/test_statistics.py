@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import linears, statistics_of
@@ -423,7 +424,7 @@ def test_the_state_is_the_sums_themselves_and_loads_into_other_statistics():
     )
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=examples(20))
 @given(
     st.sets(st.sampled_from(sorted(STATISTICS)), min_size=1),
     st.sets(st.sampled_from(sorted(STATISTICS))),

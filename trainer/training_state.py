@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3
 
 import utils
 from engine import Learner, Progress
-from sparsity_factory import Sparsifier, check_masks, unit_counts
+from sparsity_factory import Sparsifier, __version__, check_masks, unit_counts
 from sparsity_factory.masks import dense_shapes
 from utils import Compute, UserError, first_line, log
 
@@ -142,6 +142,7 @@ class TrainingState:
         progress = self.progress
         metrics = utils.gather_objects(progress.logger.state_dict()) if progress.epoch_step else []
         state = {
+            "version": __version__,
             **self.weights(),
             "optimizer": learner.optimizer.state_dict(),
             "lr_scheduler": self._scheduler_state(),
