@@ -66,7 +66,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_never_stopped(tm
     assert sum(killed) >= 4, "the run was too short to be killed so often"
     finish(start(parts, short), parts)
     assert differences(whole, parts) == []
-    assert "going on after step" in (parts / "run.out").read_text()
+    assert "resuming after step" in (parts / "run.out").read_text()
 
 
 #: The flags of each schedule for twelve steps, six an epoch, in which the masks change a few times.
@@ -293,7 +293,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     run_main(*recipe, "--output_dir", "whole")
     stop_at(4, signum)
     message = run_main(*recipe, "--output_dir", "parts", status=status)
-    assert message.startswith(f"stopped by {signum.name} in epoch 1 after step 1; go on with")
+    assert message.startswith(f"stopped by {signum.name} in epoch 1 after step 1; resume with")
     assert message.count("\n") == 1
     assert read(tmp_path / "parts/checkpoint.pth")["step"] == 4
     output = run_main(*recipe, "--output_dir", "parts", "--resume", "auto")
@@ -372,7 +372,7 @@ def test_a_run_goes_on_with_other_batches_where_the_images_seen_end(
         lambda self, item: loaded.append(item[1][2]) or get(self, item),
     )
     output = run_main(*tiny, "--output_dir", "out", "--resume", "auto", "--batch-size", size)
-    assert f"going on after step {step} of epoch 0" in output
+    assert f"resuming after step {step} of epoch 0" in output
     assert loaded == list(range(32, 32 + 16 // size * size))
 
 
@@ -476,7 +476,7 @@ def test_two_processes_go_on_where_one_was_and_stop_together_when_the_loss_is_no
         *tiny, "--batch-size", "8", "--resume", "nan.pth", cwd=tmp_path, processes=2
     )
     assert result.returncode != 0
-    assert "going on after step 2 of epoch 0" in result.stdout
+    assert "resuming after step 2 of epoch 0" in result.stdout
     assert result.stderr.count("error: the loss is not finite in epoch 0") == 1
     assert 'main.py", line' not in result.stderr
 

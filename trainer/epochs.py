@@ -154,7 +154,7 @@ def announce(state: TrainingState, steps: int) -> None:
 
     text = f"Training epochs {progress.epoch} to {epochs - 1}, {steps} steps each"
     if progress.epoch_step:
-        text += f"; going on after step {progress.epoch_step} of epoch {progress.epoch}"
+        text += f"; resuming after step {progress.epoch_step} of epoch {progress.epoch}"
     log(text)
 
     due = sparsifier.steps.end

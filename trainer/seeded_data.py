@@ -1,6 +1,4 @@
-"""Data sets and loaders whose samples have random numbers of their own: functions of seed, epoch
-and position.
-"""
+"""Data whose random choices depend on seed, epoch and position, not on workers or history."""
 
 import itertools
 import math
@@ -15,14 +13,11 @@ from utils import BadImageError, UserError
 
 
 class SeededDataset(Dataset):
-    """Gives each sample the random choices of the key that `TrainSampler` hands over beside its
-    index.
+    """Makes the random choices of each sample from the key that `TrainSampler` gives its index.
 
-    skip_at_most: so many images that cannot be read are replaced, each by the next one in the data
+    skip_at_most: how many images that cannot be read are replaced, each by the next one of the data
         set, and named on standard error; one more is an error.
-
-    Attributes:
-        bad: a bool tensor (images,), shared with the data workers: which ones are replaced.
+    bad: a bool tensor (images,), shared with the data workers, that is True for replaced images.
     """
 
     def __init__(self, dataset: Dataset, skip_at_most: int = 0):
@@ -35,41 +30,43 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, item):
         index, key = item
+
+        # The first image that can be read, from this one on and around the end.
         for candidate in itertools.chain(range(index, len(self)), range(index)):
             if self.bad[candidate]:
                 continue
+
             utils.seed_everything(utils.SAMPLE, *key)
             try:
                 return self.dataset[candidate]
             except BadImageError as error:
                 self._skip(candidate, error)
+
         raise UserError("none of the training images can be read")
 
     def _skip(self, index: int, error: BadImageError) -> None:
+        """Notes an image that cannot be read; raises UserError if too many cannot."""
         if not self.skip_at_most:
             raise error
+
         self.bad[index] = True
         count = int(self.bad.count_nonzero())
         if count > self.skip_at_most:
             raise UserError(
                 f"{error}; this is one more than --skip-bad-images {self.skip_at_most} allows"
             )
-        print(
-            f"Skipping image {count} of at most {self.skip_at_most}: {error}",
-            file=sys.stderr,
-            flush=True,
-        )
+        note = f"Skipping image {count} of at most {self.skip_at_most}: {error}"
+        print(note, file=sys.stderr, flush=True)
 
 
 class SeededStream(IterableDataset):
-    """Gives each image of one of timm's streams (`timm.data.IterableImageDataset`) its own random
-    choices.
+    """Makes the random choices of each image of a stream of timm (`IterableImageDataset`).
 
-    They come from (seed, epoch, process, data worker, its place in what that worker reads).
+    They depend on seed, epoch, process, data worker, and the place among the images of that worker.
     Raises UserError for a label that is not below `num_classes`.
     """
 
-    bad = None  # timm itself passes over images that cannot be read
+    bad = None  # timm itself skips images that cannot be read
 
     def __init__(self, stream: IterableDataset, seed: int, num_classes: int):
         self.stream = stream
@@ -82,12 +79,15 @@ class SeededStream(IterableDataset):
         self.stream.set_epoch(epoch)
 
     def __iter__(self):
-        worker, images = get_worker_info().id, iter(self.stream)
+        worker = get_worker_info().id
+        images = iter(self.stream)
+
         for place in itertools.count():
             utils.seed_everything(utils.SAMPLE, self.seed, self.epoch, utils.rank(), worker, place)
             sample = next(images, None)
             if sample is None:
                 return
+
             if not 0 <= sample[1] < self.num_classes:
                 raise UserError(
                     f"an image has the label {sample[1]}; expected 0 to {self.num_classes - 1}, "
@@ -97,12 +97,14 @@ class SeededStream(IterableDataset):
 
 
 class StreamLoader:
-    """The batches of a `SeededStream` for one process, in the place of a DataLoader with a sampler.
+    """Batches of a `SeededStream` for one process; used like a DataLoader with a `TrainSampler`.
 
-    For training, the shards are shared out among all data workers of all processes, and each
-    process has the same number of whole batches. For evaluation every process reads all images, and
-    with `share` (rank, world size) uses every world_size-th batch. There is no way to a place in a
-    stream but through it: batches that are skipped are read.
+    In training, the data workers of all processes divide the shards among them, and every process
+    has the same number of whole batches. In evaluation, every process reads all images, and with
+    `share` (rank, world size) it uses every world_size-th batch. A stream has no shortcut to a
+    place in it: batches that are skipped are read nevertheless.
+
+    Raises UserError if there are fewer shards than processes to train.
     """
 
     def __init__(
@@ -112,24 +114,31 @@ class StreamLoader:
         self.batch_size = batch_size
         self.share = share
         self.skipped = 0
-        self.sampler = self  # it has the sampler's `set_epoch`
-        reader, (_, world_size) = dataset.stream.reader, share
-        self.trains = reader.is_training
+        self.sampler = self  # for its `set_epoch`
+
+        reader = dataset.stream.reader
+        world_size = share[1]
         shards = len(reader.split_info.filenames)
+        self.trains = reader.is_training
         if self.trains and shards < world_size:
             raise UserError(
                 f"{shards} shards for {world_size} processes; expected at least one for each"
             )
-        # With several processes timm would give some images twice and others not at all
+
+        # With several processes, timm would read some images twice and others not at all.
         if not self.trains:
             reader.dist_rank = 0
             reader.dist_num_replicas = 1
-        # Every worker needs a shard. Workers are made anew for each epoch, since they draw its
-        # order when they start.
-        workers = max(1, min(num_workers, shards // world_size if self.trains else shards))
+
+        # Every worker needs a shard.
+        shards_here = shards // world_size if self.trains else shards
+        workers = max(1, min(num_workers, shards_here))
         dataset.stream.set_loader_cfg(num_workers=workers)
+
         steps = reader.num_samples / (batch_size * world_size)
         self.steps = int(steps) if self.trains else math.ceil(steps)
+
+        # Workers start anew for each epoch, since they draw its order when they start.
         self.loader = DataLoader(
             dataset,
             batch_size,
@@ -143,7 +152,7 @@ class StreamLoader:
         self.dataset.seed = seed
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Moves to an epoch, without the first `skip` images of this process."""
+        """Moves to an epoch, and skips its first `skip` images of this process."""
         self.skipped = min(skip // self.batch_size, self.steps)
         self.dataset.set_epoch(epoch)
 
@@ -151,10 +160,10 @@ class StreamLoader:
         return self.steps - self.skipped
 
     def __iter__(self):
-        key = np.random.SeedSequence(
-            (utils.ORDER, self.dataset.seed, self.dataset.epoch, utils.rank())
-        )
-        self.loader.generator.manual_seed(int(key.generate_state(1)[0]))
+        key = (utils.ORDER, self.dataset.seed, self.dataset.epoch, utils.rank())
+        seed = np.random.SeedSequence(key).generate_state(1)[0]
+        self.loader.generator.manual_seed(int(seed))
+
         if self.trains:
             return itertools.islice(self.loader, self.skipped, self.steps)
         rank, world_size = self.share

@@ -13,13 +13,14 @@ import torch.distributed as dist
 
 import utils
 
-# Of Linux's prctl: the signal that a process gets when its parent ends
+#: Option of Linux's prctl: the signal that a process receives when its parent ends.
 PR_SET_PDEATHSIG = 1
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and does. `status` is the exit status of a process that the signal
-    ends.
+    """The run stops, as a signal asked it to.
+
+    status: the exit status of a process that the signal ends.
     """
 
     def __init__(self, signum: int):
@@ -30,23 +31,22 @@ class Stopped(Exception):
         )
 
     def add_place(self, epoch: int, steps: int, output_dir: str) -> None:
-        """Says how to go on with the training."""
-        way = (
-            f"; go on with the same command and --resume {output_dir}/checkpoint.pth, or --resume "
-            "auto"
-            if output_dir
-            else "; nothing was written, as there is no --output_dir"
-        )
-        self.args = (f"stopped by {self.name} in epoch {epoch} after step {steps}{way}",)
+        """Adds to the message where the training stopped, and how to resume it."""
+        way = "nothing was written, as there is no --output_dir"
+        if output_dir:
+            way = (
+                f"resume with the same command and --resume {output_dir}/checkpoint.pth, or "
+                "--resume auto"
+            )
+        self.args = (f"stopped by {self.name} in epoch {epoch} after step {steps}; {way}",)
 
 
 class StopSignals:
-    """While it is entered, the first SIGTERM or SIGINT is only noted, and the next one ends the
-    process at once.
+    """A context that only notes the first SIGTERM or SIGINT; the next ends the process at once.
 
-    Signals within a second of the first are taken for the same one: a cluster sends it to every
-    process, and torchrun passes its own on to the processes it started. A signal that has a handler
-    already (submitit's) keeps it.
+    Signals within a second of the first count as the same one: a cluster sends it to every process,
+    and torchrun passes its own on to the processes it started. A signal that has another handler
+    already, such as submitit's, keeps it.
     """
 
     def __init__(self):
@@ -55,15 +55,12 @@ class StopSignals:
         self._together = utils.world_size() > 1
 
     def __enter__(self):
-        ours = (signal.SIG_DFL, signal.default_int_handler)
-        self._previous = {
-            signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)
-        }
-        self._previous = {
-            signum: handler for signum, handler in self._previous.items() if handler in ours
-        }
-        for signum in self._previous:
-            signal.signal(signum, self._receive)
+        self._previous = {}
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            handler = signal.getsignal(signum)
+            if handler in (signal.SIG_DFL, signal.default_int_handler):
+                self._previous[signum] = handler
+                signal.signal(signum, self._receive)
         return self
 
     def __exit__(self, *_):
@@ -79,50 +76,62 @@ class StopSignals:
             os.kill(os.getpid(), signum)
 
     def check(self) -> None:
-        """Raises Stopped once a signal has come. Each process calls it after each step, and all
-        stop at the same one.
+        """Raises Stopped after a signal. Every process calls it after each step; all stop together.
 
-        With several processes that is a step later: the flags travel while the next step is
-        computed, so nobody waits for them. They are tensors on the CPU and travel over gloo, which
-        pairs the exchanges of the processes by their order; so every process has to call this
-        between the same two exchanges.
+        With several processes they stop a step later: the flags travel while the next step is
+        computed, so that no process waits for them. The flags are tensors on the CPU and travel
+        over gloo, which pairs the exchanges of the processes by their order. So every process has
+        to call this between the same two exchanges.
         """
-        received = self.received
-        if self._together:
-            received = 0
-            if self._pending:
-                work, flag = self._pending
-                work.wait()
-                received = int(flag)
-            flag = torch.tensor(self.received)
-            self._pending = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag
+        received = self._exchange() if self._together else self.received
         if received:
             raise Stopped(received)
 
+    def _exchange(self) -> int:
+        """Sends this process's flag; returns the largest of all flags that were sent last time."""
+        received = 0
+        if self._pending:
+            work, flag = self._pending
+            work.wait()
+            received = int(flag)
+
+        flag = torch.tensor(self.received)
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+        self._pending = work, flag
+        return received
+
     def check_alone(self) -> None:
-        """Raises Stopped where no other process has to agree."""
+        """Raises Stopped after a signal, if this is the only process."""
         if self.received and not self._together:
             raise Stopped(self.received)
 
     def checks(self, rounds: int):
-        """A function to call after each of at least `rounds` batches, which every process has: it
-        calls `check`.
+        """Returns a function to call after each batch, of which every process has `rounds` or more.
+
+        Processes check together for that many batches, and then each alone.
         """
         left = iter(range(rounds))
-        return lambda: self.check() if next(left, None) is not None else self.check_alone()
+
+        def check_batch():
+            if next(left, None) is None:
+                self.check_alone()
+            else:
+                self.check()
+
+        return check_batch
 
 
 def ignore_signals(worker_id: int) -> None:
-    """For data workers: ignores SIGINT and SIGTERM, which a terminal or a cluster sends to every
-    process of the run.
+    """Makes a data worker ignore the signals that a terminal or a cluster sends to every process.
 
-    Only a SIGTERM from the training process ends a worker. A worker that has lost its queues to an
-    error needs it: Python waits for its workers when it exits. On Linux a worker also ends,
-    whatever it does, when that process does.
+    Only a SIGTERM of the training process ends a worker. A worker that an error has cut off from
+    its queues needs it, because Python waits for its workers when it exits. On Linux, a worker also
+    ends with the training process, whatever it is doing.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
     if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal
         return
     training_process = multiprocessing.parent_process().pid
@@ -132,5 +141,6 @@ def ignore_signals(worker_id: int) -> None:
             pass
         os._exit(0)
 
+    # SIGTERM is blocked, and left to the thread that waits for it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=obey_training_process, daemon=True).start()
