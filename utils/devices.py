@@ -25,24 +25,22 @@ class Compute:
 
     @classmethod
     def choose(cls, device: str, amp: str) -> "Compute":
-        """What `--device` and `--amp` ask for. Raises UserError for a device that this process
-        cannot have.
-        """
+        """As `--device` and `--amp` say. Raises UserError for a device that is not available."""
         chosen = choose_device(device)
         return cls(chosen, choose_amp(amp, chosen))
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
-        )
+        lowers = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=lowers)
 
     def in_words(self) -> str:
         return f"{self.device} in {str(self.dtype).removeprefix('torch.')}"
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `--device` names; `auto` is this process's GPU where there is one, else the
-    CPU.
+    """The device that `--device` names; `auto` is a GPU of this process, or else the CPU.
+
+    A GPU becomes torch's current one. Raises UserError for a device that is not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,55 +50,62 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: expected auto, cuda or cpu") from None
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"--device {name}: expected auto, cuda or cpu")
-    if device.type == "cuda":
-        if device.index is not None and processes_here() > 1:
-            raise UserError(
-                f"--device {name}: one GPU for {processes_here()} processes on this machine; "
-                "expected auto or cuda, with which each has its own"
-            )
-        if not torch.cuda.is_available():
-            raise UserError(
-                f"--device {name}: no CUDA GPU is available here; use --device cpu or auto"
-            )
-        # SLURM may show each process no GPU but its own, so only torchrun's processes are compared
-        # with the GPUs.
-        count = torch.cuda.device_count()
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if processes > count:
-            raise UserError(
-                f"--device {name}: {processes} processes but {count} GPU(s) on this machine"
-            )
-        device = torch.device(
-            "cuda", local_rank() % count if device.index is None else device.index
+    return own_gpu(device, name) if device.type == "cuda" else device
+
+
+def own_gpu(device: torch.device, name: str) -> torch.device:
+    """The GPU of this process, with its index; it becomes torch's current one.
+
+    name: what `--device` says, for messages. Raises UserError if there are too few GPUs.
+    """
+    if device.index is not None and processes_here() > 1:
+        raise UserError(
+            f"--device {name}: one GPU for {processes_here()} processes on this machine; "
+            "expected auto or cuda, with which each has its own"
         )
-        if device.index >= count:
-            raise UserError(f"--device {name}: there are {count} GPU(s) on this machine")
-        torch.cuda.set_device(device)
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {name}: no CUDA GPU is available here; use --device cpu or auto")
+
+    # SLURM may show each process no GPU but its own, so only torchrun's processes are counted.
+    count = torch.cuda.device_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > count:
+        raise UserError(
+            f"--device {name}: {processes} processes but {count} GPU(s) on this machine"
+        )
+
+    index = local_rank() % count if device.index is None else device.index
+    if index >= count:
+        raise UserError(f"--device {name}: there are {count} GPU(s) on this machine")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
     return device
 
 
 def choose_amp(name: str, device: torch.device) -> torch.dtype:
     """The dtype of the forward pass that `--amp` means on this device.
 
-    `auto` is bfloat16 where the device computes it in hardware; else float16 on a GPU and float32
-    on a CPU.
+    `auto` is bfloat16 if the device has it in hardware, or else float16 on a GPU and float32 on a
+    CPU.
     """
     if name == "off":
         return torch.float32
     if name != "auto":
         return getattr(torch, name)
+
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if native else torch.float16
+
+    # Older releases of torch lack one or the other.
     capabilities = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     native = any(getattr(torch.cpu, name, lambda: False)() for name in capabilities)
     return torch.bfloat16 if native else torch.float32
 
 
 def versions(device: torch.device) -> str:
-    """What a run runs on, for its summary."""
+    """Python, the main packages and the GPU, for the summary of a run."""
+    modules = (torch, torchvision, timm, numpy)
+    packages = ", ".join(f"{module.__name__} {module.__version__}" for module in modules)
     gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
-    packages = ", ".join(
-        f"{module.__name__} {module.__version__}" for module in (torch, torchvision, timm, numpy)
-    )
     return f"Python {platform.python_version()}, {packages}{gpu}"

@@ -2,9 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake of the user, told in one line; `main.py` prints it as `error: ...` and exits with
-    status 2.
-    """
+    """A mistake of the user; `main.py` prints it in one line, `error: ...`, and exits with 2."""
 
 
 class BadImageError(UserError):
@@ -16,10 +14,11 @@ class DivergedError(RuntimeError):
 
 
 class WriteError(Exception):
-    """A file that cannot be written, such as on a full disk; its old content is whole."""
+    """A file cannot be written, for example on a full disk; its old content is whole."""
 
 
 def first_line(error) -> str:
-    """The first line of an exception's message, and the next where it only announces that."""
+    """The first line of an exception's message, and the second if the first ends in a colon."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    count = 2 if lines[0].endswith(":") else 1
+    return " ".join(line.strip() for line in lines[:count])

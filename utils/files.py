@@ -1,6 +1,4 @@
-"""Files that are written whole or not at all, and checkpoints that are read without running code in
-them.
-"""
+"""Files written whole or not at all, and checkpoints read without running any code in them."""
 
 import argparse
 import contextlib
@@ -24,11 +22,12 @@ def save_checkpoint(content: dict, path) -> None:
 
 
 def write_atomically(path: Path, write) -> None:
-    """Replaces `path` by what `write(file)` writes: a temporary file beside it is synced, then
-    renamed.
+    """Replaces the file with the bytes that `write(file)` writes, whole or not at all.
 
-    There is one writer to a folder (see `run_folder.RunFolder`), so what a killed one left is
-    simply overwritten. Raises WriteError when there is no room, leaving the old file as it was.
+    A temporary file in the same folder is synced, then renamed. A folder has one writer (see
+    `run_folder.RunFolder`), so the temporary file of a killed one is simply overwritten.
+
+    Raises WriteError, for example if the disk is full; the old file stays as it was.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -37,15 +36,12 @@ def write_atomically(path: Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name, too, has to survive a power failure
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        # Torch.save wraps what the file raised
+
+        # torch.save wraps the error of the file.
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError):
             raise WriteError(
@@ -56,31 +52,52 @@ def write_atomically(path: Path, write) -> None:
 
 
 def load_checkpoint(source: str) -> dict:
-    """Reads a checkpoint (`.pth`, `.safetensors`, or the URL of a `.pth`) without running any code
-    in it.
+    """Reads a `.pth`, a `.safetensors`, or the URL of a `.pth`, without running any code in it.
 
-    Returns a dict with at least `model`, a state dict of tensors; bare state dicts and those under
-    `state_dict` are wrapped. Raises UserError when the file is missing, damaged, or holds anything
-    but tensors and plain containers.
+    Returns a dict with at least `model`, a state dict of tensors. A bare state dict, or one under
+    `state_dict`, becomes `model`.
+
+    Raises UserError if the file is missing or damaged, or holds anything but tensors and plain
+    containers.
     """
+    content = _read(source)
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: holds a {type(content).__name__}, expected a dict of weights")
+
+    for key in ("model", "state_dict"):
+        if isinstance(content.get(key), dict):
+            content = {**content, "model": content[key]}
+            break
+    else:
+        content = {"model": content}
+
+    if not _is_state_dict(content["model"]):
+        raise UserError(
+            f"{source}: has no state dict of tensors, neither at its top nor under `model`"
+        )
+    return content
+
+
+# ---- helpers, not exported ----
+
+
+def _sync_folder(path: Path) -> None:
+    """Makes the names of the files in a folder survive a power failure."""
+    folder = os.open(path, os.O_RDONLY)
     try:
-        # DeiT's own training checkpoints carry their arguments as a Namespace, which is as harmless
-        # as a dict.
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _read(source: str):
+    """The content of a checkpoint file, of whatever type. Raises UserError."""
+    try:
+        # DeiT's own training checkpoints hold their arguments as a Namespace, which is as harmless
+        # as a dict. Warnings are left out, since a bad file leads to an error anyway.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an error says it all
-            if source.startswith(("https://", "http://")):
-                content = torch.hub.load_state_dict_from_url(
-                    source,
-                    map_location="cpu",
-                    check_hash=True,
-                    weights_only=True,
-                    progress=is_main_process(),
-                )
-            elif source.endswith(".safetensors"):
-                content = load_file(source)
-            else:
-                _check_archive(source)
-                content = torch.load(source, map_location="cpu", weights_only=True)
+            warnings.simplefilter("ignore")
+            return _load(source)
     except FileNotFoundError:
         raise UserError(f"{source}: no such checkpoint") from None
     except IsADirectoryError:
@@ -88,41 +105,49 @@ def load_checkpoint(source: str) -> dict:
     except pickle.UnpicklingError as error:
         if code := re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error)):
             raise UserError(
-                f"{source}: refused, it holds {code[1]} where only tensors and plain containers "
-                "are read"
+                f"{source}: refused, it holds {code[1]}; only tensors and plain containers are read"
             ) from None
         raise UserError(f"{source}: not a checkpoint") from None
     except Exception as error:
-        # Damaged files raise whatever the byte that is wrong leads to
+        # A damaged file may raise any error.
         raise UserError(f"{source}: cannot be read as a checkpoint ({first_line(error)})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{source}: holds a {type(content).__name__}, expected a dict of weights")
-    for key in ("model", "state_dict"):
-        if isinstance(content.get(key), dict):
-            content = {**content, "model": content[key]}
-            break
-    else:
-        content = {"model": content}
-    weights = content["model"]
-    if not weights or not all(
+
+
+def _load(source: str):
+    if source.startswith(("https://", "http://")):
+        return torch.hub.load_state_dict_from_url(
+            source,
+            map_location="cpu",
+            check_hash=True,
+            weights_only=True,
+            progress=is_main_process(),
+        )
+    if source.endswith(".safetensors"):
+        return load_file(source)
+
+    _check_archive(source)
+    return torch.load(source, map_location="cpu", weights_only=True)
+
+
+def _is_state_dict(weights: dict) -> bool:
+    """Whether all values are dense tensors with data, each with a name; and there is one."""
+    return bool(weights) and all(
         isinstance(name, str)
         and isinstance(value, torch.Tensor)
         and not value.is_meta
         and value.layout == torch.strided
         for name, value in weights.items()
-    ):
-        raise UserError(
-            f"{source}: has no state dict of tensors, neither at its top nor under `model`"
-        )
-    return content
+    )
 
 
 def _check_archive(source: str) -> None:
-    """Raises ValueError when a checkpoint in torch's zip format is damaged anywhere; torch.load
-    checks no checksums.
+    """Raises ValueError if a file in torch's zip format is damaged anywhere.
+
+    torch.load itself checks no checksums.
     """
     if not zipfile.is_zipfile(source):
         return
+
     with zipfile.ZipFile(source) as archive:
         if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
             raise ValueError("compressed, which torch.save never does")
