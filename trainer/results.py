@@ -1,6 +1,4 @@
-"""What a run leaves in its folder for people to look at: tables, pictures and a summary, beside its
-checkpoints.
-"""
+"""The files of a run for people to look at: tables, pictures and a summary."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""Errors, processes, logging and checkpoint files, which all parts of the project use."""
+"""What all parts of the project use: errors, processes, logs, checkpoint files, devices, seeds."""
 
 from .devices import Compute, choose_amp, choose_device, versions
 from .errors import BadImageError, DivergedError, UserError, WriteError, first_line

@@ -16,27 +16,29 @@ from tqdm import tqdm
 
 from .processes import is_main_process, sum_over_processes
 
-#: The displays of a run's progress: DeiT's lines, bars on a terminal with a line per epoch, or not
-#: at all.
+#: How a run shows its progress: as DeiT's lines, as bars on a terminal with a line per epoch, or
+#: not at all.
 LINES = "lines"
 BARS = "bars"
 QUIET = "quiet"
 _display = LINES
 
 PROJECT = Path(__file__).resolve().parent.parent
-SHORT = 120  # characters of what another library warns of
+SHORT = 120  # characters of a warning of another library
 
 
 def show_progress(quiet: bool = False) -> str:
     """Chooses the display: bars on a terminal, lines for a file or a pipe."""
     global _display
-    _display = QUIET if quiet else BARS if sys.stdout.isatty() else LINES
+    shown = BARS if sys.stdout.isatty() else LINES
+    _display = QUIET if quiet else shown
     return _display
 
 
 def log(*message, only: str = "") -> None:
-    """Prints on the first process only, at once (so that a log file can be followed). `only`: with
-    that display.
+    """Prints on the first process only, and at once, so that a log file can be followed.
+
+    only: prints with this display alone, BARS or LINES.
     """
     if is_main_process() and _display != QUIET and only in ("", _display):
         tqdm.write(" ".join(map(str, message)), file=sys.stdout)
@@ -44,17 +46,18 @@ def log(*message, only: str = "") -> None:
 
 
 def quiet_libraries() -> None:
-    """Shows what other libraries warn of as one short line for each place in their code, on the
-    first process only.
+    """Shortens warnings of other libraries to a line, shown once, on the first process only.
 
-    What this project warns of is shown whole, and so are errors in logs. With `-W` or
-    PYTHONWARNINGS, warnings are shown as Python does.
+    Warnings of this project and errors in logs are shown whole. With `-W` or PYTHONWARNINGS, Python
+    shows its warnings as usual.
     """
     if not sys.warnoptions:
         warnings.showwarning = _show_warning
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    # Its many lines end in an error, which says it all
+
+    # After its many lines comes an exception, which is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+
     for handler in logging.root.handlers + logging.getLogger("torch").handlers:
         handler.addFilter(_shorten_record)
 
@@ -62,8 +65,7 @@ def quiet_libraries() -> None:
 class SmoothedValue:
     """A series of numbers, shown as the median of the last ones and the mean of all.
 
-    Tensors are kept on their device and read only when a figure is asked for: reading one waits for
-    the device.
+    Tensors stay on their device until a figure is needed, because reading one waits for the device.
     """
 
     def __init__(self, window: int = 20, fmt: str = "{median:.4f} ({global_avg:.4f})"):
@@ -182,14 +184,10 @@ _shown = set()  # the places and texts of other libraries' warnings so far
 
 
 def _short(text: str, path: str, line: int) -> str:
-    """What is shown of a library's warning; nothing where the same place or text was shown, or on
-    other processes.
-    """
-    text = textwrap.shorten(
-        text.strip().partition("\n")[0].partition(" (Triggered internally at")[0],
-        SHORT,
-        placeholder=" ...",
-    )
+    """A library's warning in one line; "" if its place or text was shown, or on other processes."""
+    first = text.strip().partition("\n")[0].partition(" (Triggered internally at")[0]
+    text = textwrap.shorten(first, SHORT, placeholder=" ...")
+
     keys = {(path, line), text}
     if _shown & keys or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         return ""
@@ -203,22 +201,21 @@ def _is_ours(path: str) -> bool:
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """Takes the place of `warnings.showwarning`."""
-    text = (
-        " ".join(str(message).split())
-        if _is_ours(filename)
-        else _short(str(message), filename, lineno)
-    )
+    if _is_ours(filename):
+        text = " ".join(str(message).split())
+    else:
+        text = _short(str(message), filename, lineno)
+
     if text:
         where = filename.rpartition("site-packages/")[2]
         print(f"warning: {text} ({where})", file=file or sys.stderr)
 
 
 def _shorten_record(record: logging.LogRecord) -> bool:
-    """A filter of log records: shortens those of other libraries, and drops those that were shown
-    before.
-    """
+    """A filter of log records: shortens those of other libraries, and drops repeated ones."""
     if record.levelno >= logging.ERROR or _is_ours(record.pathname):
         return True
+
     text = _short(record.getMessage(), record.pathname, record.lineno)
     record.msg = f"warning: {text} ({record.name})"
     record.args = ()

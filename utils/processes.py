@@ -16,11 +16,12 @@ from torch.distributed.rendezvous import rendezvous
 
 from .errors import UserError, first_line
 
-#: Seconds that processes wait for each other. The first one may choose masks or write a checkpoint
-#: meanwhile.
+#: Seconds that processes wait for each other: the first one may be choosing masks, or writing a
+#: checkpoint.
 TIMEOUT = 1800
-#: What a container may use of the cores, on Linux with cgroup version 2: microseconds of computing
-#: in each period.
+
+#: The share of the cores that a container may use, on Linux with cgroup version 2: microseconds of
+#: computing in each period, and the length of a period.
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -49,32 +50,30 @@ def local_rank() -> int:
 
 
 def processes_here() -> int:
-    """How many processes of the run are on this machine, as torchrun or SLURM says; 1 where neither
-    does.
-    """
+    """The number of the run's processes on this machine, by torchrun or SLURM; otherwise 1."""
     env = os.environ
     if "LOCAL_WORLD_SIZE" in env:
         return int(env["LOCAL_WORLD_SIZE"])
     if "SLURM_PROCID" not in env or not {"MASTER_ADDR", "RANK"} & env.keys():
-        return 1  # no run of several processes, though perhaps in an allocation for some
+        return 1  # a single process, though perhaps in an allocation for several
+
+    # SLURM writes 8(x2),4 for eight, eight and four.
+    tasks = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))
     counts = []
-    for group in env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1")).split(
-        ","
-    ):
-        # 8(x2),4 are eight, eight and four
+    for group in tasks.split(","):
         count, _, machines = group.rstrip(")").partition("(x")
         counts += [int(count)] * int(machines or 1)
     return counts[int(env.get("SLURM_NODEID", 0)) % len(counts)]
 
 
 def available_cores() -> int:
-    """How many CPU cores this process may use: those it is bound to, or fewer where a container has
-    a quota.
-    """
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    # No quota: the file is missing, or says `max`
+    """How many CPU cores this process may use: those it is bound to, within a container's quota."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+
+    # Without a quota the file is missing, or says `max`.
     with contextlib.suppress(OSError, ValueError):
         quota, period = map(int, CPU_QUOTA.read_text().split())
         cores = min(cores, math.ceil(quota / period))
@@ -90,33 +89,37 @@ def init_process_group(
 ) -> None:
     """Joins the processes that torchrun or SLURM started.
 
-    Reads RANK, WORLD_SIZE and LOCAL_RANK (torchrun), else SLURM_PROCID, SLURM_NTASKS and
-    SLURM_LOCALID where MASTER_ADDR says that the job was meant to be distributed. Without them the
-    run has a single process.
+    Reads RANK, WORLD_SIZE and LOCAL_RANK (torchrun), or else SLURM_PROCID, SLURM_NTASKS and
+    SLURM_LOCALID if MASTER_ADDR says that the job was meant to be distributed. Without them the run
+    has a single process.
 
-    Tensors on the CPU travel over gloo, on GPUs too, so that objects and numbers never wait in a
-    GPU's queue. timeout: seconds that a process waits for another before it fails.
-    Raises UserError when `distributed` or a number of processes `wanted` asks for others than there
-    are.
+    Tensors on the CPU travel over gloo, also in a run on GPUs, so that objects and numbers never
+    wait in a GPU's queue.
+
+    distributed: several processes are expected.
+    wanted: the number of processes that is expected; 1 is any number.
+    timeout: seconds that a process waits for another before it fails.
+    Raises UserError if the processes are not as expected, or cannot reach each other.
     """
-    env, processes = os.environ, 1
+    env = os.environ
+    processes = 1
     if "RANK" in env and "WORLD_SIZE" in env:
         process, processes = int(env["RANK"]), int(env["WORLD_SIZE"])
     elif "SLURM_PROCID" in env and "MASTER_ADDR" in env:
         process = int(env["SLURM_PROCID"])
         processes = int(env.get("SLURM_NTASKS", 1))
+
     if processes == 1 and distributed or wanted not in (1, processes):
-        raise UserError(
-            f"{'--distributed' if distributed else f'--world_size {wanted}'}: there "
-            f"{'is one process' if processes == 1 else f'are {processes} processes'}; start as "
-            "many as you want with torchrun"
-        )
+        flag = "--distributed" if distributed else f"--world_size {wanted}"
+        there = "there is one process" if processes == 1 else f"there are {processes} processes"
+        raise UserError(f"{flag}: {there}; start as many as you want with torchrun")
     if processes == 1:
         return
+
     limit = datetime.timedelta(seconds=timeout)
     try:
         store, process, processes = next(rendezvous(dist_url, process, processes, timeout=limit))
-        # Processes that torchrun starts again meet at the old store, where some torch releases
+        # Processes that torchrun restarts meet at the old store, in which some releases of torch
         # leave stale addresses.
         store = dist.PrefixStore(f"start_{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(
@@ -128,34 +131,38 @@ def init_process_group(
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"--dist_url {dist_url}: the processes do not meet ({first_line(error)})"
+            f"--dist_url {dist_url}: the processes cannot reach each other ({first_line(error)})"
         ) from None
 
 
 def on_first_process(compute):
-    """What `compute()` returns on process 0, on every process; an error it raises there is raised
-    on all.
+    """Calls `compute()` on process 0, and returns its result on every process.
 
-    The others raise an error of the same class with the same text, or a RuntimeError with that text
-    where they do not know the class. A result that cannot be pickled is an error as well.
+    An error is raised on every process: on the others as one of the same class with the same text,
+    or as a RuntimeError with that text if they do not know the class. A result that cannot be
+    pickled is an error as well.
     """
     if world_size() == 1:
         return compute()
-    result = error = None
+
+    result = None
+    error = None
     message = [None]
     if is_main_process():
         try:
             result = compute()
-            # Here, so that the others learn of a failure
+            # Pickled before the broadcast, so that the others learn of a failure.
             message = [(pickle.dumps(result), None)]
         except Exception as raised:
             error = raised
             message = [(None, _description(raised))]
     dist.broadcast_object_list(message, src=0, device=torch.device("cpu"))
+
     if is_main_process():
         if error is not None:
             raise error
         return result
+
     pickled, description = message[0]
     if description is not None:
         raise _described(*description)
@@ -163,7 +170,7 @@ def on_first_process(compute):
 
 
 def gather_objects(value) -> list:
-    """The value of each process, in their order, on every process."""
+    """The values of all processes, by rank; the same list on every process."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -172,7 +179,7 @@ def gather_objects(value) -> list:
 
 
 def sum_over_processes(values: list[float]) -> list[float]:
-    """Element-wise float64 sum of a short list of numbers over all processes."""
+    """The element-wise sum of a short list of numbers over all processes, in float64."""
     if world_size() == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64)
@@ -181,10 +188,10 @@ def sum_over_processes(values: list[float]) -> list[float]:
 
 
 def is_first_to_fail() -> bool:
-    """Whether this process is the first to ask, and so the one that says what went wrong.
+    """Whether this process is the first to ask; it is the one that reports what went wrong.
 
-    Before the processes have met, all make the same mistakes, and the first on each machine reports
-    them.
+    Before the processes are connected, all make the same mistakes, and the first on each machine
+    reports them.
     """
     if not dist.is_initialized():
         return local_rank() == 0
@@ -195,13 +202,13 @@ def is_first_to_fail() -> bool:
 
 
 def exchange_failure(error: BaseException) -> str:
-    """One line for an error of gloo or NCCL, which follows when another process ends or is late;
-    else nothing.
-    """
+    """One line for an error of gloo or NCCL because of another process; "" for other errors."""
     text = str(error)
-    # [.../gloo/...:561] Conn...
+
+    # gloo's begin with their place: [.../gloo/...:561] Connection closed ...
     if not isinstance(error, dist.DistError) and "/gloo/" not in text.partition("]")[0]:
         return ""
+
     if "timed out" in text.lower() or "timeout" in text.lower():
         return f"process {rank()} waited for another one longer than --dist-timeout allows"
     return (
@@ -211,10 +218,9 @@ def exchange_failure(error: BaseException) -> str:
 
 
 def end_process(work) -> NoReturn:
-    """Ends this process with the status that `work()` returns, or with 1 and a traceback for an
-    error.
+    """Ends this process with the status of `work()`, or with 1 and a traceback for an error.
 
-    `work` leaves the process group where every process succeeds. While there still is one, this
+    `work` leaves the process group if every process succeeds. If there still is a group, this
     process has failed, perhaps alone, and ends at once: in an orderly exit NCCL may wait for the
     others forever.
     """
@@ -225,6 +231,7 @@ def end_process(work) -> NoReturn:
             raise
         traceback.print_exc()
         status = 1
+
     if dist.is_initialized():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
@@ -237,9 +244,7 @@ def end_process(work) -> NoReturn:
 
 
 def _description(error: Exception) -> tuple[str, str, str, dict]:
-    """Module and name of an error's class, its text, and those of its attributes that are plain
-    values.
-    """
+    """The module and name of an error's class, its text, and its attributes with plain values."""
     plain = {
         name: value
         for name, value in vars(error).items()
@@ -249,8 +254,9 @@ def _description(error: Exception) -> tuple[str, str, str, dict]:
 
 
 def _described(module: str, name: str, text: str, attributes: dict) -> Exception:
-    """An error of the class of that name, made without its constructor, whose arguments are not
-    known here.
+    """The error of `_description`, or a RuntimeError if its class is not known here.
+
+    It is made without its constructor, whose arguments are unknown.
     """
     kind = getattr(sys.modules.get(module), name, None)
     if isinstance(kind, type) and issubclass(kind, Exception):
