@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import io
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def seconds(function, repeats: int = 3) -> float:
-    """The shortest of some runs: what disturbs a run only ever makes it longer."""
+    """The time of the shortest of some runs, because a disturbance only makes a run longer."""
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
@@ -32,16 +33,15 @@ def seconds(function, repeats: int = 3) -> float:
 
 def in_turns(functions: dict, rounds: int) -> dict[str, float]:
     """The shortest time of each function, called in turns, since the speed of a machine drifts."""
-    times = [
-        {name: seconds(function, 1) for name, function in functions.items()} for _ in range(rounds)
-    ]
-    return {name: min(taken[name] for taken in times) for name in functions}
+    best = {name: float("inf") for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            best[name] = min(best[name], seconds(function, 1))
+    return best
 
 
 def row(what: str, target: str, found: str, missed: str = "") -> dict:
-    """A row of the table; `missed` says by how much the target is missed, and is empty where it is
-    met.
-    """
+    """A row of the table. missed: by how much the target is missed; empty if it is met."""
     return {"what": what, "target": target, "found": found, "missed": missed}
 
 
@@ -59,24 +59,22 @@ def random_model(name: str) -> torch.nn.Module:
 
 
 def multiply_adds_left(model: torch.nn.Module, image: torch.Tensor) -> int:
-    """The multiply-adds of an image, without those of pruned weights, be they zeros or gone."""
-    kept = {name: weight != 0 for name, weight in prunable_weights(model).items()}
-    return sum(
-        sparse_multiply_adds(sparsity_rows(model, kept), multiply_adds(model, image)).values()
-    )
+    """The multiply-adds of an image, without those of weights that are zero."""
+    masks = {name: weight != 0 for name, weight in prunable_weights(model).items()}
+    kept = sparsity_rows(model, masks)
+    return sum(sparse_multiply_adds(kept, multiply_adds(model, image)).values())
 
 
 def memory(field: str) -> int:
     """A field of /proc/self/status, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return next(
-        int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field)
-    )
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def peak_above(function) -> int:
-    """The bytes that a call needs at its peak beyond what the process has before it."""
-    # What earlier calls have freed would hide what this one needs
+    """The bytes that a call needs at its peak, above those that the process has before it."""
+    # The call could reuse memory that earlier ones have freed, which would not count.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
     before = memory("VmRSS")
@@ -85,25 +83,26 @@ def peak_above(function) -> int:
 
 
 def batches(count: int, size: int) -> list:
+    """The same random batch of images and targets several times."""
     generator = torch.Generator().manual_seed(0)
-    return [
-        (
-            torch.randn(size, 3, 224, 224, generator=generator),
-            torch.randint(1000, (size,), generator=generator),
-        )
-    ] * count
+    images = torch.randn(size, 3, 224, 224, generator=generator)
+    targets = torch.randint(1000, (size,), generator=generator)
+    return [(images, targets)] * count
 
 
 def step_seconds(model, optimizer, size: int, dtype: torch.dtype, steps: int = 2) -> float:
-    """The shortest of some training steps, after a first one that is not counted."""
-    marks = []
+    """The time of the shortest of some training steps, after a first one that is not counted."""
+    options = StepOptions(DistillationLoss(torch.nn.CrossEntropyLoss()), Compute(CPU, dtype))
+    learner = Learner(model, optimizer)
+    loader = batches(steps + 1, size)
+
+    ends = []
     with contextlib.redirect_stdout(io.StringIO()):
-        options = StepOptions(DistillationLoss(torch.nn.CrossEntropyLoss()), Compute(CPU, dtype))
         train_one_epoch(
-            Learner(model, optimizer),
+            learner,
             options,
-            batches(steps + 1, size),
+            loader,
             Progress(),
-            after_step=lambda: marks.append(time.perf_counter()),
+            after_step=lambda: ends.append(time.perf_counter()),
         )
-    return min(later - earlier for earlier, later in zip(marks[:-1], marks[1:], strict=True))
+    return min(later - earlier for earlier, later in itertools.pairwise(ends))

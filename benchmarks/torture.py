@@ -1,18 +1,17 @@
-"""Kills a training run again and again, resumes it each time, and compares the outcome with an
-undisturbed run.
+"""Kills a training run again and again, and compares what it leaves with an undisturbed run.
 
     python benchmarks/torture.py --kills 100
 
-The run has everything random that training has: RandAugment, random erasing, mixup, cutmix, drop
-path, repeated augmentation, a moving average, two data workers; its masks change every fifth step.
-Every other kill comes while a checkpoint is being written, the others at random moments. Prints
-what differs in the end: nothing, if all is well.
+The run is resumed after each kill. It uses all that is random in training: RandAugment, random
+erasing, mixup, cutmix, drop path and repeated augmentation; and also a moving average, two data
+workers, and masks that change every fifth step. Every other kill comes while a checkpoint is being
+written, the others at random moments. Prints the differences in the end: nothing, if all is well.
 """
 
 import argparse
-import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,77 +24,45 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = [
-    "--model",
-    "deit_sample_patch4_28",
-    "--pruner",
-    "lamp",
-    "--sparsity",
-    "0.65",
-    "--batch-size",
-    "16",
-    "--num_workers",
-    "2",
-    "--warmup-epochs",
-    "1",
-    "--aa",
-    "rand-m9-mstd0.5-inc1",
-    "--reprob",
-    "0.25",
-    "--mixup",
-    "0.8",
-    "--cutmix",
-    "1.0",
-    "--drop-path",
-    "0.1",
-    "--repeated-aug",
-    "--model-ema",
-    "--model-ema-decay",
-    "0.9",
-    "--clip-grad",
-    "1",
-    "--checkpoint-every",
-    "2",
-    "--resume",
-    "auto",
-    "--prune-schedule",
-    "rigl",
-    "--prune-every",
-    "5",
-]
+RECIPE = shlex.split("""
+    --model deit_sample_patch4_28
+    --pruner lamp --sparsity 0.65 --prune-schedule rigl --prune-every 5
+    --batch-size 16 --num_workers 2 --warmup-epochs 1 --clip-grad 1 --repeated-aug
+    --aa rand-m9-mstd0.5-inc1 --reprob 0.25 --mixup 0.8 --cutmix 1.0 --drop-path 0.1
+    --model-ema --model-ema-decay 0.9 --checkpoint-every 2 --resume auto
+""")
+
+#: What is compared in the end: parts of the checkpoint, and other files of a run.
+STATES = ("model", "model_ema", "optimizer", "lr_scheduler", "scaler", "masks", "pruning")
+PARTS = (*STATES, "epoch", "step", "best", "accuracy")
+FILES = ("log.txt", "sparsity.csv", "sparsity.yaml", "sparsity.png", "training.png")
 
 
 def start(folder: Path, recipe: list[str], launcher=()) -> subprocess.Popen:
-    """The run in a process of its own, with its output in `folder/run.out`."""
+    """Starts the run in its own process, with its output in `folder/run.out`."""
     folder.mkdir(exist_ok=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [
-        sys.executable,
-        *launcher,
-        str(ROOT / "main.py"),
-        *recipe,
-        "--output_dir",
-        str(folder),
-    ]
+    script = [*launcher, str(ROOT / "main.py")]
+    command = [sys.executable, *script, *recipe, "--output_dir", str(folder)]
     with open(folder / "run.out", "ab") as out:
         return subprocess.Popen(command, stdout=out, stderr=out, env=env, cwd=folder)
 
 
 def finish(process: subprocess.Popen, folder: Path) -> None:
-    """Waits for the end of a run."""
+    """Waits for the end of a run. Raises RuntimeError if it failed."""
     if process.wait() != 0:
         output = (folder / "run.out").read_text()[-2000:]
         raise RuntimeError(f"the run ended with status {process.returncode}:\n{output}")
 
 
 def wait_until(condition, process: subprocess.Popen) -> None:
-    """Waits for something that happens while the process runs, or for the end of the process."""
+    """Waits until `condition()` is true, or until the process has ended."""
     while not condition() and process.poll() is None:
         time.sleep(0.0002)
 
 
 def trains_again(folder: Path) -> Callable[[], bool]:
-    """A condition: the run in `folder` has come to its training once more than now."""
+    """A condition: training in `folder` has begun once more often than now."""
 
     def count():
         return (folder / "run.out").read_bytes().count(b"Training epochs")
@@ -105,25 +72,31 @@ def trains_again(folder: Path) -> Callable[[], bool]:
 
 
 def kill(folder: Path, recipe: list[str], writing: bool, moments: random.Random) -> bool:
-    """Starts the run and kills it once it has written a few checkpoints: in the next write, or
-    between two.
+    """Starts the run, and kills it after a few checkpoints.
 
-    False if the run ended before that.
+    writing: kill it while it writes the next checkpoint, and not between two.
+    Returns False if the run ended before that.
     """
-    training = trains_again(folder)
     checkpoint = folder / "checkpoint.pth"
     temporary = [folder / f".{name}.tmp" for name in ("checkpoint.pth", "best_checkpoint.pth")]
+
+    def written() -> int:
+        return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+
+    training = trains_again(folder)
     process = start(folder, recipe)
     wait_until(training, process)
+
+    # Let it write up to three checkpoints.
     for _ in range(moments.randrange(4)):
-        old = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        wait_until(
-            lambda old=old: checkpoint.exists() and checkpoint.stat().st_mtime_ns != old, process
-        )
+        old = written()
+        wait_until(lambda old=old: written() not in (0, old), process)
+
     if writing:
         wait_until(lambda: any(path.exists() for path in temporary), process)
     else:
         time.sleep(moments.uniform(0, 0.3))
+
     alive = process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -131,39 +104,21 @@ def kill(folder: Path, recipe: list[str], writing: bool, moments: random.Random)
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """What differs between the outcomes of two runs: parts of the checkpoints, log.txt, tables and
-    pictures.
-    """
-    one, two = (
-        torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (first, second)
-    )
-    parts = [
-        "model",
-        "model_ema",
-        "optimizer",
-        "lr_scheduler",
-        "scaler",
-        "masks",
-        "pruning",
-        "epoch",
-        "step",
-        "best",
-        "accuracy",
-    ]
-    different = [part for part in parts if not equal(one.get(part), two.get(part))]
-    for name in ("log.txt", "sparsity.csv", "sparsity.yaml", "sparsity.png", "training.png"):
-        contents = [
-            path.read_bytes() if path.exists() else b"" for path in (first / name, second / name)
-        ]
-        if contents[0] != contents[1]:
-            different.append(name)
+    """The parts of the checkpoints and the files in which two runs differ."""
+    one = torch.load(first / "checkpoint.pth", weights_only=True)
+    two = torch.load(second / "checkpoint.pth", weights_only=True)
+    different = [part for part in PARTS if not equal(one.get(part), two.get(part))]
+    different += [name for name in FILES if content(first / name) != content(second / name)]
     return different
 
 
+def content(path: Path) -> bytes:
+    """The bytes of a file; none if there is no file."""
+    return path.read_bytes() if path.exists() else b""
+
+
 def equal(one, two) -> bool:
-    """Whether two structures of containers, numbers and tensors have the same values and types of
-    tensors.
-    """
+    """Whether two structures of containers, numbers and tensors have equal values and dtypes."""
     if isinstance(one, torch.Tensor):
         return isinstance(two, torch.Tensor) and one.dtype == two.dtype and torch.equal(one, two)
     if isinstance(one, dict):
@@ -185,26 +140,27 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=3, help="of 375 steps each")
     parser.add_argument("--seed", type=int, default=0, help="decides the moments")
     args = parser.parse_args()
+
     recipe = [*RECIPE, "--epochs", str(args.epochs)]
     moments = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        whole, parts = Path(folder, "whole"), Path(folder, "parts")
+        whole = Path(folder, "whole")
+        parts = Path(folder, "parts")
+
         began = time.time()
         finish(start(whole, recipe), whole)
         print(f"undisturbed: {time.time() - began:.0f} s", flush=True)
-        done = sum(
-            kill(parts, recipe, number % 2 == 0, moments)
-            for number in tqdm(range(args.kills), unit="kill")
-        )
+
+        done = 0
+        for number in tqdm(range(args.kills), unit="kill"):
+            done += kill(parts, recipe, number % 2 == 0, moments)
         finish(start(parts, recipe), parts)
+
         different = differences(whole, parts)
-        epochs = [
-            json.loads(line)["epoch"] for line in (parts / "log.txt").read_text().splitlines()
-        ]
-    print(
-        f"{done} kills, {len(epochs)} epochs in log.txt, different in the end: "
-        f"{', '.join(different) or 'nothing'}"
-    )
+        epochs = len((parts / "log.txt").read_text().splitlines())
+
+    found = ", ".join(different) or "nothing"
+    print(f"{done} kills, {epochs} epochs in log.txt, different in the end: {found}")
     return bool(different)
 
 
