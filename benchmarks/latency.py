@@ -1,14 +1,15 @@
-"""Measures how fast a pruned model runs beside the dense one, in one run and in turns.
+r"""Measures how fast a pruned model runs compared with the dense one, in one run and in turns.
 
     python benchmarks/latency.py CHECKPOINT [CHECKPOINT ...]
     python benchmarks/latency.py --sparse-kernels CHECKPOINT [CHECKPOINT ...]
-    python benchmarks/latency.py --model deit_small_patch16_224 --pattern heads+neurons --sparsity
-    0.25 0.5 python benchmarks/latency.py --sparse-kernels --model deit_small_patch16_224 --sparsity
-    0.8 0.9 0.95 0.98
+    python benchmarks/latency.py --model deit_small_patch16_224 --pattern heads+neurons \
+        --sparsity 0.25 0.5
+    python benchmarks/latency.py --sparse-kernels --model deit_small_patch16_224 \
+        --sparsity 0.8 0.9 0.95 0.98
 
-The first two forms take checkpoints of main.py; the others prune random weights, which do for
-speed. Heads and neurons that are pruned are taken out. Single weights that are pruned are computed
-as other zeros are, or with `--sparse-kernels` as `main.py --eval --sparse-kernels` does. The
+The first two forms read checkpoints of main.py; the others prune random weights, which are enough
+to measure speed. Pruned heads and neurons are removed from the model. Pruned single weights are
+multiplied like other zeros, or computed as by `main.py --eval --sparse-kernels`. Each figure is the
 shortest of many times; the machine should be idle.
 """
 
@@ -45,21 +46,29 @@ from trainer.builders import build_loaders
 from trainer.exit_status import exit_status
 from trainer.export import load_model
 
+HEADINGS = (
+    "| model | batch | | images/s | ms | times | MiB at work | file, MiB | M multiply-adds | "
+    "sparse layers | top-1 |"
+)
+
 
 def of_random_weights(
     name: str, pruner: str, pattern: str, sparsity: float
 ) -> tuple[nn.Module, nn.Module, int]:
-    """A model of random weights, the same pruned, and the side of their images."""
+    """A model with random weights, the same model pruned, and the side of its images."""
     torch.manual_seed(0)
-    size = timm.get_pretrained_cfg(name).input_size[1] if timm.get_pretrained_cfg(name) else 224
+    config = timm.get_pretrained_cfg(name)
+    size = config.input_size[1] if config else 224
     dense = build_model(name, 1000, size)
+
+    parsed = parse_pattern(pattern)
+    asked = None if parsed.sparsity else sparsity  # n:m has a sparsity of its own
     try:
-        masks = compute_masks(
-            dense, pruner, None if parse_pattern(pattern).sparsity else sparsity, pattern=pattern
-        )
+        masks = compute_masks(dense, pruner, asked, pattern=pattern)
     except PruningError as error:
         raise utils.UserError(str(error)) from None
-    if parse_pattern(pattern).structured:
+
+    if parsed.structured:
         return dense, shrink(dense, masks), size
     pruned = copy.deepcopy(dense)
     Masks(pruned, masks)
@@ -67,23 +76,25 @@ def of_random_weights(
 
 
 def of_checkpoint(path: str) -> tuple[nn.Module, nn.Module, int]:
-    """The model of a checkpoint of main.py as it was before pruning, of any weights, the pruned
-    one, and their images' side.
+    """The model of a checkpoint with all its units, the pruned model, and the side of its images.
+
+    The weights of the first one are arbitrary.
     """
+    args = parse_args(["--resume", path, "--eval"])
     with contextlib.redirect_stdout(io.StringIO()):
-        args, dense, pruned, *_ = load_model(parse_args(["--resume", path, "--eval"]))
+        args, dense, pruned, *_ = load_model(args)
     return dense, pruned, args.input_size
 
 
 def file_size(model: nn.Module) -> int:
-    """Bytes of the model's weights as a file."""
+    """The bytes of the model as a file."""
     with tempfile.NamedTemporaryFile() as file:
         torch.save(model.state_dict(), file.name)
         return Path(file.name).stat().st_size
 
 
 def peak_memory(function, device: torch.device) -> int:
-    """The most bytes that a call needs beyond what is there before it."""
+    """The bytes that a call needs at its peak, above those that are in use before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -93,39 +104,34 @@ def peak_memory(function, device: torch.device) -> int:
 
 
 def accuracy(model: nn.Module, size: int, args, compute: utils.Compute) -> str:
-    """Top-1 on the validation images of `--data-path`, where that is given."""
+    """Top-1 on the validation images of `--data-path`, or nothing without that."""
     if not args.data_path:
         return ""
-    data = parse_args(
-        [
-            "--data-path",
-            args.data_path,
-            "--data-set",
-            args.data_set,
-            "--input-size",
-            str(size),
-            "--eval",
-        ]
-    )
+
+    data = ["--data-path", args.data_path, "--data-set", args.data_set]
+    data_args = parse_args([*data, "--input-size", str(size), "--eval"])
     with contextlib.redirect_stdout(io.StringIO()):
-        found = evaluate(build_loaders(data, compute.device)[1], model, compute)
+        _, loader, _ = build_loaders(data_args, compute.device)
+        found = evaluate(loader, model, compute)
     return f"{found['acc1']:.2f} %"
 
 
 def rows(title: str, dense: nn.Module, pruned: nn.Module, size: int, args) -> Iterator[str]:
-    """The rows of one model, at each batch size: dense, and pruned."""
+    """Two rows for each batch size: the dense model, and the pruned one."""
     compute = utils.Compute.choose(args.device, args.amp)
     device = compute.device
     models = {"dense": dense, "pruned": pruned}
     models = {kind: model.to(device).eval().requires_grad_(False) for kind, model in models.items()}
     image = torch.zeros(1, 3, size, size, device=device)
     macs = {kind: multiply_adds_left(model, image) for kind, model in models.items()}
+
     for batch in args.batch_sizes:
-        images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(
-            device
-        )
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(batch, 3, size, size, generator=generator).to(device)
+
         with torch.no_grad(), compute.autocast():
-            quick, sparse = models["pruned"], "none"
+            quick = models["pruned"]
+            sparse = "none"
             if args.sparse_kernels:
                 quick, report = sparse_kernels(quick, images)
                 used = sum(layer.kernel != "dense" for layer in report.layers) if report.used else 0
@@ -141,6 +147,7 @@ def rows(title: str, dense: nn.Module, pruned: nn.Module, size: int, args) -> It
             runs = {"dense": partial(run, models["dense"]), "pruned": partial(run, quick)}
             taken = in_turns(runs, args.seconds)
             memory = {kind: peak_memory(runs[kind], device) for kind in runs}
+
         for kind, model in models.items():
             cells = [
                 title,
@@ -158,7 +165,7 @@ def rows(title: str, dense: nn.Module, pruned: nn.Module, size: int, args) -> It
             yield f"| {' | '.join(map(str, cells))} |"
 
 
-def main(argv: list[str]) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -188,20 +195,23 @@ def main(argv: list[str]) -> int:
         help="measure the accuracy on its validation images",
     )
     parser.add_argument("--data-set", default="IMNET")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    args = make_parser().parse_args(argv)
     if bool(args.checkpoints) == bool(args.model):
         raise utils.UserError("expected either checkpoints or --model")
-    # As main.py has it
+
+    # As in main.py.
     timm.layers.set_fused_attn(utils.choose_device(args.device).type == "cuda")
-    print(
-        "| model | batch | | images/s | ms | times | MiB at work | file, MiB | M multiply-adds | "
-        "sparse layers | "
-        "top-1 |\n| --- | ---: | --- |" + " ---: |" * 8,
-        flush=True,
-    )
+
+    print(HEADINGS, flush=True)
+    print("| --- | ---: | --- |" + " ---: |" * 8, flush=True)
     for source in args.checkpoints or args.sparsity:
         if args.checkpoints:
-            title, found = source, of_checkpoint(source)
+            title = source
+            found = of_checkpoint(source)
         else:
             title = f"{args.model}, `{args.pruner}` {args.pattern} {100 * source:g} %"
             found = of_random_weights(args.model, args.pruner, args.pattern, source)
