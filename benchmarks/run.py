@@ -1,11 +1,10 @@
 """Measures every row of docs/performance.md and writes the page; `make bench` runs it whole.
 
     python benchmarks/run.py                  # everything, then the page
-    python benchmarks/run.py masks step       # some groups only; the page is written once all have
-    been measured here
+    python benchmarks/run.py masks step       # some groups only
 
-Each figure stands beside what a user would otherwise use, measured in the same run. The machine
-should be idle.
+The page is written once all groups have been measured. Each figure is compared with what a user
+would otherwise use, measured in the same run. The machine should be idle.
 """
 
 import argparse
@@ -112,20 +111,17 @@ def masks() -> list[dict]:
         "prune.global_unstructured": seconds(all_at_once, 1) - copying,
         "prune.l1_unstructured": seconds(layer_by_layer, 1) - copying,
     }
-    rows, most = [], 0
+
+    rows = []
+    most = 0
     for pruner in tqdm(REQUESTS, "masks"):
         most = max(most, peak_above(partial(choose, model, pruner)))
         taken = seconds(partial(choose, model, pruner), 6)
         if pruner == "2:4":
-            rows.append(
-                row(
-                    "2:4 everywhere, DeiT-Base",
-                    "at most 0.8 s",
-                    f"{taken:.2f} s",
-                    over(taken, 0.8, "s"),
-                )
-            )
+            what = "2:4 everywhere, DeiT-Base"
+            rows.append(row(what, "at most 0.8 s", f"{taken:.2f} s", over(taken, 0.8, "s")))
             continue
+
         limit, times = LIMITS[pruner]
         other = f"prune.{'global' if pruner in ('lamp', 'glob') else 'l1'}_unstructured"
         ratio = others[other] / taken
@@ -137,29 +133,18 @@ def masks() -> list[dict]:
                 over(taken, limit, "s") or under(ratio, times),
             )
         )
-    rows.append(
-        row(
-            "memory above the model for any of them",
-            "at most 1.0 GB",
-            f"{most / 1e9:.2f} GB",
-            over(most / 1e9, 1, "GB"),
-        )
-    )
+
+    what = "memory above the model for any of them"
+    most /= 1e9
+    rows.append(row(what, "at most 1.0 GB", f"{most:.2f} GB", over(most, 1, "GB")))
     return rows
 
 
 def growth() -> dict:
     """Seconds and memory of every pruner, by size of the model."""
     table = {}
-    for name in tqdm(
-        [
-            "deit_tiny_patch16_224",
-            "deit_small_patch16_224",
-            "deit_base_patch16_224",
-            "vit_large_patch16_224",
-        ],
-        "growth",
-    ):
+    for family in tqdm(("deit_tiny", "deit_small", "deit_base", "vit_large"), "growth"):
+        name = f"{family}_patch16_224"
         model = random_model(name)
         most = max(peak_above(partial(choose, model, pruner)) for pruner in REQUESTS)
         weights = sum(weight.numel() for weight in prunable_weights(model).values())
@@ -173,28 +158,26 @@ def ours(name: str) -> Learner:
     args = parse_args(["--data-path", "unused", "--model", name, "--no-pretrained"])
     with contextlib.redirect_stdout(io.StringIO()):
         model = prepare_model(args, 1000, {}, CPU)
-        return TrainingState(
-            model, Sparsifier(model, Recipe(), total_steps=1, epoch_steps=1), args, CPU
-        ).learner
+        sparsifier = Sparsifier(model, Recipe(), total_steps=1, epoch_steps=1)
+        return TrainingState(model, sparsifier, args, utils.Compute(CPU)).learner
 
 
 def step() -> list[dict]:
-    """What masks add to a training step: measured by themselves, since steps vary by more than
-    that.
+    """The time that masks add to a training step.
+
+    It is measured without the step, since steps vary by more than that.
     """
     rows = []
-    for name, title in tqdm(
-        [("deit_tiny_patch16_224", "DeiT-Tiny"), ("deit_small_patch16_224", "DeiT-Small")], "step"
-    ):
-        state = ours(name)
+    for title in tqdm(("DeiT-Tiny", "DeiT-Small"), "step"):
+        state = ours(f"{title.lower().replace('-', '_')}_patch16_224")
         chosen = compute_masks(state.model, "lamp", SPARSITY)
         kept = Masks(state.model, chosen)
-        bytes_each = sum(mask.element_size() * mask.numel() for mask in kept.values()) / sum(
-            mask.numel() for mask in kept.values()
-        )
+        total_bytes = sum(mask.element_size() * mask.numel() for mask in kept.values())
+        bytes_each = total_bytes / sum(mask.numel() for mask in kept.values())
+
+        # A dtype that the machine has no instructions for is slow, and not measured.
         dense = {
             dtype: step_seconds(state.model, state.optimizer, 64, dtype)
-            # What the machine has no instructions for is slow
             for dtype in {torch.float32, utils.choose_amp("auto", CPU)}
         }
 
@@ -203,17 +186,8 @@ def step() -> list[dict]:
             kept.apply()
 
         added = seconds(masked, 10)
-        layers = [state.model.get_submodule(weight.removesuffix(".weight")) for weight in chosen]
-        for layer, mask in zip(layers, chosen.values(), strict=True):
-            prune.custom_from_mask(layer, "weight", mask)
-        hooks = [(layer, next(iter(layer._forward_pre_hooks.values()))) for layer in layers]
+        theirs = torch_prune_seconds(state.model, chosen)
 
-        def reparametrised(hooks=hooks):
-            for layer, hook in hooks:
-                hook(layer, ())
-                layer.weight.backward(torch.ones_like(layer.weight))
-
-        theirs = seconds(reparametrised, 10)
         for dtype, whole in dense.items():
             share = 100 * added / whole
             rows.append(
@@ -229,15 +203,34 @@ def step() -> list[dict]:
     return rows
 
 
+def torch_prune_seconds(model, masks: dict) -> float:
+    """The time that the same masks add to a step with `torch.nn.utils.prune`, which it applies."""
+    layers = [model.get_submodule(weight.removesuffix(".weight")) for weight in masks]
+    for layer, mask in zip(layers, masks.values(), strict=True):
+        prune.custom_from_mask(layer, "weight", mask)
+    hooks = [(layer, next(iter(layer._forward_pre_hooks.values()))) for layer in layers]
+
+    def reparametrised():
+        for layer, hook in hooks:
+            hook(layer, ())
+            layer.weight.backward(torch.ones_like(layer.weight))
+
+    return seconds(reparametrised, 10)
+
+
 def schedules() -> list[dict]:
-    """What a schedule adds to a training step of DeiT-Small: measured by itself, since steps vary
-    by more than that.
+    """The time that a schedule adds to a training step of DeiT-Small.
+
+    It is measured without the step, since steps vary by more than that.
     """
-    compute, rows = utils.Compute.choose("cpu", "auto"), []
+    compute = utils.Compute.choose("cpu", "auto")
     state = ours("deit_small_patch16_224")
-    # Leaves gradients and the optimizer's state
+
+    # The steps leave gradients and the optimizer's state, which schedules need.
     dense = step_seconds(state.model, state.optimizer, BATCH, compute.dtype)
     weights = copy.deepcopy(state.model.state_dict())
+
+    rows = []
     for schedule in tqdm(SCHEDULES, "schedules"):
         state.model.load_state_dict(weights)
         recipe = Recipe("lamp", SPARSITY, prune_schedule=schedule)
@@ -250,14 +243,11 @@ def schedules() -> list[dict]:
         )
         sparsifier.start()
         sparsifier.attach(state.optimizer)
-        changes = [
-            step
-            for step in range(1, sparsifier.steps.total)
-            if sparsifier.schedule.changes_at(step)
-        ]
+        steps = range(1, sparsifier.steps.total)
+        changes = [step for step in steps if sparsifier.schedule.changes_at(step)]
 
         def calls(step, sparsifier=sparsifier):
-            sparsifier.step = step  # the same one again and again: step 1 has no change
+            sparsifier.step = step  # the same one each time; step 1 changes no masks
             sparsifier.begin_step()
             sparsifier.end_backward()
             sparsifier.end_step()
@@ -266,19 +256,18 @@ def schedules() -> list[dict]:
         change = seconds(partial(calls, changes[0]), 3) - plain if changes else 0.0
         share = 100 * (plain + change / PRUNE_EVERY) / dense
         copies = sum(values.nbytes for values in sparsifier.state_dict()["hidden"].values())
+
+        details = f"{1e3 * plain:.1f} ms each step of {dense:.2f} s"
+        if changes:
+            details += f", {1e3 * change:.0f} ms a change, counted each {PRUNE_EVERY} steps"
+        if copies:
+            details += f"; {copies / 1e6:.0f} MB for the second copy"
         limit = 6 if sparsifier.schedule.trains_pruned else 2
         rows.append(
             row(
                 f"schedule `{schedule}`, DeiT-Small, batch {BATCH}",
                 f"at most {limit} % of the dense step",
-                f"{share:.2f} % ({1e3 * plain:.1f} ms each step of {dense:.2f} s"
-                + (
-                    f", {1e3 * change:.0f} ms a change, counted each {PRUNE_EVERY} steps"
-                    if changes
-                    else ""
-                )
-                + (f"; {copies / 1e6:.0f} MB for the second copy" if copies else "")
-                + ")",
+                f"{share:.2f} % ({details})",
                 over(share, limit, "%"),
             )
         )
@@ -293,6 +282,7 @@ def again() -> list[dict]:
         model, recipe, total_steps=99, epoch_steps=9, share=utils.on_first_process
     )
     sparsifier.start()
+
     taken = in_turns({"again": sparsifier.choose, "lamp": partial(choose, model, "lamp")}, 4)
     ratio = taken["again"] / taken["lamp"]
     return [
@@ -306,17 +296,11 @@ def again() -> list[dict]:
 
 
 def statistics() -> list[dict]:
-    """Collecting what scores look at, and an evaluation or a training pass of DeiT-Small over the
-    same images.
-    """
+    """The time to collect statistics, and that of a pass of DeiT-Small over the same images."""
     compute = utils.Compute.choose("cpu", "auto")
     data = batches(*CALIBRATION)
-    rows = []
     model = ours("deit_small_patch16_224").model
     loss = torch.nn.functional.cross_entropy
-
-    def autocast():
-        return compute.autocast()
 
     def evaluation_pass():
         with contextlib.redirect_stdout(io.StringIO()):
@@ -325,19 +309,21 @@ def statistics() -> list[dict]:
     def training_pass():
         model.train()
         for images, targets in data:
-            with autocast():
+            with compute.autocast():
                 outputs = model(images)
             loss(outputs.float(), targets).backward()
             model.zero_grad()
 
     def collected(need):
-        with autocast():
+        with compute.autocast():
             collect_statistics(model, data, loss, {need})
 
-    for pass_, name, needs in (
+    rows = []
+    passes = [
         (evaluation_pass, "an evaluation", ("input_norms", "gram")),
         (training_pass, "a training pass", ("gradient", "squared_gradient")),
-    ):
+    ]
+    for pass_, name, needs in passes:
         taken = in_turns({"pass": pass_, **{need: partial(collected, need) for need in needs}}, 4)
         for need in needs:
             ratio = taken[need] / taken["pass"]
@@ -353,18 +339,19 @@ def statistics() -> list[dict]:
 
 
 def plain_obs(weight, gram, kept: int, damping: float = 0.01, block_size: int = 128):
-    """`obs_prune` as plainly as it can be written: each column updates all those to its right,
-    where they lie.
-    """
-    weight, (outputs, inputs) = weight.double(), weight.shape
+    """`obs_prune` as plainly as it can be written: each column updates all to its right."""
+    weight = weight.double()
+    outputs, inputs = weight.shape
     damped = gram + damping * gram.diagonal().mean() * torch.eye(inputs, dtype=gram.dtype)
     factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     mask = torch.zeros(outputs, inputs, dtype=torch.bool)
+
     for start in range(0, inputs, block_size):
         end = min(start + block_size, inputs)
         share = round(kept * end / inputs) - round(kept * start / inputs)
         costs = (weight[:, start:end] / factor.diagonal()[start:end]).square()
         mask[:, start:end] = costs >= costs.flatten().topk(share).values[-1]
+
         for column in range(start, end):
             error = weight[:, column] * ~mask[:, column] / factor[column, column]
             weight[:, column:] -= torch.outer(error, factor[column, column:])
@@ -373,8 +360,13 @@ def plain_obs(weight, gram, kept: int, damping: float = 0.01, block_size: int = 
 
 def reconstruction() -> list[dict]:
     """Optimal Brain Surgeon on a layer, and on DeiT-Small layer after layer."""
+    return [obs_of_layer(), obs_of_model()]
+
+
+def obs_of_layer() -> dict:
     generator = torch.Generator().manual_seed(0)
-    (inputs, outputs) = (3072, 768)
+    inputs = 3072
+    outputs = 768
     tokens = torch.randn(2 * inputs, inputs, generator=generator)
     weight = torch.randn(outputs, inputs, generator=generator)
     gram = (tokens.T @ tokens).double()
@@ -385,17 +377,20 @@ def reconstruction() -> list[dict]:
         found[function] = function(weight, gram, kept)[1]
 
     taken = in_turns({"ours": partial(pruned, obs_prune), "plain": partial(pruned, plain_obs)}, 1)
-    # Of weights as good as equal, either may go
+
+    # Of two weights that cost nearly the same, either may be pruned.
     assert int((found[obs_prune] != found[plain_obs]).sum()) <= 20
+
     ratio = taken["plain"] / taken["ours"]
-    rows = [
-        row(
-            f"`obs_prune`, {inputs} inputs, {outputs} outputs",
-            "2 times plain code, column by column",
-            f"{ratio:.1f} times ({taken['ours']:.1f} s, {taken['plain']:.1f} s)",
-            under(ratio, 2),
-        )
-    ]
+    return row(
+        f"`obs_prune`, {inputs} inputs, {outputs} outputs",
+        "2 times plain code, column by column",
+        f"{ratio:.1f} times ({taken['ours']:.1f} s, {taken['plain']:.1f} s)",
+        under(ratio, 2),
+    )
+
+
+def obs_of_model() -> dict:
     compute = utils.Compute.choose("cpu", "auto")
     data = batches(*CALIBRATION)
     model = ours("deit_small_patch16_224").model
@@ -416,24 +411,19 @@ def reconstruction() -> list[dict]:
 
     taken = in_turns({"evaluation": evaluation_pass, "walk": walk, "whole": whole}, 2)
     ratio = taken["walk"] / taken["evaluation"]
-    return [
-        *rows,
-        row(
-            f"`prune` of DeiT-Small, {CALIBRATION[0] * CALIBRATION[1]} images, but factors and "
-            "updates",
-            "at most 4 times an evaluation of the same images",
-            f"{ratio:.1f} times ({taken['walk']:.1f} s, {taken['evaluation']:.1f} s; with factors "
-            f"and updates {taken['whole'] / taken['evaluation']:.1f} times, {taken['whole']:.1f} "
-            "s)",
-            over(ratio, 4, "times"),
-        ),
-    ]
+    whole_ratio = taken["whole"] / taken["evaluation"]
+    images = CALIBRATION[0] * CALIBRATION[1]
+    return row(
+        f"`prune` of DeiT-Small, {images} images, without factors and updates",
+        "at most 4 times an evaluation of the same images",
+        f"{ratio:.1f} times ({taken['walk']:.1f} s, {taken['evaluation']:.1f} s; with factors and "
+        f"updates {whole_ratio:.1f} times, {taken['whole']:.1f} s)",
+        over(ratio, 4, "times"),
+    )
 
 
 def products(dtype) -> float:
-    """How many times as fast as in float32 the machine multiplies the matrices of DeiT-Small's MLP,
-    batch 16.
-    """
+    """How many times as fast as in float32 are matrix products of DeiT-Small's MLP, batch 16."""
 
     def product(kind):
         inputs = torch.randn(16 * 197, 384, dtype=kind)
@@ -445,7 +435,7 @@ def products(dtype) -> float:
 
 
 def train() -> list[dict]:
-    """A training step of DeiT-Small with what the machine has, and a plain one in float32."""
+    """A training step of DeiT-Small in the machine's fastest dtype, and a plain one in float32."""
     dtype = utils.choose_amp("auto", CPU)
     state = ours("deit_small_patch16_224")
     timm.layers.set_fused_attn(True)  # as it is by default
@@ -455,6 +445,7 @@ def train() -> list[dict]:
     for _ in tqdm(range(3), "train"):  # in turns, since the speed of a machine drifts
         quick = min(quick, step_seconds(state.model, state.optimizer, 16, dtype))
         plain = min(plain, step_seconds(model, optimizer, 16, torch.float32))
+
     name = str(dtype).removeprefix("torch.")
     return [
         row(
@@ -469,7 +460,7 @@ def train() -> list[dict]:
 
 
 def muon_step() -> dict:
-    """A step of Muon on the sample's model, beside timm's, which is in bfloat16 everywhere."""
+    """A step of Muon on the sample's model, and one of timm's, which is in bfloat16 everywhere."""
     model = ours("deit_sample_patch4_28").model
     optimizer = create_optimizer_v2(model, "muon")
     chosen = muon.zeropower_via_newtonschulz
@@ -492,7 +483,7 @@ def muon_step() -> dict:
 
 
 def evaluation() -> list[dict]:
-    """Evaluation of DeiT-Small likewise, and what it changes in the accuracy of the sample."""
+    """Evaluation of DeiT-Small, likewise, and how the dtype changes the accuracy of the sample."""
     dtype = utils.choose_amp("auto", CPU)
 
     def run(model, dtype):
@@ -505,7 +496,7 @@ def evaluation() -> list[dict]:
     taken = in_turns(
         {"quick": lambda: run(state.model, dtype), "plain": lambda: run(model, torch.float32)}, 4
     )
-    quick, plain = taken["quick"], taken["plain"]
+
     accuracy = []
     for amp in ("auto", "off"):
         args = parse_args(["--amp", amp])
@@ -513,6 +504,8 @@ def evaluation() -> list[dict]:
             _, loader, classes = build_loaders(args, CPU)
             sample = prepare_model(args, classes, {}, CPU)
             accuracy.append(evaluate(loader, sample, utils.Compute.choose("cpu", amp))["acc1"])
+
+    quick, plain = taken["quick"], taken["plain"]
     apart = abs(accuracy[0] - accuracy[1])
     return [
         row(
@@ -526,64 +519,32 @@ def evaluation() -> list[dict]:
 
 
 def inputs() -> list[dict]:
-    """Images a second of the training loader, and of a plain ImageFolder and DataLoader."""
-    # "workers": ours, but for what is done to whole batches
+    """Images per second of the training loader, and of a plain ImageFolder and DataLoader."""
+    # "workers" is ours without the transforms of whole batches.
     rates = {"ours": [], "workers": [], "plain": []}
     with tempfile.TemporaryDirectory() as folder:
-        random = np.random.RandomState(0)
-        for number in range(512):
-            for part in ("train", "val"):
-                Path(folder, part, "one").mkdir(parents=True, exist_ok=True)
-            coarse = Image.fromarray(random.randint(0, 256, (24, 32, 3), dtype=np.uint8))
-            coarse.resize((500, 375), Image.Resampling.BICUBIC).save(
-                f"{folder}/train/one/{number}.jpg", quality=90
-            )
-        coarse.save(f"{folder}/val/one/0.jpg")
-        args = parse_args(
-            [
-                "--data-path",
-                folder,
-                "--model",
-                "deit_small_patch16_224",
-                "--num_workers",
-                "2",
-                "--no-repeated-aug",
-                "--mixup",
-                "0",
-                "--cutmix",
-                "0",
-            ]
-        )
-        # First, as it repairs timm's posterize for both
+        make_images(folder)
+        data = ["--data-path", folder, "--model", "deit_small_patch16_224", "--num_workers", "2"]
+        args = parse_args([*data, "--no-repeated-aug", "--mixup", "0", "--cutmix", "0"])
+
+        # Ours is made first, because that repairs timm's posterize for both.
         loaders = {"ours": build_loaders(args, CPU)[0]}
         loaders["workers"] = loaders["ours"]
-        finish = {"ours": build_batch_transform(args, 1, CPU)}
-        transform = create_transform(
-            224,
-            is_training=True,
-            color_jitter=args.color_jitter,
-            auto_augment=args.aa,
-            interpolation="bicubic",
-            re_prob=0.25,
-            re_mode="pixel",
-            re_count=1,
-        )
-        loaders["plain"] = DataLoader(
-            ImageFolder(f"{folder}/train", transform),
-            64,
-            shuffle=True,
-            num_workers=2,
-            drop_last=True,
-            persistent_workers=True,
-        )
-        # Many short ones in turns, since the speed of the machine drifts
+        loaders["plain"] = plain_loader(folder, args)
+        transform = build_batch_transform(args, 1, CPU)
+
+        # Many short passes in turns, since the speed of the machine drifts.
         for _ in tqdm(range(16), "inputs"):
             for kind, loader in loaders.items():
                 start = time.perf_counter()
-                images = sum(
-                    len(finish[kind](*batch)[0] if kind in finish else batch[0]) for batch in loader
-                )
-                rates[kind].append(images / (time.perf_counter() - start))
+                count = 0
+                for images, targets in loader:
+                    if kind == "ours":
+                        images, _ = transform(images, targets)
+                    count += len(images)
+                rates[kind].append(count / (time.perf_counter() - start))
+
+    # The first pass of each starts its workers.
     quick, workers, plain = (float(np.median(rates[kind][1:])) for kind in rates)
     return [
         row(
@@ -596,28 +557,51 @@ def inputs() -> list[dict]:
     ]
 
 
+def make_images(folder: str) -> None:
+    """Fills a folder with 512 training images, JPEG of 500 x 375, and one to validate on."""
+    for part in ("train", "val"):
+        Path(folder, part, "one").mkdir(parents=True)
+
+    random = np.random.RandomState(0)
+    for number in range(512):
+        coarse = Image.fromarray(random.randint(0, 256, (24, 32, 3), dtype=np.uint8))
+        image = coarse.resize((500, 375), Image.Resampling.BICUBIC)
+        image.save(f"{folder}/train/one/{number}.jpg", quality=90)
+    coarse.save(f"{folder}/val/one/0.jpg")
+
+
+def plain_loader(folder: str, args) -> DataLoader:
+    """A training loader as made from timm's transform alone."""
+    transform = create_transform(
+        224,
+        is_training=True,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        interpolation="bicubic",
+        re_prob=0.25,
+        re_mode="pixel",
+        re_count=1,
+    )
+    return DataLoader(
+        ImageFolder(f"{folder}/train", transform),
+        64,
+        shuffle=True,
+        num_workers=2,
+        drop_last=True,
+        persistent_workers=True,
+    )
+
+
 def sample() -> list[dict]:
     """The sample run."""
+    flags = ["--pruner", "lamp", "--sparsity", str(SPARSITY)]
+    command = [sys.executable, str(ROOT / "main.py"), *flags]
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            str(ROOT / "main.py"),
-            "--pruner",
-            "lamp",
-            "--sparsity",
-            str(SPARSITY),
-        ]
-        taken = seconds(
-            lambda: subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL), 2
-        )
-    return [
-        row(
-            "`python main.py --pruner lamp --sparsity 0.65`",
-            "at most 40 s",
-            f"{taken:.0f} s",
-            over(taken, 40, "s"),
-        )
-    ]
+        run = partial(subprocess.run, command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        taken = seconds(run, 2)
+
+    what = "`python main.py --pruner lamp --sparsity 0.65`"
+    return [row(what, "at most 40 s", f"{taken:.0f} s", over(taken, 40, "s"))]
 
 
 GROUPS = {
@@ -643,13 +627,12 @@ GROUPS = {
 
 
 def machine() -> str:
+    """The processor, and the versions of the packages."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
-    model = next(
-        line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")
-    )
-    features = ", ".join(
-        name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in cpuinfo.split()
-    )
+    name = next(line for line in cpuinfo.splitlines() if line.startswith("model name"))
+    model = name.split(":")[1].strip()
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    features = ", ".join(feature for feature in wanted if feature in cpuinfo.split())
     return (
         f"{model} ({features}), {torch.get_num_threads()} cores; Python "
         f"{platform.python_version()}, torch {torch.__version__}, torchvision "
@@ -659,6 +642,7 @@ def machine() -> str:
 
 
 def page(results: dict) -> str:
+    """docs/performance.md."""
     lines = [
         "# Performance",
         "",
@@ -671,11 +655,10 @@ def page(results: dict) -> str:
         "| --- | --- | --- | --- |",
     ]
     rows = [found for group in GROUPS if group != "growth" for found in results.get(group, [])]
-    lines += [
-        f"| {found['what']} | {found['target']} | {found['found']} | "
-        f"{'missed: ' + found['missed'] if found['missed'] else 'yes'} |"
-        for found in rows
-    ]
+    for found in rows:
+        met = f"missed: {found['missed']}" if found["missed"] else "yes"
+        lines.append(f"| {found['what']} | {found['target']} | {found['found']} | {met} |")
+
     if "growth" in results:
         names = " | ".join(f"`{name}`" for name in REQUESTS)
         lines += [
@@ -694,6 +677,7 @@ def page(results: dict) -> str:
                 f"| `{name}` | {found['weights'] / 1e6:.1f} M | {cells} | "
                 f"{found['memory'] / 1e9:.2f} GB |"
             )
+
     return "\n".join([*lines, "", (Path(__file__).parent / "notes.md").read_text()])
 
 
@@ -707,6 +691,7 @@ if __name__ == "__main__":
     chosen = parser.parse_args().groups
     for unknown in set(chosen) - set(GROUPS):
         parser.error(f"no group {unknown}: expected some of {', '.join(GROUPS)}")
+
     results = json.loads(RESULTS.read_text()) if chosen and RESULTS.exists() else {}
     RESULTS.parent.mkdir(exist_ok=True)
     for name in chosen or GROUPS:
@@ -714,6 +699,7 @@ if __name__ == "__main__":
         results[name] = GROUPS[name]()
         results["machine"] = machine()
         RESULTS.write_text(json.dumps(results))
+
     if results.keys() >= GROUPS.keys():
         PAGE.write_text(page(results))
     print(page(results))
