@@ -506,9 +506,11 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_leaves_no_l
     run_main, tiny, tmp_path
 ):
     program = (
-        "import time, run_folder\n"
-        f"held = run_folder.RunFolder({str(tmp_path / 'out')!r})\nprint(1, "
-        "flush=True)\ntime.sleep(60)"
+        "import time\n"
+        "from trainer.run_folder import RunFolder\n"
+        f"held = RunFolder({str(tmp_path / 'out')!r})\n"
+        "print(1, flush=True)\n"
+        "time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
     process.stdout.readline()
