@@ -1,11 +1,10 @@
-"""Runs main.py on a SLURM cluster through submitit, as DeiT's script of this name: one process per
-GPU.
+"""Runs main.py on a SLURM cluster through submitit, as DeiT's script of this name does.
 
-    python run_with_submitit.py --nodes 2 --ngpus 8 --job_dir JOBS --partition gpu [any argument of
-    main.py]
+    python run_with_submitit.py --nodes 2 --ngpus 8 --job_dir JOBS --partition gpu
 
-Output, checkpoints and log.txt go to JOBS. When SLURM preempts the job or its time is up, it queues
-itself again and resumes from its last checkpoint. Needs `pip install submitit`.
+Takes any argument of main.py as well. Each GPU has one process. Output, checkpoints and log.txt are
+written to JOBS. When SLURM preempts the job or its time is up, it queues itself again and resumes
+from its last checkpoint. Needs `pip install submitit`.
 """
 
 import argparse
@@ -21,6 +20,9 @@ except ImportError:
     sys.exit("error: submitit is not installed; pip install submitit")
 
 
+# fmt: off
+
+
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of the job, and the arguments that are left for main.py."""
     parser = argparse.ArgumentParser(
@@ -28,46 +30,45 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--ngpus", type=int, default=8, help="GPUs, and so processes, of each node")
-    parser.add_argument("--nodes", type=int, default=2, help="number of nodes")
-    parser.add_argument(
-        "--timeout",
-        type=int,
-        default=2800,
-        help="minutes until the job is stopped and queued again",
-    )
-    parser.add_argument("--job_dir", type=Path, required=True, help="a folder that all nodes see")
-    parser.add_argument("--partition", help="SLURM partition")
-    parser.add_argument("--use_volta32", action="store_true", help="ask for V100 GPUs of 32 GB")
-    parser.add_argument("--comment", help="comment for the scheduler")
-    parser.add_argument(
-        "--cluster", help="slurm, or local for processes on this machine; by default what there is"
-    )
+    add = parser.add_argument
+    add("--ngpus", type=int, default=8, help="GPUs, and so processes, of each node")
+    add("--nodes", type=int, default=2, help="number of nodes")
+    add("--timeout", type=int, default=2800,
+        help="minutes until the job is stopped and queued again")
+    add("--job_dir", type=Path, required=True, help="a folder that all nodes see")
+
+    # For the scheduler
+    add("--partition", help="SLURM partition")
+    add("--use_volta32", action="store_true", help="ask for V100 GPUs of 32 GB")
+    add("--comment", help="comment for the scheduler")
+    add("--cluster", help="slurm, or local for processes on this machine; by default what is there")
     return parser.parse_known_args(argv)
+
+
+# fmt: on
 
 
 class Trainer:
     """One process of the job."""
 
     def __init__(self, argv: list[str], job_dir: Path):
-        """argv: for main.py. The processes of one start of the job find each other at a file made
-        for it.
-        """
+        """argv: for main.py."""
         self.argv = argv
         self.job_dir = job_dir
+        # The processes of one start of the job find each other at this file
         self.dist_url = (job_dir.resolve() / f".meet_{uuid.uuid4().hex}").as_uri()
 
     def __call__(self) -> None:
         job = submitit.JobEnvironment()
-        os.environ.update(
-            RANK=str(job.global_rank), WORLD_SIZE=str(job.num_tasks), LOCAL_RANK=str(job.local_rank)
-        )
-        checkpoint = self.job_dir / "checkpoint.pth"
-        resume = ["--resume", "auto"] if checkpoint.exists() else []
+        os.environ["RANK"] = str(job.global_rank)
+        os.environ["WORLD_SIZE"] = str(job.num_tasks)
+        os.environ["LOCAL_RANK"] = str(job.local_rank)
+
+        argv = [*self.argv, "--output_dir", str(self.job_dir), "--dist_url", self.dist_url]
+        if (self.job_dir / "checkpoint.pth").exists():
+            argv += ["--resume", "auto"]
         run = runpy.run_path(str(Path(__file__).with_name("main.py")))["run"]
-        status = run(
-            [*self.argv, "--output_dir", str(self.job_dir), "--dist_url", self.dist_url, *resume]
-        )
+        status = run(argv)
         if status:
             raise RuntimeError(f"main.py ended with status {status}")
 
@@ -77,8 +78,18 @@ class Trainer:
 
 
 def submit(argv: list[str]) -> submitit.Job:
+    """Queues the job."""
     args, main_argv = parse_args(argv)
     args.job_dir.mkdir(parents=True, exist_ok=True)
+
+    wishes = {}
+    if args.partition:
+        wishes["slurm_partition"] = args.partition
+    if args.use_volta32:
+        wishes["slurm_constraint"] = "volta32gb"
+    if args.comment:
+        wishes["slurm_comment"] = args.comment
+
     executor = submitit.AutoExecutor(
         folder=args.job_dir / "%j", cluster=args.cluster, slurm_max_num_timeout=30
     )
@@ -91,13 +102,11 @@ def submit(argv: list[str]) -> submitit.Job:
         slurm_gpus_per_node=args.ngpus,
         slurm_mem_per_gpu="40G",
         slurm_signal_delay_s=120,
-        **({"slurm_partition": args.partition} if args.partition else {}),
-        **({"slurm_constraint": "volta32gb"} if args.use_volta32 else {}),
-        **({"slurm_comment": args.comment} if args.comment else {}),
+        **wishes,
     )
     return executor.submit(Trainer(main_argv, args.job_dir))
 
 
 if __name__ == "__main__":
     job = submit(sys.argv[1:])
-    print(f"Submitted job {job.job_id}; its output goes to {job.paths.stdout}")
+    print(f"Submitted job {job.job_id}; its output is in {job.paths.stdout}")

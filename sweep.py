@@ -375,7 +375,7 @@ class Workbench:
         return Outcome(self.test(self.model)["acc1"], sparsifier.masks.sparsity())
 
     def arguments(self, task: Task) -> argparse.Namespace:
-        """The arguments of a run; those that its schedule does not use are at their defaults."""
+        """The arguments of a run, with the defaults of those that its schedule does not use."""
         folder = Path(self.args.output_dir, "runs", task.run)
         values = {
             **vars(self.args),
@@ -458,6 +458,7 @@ class Progress:
         self.table = table
         self.shown = shown
         self.seen = set(tasks) & set(table.outcomes())
+
         if shown and self.seen:
             path = table.folder.results
             print(f"{path}: {len(self.seen)} of {len(tasks)} done before", flush=True)

@@ -1,4 +1,4 @@
-"""What `compare.py` compares, and its results as tables and pictures."""
+"""The methods and settings that `compare.py` compares, and its results as tables and pictures."""
 
 import csv
 import io
@@ -18,7 +18,8 @@ SEEDS = (0, 1, 2)
 SPARSITIES = ("0.5", "0.8", "0.9", "0.95", "0.98")
 GROUPS = ("2:4", "1:4")
 LEVELS = (*SPARSITIES, *GROUPS)
-UNPRUNED, TUNING = "0", "tuning"
+UNPRUNED = "0"
+TUNING = "tuning"
 
 #: By model the arguments of main.py for its shape; the second has DeiT-Tiny's depth and heads.
 MODELS = {"sample": (), "tiny": ("--model-kwargs", "depth=12", "patch_size=7")}
@@ -27,7 +28,7 @@ MODELS = {"sample": (), "tiny": ("--model-kwargs", "depth=12", "patch_size=7")}
 class Method(NamedTuple):
     """A row of the tables.
 
-    family: in whose picture it is. choices: of a sweep's task. arguments: of main.py.
+    family: the picture in which it is drawn. choices: of a sweep's task. arguments: of main.py.
     """
 
     family: str
@@ -37,8 +38,9 @@ class Method(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """How levels get the learning rate that they share: the best of `rates` at the first of `tried`
-    that there is.
+    """Levels share a learning rate: the best of `rates` at the first level of `tried` that exists.
+
+    A level exists if the method has it.
     """
 
     levels: tuple[str, ...]
@@ -47,10 +49,9 @@ class Tuning(NamedTuple):
 
 
 class World(NamedTuple):
-    """Where the training starts, and what is alike for all methods.
+    """The start of the training, and what all methods share.
 
-    models: those of MODELS that take part. images: to train on, of those that are not held out:
-    `sample`, or `quarter`.
+    models: names in MODELS. images: those to train on, `sample` or `quarter`.
     """
 
     arguments: tuple[str, ...]
@@ -61,7 +62,7 @@ class World(NamedTuple):
     methods: Mapping[str, Method]
 
     def trials(self, method: str) -> dict[str, list[tuple[str, float]]]:
-        """By level of a method the trials that its rate is the best of: a level and a rate."""
+        """By level of a method the trials that choose its learning rate: a level and a rate."""
         levels = self.methods[method].levels
         tried = {
             tuning: next((level for level in tuning.tried if level in levels), None)
@@ -75,7 +76,8 @@ class World(NamedTuple):
         }
 
 
-OFTEN, AT_TIMES = ("--prune-every", "10"), ("--prune-every", "25")
+OFTEN = ("--prune-every", "10")
+AT_TIMES = ("--prune-every", "25")
 ERK = {"name": "erk"}
 LAMP = {"name": "lamp"}
 RANDOM = {"name": "erk", "score": "random"}
@@ -137,7 +139,7 @@ WORLDS = {
     ),
 }
 
-#: By family the method that it is drawn beside, and what that is called there.
+#: By family the method that its picture shows for comparison, and the name of that method there.
 BASELINES = {
     "score": ("erk", "magnitude"),
     "reconstruction": ("erk", "none"),
@@ -146,8 +148,9 @@ BASELINES = {
 
 
 class Task(NamedTuple):
-    """One accuracy to measure: of a trial (`kind` is TUNING), or as a sweep has it. rate: of a
-    trial.
+    """One accuracy to measure: of a trial of a learning rate, or of a task of a sweep.
+
+    kind: TUNING or a sweep's. rate: of a trial.
     """
 
     kind: str
@@ -160,27 +163,22 @@ class Task(NamedTuple):
 
     @property
     def run(self) -> Run:
-        """The same as a sweep has it."""
+        """The same as a task of a sweep."""
         if self.kind == DENSE:
             return Run(DENSE)
-        choices = {
-            "sparsity": float(self.level) if self.level not in GROUPS else 0.0,
-            **WORLDS[self.world].methods[self.method].choices,
-        }
+        choices = {"sparsity": 0.0, **WORLDS[self.world].methods[self.method].choices}
         if self.level in GROUPS:
             choices |= {"name": "unif", "pattern": self.level}
-        return (
-            Run(ONE_SHOT, **choices)
-            if self.kind == ONE_SHOT
-            else Run(FINETUNED, seed=self.seed, **choices)
-        )
+        else:
+            choices["sparsity"] = float(self.level)
+        if self.kind == ONE_SHOT:
+            return Run(ONE_SHOT, **choices)
+        return Run(FINETUNED, seed=self.seed, **choices)
 
     def __str__(self) -> str:
+        parts = [self.kind, self.world, self.model, self.method, self.level]
         rate = f", rate {self.rate:g}" if self.rate else ""
-        return (
-            ", ".join(filter(None, (self.kind, self.world, self.model, self.method, self.level)))
-            + f", seed {self.seed}{rate}"
-        )
+        return ", ".join(filter(None, parts)) + f", seed {self.seed}{rate}"
 
 
 class Result(NamedTuple):
@@ -192,37 +190,36 @@ class Result(NamedTuple):
 
 
 def all_tasks() -> list[Task]:
-    """Every accuracy, in the order in which they are measured: one model after another, one seed
-    after another.
-    """
+    """Every accuracy, in the order in which they are measured: by model, then by seed."""
     tasks = []
-    for place in [(name, model) for name, world in WORLDS.items() for model in world.models]:
-        world = WORLDS[place[0]]
-        for name, method in world.methods.items():
-            tasks += [
-                Task(TUNING, *place, name, level, rate=rate)
-                for level, rate in dict.fromkeys(sum(world.trials(name).values(), []))
-            ]
-            if (
-                place[0] == "finetuned"
-                and "schedule" not in method.choices
-                and not method.arguments
-            ):
-                tasks += [Task(ONE_SHOT, *place, name, level) for level in method.levels]
-        tasks += [Task(DENSE, *place)] * (place[0] == "finetuned")
-        tasks += [
-            Task(FINETUNED, *place, name, level, seed)
-            for seed in SEEDS
-            for name, method in world.methods.items()
-            for level in method.levels
-        ]
+    for name, world in WORLDS.items():
+        for model in world.models:
+            tasks += _tasks_of(name, model)
+    return tasks
+
+
+def _tasks_of(name: str, model: str) -> list[Task]:
+    world = WORLDS[name]
+    pruned = name == "finetuned"  # from a dense model
+    tasks = []
+
+    # The trials of learning rates, and accuracies right after pruning
+    for method, setting in world.methods.items():
+        trials = dict.fromkeys(sum(world.trials(method).values(), []))
+        tasks += [Task(TUNING, name, model, method, level, rate=rate) for level, rate in trials]
+        if pruned and "schedule" not in setting.choices and not setting.arguments:
+            tasks += [Task(ONE_SHOT, name, model, method, level) for level in setting.levels]
+
+    if pruned:
+        tasks.append(Task(DENSE, name, model))
+    for seed in SEEDS:
+        for method, setting in world.methods.items():
+            tasks += [Task(FINETUNED, name, model, method, level, seed) for level in setting.levels]
     return tasks
 
 
 def rate_of(task: Task, results: Mapping[Task, Result]) -> float | None:
-    """The learning rate of a finetuning: the best of its trials on the held-out images; None where
-    trials lack.
-    """
+    """The learning rate of a finetuning: the best of its trials; None if a trial is missing."""
     trials = [
         task._replace(kind=TUNING, level=level, seed=0, rate=rate)
         for level, rate in WORLDS[task.world].trials(task.method)[task.level]
@@ -261,33 +258,37 @@ def _parse(line: str) -> tuple[Task, Result]:
 
 
 def tables(results: Mapping[Task, Result]) -> dict[tuple[str, str, str], str]:
-    """Top-1 in Markdown by world, model and kind (one-shot or finetuned): methods by level, mean
-    and range.
+    """Markdown by world, model and kind (one-shot or finetuned): methods by level.
+
+    A cell is the mean top-1 accuracy of all seeds, with their range.
     """
     found = {}
     for world, setting in WORLDS.items():
-        levels = [
-            level
-            for level in (UNPRUNED, *LEVELS)
-            if any(level in method.levels for method in setting.methods.values())
-        ]
         for model in setting.models:
             for kind in (ONE_SHOT, FINETUNED):
-                rows = []
-                for name, method in setting.methods.items():
-                    cells = {
-                        level: values_of(results, kind, world, model, name, level)
-                        for level in method.levels
-                    }
-                    if any(cells.values()):
-                        texts = [mean_and_range(cells.get(level, [])) for level in levels]
-                        rows.append(f"| `{name}` | " + " | ".join(texts) + " |")
-                if rows:
-                    head = "| top-1 in % | " + " | ".join(map(level_name, levels)) + " |"
-                    found[world, model, kind] = "\n".join(
-                        [head, "| --- |" + " ---: |" * len(levels), *rows]
-                    )
+                if table := _table(results, kind, world, model):
+                    found[world, model, kind] = table
     return found
+
+
+def _table(results: Mapping[Task, Result], kind: str, world: str, model: str) -> str:
+    methods = WORLDS[world].methods
+    used = {level for method in methods.values() for level in method.levels}
+    levels = [level for level in (UNPRUNED, *LEVELS) if level in used]
+
+    rows = []
+    for name, method in methods.items():
+        cells = {
+            level: values_of(results, kind, world, model, name, level) for level in method.levels
+        }
+        if any(cells.values()):
+            texts = [mean_and_range(cells.get(level, [])) for level in levels]
+            rows.append(f"| `{name}` | " + " | ".join(texts) + " |")
+    if not rows:
+        return ""
+
+    head = "| top-1 in % | " + " | ".join(map(level_name, levels)) + " |"
+    return "\n".join([head, "| --- |" + " ---: |" * len(levels), *rows])
 
 
 def pictures(results: Mapping[Task, Result]) -> dict[str, bytes]:
@@ -297,43 +298,58 @@ def pictures(results: Mapping[Task, Result]) -> dict[str, bytes]:
         families = dict.fromkeys(
             method.family for method in setting.methods.values() if method.family
         )
-        for model, family in ((model, family) for model in setting.models for family in families):
-            curves = {}
-            baseline, called = BASELINES.get(family, ("", ""))
-            for name, method in setting.methods.items():
-                if method.family != family and name != baseline:
-                    continue
-                kinds = {
-                    kind: [
-                        (float(level), values)
-                        for level in SPARSITIES
-                        if (values := values_of(results, kind, world, model, name, level))
-                    ]
-                    for kind in (ONE_SHOT, FINETUNED)
-                }
-                if kinds := {kind: points for kind, points in kinds.items() if points}:
-                    curves[called if name == baseline else name] = kinds
-            if curves:
-                dense = [
-                    result.accuracy
-                    for task, result in results.items()
-                    if task.kind != TUNING
-                    and (task.world, task.model) == (world, model)
-                    and DENSE in (task.kind, task.method)
-                ]
-                seeds = max(
-                    len(values)
-                    for kinds in curves.values()
-                    for _, values in sum(kinds.values(), [])
-                )
-                length = "an epoch" if setting.epochs == 1 else f"{setting.epochs} epochs"
-                title = f"{'finetuned' if world == 'finetuned' else 'trained'} for {length},\n"
-                title += f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
-                figure = sweep_lines(
-                    curves, mean(dense) if dense else None, f"{model}, by {family}", title
-                )
-                found[f"compare_{model}_{family.replace(' ', '_')}.png"] = png(figure)
+        for model in setting.models:
+            for family in families:
+                if picture := _picture(results, world, model, family):
+                    found[f"compare_{model}_{family.replace(' ', '_')}.png"] = picture
     return found
+
+
+def _picture(results: Mapping[Task, Result], world: str, model: str, family: str) -> bytes:
+    setting = WORLDS[world]
+    curves = _curves(results, world, model, family)
+    if not curves:
+        return b""
+
+    # The line of the dense model
+    dense = [
+        result.accuracy
+        for task, result in results.items()
+        if task.kind != TUNING
+        and (task.world, task.model) == (world, model)
+        and DENSE in (task.kind, task.method)
+    ]
+
+    # How long, and how often
+    lines = [points for kinds in curves.values() for points in kinds.values()]
+    seeds = max(len(values) for points in lines for _, values in points)
+    done = "finetuned" if world == "finetuned" else "trained"
+    length = "an epoch" if setting.epochs == 1 else f"{setting.epochs} epochs"
+    shown = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
+    finetuned = f"{done} for {length},\n{shown}"
+
+    title = f"{model}, by {family}"
+    return png(sweep_lines(curves, mean(dense) if dense else None, title, finetuned))
+
+
+def _curves(
+    results: Mapping[Task, Result], world: str, model: str, family: str
+) -> dict[str, dict[str, list]]:
+    """By method of a family, and by kind: the sparsities, each with the accuracies of all seeds."""
+    curves = {}
+    baseline, called = BASELINES.get(family, ("", ""))
+    for name, method in WORLDS[world].methods.items():
+        if method.family != family and name != baseline:
+            continue
+
+        kinds = {}
+        for kind in (ONE_SHOT, FINETUNED):
+            for level in SPARSITIES:
+                if values := values_of(results, kind, world, model, name, level):
+                    kinds.setdefault(kind, []).append((float(level), values))
+        if kinds:
+            curves[called if name == baseline else name] = kinds
+    return curves
 
 
 def values_of(results: Mapping[Task, Result], *place) -> list[float]:

@@ -20,27 +20,27 @@ LOCK = ".lock"
 
 
 class RunFolder:
-    """Makes and locks the folder of `--output_dir`; the operating system releases the lock when the
-    process ends.
+    """Makes and locks the folder of `--output_dir`; the lock ends with the process.
 
-    Raises UserError when the folder cannot be written to, or belongs to a run that is going on.
+    Raises UserError if the folder cannot be written to, or another run is using it.
     """
 
     def __init__(self, name: str):
         self.path = Path(name)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115, held as long as the process
+            # Open for as long as the process lives
+            self._lock = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
             for file in (CHECKPOINT, BEST, LOG):
                 if (self.path / file).is_dir():
                     raise UserError(f"--output_dir {name}: {file} in it is a folder")
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"--output_dir {name}: {getattr(error, 'strerror', None) or error}"
-            ) from None
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--output_dir {name}: {reason}") from None
+
+        # A lock of this process alone: with flock, data workers that outlast a killed run would
+        # keep it
         try:
-            # Of this process alone: a lock by flock would live on in data workers that outlast a
-            # killed run.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
@@ -50,11 +50,11 @@ class RunFolder:
                 )
                 return
             self._lock.seek(0)
-            raise UserError(
-                f"--output_dir {name}: in use by {self._lock.read().strip() or 'another run'}"
-            ) from None
+            owner = self._lock.read().strip() or "another run"
+            raise UserError(f"--output_dir {name}: in use by {owner}") from None
+
+        # The owner, for the message to another run. A full disk is no reason to stop yet
         started = datetime.now().astimezone().isoformat(" ", "seconds")
-        # A full disk shows again when there is something to lose
         with contextlib.suppress(OSError):
             self._lock.truncate(0)
             self._lock.write(
@@ -63,13 +63,13 @@ class RunFolder:
             self._lock.flush()
 
     def save(self, content: dict, best: bool = False) -> None:
-        """Writes the checkpoint and, where it is the best so far, `best_checkpoint.pth`, a second
-        name of the file.
-        """
+        """Writes checkpoint.pth; the best so far is best_checkpoint.pth too, by a hard link."""
         newest = self.path / CHECKPOINT
-        utils.save_checkpoint(content, self.path / BEST if best else newest)
         if not best:
+            utils.save_checkpoint(content, newest)
             return
+
+        utils.save_checkpoint(content, self.path / BEST)
         link = self.path / f".{CHECKPOINT}.tmp"
         try:
             link.unlink(missing_ok=True)
@@ -79,11 +79,9 @@ class RunFolder:
             utils.save_checkpoint(content, newest)
 
     def log_epoch(self, line: dict) -> None:
-        """Adds an epoch to log.txt, in place of what it had of this epoch and later ones."""
-        lines = [
-            json.dumps(entry) for entry in read_log(self.path) if entry["epoch"] < line["epoch"]
-        ]
-        text = "".join(f"{entry}\n" for entry in [*lines, json.dumps(line)])
+        """Adds an epoch to log.txt, in place of this epoch and later ones of an earlier start."""
+        earlier = [entry for entry in read_log(self.path) if entry["epoch"] < line["epoch"]]
+        text = "".join(f"{json.dumps(entry)}\n" for entry in [*earlier, line])
         utils.write_atomically(self.path / LOG, lambda file: file.write(text.encode()))
 
 
@@ -105,17 +103,18 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def newest_checkpoint(folder: str) -> str:
-    """What `--resume auto` resumes from: of the checkpoints in `folder` that are whole, the one
-    that got furthest.
+    """The whole checkpoint in `folder` that got furthest, for `--resume auto`; empty if none.
 
-    Times of files tell nothing: copies have other ones.
+    The times of the files do not count, as copies have other ones.
     """
-    furthest, found = (-math.inf, 0), ""
-    newest, best = Path(folder, CHECKPOINT), Path(folder, BEST)
+    newest = Path(folder, CHECKPOINT)
+    best = Path(folder, BEST)
     paths = [path for path in (newest, best) if path.is_file()]
-    # Two names of one file, which need not be read twice
     if len(paths) == 2 and newest.samefile(best):
-        paths = [newest]
+        paths = [newest]  # two names of one file, which need not be read twice
+
+    furthest = (-math.inf, 0)
+    found = ""
     for path in map(str, paths):
         try:
             checkpoint = utils.load_checkpoint(path)
@@ -126,5 +125,6 @@ def newest_checkpoint(folder: str) -> str:
             utils.log(f"--resume auto: passing over {error}")
             continue
         if reached > furthest:
-            furthest, found = reached, path
+            furthest = reached
+            found = path
     return found

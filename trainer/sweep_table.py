@@ -37,7 +37,7 @@ class Combination(NamedTuple):
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """Score, pattern, schedule and reconstruction; no pattern where the YAML has its own."""
+        """Score, pattern, schedule and reconstruction; no pattern if a YAML file has its own."""
         return self.score, "" if self.config else self.pattern, self.schedule, self.reconstruct
 
     @property
