@@ -8,6 +8,7 @@ import torch
 import yaml
 from torch import nn
 
+import models  # noqa: F401, the sample's model
 from sparsity_factory import (
     Masks,
     compute_masks,
