@@ -2,9 +2,12 @@
 
 import re
 
+import pytest
 import torch
 
 from sparsity_factory import pack, unpack
+
+pytestmark = pytest.mark.slow
 
 
 def test_audit_shows_the_layers_of_a_file_and_finds_weights_that_do_not_obey(

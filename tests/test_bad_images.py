@@ -13,6 +13,8 @@ from PIL import Image
 import utils
 from samplers import TrainSampler
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder_with(tmp_path):

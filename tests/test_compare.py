@@ -13,6 +13,8 @@ from conftest import ROOT
 from sparsity_factory.list_methods import COMPARED
 from trainer.arguments import recipe_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def modules(monkeypatch):

@@ -13,6 +13,8 @@ from trainer import builders
 from trainer.arguments import parse_args
 from utils import Compute, DivergedError
 
+pytestmark = pytest.mark.slow
+
 LAMP = ["--pruner", "lamp", "--sparsity", "0.9"]
 TAUGHT = [*LAMP, "--dense-teacher", "0.7", "--distillation-tau", "2"]
 CPU = torch.device("cpu")

@@ -13,6 +13,8 @@ from two_processes import record, record_weights
 
 from sparsity_factory import Masks, Sparsifier, unpack
 
+pytestmark = pytest.mark.slow
+
 LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]
 PERMUTED = ["--pattern", "2:4", "--permute"]
 # The tiny data set has 48 training images: three steps of 16, or of 8 in each of two processes.

@@ -14,6 +14,8 @@ import utils
 from trainer.exit_status import exit_status
 from utils import UserError, processes
 
+pytestmark = pytest.mark.slow
+
 EXCHANGE = ROOT / "tests" / "helpers" / "exchange.py"
 
 

@@ -30,6 +30,8 @@ from trainer.seeded_data import SeededDataset
 from trainer.stop_signals import ignore_signals
 from trainer.training_state import own_metrics
 
+pytestmark = pytest.mark.slow
+
 LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]
 # 48 training images: six steps of eight an epoch, with everything that is random.
 SHORT = [*RECIPE, "--epochs", "4", "--batch-size", "8", "--num_workers", "1"]

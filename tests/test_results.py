@@ -12,6 +12,8 @@ from PIL import Image
 from sparsity_factory import unpack
 from trainer.results import SPARSITY_CSV, SPARSITY_PNG, SPARSITY_YAML, SUMMARY, TRAINING_PNG
 
+pytestmark = pytest.mark.slow
+
 LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]
 
 

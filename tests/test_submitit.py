@@ -12,6 +12,8 @@ from conftest import ROOT
 pytest.importorskip("submitit")
 import run_with_submitit  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 LOCAL = ["--cluster", "local", "--nodes", "1", "--timeout", "10"]
 
 

@@ -21,6 +21,8 @@ from trainer.run_folder import read_log
 from trainer.sweep_table import Outcome
 from utils import UserError, load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run_sweep(tmp_path, monkeypatch, capfd, tiny):

@@ -18,6 +18,8 @@ from datasets import SAMPLE_PATH, build_dataset, read_idx
 from trainer.arguments import parse_args
 from trainer.seeded_data import SeededStream, StreamLoader
 
+pytestmark = pytest.mark.slow
+
 RUN = [
     "--model",
     "deit_sample_patch4_28",
