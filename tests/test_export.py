@@ -20,6 +20,8 @@ import main
 from sparsity_factory import Recipe, Sparsifier, multiply_adds, shrink, sparse_kernels
 from trainer import export as exporting
 
+pytestmark = pytest.mark.slow
+
 SAMPLE = "deit_sample_patch4_28"
 SHRINK = ["--pruner", "lamp", "--sparsity", "0.5", "--pattern", "heads+neurons", "--shrink"]
 # Blocks of many sizes

@@ -19,6 +19,8 @@ from sparsity_factory import unpack
 from trainer.arguments import read_preset
 from trainer.run_folder import RunFolder, read_log
 
+pytestmark = pytest.mark.slow
+
 LAMP = ["--pruner", "lamp", "--sparsity", "0.65"]
 
 
