@@ -5,7 +5,9 @@ head. A pattern that handles each layer by itself overrides some of these:
 
 - `units(shape)`: how many units a weight of that shape has;
 - `score(score)`: the scores of the units, from the scores of the weights;
-- `fit(kept, shapes, budget)`: the numbers of units that layers can keep, from those that an
+- `among(score, left)`, `most(left)`: the scores, and the number of units that a weight can keep, if
+  only the weights in the mask `left` may be kept;
+- `fit(kept, most, shapes, budget)`: the numbers of units that layers can keep, from those that an
   allocation wants;
 - `step(shape)`: the smallest change of the number of units that a weight keeps;
 - `mask(score, kept)`: the mask of a layer, from the scores of its units.
@@ -17,6 +19,7 @@ A pattern whose units reach over several layers overrides `masks` itself, the on
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
+import torch
 from torch import Tensor, nn
 
 # How many densities a search tries: from 1 down to 1/64, each 16 % below the one before.
@@ -60,7 +63,7 @@ class Pattern:
         """
         self.check(scores.shapes)
         total = round(sum(map(prod, scores.shapes.values())) * (1 - sparsity))
-        kept = self.fit(allocate(scores, sparsity), scores.shapes, total)
+        kept = self.fit(allocate(scores, sparsity), scores.most, scores.shapes, total)
         return {name: scores.mask(name, kept[name]) for name in scores}
 
     def check(self, shapes: Shapes) -> None:
@@ -74,8 +77,24 @@ class Pattern:
         """The scores of the units, from those of the weights, shape (outputs, inputs)."""
         return score
 
-    def fit(self, kept: dict[str, int], shapes: Shapes, budget: int) -> dict[str, int]:
-        """How many units each layer keeps if the allocation wants `kept`, `budget` in all."""
+    def among(self, score: Tensor, left: Tensor) -> Tensor:
+        """Scores of weights with which only those in the mask `left` are kept, if they suffice.
+
+        The others score 0. Those that are left score more, however little they matter.
+        """
+        return score.clamp(min=torch.finfo(score.dtype).tiny).where(left, 0.0)
+
+    def most(self, left: Tensor) -> int:
+        """How many units a weight can keep if only the weights in the mask `left` may be kept."""
+        return int(self.score(left.float()).count_nonzero())
+
+    def fit(
+        self, kept: dict[str, int], most: Mapping[str, int], shapes: Shapes, budget: int
+    ) -> dict[str, int]:
+        """How many units each layer keeps if the allocation wants `kept`, `budget` in all.
+
+        most: how many units each layer can keep.
+        """
         return kept
 
     def step(self, shape: Sequence[int]) -> int:

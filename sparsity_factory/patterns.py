@@ -61,7 +61,12 @@ class _Groups(Pattern):
                     f"of {name} ({outputs} x {inputs})"
                 )
 
-    def fit(self, kept, shapes, budget):
+    def most(self, left):
+        m = self.m or left.shape[1]
+        fewest = left.reshape(-1, m).sum(1).min()
+        return int(fewest) * left.numel() // m
+
+    def fit(self, kept, most, shapes, budget):
         """Makes the n of each layer whole, and uses as much of the budget as that allows.
 
         The result is the one nearest to what the allocation wants. Layers that it wants dense stay
@@ -84,8 +89,9 @@ class _Groups(Pattern):
         if whole and sum(kept.values()) <= budget:
             return kept
 
-        wanted, step, most = (np.array(list(of.values())) for of in (kept, groups, m))
-        n_of_layers = nearest_steps(wanted, step, most, budget)
+        largest_n = {name: max(most[name] // groups[name], 1) for name in groups}
+        wanted, step, largest = (np.array(list(of.values())) for of in (kept, groups, largest_n))
+        n_of_layers = nearest_steps(wanted, step, largest, budget)
         return {name: int(n) * groups[name] for name, n in zip(kept, n_of_layers, strict=True)}
 
     def step(self, shape):
@@ -138,7 +144,7 @@ class NOfM(_Groups):
         """The name of the same pattern with another n."""
         return f"{n}:{self.m}{self.suffix}"
 
-    def fit(self, kept, shapes, budget):
+    def fit(self, kept, most, shapes, budget):
         return {name: prod(shape) // self.m * self.n for name, shape in shapes.items()}
 
 
@@ -164,6 +170,11 @@ class Transposable(NOfM):
                     f"pattern {self.name}: expected blocks of {self.m} x {self.m} that divide "
                     f"{name} ({outputs} x {inputs})"
                 )
+
+    def among(self, score, left):
+        # The best mask of a block is the one of the largest sum: a single weight that may not be
+        # kept has to outweigh all others
+        return score.where(left, -1 - score.amax() * self.m**2)
 
     def mask(self, score, kept, at_least=None):
         return transposable_n_of_m(score, kept * self.m // score.numel(), self.m)

@@ -55,6 +55,7 @@ def compute_masks(
     statistics: Statistics | None = None,
     seed: int = 0,
     reconstructed: bool = False,
+    among: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Decides which prunable weights of a model to keep. The model is not changed.
 
@@ -74,6 +75,7 @@ def compute_masks(
         seed: the seed of scores that are drawn at random.
         reconstructed: whether a reconstruction follows; `search` then looks at the losses after
             it.
+        among: masks by parameter name: only these weights may be kept, as far as they suffice.
 
     Returns:
         Parameter name to bool tensor of the weight's shape, on its device, True where the weight is
@@ -94,7 +96,7 @@ def compute_masks(
     _check_statistics(statistics, weights, pruner, score)
 
     pattern = parse_pattern(pattern)
-    scores = Scores(weights, SCORES[score], pattern, statistics, seed, reconstructed)
+    scores = Scores(weights, SCORES[score], pattern, statistics, seed, reconstructed, among)
     if pruner == "custom":
         levels = custom(scores, custom_config)
         return {name: mask_at(scores, name, level) for name, level in levels.items()}
@@ -107,7 +109,7 @@ def compute_masks(
                 raise PruningError(
                     f"pruner {pruner} keeps {kept} of {name}: expected 0 to {units} weights"
                 )
-        return {name: allocation[name] for name in scores}
+        return _within({name: allocation[name] for name in scores}, scores.most)
 
     sparsity = float(sparsity) if pattern.sparsity is None else pattern.sparsity
     return pattern.masks(model, scores, allocate, sparsity, budget)
@@ -351,7 +353,10 @@ def search(scores: Scores, sparsity: float) -> dict[str, int]:
         )
         return [kfac(pruned) for pruned in found]
 
-    levels = [scores.pattern.levels(shape) for shape in scores.shapes.values()]
+    levels = []
+    for name, shape in scores.shapes.items():
+        smallest, *others = scores.pattern.levels(shape)
+        levels.append([smallest, *(kept for kept in others if kept <= scores.most[name])])
     losses = [losses_of(name, kept) for name, kept in zip(scores, levels, strict=True)]
 
     budget = _budget(scores.sizes, sparsity)
@@ -368,8 +373,8 @@ def search(scores: Scores, sparsity: float) -> dict[str, int]:
         chosen[name] = kept[option]
 
     # Spend what the levels leave of the budget
-    for name, units in scores.sizes.items():
-        more = min(budget - sum(chosen.values()), units - chosen[name])
+    for name, units in scores.most.items():
+        more = max(min(budget - sum(chosen.values()), units - chosen[name]), 0)
         chosen[name] += more - more % scores.pattern.step(scores.shapes[name])
     return chosen
 
@@ -444,26 +449,51 @@ def _meet_budget(
 ) -> dict[str, int]:
     """How many weights each layer keeps so that the budget is met as the densities say.
 
-    Every layer keeps at least one weight; if the budget has fewer weights than there are layers,
-    the earlier layers keep one. Numbers are rounded down, and the remaining weights are given to
-    the layers with the largest fractions, on a tie to the earlier ones.
+    Every layer keeps at least one weight, and no more than may be kept of it; if the budget has
+    fewer weights than there are layers, the earlier layers keep one.
 
     density: from a number in [0, 1] to the densities of all layers, none of which falls as that
         number grows.
     """
     sizes = np.array(list(scores.sizes.values()), float)
-    budget = _budget(scores.sizes, sparsity)
-    least = np.arange(len(sizes)) < budget
+    most = np.array(list(scores.most.values()), float)
+    budget = min(_budget(scores.sizes, sparsity), int(most.sum()))
+    least = np.minimum(np.arange(len(sizes)) < budget, most)
 
     def wanted(share: float) -> np.ndarray:
-        return np.clip(density(share) * sizes, least, sizes)
+        return np.clip(density(share) * sizes, least, most)
 
+    return dict(zip(scores, _whole(wanted, budget), strict=True))
+
+
+def _within(kept: dict[str, int], most: Mapping[str, int]) -> dict[str, int]:
+    """Moves what layers would keep beyond `most` to the others, in proportion to what they keep."""
+    if all(count <= most[name] for name, count in kept.items()):
+        return kept
+    limits = np.array([most[name] for name in kept], float)
+    counts = np.array(list(kept.values()), float)
+
+    def wanted(share: float) -> np.ndarray:
+        # From nothing at 0 to all at 1, each layer by the same factor until it is full
+        return np.minimum(counts * share / max(1 - share, 1e-300), limits)
+
+    budget = min(sum(kept.values()), int(limits.sum()))
+    return dict(zip(kept, _whole(wanted, budget), strict=True))
+
+
+def _whole(wanted: Callable[[float], np.ndarray], budget: int) -> list[int]:
+    """Whole numbers that meet the budget, next to the largest wanted ones that do not exceed it.
+
+    Numbers are rounded down, and what is left goes to the layers with the largest fractions, on a
+    tie to the earlier ones.
+
+    wanted: from a number in [0, 1] to the numbers of all layers, none of which falls as it grows.
+    """
     exact = wanted(largest_threshold(lambda share: wanted(share).sum() <= budget))
-
     kept = np.floor(exact)
     by_fraction = np.argsort(kept - exact, kind="stable")
     kept[by_fraction[: budget - int(kept.sum())]] += 1
-    return dict(zip(scores, kept.astype(int).tolist(), strict=True))
+    return kept.astype(int).tolist()
 
 
 def _outlier_ratio(score: Tensor) -> float:

@@ -157,11 +157,15 @@ class Scores(Mapping[str, Tensor]):
     of all weights. All scores have one dtype, so that they can be compared: float64 if any weight
     is float64, else float32, which represents half precision exactly.
 
+    among: masks by parameter name. Only these weights may be kept; the others score 0, and are kept
+        only if there are too few.
+
     Attributes:
         pattern: defines the units.
         reconstructed: whether the kept weights will compensate for the pruned ones.
         weights: parameter name to the weight itself.
         sizes: parameter name to the number of units.
+        most: parameter name to the number of units that may be kept.
         shapes: parameter name to the shape of the weight, (outputs, inputs).
     """
 
@@ -173,6 +177,7 @@ class Scores(Mapping[str, Tensor]):
         statistics: Statistics | None = None,
         seed: int = 0,
         reconstructed: bool = False,
+        among: Mapping[str, Tensor] | None = None,
     ):
         self.weights = weights
         self.pattern = pattern or Unstructured()
@@ -183,6 +188,9 @@ class Scores(Mapping[str, Tensor]):
 
         self.shapes = {name: weight.shape for name, weight in weights.items()}
         self.sizes = {name: self.pattern.units(shape) for name, shape in self.shapes.items()}
+        self._among = {name: left for name, left in (among or {}).items() if name in weights}
+        most = {name: self.pattern.most(left) for name, left in self._among.items()}
+        self.most = {**self.sizes, **most}
         wide = any(weight.dtype == torch.float64 for weight in weights.values())
         self._dtype = torch.float64 if wide else torch.float32
 
@@ -199,7 +207,10 @@ class Scores(Mapping[str, Tensor]):
         self._latest = None  # frees its memory for use below; fresh memory takes longer
 
         weight = self.weights[name].detach().to(self._dtype)
-        score = self.pattern.score(self._score(weight, self.layer(name)))
+        score = self._score(weight, self.layer(name))
+        if name in self._among:
+            score = self.pattern.among(score, self._among[name])
+        score = self.pattern.score(score)
         if name not in self._finite and not score.amax().isfinite():
             self.weight(name)  # raises if the weight itself is the cause
             raise PruningError(
@@ -216,7 +227,13 @@ class Scores(Mapping[str, Tensor]):
         if score is self._score:
             return self
         return Scores(
-            self.weights, score, self.pattern, self._statistics, self._seed, self.reconstructed
+            self.weights,
+            score,
+            self.pattern,
+            self._statistics,
+            self._seed,
+            self.reconstructed,
+            self._among,
         )
 
     def replaced(self, values: Mapping[str, Tensor]) -> "Scores":
@@ -226,7 +243,9 @@ class Scores(Mapping[str, Tensor]):
             return values[layer.name].to(weight).expand_as(weight).contiguous()
 
         weights = {name: weight for name, weight in self.weights.items() if name in values}
-        return Scores(weights, given, None, self._statistics, self._seed, self.reconstructed)
+        return Scores(
+            weights, given, None, self._statistics, self._seed, self.reconstructed, self._among
+        )
 
     def weight(self, name: str) -> Tensor:
         """The weight itself, shape (outputs, inputs), in the dtype of all scores.

@@ -224,20 +224,12 @@ class Sparsifier:
 
         Args:
             scale: from a target sparsity to the sparsity to choose by.
-            among_kept: pruned weights stay pruned. They are zeros with a score of zero, and so are
-                chosen last. An n:m group must hold its number: there, a pruned weight may come back
-                in the place of a kept weight of score zero, and in an n:mt block wherever the best
-                mask has it.
+            among_kept: pruned weights stay pruned.
         """
         request = self._request(scale)
-        new = self._shared_masks(lambda: compute_masks(self.model, **request))
-        if not among_kept:
-            return new
-
-        for name, mask in self.masks.items():
-            if name in new and not self._is_grouped(name):
-                new[name] = new[name].to(mask.device) & mask
-        return new
+        if among_kept:
+            request["among"] = self.masks
+        return self._shared_masks(lambda: compute_masks(self.model, **request))
 
     def dense(self) -> dict[str, Tensor]:
         """Masks that keep every weight."""
@@ -450,8 +442,3 @@ class Sparsifier:
         grouped = isinstance(level, tuple)
         pattern = parse_pattern("{}:{}".format(*level) if grouped else self.recipe.pattern)
         return None if pattern.structured else pattern
-
-    def _is_grouped(self, name: str) -> bool:
-        """Whether a pattern removes the weights of this name together."""
-        grouped = isinstance(self._levels.get(name), tuple)
-        return grouped or self.recipe.pattern != "unstructured"
