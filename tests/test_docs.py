@@ -1,5 +1,5 @@
 """README and docs/: links lead somewhere, every page can be reached, and the examples of
-docs/house.md run.
+docs/CONTRIBUTING.md run.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from trainer.arguments import get_args_parser
 
 README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
 PRESETS = sorted((ROOT / "configs" / "run").glob("*.yaml"))
-HOUSE = (ROOT / "docs" / "house.md").read_text()
+CONTRIBUTING = (ROOT / "docs" / "CONTRIBUTING.md").read_text()
 
 
 def without_code(text: str) -> str:
@@ -94,7 +94,7 @@ def test_every_file_of_the_project_has_a_line_in_the_table_of_its_folder(folder,
     assert not missing, f"each expects a line in {page}"
 
 
-# ---- the examples of docs/house.md ----
+# ---- the examples of docs/CONTRIBUTING.md ----
 
 
 def with_diff(text: str, hunk: str) -> str:
@@ -115,12 +115,12 @@ def with_diff(text: str, hunk: str) -> str:
 @pytest.fixture(scope="module")
 def factory(tmp_path_factory):
     """`sparsity_factory` with all diffs of the page applied, under another name."""
-    folder = tmp_path_factory.mktemp("house")
+    folder = tmp_path_factory.mktemp("contributing")
     package = folder / "factory_of_the_page"
     shutil.copytree(
         ROOT / "sparsity_factory", package, ignore=shutil.ignore_patterns("__pycache__")
     )
-    for diff in re.findall(r"^```diff\n(.*?)^```$", HOUSE, re.DOTALL | re.MULTILINE):
+    for diff in re.findall(r"^```diff\n(.*?)^```$", CONTRIBUTING, re.DOTALL | re.MULTILINE):
         for part in re.split(r"^--- sparsity_factory/", diff, flags=re.MULTILINE)[1:]:
             name, _, hunk = part.partition("\n")
             (package / name).write_text(with_diff((package / name).read_text(), hunk))
@@ -139,7 +139,9 @@ def train_step(model, sparsifier) -> None:
 
 
 EXAMPLES = re.findall(
-    r"^### (.*?)$.*?^```diff\n(.*?)^```$.*?^```python\n(.*?)^```$", HOUSE, re.DOTALL | re.MULTILINE
+    r"^### (.*?)$.*?^```diff\n(.*?)^```$.*?^```python\n(.*?)^```$",
+    CONTRIBUTING,
+    re.DOTALL | re.MULTILINE,
 )
 
 

@@ -1,4 +1,4 @@
-"""The menu of methods, and docs/methods.md beside it."""
+"""The menu of methods, and what docs/methods.md and docs/tests.md say of each."""
 
 import itertools
 import re
@@ -30,13 +30,14 @@ from sparsity_factory.schedules import users_of
 from trainer.arguments import get_args_parser
 
 PAGE = (ROOT / "docs" / "methods.md").read_text()
+TESTS = (ROOT / "docs" / "tests.md").read_text()
 
 
-def rows(flag: str) -> dict[str, list[str]]:
-    """The cells of the page's table of a choice, by the name in the first one."""
-    _, _, table = PAGE.partition(f"\n| `{flag}` |")
+def rows(page: str, head: str) -> dict[str, list[str]]:
+    """The cells of the table of a page with this head, by the name in the first cell."""
+    _, _, table = page.partition(f"\n| `{head}` |")
     lines = itertools.takewhile(lambda line: line.startswith("|"), table.splitlines()[2:])
-    cells = [re.split(r" *\| *", line.strip("| ")) for line in lines]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {first.strip("`"): rest for first, *rest in cells}
 
 
@@ -59,9 +60,10 @@ def test_the_page_has_the_menu_as_it_is_printed():
 
 @pytest.mark.parametrize("flag", CHOICES)
 def test_the_page_has_a_row_for_every_method_with_what_it_needs_and_its_source(flag):
-    registry, found = CHOICES[flag][1], rows(flag)
+    registry, found = CHOICES[flag][1], rows(PAGE, flag)
     assert list(found) == list(registry)
-    for name, (_, _, needs, _, source, test) in found.items():
+
+    for name, (_, _, needs, _, source) in found.items():
         described = describe(registry[name])
         assert re.findall(r"`(\w+)`", needs) == sorted(described.needs), name
         assert re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", source).replace(
@@ -69,13 +71,20 @@ def test_the_page_has_a_row_for_every_method_with_what_it_needs_and_its_source(f
         ) == described.source.replace(", Plug-and-Play (ICLR)", ""), name
         for number in re.findall(r"arXiv:([\d.]+)", source):
             assert f"(https://arxiv.org/abs/{number})" in source, name
-        assert "::test_" in test, name
+
+
+@pytest.mark.parametrize("flag", CHOICES)
+def test_every_method_has_a_test(flag):
+    found = rows(TESTS, flag)
+    assert list(found) == list(CHOICES[flag][1])
+    for name, (tests,) in found.items():
+        assert "::test_" in tests, name
 
 
 def test_every_test_that_the_page_names_is_there():
-    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", PAGE)
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", TESTS)
     assert len(named) > 30
-    assert len(named) == PAGE.count("`test_")
+    assert len(named) == TESTS.count("`test_")
     for file, name in named:
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name
 
