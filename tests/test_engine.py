@@ -141,6 +141,7 @@ def test_masked_training_follows_the_reparametrised_network():
         assert averaged[name].count_nonzero() == chosen[name].sum()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_as_the_plain_one_with_the_same_names():
     """By the compiler's back end that generates no code, since the usual one takes minutes."""
     plain, compiled = tiny_vit(drop_path=0.3), tiny_vit(drop_path=0.3)

@@ -181,6 +181,7 @@ JUNK = [
 ]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_foreign_parts_is_refused_in_one_line_or_runs(
     run_main, tiny, tmp_path, capfd
 ):
@@ -214,6 +215,7 @@ def test_a_checkpoint_with_foreign_parts_is_refused_in_one_line_or_runs(
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weight",
     [

@@ -230,6 +230,7 @@ def test_a_checkpoint_without_the_field_is_of_a_run_without_it():
         Recipe.from_dict({**old, "permute": 1})
 
 
+@pytest.mark.slow
 def test_a_run_that_permutes_goes_on_to_the_bit_and_permutes_no_more(
     run_main, tiny, tmp_path, stop_at, monkeypatch
 ):

@@ -50,6 +50,7 @@ def layers(model):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model, count",
     [

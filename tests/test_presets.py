@@ -132,6 +132,7 @@ def test_the_best_recipe_of_the_sample_names_all_but_the_sparsity(name, added, s
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADDED)
 def test_a_recipe_runs_on_the_tiny_data_set(run_main, tiny, tmp_path, name):
     run_main(

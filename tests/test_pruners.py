@@ -487,6 +487,7 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_kind_of_vision_transformer_is_pruned_except_its_classifier(name):
     count, size = ARCHITECTURES[name]

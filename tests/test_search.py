@@ -309,6 +309,7 @@ def run_search(tmp_path, monkeypatch, capfd, tiny):
     return run
 
 
+@pytest.mark.slow
 def test_a_search_leaves_a_yaml_that_main_takes_and_goes_on_where_it_was_killed(
     run_search, run_main, tmp_path, monkeypatch
 ):

@@ -721,6 +721,7 @@ def assert_same_bits(one, other) -> None:
         assert one == other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_run_that_is_cut_anywhere_goes_on_to_the_bit(schedule):
     whole = Run(recipe(schedule), OPTIMIZERS["adamw"])

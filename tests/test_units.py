@@ -281,6 +281,7 @@ def slow_units(model, pattern):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("pruner", AUTOMATIC)
 def test_units_are_kept_whole_and_those_of_the_largest_sums_and_no_more_than_the_budget(

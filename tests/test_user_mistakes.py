@@ -208,6 +208,7 @@ def test_a_mistake_is_one_line_and_status_2(run_main, tmp_path, argv, culprit, f
     assert listing(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_the_process_of_a_mistaken_run_says_only_that_line(tmp_path):
     result = start_main("--finetune", "missing.pth", "--output_dir", "out", cwd=tmp_path)
     assert result.returncode == 2
@@ -257,6 +258,7 @@ def test_labels_without_images_are_refused(run_main, tmp_path):
     assert "3 train images but 2 labels" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, arguments",
     [("make_sample.py", ["missing"]), ("export_weights.py", ["missing", "w.safetensors"])],
