@@ -35,29 +35,20 @@ def three_augment(
         ]
     else:
         crop = [RandomResizedCrop(input_size, interpolation="bicubic")]
-    return transforms.Compose(
-        [
-            *crop,
-            transforms.RandomHorizontalFlip(),
-            transforms.RandomChoice(
-                [transforms.Grayscale(3), transforms.RandomSolarize(128, p=1.0), gaussian_blur]
-            ),
-            *(
-                [transforms.ColorJitter(color_jitter, color_jitter, color_jitter)]
-                if color_jitter
-                else []
-            ),
-            transforms.PILToTensor(),
-        ]
-    )
+
+    one_of_three = [transforms.Grayscale(3), transforms.RandomSolarize(128, p=1.0), gaussian_blur]
+    steps = [*crop, transforms.RandomHorizontalFlip(), transforms.RandomChoice(one_of_three)]
+    if color_jitter:
+        steps.append(transforms.ColorJitter(color_jitter, color_jitter, color_jitter))
+    return transforms.Compose([*steps, transforms.PILToTensor()])
 
 
 class RandomResizedCrop(RandomResizedCropAndInterpolation):
-    """timm's random crop, with the same random choices, resized by torch in a quarter of the time
-    that Pillow takes.
+    """timm's random crop, with the same random choices, resized by torch instead of Pillow.
 
-    Both smooth what they shrink, and round in other places: a pixel differs by two of its 256
-    levels at most. Takes uint8 pixels (3, height, width) as well as an image.
+    torch takes a quarter of Pillow's time. Both smooth when they shrink, but they round in
+    different places, so a pixel may differ by up to two of its 256 levels. It takes an image, or
+    uint8 pixels (3, height, width).
     """
 
     def __call__(self, image: Image.Image | torch.Tensor) -> Image.Image:
@@ -65,23 +56,22 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
         mode = self.interpolation
         if isinstance(mode, tuple | list):
             mode = random.choice(mode)
+
         if isinstance(image, torch.Tensor):
             crop = image[:, top : top + height, left : left + width]
         else:
             crop = pil_to_tensor(image.crop((left, top, left + width, top + height)))
-        crop = crop[None].contiguous(memory_format=torch.channels_last)
-        resized = torch.nn.functional.interpolate(crop, self.size, mode=mode.value, antialias=True)[
-            0
-        ]
-        return Image.fromarray(resized.permute(1, 2, 0).contiguous().numpy())
+
+        batch = crop[None].contiguous(memory_format=torch.channels_last)
+        resized = torch.nn.functional.interpolate(batch, self.size, mode=mode.value, antialias=True)
+        return Image.fromarray(resized[0].permute(1, 2, 0).contiguous().numpy())
 
 
 class BatchTransform:
-    """What is done to a whole training batch, on the model's device: normalization, random erasing,
-    mixup.
+    """Normalizes, randomly erases and mixes a whole training batch, on the model's device.
 
-    In the training process, as in timm's loader, so that data workers hand over a byte for each
-    value, and not four.
+    This is done in the training process, as in timm's loader, so that data workers hand over one
+    byte per value instead of four.
 
     erase: maps normalized images to images, or None; see `timm.data.random_erasing.RandomErasing`.
     mixup: maps images and labels to images and soft targets, or None; see `timm.data.Mixup`.
@@ -102,7 +92,7 @@ class BatchTransform:
         classes).
         """
         with one_thread():
-            # New memory of numpy is in large pages, and takes less time than torch's
+            # numpy allocates large pages, which takes less time than torch's memory does
             if images.device.type == "cpu":
                 images = torch.from_numpy(np.empty(images.shape, np.float32)).copy_(images)
             images = images.float().sub_(self.mean).div_(self.std)
@@ -113,8 +103,9 @@ class BatchTransform:
 
 @contextlib.contextmanager
 def one_thread():
-    """Keeps torch to one thread on the CPU: several would wait for each other, while data workers
-    hold the cores.
+    """Limits torch to one thread on the CPU.
+
+    Several threads would wait for each other while data workers hold the cores.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -130,10 +121,10 @@ def gaussian_blur(image: Image.Image) -> Image.Image:
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **options) -> Image.Image:
-    """timm's posterize, except that 0 bits give a black image, as before Pillow 13, and not an
-    error.
+    """timm's posterize, except that 0 bits give a black image, as before Pillow 13.
 
-    DeiT's default policy, rand-m9-mstd0.5-inc1, asks for 0 bits now and then.
+    Later versions of Pillow raise an error, and DeiT's default policy, rand-m9-mstd0.5-inc1, asks
+    for 0 bits now and then.
     """
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)

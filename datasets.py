@@ -1,7 +1,7 @@
 """The data sets of `--data-set`, the built-in sample, and their image transforms.
 
-Named as in DeiT. It hides the package `datasets` of the Hugging Face hub from everything that runs
-beside it, timm's reader `hfds/` among them.
+The name is DeiT's. It hides the package `datasets` of the Hugging Face hub from all other code of
+the process, timm's reader `hfds/` among it.
 """
 
 import contextlib
@@ -295,8 +295,8 @@ def _timm(path, is_train, transform, args):
     if kind == "wds":
         if not classes:
             raise UserError(
-                f"--data-set {args.data_set}: expected --num-classes beside it, as shards do not "
-                "tell"
+                f"--data-set {args.data_set} needs --num-classes as well: expected the number of "
+                "classes, as shards do not tell it"
             )
         return data, classes
     if kind == "torch":

@@ -1,7 +1,6 @@
-"""The losses that training adds to a plain criterion: distillation, the dense model as teacher,
-co-distillation.
+"""Losses on top of a plain criterion: distillation, the dense model as teacher, co-distillation.
 
-Each is called as `loss(images, outputs, targets)` with what the model gave for the images.
+Each is called as `loss(images, outputs, targets)` with the model's outputs for the images.
 """
 
 import torch
@@ -39,6 +38,7 @@ class DistillationLoss(nn.Module):
 
     def forward(self, images, outputs, targets):
         outputs, outputs_kd = (outputs, None) if isinstance(outputs, torch.Tensor) else outputs
+
         loss = self.base_criterion(outputs.float(), targets)
         if self.distillation_type == "none":
             return loss
@@ -46,18 +46,16 @@ class DistillationLoss(nn.Module):
             raise ValueError(
                 "distillation needs a model that returns the logits of two heads while it trains"
             )
+
         with torch.no_grad():
             teacher = self.teacher_model(images).float()
         outputs_kd = outputs_kd.float()
+
         if self.distillation_type == "soft":
-            student, teacher = (
-                F.log_softmax(logits / self.tau, dim=1) for logits in (outputs_kd, teacher)
-            )
-            kd_loss = (
-                F.kl_div(student, teacher, reduction="sum", log_target=True)
-                * self.tau**2
-                / student.numel()
-            )
+            student = F.log_softmax(outputs_kd / self.tau, dim=1)
+            teacher = F.log_softmax(teacher / self.tau, dim=1)
+            divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
+            kd_loss = divergence * self.tau**2 / student.numel()
         else:
             kd_loss = F.cross_entropy(outputs_kd, teacher.argmax(dim=1))
         return loss * (1 - self.alpha) + kd_loss * self.alpha
@@ -90,16 +88,11 @@ class DenseTeacherLoss(nn.Module):
 
         def loss(logits):
             student = F.log_softmax(logits / self.tau, dim=1)
-            loss = (
-                self.weight
-                * self.tau**2
-                * F.kl_div(student, wanted, reduction="batchmean", log_target=True)
-            )
-            return (
-                loss
-                if self.weight == 1
-                else loss + (1 - self.weight) * self.criterion(logits, targets)
-            )
+            divergence = F.kl_div(student, wanted, reduction="batchmean", log_target=True)
+            loss = self.weight * self.tau**2 * divergence
+            if self.weight == 1:
+                return loss
+            return loss + (1 - self.weight) * self.criterion(logits, targets)
 
         heads = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
         return sum(loss(logits.float()) for logits in heads) / len(heads)
@@ -129,6 +122,5 @@ class CosubLoss(nn.Module):
             (first, second.detach().sigmoid()),
             (second, first.detach().sigmoid()),
         )
-        return (
-            sum(F.binary_cross_entropy_with_logits(logits, wanted) for logits, wanted in pairs) / 4
-        )
+        losses = [F.binary_cross_entropy_with_logits(logits, wanted) for logits, wanted in pairs]
+        return sum(losses) / 4

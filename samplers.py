@@ -9,11 +9,11 @@ import utils
 
 
 class TrainSampler(Sampler):
-    """One process's share of a shuffled epoch: yields `(index, key)`, the key being the seed of
-    that one sample.
+    """One process's share of a shuffled epoch: yields `(index, key)` for each sample.
 
-    Position p of the epoch goes to process `p % world_size`. The order depends on (seed, epoch) and
-    a sample's key on (seed, epoch, p), so neither depends on the number of data workers.
+    The key is the seed of that sample. Position p of the epoch belongs to process `p % world_size`.
+    The order depends on (seed, epoch) and a sample's key on (seed, epoch, p), so neither depends on
+    the number of data workers.
 
     repeats: how often each drawn image appears, with an augmentation of its own, in neighbouring
         positions and so on different processes where possible. With 3 this is DeiT's repeated
@@ -30,7 +30,8 @@ class TrainSampler(Sampler):
         self.repeats = repeats
         self.rank = rank
         self.world_size = world_size
-        self.epoch = self.skipped = 0
+        self.epoch = 0
+        self.skipped = 0
         if repeats > 1:
             self.num_samples = max((size // 256 * 256 or size) // world_size, 1)
         else:
@@ -49,17 +50,13 @@ class TrainSampler(Sampler):
 
     def __iter__(self):
         order = np.random.default_rng((utils.ORDER, self.seed, self.epoch)).permutation(self.size)
-        for position in range(
-            self.skipped * self.world_size + self.rank,
-            self.num_samples * self.world_size,
-            self.world_size,
-        ):
-            # Without repeats the last round may pass the end; it starts again from the front, so
-            # that every process has equally many samples.
-            yield (
-                int(order[position // self.repeats % self.size]),
-                (self.seed, self.epoch, position),
-            )
+        start = self.skipped * self.world_size + self.rank
+        end = self.num_samples * self.world_size
+        for position in range(start, end, self.world_size):
+            # Without repeats the last round may pass the end. It then starts again from the front,
+            # so that every process has equally many samples.
+            index = int(order[position // self.repeats % self.size])
+            yield index, (self.seed, self.epoch, position)
 
 
 class EvalBatchSampler(BatchSampler):
