@@ -28,24 +28,28 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from augment import RandomResizedCrop, repair_posterize, three_augment
 from utils import BadImageError, UserError, first_line
 
-# timm's, of splits
+# Other names that timm accepts for a split
 SYNONYMS = {"train": ("training",), "validation": ("val", "valid", "eval", "evaluation")}
 TIMM = "timm:"  # what --data-set begins with for timm's readers
-# Deprecated since torchvision 0.29; without it Pillow decodes
+# Deprecated since torchvision 0.29; if it is gone, Pillow decodes
 decode_jpeg = getattr(io, "decode_jpeg", None)
 SAMPLE_PATH = Path(__file__).resolve().parent / "sample"
+SMALL = 32  # images of up to this size are not zoomed into, as in DeiT
+BICUBIC = transforms.InterpolationMode.BICUBIC
 
 
 def build_dataset(is_train: bool, args, transform=None) -> tuple[Dataset, int]:
     """The training or validation images that the arguments ask for, and the number of classes.
 
-    transform: of one image; by default DeiT's for that kind of images.
-    Without `--data-path` it is the built-in sample. Raises UserError when files are missing or
-    damaged.
+    Without `--data-path` the images are the built-in sample.
+
+    transform: maps an image to the model's input; by default DeiT's transform.
+    Raises UserError if files are missing or damaged.
     """
-    name, path = (
-        (args.data_set, Path(args.data_path)) if args.data_path else ("FASHION", SAMPLE_PATH)
-    )
+    if args.data_path:
+        name, path = args.data_set, Path(args.data_path)
+    else:
+        name, path = "FASHION", SAMPLE_PATH
     if not path.is_dir():
         raise UserError(f"--data-path {path}: no such folder")
     build = _timm if name.startswith(TIMM) else DATA_SETS[name]
@@ -53,45 +57,49 @@ def build_dataset(is_train: bool, args, transform=None) -> tuple[Dataset, int]:
 
 
 def build_transform(is_train: bool, args):
-    """DeiT's transforms of one image; training images end as uint8 pixels, for
-    `augment.BatchTransform`.
+    """DeiT's transform of one image; training images become uint8 pixels for `BatchTransform`.
 
-    Images of 32 x 32 and less are cropped out of a padded image instead of being zoomed into.
+    Training images of up to 32 x 32 are cropped out of a padded image instead of zoomed into.
     """
-    small = args.input_size <= 32
-    if is_train and args.ThreeAugment:
+    if not is_train:
+        return _evaluation_transform(args)
+    if args.ThreeAugment:
         return three_augment(args.input_size, args.color_jitter, args.src)
-    if is_train:
-        repair_posterize()
-        try:
-            crop, augment, _ = create_transform(
-                separate=True,
-                input_size=args.input_size,
-                is_training=True,
-                color_jitter=args.color_jitter or None,
-                auto_augment=args.aa if args.aa != "none" else None,
-                interpolation=args.train_interpolation,
-            )
-        except (AssertionError, ValueError, KeyError) as error:
-            raise UserError(
-                f"--aa {args.aa}: not a policy that timm knows ({first_line(error)})"
-            ) from None
+
+    repair_posterize()
+    try:
+        crop, augment, _ = create_transform(
+            separate=True,
+            input_size=args.input_size,
+            is_training=True,
+            color_jitter=args.color_jitter or None,
+            auto_augment=args.aa if args.aa != "none" else None,
+            interpolation=args.train_interpolation,
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UserError(
+            f"--aa {args.aa}: not a policy that timm knows ({first_line(error)})"
+        ) from None
+
+    if args.input_size <= SMALL:
+        resize = transforms.Resize(args.input_size, interpolation=BICUBIC)
+        pad = transforms.RandomCrop(args.input_size, padding=args.crop_padding)
+        zoom = transforms.Compose([resize, pad])
+    else:
         zoom = RandomResizedCrop(args.input_size, interpolation=args.train_interpolation)
-        if small:
-            zoom = transforms.Compose(
-                [
-                    transforms.Resize(
-                        args.input_size, interpolation=transforms.InterpolationMode.BICUBIC
-                    ),
-                    transforms.RandomCrop(args.input_size, padding=args.crop_padding),
-                ]
-            )
-        # timm's own crop is the first step.
-        return transforms.Compose([zoom, *crop.transforms[1:], augment, transforms.PILToTensor()])
-    resized = args.input_size if small else int(args.input_size / args.eval_crop_ratio)
+
+    # Our crop takes the place of timm's, which is the first step
+    return transforms.Compose([zoom, *crop.transforms[1:], augment, transforms.PILToTensor()])
+
+
+def _evaluation_transform(args):
+    if args.input_size <= SMALL:
+        resized = args.input_size
+    else:
+        resized = int(args.input_size / args.eval_crop_ratio)
     return transforms.Compose(
         [
-            transforms.Resize(resized, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.Resize(resized, interpolation=BICUBIC),
             transforms.CenterCrop(args.input_size),
             transforms.ToTensor(),
             transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
@@ -126,31 +134,31 @@ class FashionMNIST(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int):
-        return self.transform(Image.fromarray(self.images[index]).convert("RGB")), int(
-            self.labels[index]
-        )
+        image = Image.fromarray(self.images[index]).convert("RGB")
+        return self.transform(image), int(self.labels[index])
 
 
 def read_idx(root: Path, name: str, ndim: int) -> np.ndarray:
-    """The uint8 array of `root/name` or `root/name.gz`, in MNIST's idx format with `ndim`
-    dimensions.
+    """The uint8 array of `ndim` dimensions in the idx file `root/name` or `root/name.gz`.
+
+    Raises UserError if the file is missing, damaged or of another kind.
     """
-    plain, packed = root / name, root / f"{name}.gz"
+    plain = root / name
+    packed = root / f"{name}.gz"
     try:
         content = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{plain}: no such file, with or without .gz") from None
     except (OSError, EOFError, gzip.zlib.error) as error:
         raise UserError(f"{packed}: damaged ({error})") from None
+
     # The header: two zero bytes, 8 for uint8, the number of dimensions, then each size as a
     # big-endian uint32.
     header = 4 + 4 * ndim
     shape = np.frombuffer(content[4:header], ">u4").tolist() if len(content) >= header else []
-    if (
-        content[:4] != bytes([0, 0, 8, ndim])
-        or len(content) - header != np.prod(shape, dtype=object)
-        or 0 in shape
-    ):
+    right_kind = content[:4] == bytes([0, 0, 8, ndim])
+    complete = len(content) - header == np.prod(shape, dtype=object) and 0 not in shape
+    if not right_kind or not complete:
         raise UserError(f"{plain}: not an idx file of {ndim} dimensions in uint8, or not all of it")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
@@ -176,19 +184,19 @@ class INaturalist(Dataset):
     ):
         self.transform = transform or (lambda image: image)
         self.loader = loader_for(transform)
+        split = "train" if is_train else "val"
         try:
-            ranks = dict(
-                enumerate(entry[category] for entry in _read_json(root / "categories.json"))
-            )
+            # The name of each category in the rank that was asked for
+            categories = _read_json(root / "categories.json")
+            ranks = dict(enumerate(entry[category] for entry in categories))
+
+            # The training annotations number the classes, for validation as well
             annotations = _read_json(root / f"train{year}.json")["annotations"]
-            classes = dict.fromkeys(
-                ranks[int(annotation["category_id"])] for annotation in annotations
-            )
+            classes = dict.fromkeys(ranks[int(entry["category_id"])] for entry in annotations)
             labels = {name: label for label, name in enumerate(classes)}
+
             self.samples = []
-            for entry in _read_json(root / f"{'train' if is_train else 'val'}{year}.json")[
-                "images"
-            ]:
+            for entry in _read_json(root / f"{split}{year}.json")["images"]:
                 top, _, number, file = entry["file_name"].split("/")
                 self.samples.append((root / top / number / file, labels[ranks[int(number)]]))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -196,6 +204,7 @@ class INaturalist(Dataset):
                 f"--data-path {root}: its annotations are not iNaturalist {year}'s "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from None
+
         self.num_classes = len(labels)
         if not self.samples:
             raise UserError(
@@ -211,39 +220,36 @@ class INaturalist(Dataset):
 
 
 def load_image(path, as_pixels: bool = False, file=None) -> Image.Image | torch.Tensor:
-    """The image of a file in RGB; `file` is what to read it from, where it is open already.
+    """The image of a file in RGB.
 
-    as_pixels: a JPEG in colour is decoded by torchvision, which takes two thirds of Pillow's time
-        for the same pixels, and given as a uint8 tensor (3, height, width).
-    Raises BadImageError naming the file when it cannot be read.
+    as_pixels: decode a JPEG in colour with torchvision, which gives the same pixels in two thirds
+        of Pillow's time, to a uint8 tensor (3, height, width).
+    file: the open file, if it is open already.
+    Raises BadImageError, which names the file, if it cannot be read.
     """
     try:
         with file or open(path, "rb") as source:
             content = source.read()
         image = Image.open(BytesIO(content))  # reads no more than the header
         if as_pixels and decode_jpeg and (image.format, image.mode) == ("JPEG", "RGB"):
-            # Pillow then says what is wrong with it
+            # If torchvision fails, Pillow decodes it or says what is wrong
             with contextlib.suppress(RuntimeError):
                 return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         return image.convert("RGB")
-    except Exception as error:
-        # Damaged files raise whatever the byte that is wrong leads to
-        reason = (
-            "in no known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
-        )
+    except Exception as error:  # damaged files raise errors of any kind
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "in no known format" if unknown else first_line(error)
         raise BadImageError(f"{path}: cannot be read as an image ({reason})") from None
 
 
 def loader_for(transform):
-    """`load_image` as the first step of `transform` takes images."""
+    """`load_image`, giving images in the form that the first step of `transform` takes."""
     first = getattr(transform, "transforms", [None])[0]
     return partial(load_image, as_pixels=isinstance(first, RandomResizedCrop))
 
 
 class ReaderImages(Dataset):
-    """The images of one of timm's readers with random access: a folder or a tar file with a folder
-    per class.
-    """
+    """The images of a timm reader: a folder or tar file with a folder per class."""
 
     def __init__(self, reader, transform):
         self.reader = reader
@@ -256,23 +262,22 @@ class ReaderImages(Dataset):
 
     def __getitem__(self, index: int):
         file, label = self.reader[index]
-        return self.transform(
-            self.loader(self.reader.filename(index, absolute=True), file=file)
-        ), label
+        image = self.loader(self.reader.filename(index, absolute=True), file=file)
+        return self.transform(image), label
 
 
 def _timm(path, is_train, transform, args):
-    """What `timm.data.create_dataset` makes of the name in `--data-set timm:NAME`."""
+    """The data set that timm makes for `--data-set timm:NAME`, and its number of classes."""
     name = args.data_set.removeprefix(TIMM)
     split = args.train_split if is_train else args.val_split
     kind = name.partition("/")[0]
-    if kind in ("", "folder") and not any(
-        (path / folder).exists() for folder in (split, *SYNONYMS.get(split, ()))
-    ):
+    folders = (split, *SYNONYMS.get(split, ()))
+    if kind in ("", "folder") and not any((path / folder).exists() for folder in folders):
         raise UserError(
             f"--data-path {path}: has no {split} in it; expected --train-split and --val-split to "
             "name folders or tar files there"
         )
+
     try:
         data = create_dataset(
             name,
@@ -291,6 +296,7 @@ def _timm(path, is_train, transform, args):
             f"--data-set {args.data_set} --data-path {path}, split {split}: "
             f"{first_line(error)}{hint}"
         ) from None
+
     classes = args.num_classes
     if kind == "wds":
         if not classes:
@@ -299,17 +305,18 @@ def _timm(path, is_train, transform, args):
                 "classes, as shards do not tell it"
             )
         return data, classes
+
     if kind == "torch":
-        names = next(
-            (getattr(data, name) for name in ("all_categories", "classes") if hasattr(data, name)),
-            [],
-        )
+        names = getattr(data, "all_categories", None)
+        if names is None:
+            names = getattr(data, "classes", [])
         if hasattr(data, "loader"):
-            data.loader = loader_for(transform)  # which names the files that cannot be read
+            data.loader = loader_for(transform)  # its errors name the file
     else:
-        # timm's own class passes over files that cannot be read
+        # timm's own class skips files that cannot be read
         data = ReaderImages(data.reader, transform)
         names = data.class_to_idx
+
     if classes and classes < len(names):
         raise UserError(f"--num-classes {classes}: {path} has {len(names)} classes")
     return data, classes or len(names)
@@ -334,17 +341,17 @@ def _image_folder(path, is_train, transform, args):
         data = ImageFolder(root, transform=transform, loader=loader_for(transform))
     except FileNotFoundError as error:
         raise UserError(f"--data-path {path}: {' '.join(str(error).split())}") from None
-    # A part of ImageNet keeps ImageNet's own labels, so that the head of a pretrained model fits
-    # it.
+
+    # A part of ImageNet keeps ImageNet's labels, so that the head of a pretrained model fits it
     synsets = {name: label for label, name in enumerate(ImageNetInfo().label_names())}
-    if set(data.classes) <= set(synsets):
-        data.class_to_idx = {name: synsets[name] for name in data.classes}
-        data.samples = data.imgs = [
-            (file, synsets[data.classes[label]]) for file, label in data.samples
-        ]
-        data.targets = [label for _, label in data.samples]
-        return data, len(synsets)
-    return data, len(data.classes)
+    if not set(data.classes) <= set(synsets):
+        return data, len(data.classes)
+    data.class_to_idx = {name: synsets[name] for name in data.classes}
+    samples = [(file, synsets[data.classes[label]]) for file, label in data.samples]
+    data.samples = samples
+    data.imgs = samples
+    data.targets = [label for _, label in samples]
+    return data, len(synsets)
 
 
 def _cifar(kind, num_classes):

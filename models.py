@@ -28,8 +28,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-#: Beginnings of names that `--model-kwargs` has no say in: other arguments set them, or they load
-#: files.
+#: `--model-kwargs` refuses names that begin so: other arguments set them, or they load files.
 FIXED = ("num_classes", "img_size", "pretrained", "checkpoint", "cache")
 
 SAMPLE_SHAPE = {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
@@ -37,9 +36,7 @@ SAMPLE_SHAPE = {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
 
 @register_model
 def deit_sample_patch4_28(pretrained=False, **kwargs) -> VisionTransformer:
-    """A DeiT of 0.7 M parameters for images of 28 x 28, with weights for Fashion-MNIST in this
-    repository.
-    """
+    """A DeiT of 0.7 M parameters for 28 x 28 images; `sample/` has its Fashion-MNIST weights."""
     model_args = {"img_size": 28, **SAMPLE_SHAPE, **kwargs}
     return build_model_with_cfg(
         VisionTransformer, "deit_sample_patch4_28", pretrained, **model_args
@@ -47,10 +44,10 @@ def deit_sample_patch4_28(pretrained=False, **kwargs) -> VisionTransformer:
 
 
 def timm_name(name: str) -> str:
-    """timm's name of a model in DeiT's repository; any other name as it is.
+    """timm's name of a model in DeiT's repository; any other name unchanged.
 
-    A DeiT III such as `deit_small_patch16_LS` is `deit3_small_patch16_224` in timm, and a CaiT such
-    as `cait_S24`, for images of 384 unless it says otherwise, is `cait_s24_384`.
+    A DeiT III such as `deit_small_patch16_LS` is `deit3_small_patch16_224` in timm. A CaiT such as
+    `cait_S24` is `cait_s24_384`: without a size in its name it is for images of 384 pixels.
     """
     if found := re.fullmatch(r"deit_(small|medium|base|large|huge)_patch(14|16)_LS", name):
         return f"deit3_{found[1]}_patch{found[2]}_224"
@@ -61,9 +58,9 @@ def timm_name(name: str) -> str:
 
 
 def shape_arguments(assignments: list[str] | None) -> dict:
-    """The arguments for `timm.create_model` of `--model-kwargs`: Python literals, or else strings.
+    """The arguments for `timm.create_model` in `--model-kwargs`: Python literals or strings.
 
-    Raises UserError for what assigns nothing, and for names in `FIXED`.
+    Raises UserError for an entry that is not KEY=VALUE, and for names that begin as in `FIXED`.
     """
     found = {}
     for assignment in assignments or ():
@@ -93,18 +90,18 @@ def build_model(
 ) -> torch.nn.Module:
     """timm's model of that name for square images of `input_size` pixels, on the CPU.
 
-    pretrained: load the weights that timm knows for the name; a head for another number of classes
-    starts anew.
-    assignments: of `--model-kwargs`.
-    Raises UserError for an unknown name, a size the model cannot take, or weights that cannot be
-    had.
+    pretrained: load timm's weights for the name; a head for another number of classes is new.
+    assignments: the entries of `--model-kwargs`.
+    Raises UserError if the name is unknown, the model cannot take the size, or there are no
+    weights.
     """
-    name, shape = timm_name(name), shape_arguments(assignments)
+    name = timm_name(name)
+    shape = shape_arguments(assignments)
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = (
-            f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
-        )
+        hint = "timm.list_models() lists the names"
+        if close:
+            hint = f"did you mean {', '.join(close)}?"
         raise UserError(f"{flag} {name}: timm has no such model; {hint}")
 
     def create(pretrained):
@@ -113,25 +110,26 @@ def build_model(
             "num_classes": num_classes,
             "drop_rate": drop,
             "drop_path_rate": drop_path,
+            **shape,
         }
-        options |= shape
         try:
             return timm.create_model(name, img_size=input_size, **options)
-        except TypeError:  # convolutional teachers take any size and have no such argument
+        except TypeError:  # convolutional teachers take any size and have no img_size
             return timm.create_model(name, **options)
 
     try:
         model = create(pretrained=False)
-        # Some architectures find out about a wrong size only when they are used
+        # Some architectures notice a wrong size only when they run
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, input_size, input_size))
     except Exception as error:  # each architecture has its own way to refuse
-        wanted = f"{flag} {name}" + (
-            f" --model-kwargs {' '.join(assignments)}" if assignments else ""
-        )
+        wanted = f"{flag} {name}"
+        if assignments:
+            wanted += f" --model-kwargs {' '.join(assignments)}"
         raise UserError(
             f"{wanted} cannot be built for --input-size {input_size} ({first_line(error)})"
         ) from None
+
     if pretrained:
         try:
             model = create(pretrained=True)
@@ -146,23 +144,23 @@ def build_model(
 def timm_call(
     name: str, num_classes: int, input_size: int, assignments: list[str] | None = None
 ) -> tuple[str, dict]:
-    """The name and arguments with which `timm.create_model`, without this project, builds what
-    `build_model` does.
-    """
-    name, shape = timm_name(name), shape_arguments(assignments)
+    """Name and arguments for `timm.create_model` to build the same model without this project."""
+    name = timm_name(name)
+    shape = shape_arguments(assignments)
     arguments = {"num_classes": num_classes, "img_size": input_size, **shape}
     if name == deit_sample_patch4_28.__name__:
         return "deit_tiny_patch16_224", {**arguments, **SAMPLE_SHAPE, **shape}
     try:
         timm.create_model(name, **arguments)
-    except TypeError:  # it takes any size, and has no such argument
+    except TypeError:  # the model takes any size and has no img_size
         del arguments["img_size"]
     return name, arguments
 
 
 def train_attention_only(model: torch.nn.Module) -> None:
-    """Freezes all but attention, position embedding and head (Touvron et al. 2022,
-    arXiv:2203.09795).
+    """Freezes all but attention, position embedding and head.
+
+    Touvron et al. 2022, arXiv:2203.09795.
     """
     head = head_parameters(model)
     for name, parameter in model.named_parameters():
@@ -170,8 +168,9 @@ def train_attention_only(model: torch.nn.Module) -> None:
 
 
 def train_both_heads(model: torch.nn.Module, name: str) -> None:
-    """Makes a distilled model return the logits of both heads while it trains; UserError without a
-    second head.
+    """Makes a distilled model return the logits of both heads while it trains.
+
+    Raises UserError if the model has no second head.
     """
     if not hasattr(model, "set_distilled_training"):
         raise UserError(
@@ -182,9 +181,7 @@ def train_both_heads(model: torch.nn.Module, name: str) -> None:
 
 
 def head_parameters(model: torch.nn.Module) -> list[str]:
-    """The names of the parameters of the classifier, or of both classifiers of a distilled model; a
-    weight first.
-    """
+    """The names of the classifiers' parameters, a weight first; a distilled model has two."""
     heads = model.get_classifier()
     heads = heads if isinstance(heads, (tuple, list)) else [heads]
     ids = {id(parameter) for head in heads for parameter in head.parameters()}

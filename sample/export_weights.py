@@ -1,7 +1,7 @@
 """Takes the weights out of a checkpoint of main.py, for any program that reads safetensors.
 
-python sample/export_weights.py output/sample_dense/checkpoint.pth
-sample/deit_sample_patch4_28.safetensors
+    python sample/export_weights.py output/sample_dense/checkpoint.pth \\
+        sample/deit_sample_patch4_28.safetensors
 """
 
 import argparse
@@ -25,6 +25,7 @@ def main() -> int:
         "--use-ema", action="store_true", help="take the moving average of the weights"
     )
     args = parser.parse_args()
+
     checkpoint = load_checkpoint(args.checkpoint)
     if args.use_ema and "model_ema" not in checkpoint:
         raise UserError(f"--use-ema: {args.checkpoint} holds no moving average of the weights")

@@ -1,10 +1,9 @@
-"""Makes the built-in sample from the official Fashion-MNIST files: the first images of each class,
-in file order.
+"""Makes the built-in sample: the first images of each class of Fashion-MNIST, in file order.
 
     python sample/make_sample.py FOLDER_WITH_THE_FOUR_IDX_FILES
 
-Writes four gzipped idx files beside this script; they are the same to the byte whenever they are
-made.
+Reads the official files and writes four gzipped idx files to the folder of this script. Every run
+writes the same bytes.
 """
 
 import sys
@@ -26,11 +25,11 @@ def main(source: Path) -> int:
         labels_name = f"{prefix}-labels-idx1-ubyte"
         images = read_idx(source, images_name, ndim=3)
         labels = read_idx(source, labels_name, ndim=1)
-        chosen = np.sort(
-            np.concatenate(
-                [np.flatnonzero(labels == c)[:count] for c in range(FashionMNIST.num_classes)]
-            )
-        )
+
+        classes = range(FashionMNIST.num_classes)
+        first = [np.flatnonzero(labels == label)[:count] for label in classes]
+        chosen = np.sort(np.concatenate(first))
+
         for name, array in ((images_name, images[chosen]), (labels_name, labels[chosen])):
             path = HERE / f"{name}.gz"
             write_idx(path, array)

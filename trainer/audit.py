@@ -14,19 +14,22 @@ from utils import UserError
 
 
 def audit(path: str) -> int:
-    """Prints what a checkpoint keeps of each layer, from the file alone; 1 if its weights do not
-    obey its masks.
+    """Prints what a checkpoint keeps of each layer, from the file alone.
+
+    Returns the exit status: 1 if the weights do not obey the masks. Raises UserError without masks.
     """
     checkpoint = utils.load_checkpoint(path)
     masks = unpack(checkpoint.get("masks", {}))
     if not masks:
         raise UserError(f"{path}: holds no masks; expected a checkpoint of a pruned run")
+
     print(checkpoint_table(checkpoint["model"], masks))
     try:
         recipe, _ = read_pruning(checkpoint)
     except PruningError as error:
         print(f"error: {path}: {error}", file=sys.stderr)
         return 1
+
     print(f"pruned with {recipe.in_words()}")
     if "shape" in checkpoint:
         print(

@@ -1,4 +1,4 @@
-"""`--export`: the model of a checkpoint in a folder that needs nothing of this project."""
+"""`--export`: writes the model of a checkpoint for use without this project."""
 
 import argparse
 import contextlib
@@ -51,21 +51,23 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CONTENTS = {
     WEIGHTS: "the weights, by timm's names",
     SHAPE: "timm's name of the model, and the heads and neurons that are left of each block",
-    LOADER: "a function that builds the model of both",
+    LOADER: "a function that builds the model from both",
     PROGRAM: "the model as a `torch.export` program, for batches of any size",
     ONNX: "the model as ONNX, for batches of any size",
 }
 
-#: What classes of this project import.
+#: The imports that this project's classes need in a loader.
 IMPORTS = "from torch import Tensor, nn\nfrom torch.nn import functional as F\n"
-#: The exported function begins so, and where timm's attention cannot have fewer heads, ends so.
-FUNCTION, LAST = "\n\ndef load(", "    model.load_state_dict(weights)\n"
+#: How the exported function begins, and its line before which `OWN_ATTENTION` is put if timm's
+#: attention cannot have fewer heads.
+FUNCTION = "\n\ndef load("
+LAST = "    model.load_state_dict(weights)\n"
 OWN_ATTENTION = """\
     # timm's own attention takes the width of a head from that of the tokens.
     for module in model.modules():
         module.__class__ = globals().get(type(module).__name__, type(module))
 """
-#: What the exported function has in place of its own lines, where there are sparse kernels.
+#: Lines of the exported function, and what takes their place if there are sparse kernels.
 WITH_KERNELS = {
     "import json\n": "import json\nimport warnings\n",
     ".parent):\n": ".parent, sparse_kernels=False):\n",
@@ -91,63 +93,72 @@ in evaluation mode.
 def export(args: argparse.Namespace) -> None:
     """Writes the model of `--resume` to the folder of `--export`, all of it or nothing.
 
-    What was pruned as heads and neurons is taken out; other patterns keep their zeros. Every file
-    is read again, and its logits are compared with the model's. Without the packages of ONNX, or
-    for a model that an exporter cannot trace, that file is left out and a line says so. With
-    `--sparse-kernels` the loader can also give the model those that are quicker here.
+    Pruned heads and neurons are taken out; other patterns keep their zeros. Every file is read
+    again, and its logits are compared with the model's. If the packages of ONNX are missing, or an
+    exporter cannot trace the model, the file is left out with a message. With `--sparse-kernels`
+    the loader can also give the model the kernels that are quicker here.
 
-    Raises UserError for what is no checkpoint, one that does not tell its model, and a folder that
-    is not empty.
+    Raises UserError if the file is not a checkpoint or does not tell its model, or the folder is
+    not empty.
     """
     utils.show_progress(args.quiet)
     folder = Path(os.path.abspath(args.export))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"--export {args.export}: exists; expected a new folder, or an empty one")
+
+    # The logits of random images, for comparison
     args, dense, model, masks, recipe = load_model(args)
-    images = torch.randn(
-        3, 3, args.input_size, args.input_size, generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3, 3, args.input_size, args.input_size, generator=generator)
     with torch.inference_mode():
         logits = model(images)
+
     with new_folder(folder, f"--export {args.export}") as temporary:
         call = timm_call(args.model, logits.shape[1], args.input_size, args.model_kwargs)
         exported = write_weights(temporary, model, call)
         with torch.inference_mode():
             compare(WEIGHTS, exported(images), logits, 1e-5)
+
         measured = ""
         if args.sparse_kernels:
-            measured = write_kernels(
-                temporary, exported, evaluation_batch_size(args), images, logits
-            )
+            batch_size = evaluation_batch_size(args)
+            measured = write_kernels(temporary, exported, batch_size, images, logits)
         left_out = write_programs(temporary, exported, images, logits)
+
         facts = {**describe(args, dense, model, masks, recipe, images[:1]), "kernels": measured}
         (temporary / README).write_text(readme(temporary, facts, left_out), encoding="utf-8")
+
     for line in left_out:
         log(line)
-    log(
-        f"{args.export}: "
-        + ", ".join(f"{path.name} {in_bytes(path)}" for path in sorted(folder.iterdir()))
-    )
+    sizes = [f"{path.name} {in_bytes(path)}" for path in sorted(folder.iterdir())]
+    log(f"{args.export}: {', '.join(sizes)}")
 
 
 def load_model(args):
-    """The model to export, in evaluation mode; with it the arguments that it has, the same model as
-    it was before pruning (of any weights), the masks of what is still zero, and the recipe.
+    """The model to export, in evaluation mode, and what the README says of it.
+
+    Returns:
+        The arguments that fit the model, the dense model that it was (with any weights), the model
+        itself, the masks of weights that are still there as zeros, and the recipe.
     """
     args, checkpoint = load_start(argparse.Namespace(**{**vars(args), "eval": True}))
     if not args.resume:
         raise UserError(f"--resume auto: no checkpoint in {args.output_dir}")
     args = with_model_of(args, checkpoint, args.resume)
+
     try:
         recipe, masks = read_pruning(checkpoint)
     except PruningError as error:
         raise UserError(f"{args.resume}: {error}") from None
+
+    # The checkpoint's head tells the number of classes
     dense = build_model(args.model, 1, args.input_size, assignments=args.model_kwargs)
     head = head_parameters(dense)[0]
     if head not in checkpoint["model"]:
         raise UserError(f"{args.resume}: does not fit the model: {head} is missing")
     classes = len(checkpoint["model"][head])
     dense.reset_classifier(classes)
+
     as_it_is = {"compile": False, "attn_only": False, "distillation_type": "none"}
     args = argparse.Namespace(**{**vars(args), **as_it_is})
     model = prepare_model(args, classes, checkpoint, torch.device("cpu")).eval()
@@ -163,6 +174,7 @@ def write_weights(folder: Path, model: nn.Module, call: tuple[str, dict]) -> nn.
     """
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
     (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
+
     units = {
         kind: {group.name: group.units for group in unit_groups(model, [kind], known_only=True)}
         for kind in (HEADS, NEURONS)
@@ -170,39 +182,38 @@ def write_weights(folder: Path, model: nn.Module, call: tuple[str, dict]) -> nn.
     shape = {"model": call[0], "arguments": call[1], **units}
     (folder / SHAPE).write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
     (folder / LOADER).write_text(loader_for(model), encoding="utf-8")
-    # One operation of torch, which takes what is quickest on the device that a program will run on.
+
+    # Fused attention is one operation of torch, which chooses the quickest way on each device
     timm.layers.set_fused_attn(True)
     return runpy.run_path(str(folder / LOADER))["load"](folder)
 
 
 def loader_for(model: nn.Module) -> str:
-    """The source of `export_template.py`; for a CaiT with fewer heads with this project's attention
-    in it.
-    """
+    """The source of a loader; a CaiT with fewer heads needs this project's attention in it."""
     source = Path(__file__).with_name("export_template.py").read_text(encoding="utf-8")
-    own = [
-        kind
-        for kind in (ClassAttn, TalkingHeadAttn)
-        if any(type(module) is kind for module in model.modules())
-    ]
-    return with_classes(source, own).replace(LAST, OWN_ATTENTION + LAST) if own else source
+    kinds = {type(module) for module in model.modules()}
+    own = [kind for kind in (ClassAttn, TalkingHeadAttn) if kind in kinds]
+    if not own:
+        return source
+    return with_classes(source, own).replace(LAST, OWN_ATTENTION + LAST)
 
 
 def write_kernels(
     folder: Path, model: nn.Module, batch_size: int, images: torch.Tensor, logits: torch.Tensor
 ) -> str:
-    """Measures sparse kernels on a batch of that size, and adds those that are quicker to shape and
-    loader.
+    """Measures sparse kernels, and adds the quicker ones to shape and loader.
 
-    model: what the loader makes. images, logits: what the model with its kernels is compared on.
+    model: the model that the loader makes. batch_size: how many images to measure with. images,
+        logits: the images and logits to compare the model with kernels on.
 
-    Returns what was measured, in words; nothing where the model is not quicker, and the files stay
-    as they are.
+    Returns the measurements in words. If the model is not quicker with kernels, returns an empty
+    string and leaves the files as they are.
     """
     quick, report = sparse_kernels(model, torch.randn(batch_size, *images.shape[1:]))
     log(report.table())
     if not report.used:
         return ""
+
     chosen = {
         layer.name.removesuffix(".weight"): layer.kernel
         for layer in report.layers
@@ -214,14 +225,14 @@ def write_kernels(
         for name, kernel in chosen.items()
     }
     (folder / SHAPE).write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
-    source = loader_with(
-        {name: kernel for name, kernel in KERNELS.items() if name in chosen.values()},
-        (folder / LOADER).read_text(encoding="utf-8"),
-    )
+
+    used = {name: kernel for name, kernel in KERNELS.items() if name in chosen.values()}
+    source = loader_with(used, (folder / LOADER).read_text(encoding="utf-8"))
     (folder / LOADER).write_text(source, encoding="utf-8")
     with torch.inference_mode():
         found = runpy.run_path(str(folder / LOADER))["load"](folder, sparse_kernels=True)(images)
     compare(f"{LOADER} with sparse kernels", found, logits, 1e-4)
+
     threads = torch.get_num_threads()
     return (
         f"{report.in_words()}, in float32 on {threads} thread{'s' * (threads > 1)} of "
@@ -255,11 +266,9 @@ def with_classes(source: str, classes: Iterable[type]) -> str:
 def write_programs(
     folder: Path, model: nn.Module, images: torch.Tensor, logits: torch.Tensor
 ) -> list[str]:
-    """Writes the `torch.export` program and the ONNX file; returns a line for each that is left
-    out.
-    """
+    """Writes the `torch.export` program and the ONNX file; returns messages on files left out."""
     try:
-        # Traced with another number of images than it is compared with.
+        # Traced with another number of images than it is compared with
         program = torch.export.export(
             model, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},)
         )
@@ -268,47 +277,47 @@ def write_programs(
             f"{PROGRAM} and {ONNX} are left out: torch.export cannot trace the model "
             f"({first_line(error)})"
         ]
+
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     (folder / PROGRAM).write_bytes(buffer.getbuffer())
     with torch.inference_mode():
         compare(PROGRAM, torch.export.load(folder / PROGRAM).module()(images), logits, 1e-5)
+
     if missing := [package for package in ONNX_PACKAGES if not is_installed(package)]:
         return [f"{ONNX} is left out: it needs pip install {' '.join(missing)}"]
     try:
         onnx = torch.onnx.export(
             program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
         )
-    except Exception as error:  # of an operation that ONNX lacks
+    except Exception as error:  # ONNX lacks some operations
         return [f"{ONNX} is left out: torch.onnx cannot translate the model ({first_line(error)})"]
     import onnxruntime
 
     onnx.save(folder / ONNX)
     session = onnxruntime.InferenceSession(folder / ONNX, providers=["CPUExecutionProvider"])
-    compare(
-        ONNX, torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]), logits, 1e-4
-    )
+    found = session.run(["logits"], {"images": images.numpy()})[0]
+    compare(ONNX, torch.from_numpy(found), logits, 1e-4)
     return []
 
 
 def describe(args, dense: nn.Module, model: nn.Module, masks, recipe, image: torch.Tensor) -> dict:
-    """What the README tells of the model."""
+    """What the README says of the model."""
     kept = sparsity_rows(model, masks)
-    after = sparse_multiply_adds(kept, multiply_adds(model, image))
-    weights = f"{args.resume}{', the moving average' if args.use_ema else ''}"
     pruned = kept.prunable.kept < kept.prunable.total
+    share = f"{kept.prunable.sparsity:.2%} of the prunable weights pruned" if pruned else "dense"
+
+    before = sum(multiply_adds(dense, image).values())
+    after = sum(sparse_multiply_adds(kept, multiply_adds(model, image)).values())
+    weights = f"{args.resume}{', the moving average' if args.use_ema else ''}"
+
     return {
-        "title": f"{args.model}, "
-        + (f"{kept.prunable.sparsity:.2%} of the prunable weights pruned" if pruned else "dense"),
+        "title": f"{args.model}, {share}",
         "command": f"python {args.command}",
         "table": [
             ("parameters", kept.whole.total, kept.whole.kept),
             ("of these prunable", kept.prunable.total, kept.prunable.kept),
-            (
-                "multiply-adds of an image",
-                sum(multiply_adds(dense, image).values()),
-                sum(after.values()),
-            ),
+            ("multiply-adds of an image", before, after),
         ],
         "facts": [
             f"weights: {weights}, pruned with {recipe.in_words()}",
@@ -322,25 +331,32 @@ def describe(args, dense: nn.Module, model: nn.Module, masks, recipe, image: tor
 
 
 def readme(folder: Path, facts: dict, left_out: list[str]) -> str:
+    """The README of an exported folder. facts: from `describe`, and `kernels` in words."""
     lines = [f"# {facts['title']}", "", f"    {facts['command']}", ""]
     lines += ["| | dense | pruned | left |", "| --- | ---: | ---: | ---: |"]
     lines += [
         f"| {name} | {before:,} | {after:,} | {after / max(before, 1):.1%} |"
         for name, before, after in facts["table"]
     ]
+
     if facts["zeros"]:
         lines += [
             "",
             "Pruned weights are zeros in the files. Only programs that skip zeros need fewer "
             "multiply-adds.",
         ]
+
     lines += ["", "| file | size | what it is |", "| --- | ---: | --- |"]
     lines += [
         f"| `{name}` | {in_bytes(folder / name)} | {text} |"
         for name, text in CONTENTS.items()
         if (folder / name).exists()
     ]
-    lines += ["", *left_out, *([""] if left_out else []), *(f"- {fact}" for fact in facts["facts"])]
+
+    if left_out:
+        lines += ["", *left_out]
+    lines += ["", *(f"- {fact}" for fact in facts["facts"])]
+
     lines += [
         "",
         "## How to load it",
@@ -360,6 +376,7 @@ def readme(folder: Path, facts: dict, left_out: list[str]) -> str:
             "",
             f"{facts['kernels']}.",
         ]
+
     if (folder / PROGRAM).exists():
         lines += ["", f'The program: `torch.export.load("{PROGRAM}").module()(images)`.']
     if (folder / ONNX).exists():
@@ -376,11 +393,10 @@ def readme(folder: Path, facts: dict, left_out: list[str]) -> str:
 
 @contextlib.contextmanager
 def new_folder(folder: Path, flag: str):
-    """A temporary folder beside `folder`, which gets its name at the end, and is removed after an
-    error.
+    """A temporary folder that is renamed to `folder` at the end, or removed after an error.
 
-    Like the temporary files of checkpoints it has a fixed name: what a killed process left is
-    overwritten.
+    Its name is fixed, like those of the temporary files of checkpoints, so that it overwrites what
+    a killed process left.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -388,22 +404,20 @@ def new_folder(folder: Path, flag: str):
         temporary.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{flag}: {error.strerror}") from None
+
     try:
         yield temporary
         os.replace(temporary, folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
-            raise WriteError(
-                f"{flag}: cannot be written ({error.strerror or first_line(error)})"
-            ) from None
+            reason = error.strerror or first_line(error)
+            raise WriteError(f"{flag}: cannot be written ({reason})") from None
         raise
 
 
 def compare(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Raises WriteError where logits differ by more than the tolerance and, of large ones, this
-    fraction of them.
-    """
+    """Raises WriteError if logits differ by more than an absolute plus relative tolerance."""
     if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
         raise WriteError(
             f"{name}: its logits differ from the model's by up to "

@@ -13,6 +13,8 @@ def load(folder=Path(__file__).parent):
     shape = json.loads(Path(folder, "shape.json").read_text())
     weights = load_file(Path(folder, "model.safetensors"))
     model = timm.create_model(shape["model"], **shape["arguments"])
+
+    # Fit the layers to the weights, which may have fewer heads and neurons
     for name, weight in list(model.named_parameters()):
         if weights[name].shape != weight.shape:
             path, _, own = name.rpartition(".")
@@ -20,9 +22,11 @@ def load(folder=Path(__file__).parent):
             setattr(layer, own, torch.nn.Parameter(weights[name]))
             if isinstance(layer, torch.nn.Linear):
                 layer.out_features, layer.in_features = layer.weight.shape
+
     for name, heads in shape["heads"].items():
         attention = model.get_submodule(name)
         attention.num_heads = heads
         attention.attn_dim = attention.proj.weight.shape[1]
+
     model.load_state_dict(weights)
     return model.eval()

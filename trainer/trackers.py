@@ -1,6 +1,4 @@
-"""TensorBoard and Weights & Biases, which a run reports to where it is asked to. Both packages are
-optional.
-"""
+"""Reports a run to TensorBoard and Weights & Biases if it is asked to; both are optional."""
 
 import importlib
 import os
@@ -15,18 +13,19 @@ from utils import UserError, first_line
 
 
 class Tracker(Protocol):
-    """What the run knows of either."""
+    """What every tracker can do."""
 
     def log(self, values: Mapping[str, float], epoch: int) -> None:
-        """Takes numbers by name; `train/loss` is in the group train."""
+        """Reports numbers by name; `train/loss` is in the group `train`."""
 
     def finish(self, pictures: Mapping[str, Path]) -> None:
-        """Takes the pictures of the whole run, and ends."""
+        """Reports the pictures of the whole run, and closes."""
 
 
 class TensorBoard:
-    """Event files in `tensorboard/` of the output folder; those of epochs that a resumed run
-    repeats are replaced.
+    """Event files in `tensorboard/` of the output folder.
+
+    A resumed run replaces the events of epochs that it repeats.
     """
 
     def __init__(self, folder: Path, epoch: int):
@@ -51,8 +50,9 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases in the project of WANDB_PROJECT; each start of a resumed run is one
-    of its group.
+    """A run of Weights & Biases in the project that WANDB_PROJECT names.
+
+    Each start of a resumed run is a run of one group.
     """
 
     def __init__(self, folder: str, settings: Mapping):
@@ -86,7 +86,7 @@ class WandB:
 
 
 def require(package: str) -> None:
-    """Raises UserError where the package that the flag of its name needs is not installed."""
+    """Raises UserError if a package that the flag of the same name needs is not installed."""
     try:
         importlib.import_module(package)
     except ImportError:
