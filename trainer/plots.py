@@ -1,5 +1,6 @@
-"""The pictures that runs and sweeps leave. Each function returns a matplotlib Figure; `png` makes a
-file of it.
+"""Draws the pictures of runs and sweeps.
+
+Each function returns a matplotlib Figure, and `png` makes a file of it.
 """
 
 import io
@@ -14,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-# Okabe and Ito's colours, which people with every kind of colour vision tell apart.
+# Okabe and Ito's colours, which people with any kind of colour vision can tell apart.
 PALETTE = [
     "#0072B2",
     "#E69F00",
@@ -45,9 +46,9 @@ STYLE = {
     "lines.markersize": 5,
     "image.cmap": "cividis",
 }
-# Characters of a legend that leaves enough room to the lines beside it; a longer one stands below
-# them
+# A legend of at most this many characters is put next to the lines, a longer one below them.
 BESIDE = 24
+DASHED = {"linestyle": "--", "linewidth": 1.1}
 KINDS = ("qkv", "proj", "fc1", "fc2")  # always in the same colours
 
 
@@ -63,28 +64,28 @@ def sparsity_bars(layers: Mapping[str, float], overall: float, label: str, title
     """A bar for each layer in model order, coloured by its kind, with a gap between blocks.
 
     layers: weight name to the fraction that is pruned. overall: a fraction, drawn as a line that
-    `label` names.
+        `label` names.
     """
-    names, blocks = list(layers), _blocks(layers)
+    names = list(layers)
+    blocks = _blocks(layers)
     kinds = [_kind(name) for name in names]
     colours = _colours(kinds)
+
+    # Every block is moved right by the gaps before it
     gaps = np.repeat(np.arange(len(blocks)), [len(members) for _, _, members in blocks])
     places = np.arange(len(names)) + 0.8 * gaps
+    place_of = dict(zip(names, places, strict=True))
+    centres = [np.mean([place_of[name] for name in members]) for _, _, members in blocks]
+
     with matplotlib.rc_context(STYLE):
         figure = Figure((WIDTH, 3.4), layout="constrained")
         axes = figure.subplots()
-        axes.bar(
-            places,
-            [100 * layers[name] for name in names],
-            0.9,
-            color=[colours[kind] for kind in kinds],
-        )
+        percent = [100 * layers[name] for name in names]
+        axes.bar(places, percent, 0.9, color=[colours[kind] for kind in kinds])
         line = axes.axhline(
             100 * overall, color="black", linestyle="--", linewidth=1.2, label=label
         )
-        centres = [
-            places[[names.index(name) for name in members]].mean() for _, _, members in blocks
-        ]
+
         _name_blocks(axes, centres, blocks)
         axes.grid(axis="x", visible=False)
         axes.set(
@@ -92,6 +93,7 @@ def sparsity_bars(layers: Mapping[str, float], overall: float, label: str, title
             xlim=(places[0] - 1, places[-1] + 1),
             ylabel="pruned, % of the layer's weights",
         )
+
         patches = [Patch(color=colour, label=kind) for kind, colour in colours.items()]
         axes.legend(
             handles=[*patches, line], loc="lower left", bbox_to_anchor=(0, 1), borderpad=0, ncols=6
@@ -108,37 +110,38 @@ def training_curves(
     epochs: the lines of log.txt. reference: top-1 accuracies in percent by name, drawn as lines.
     """
     marker = "o" if len(epochs) <= 20 else ""
+    curves = (
+        ("train", "training", PALETTE[1]),
+        ("test", "validation", PALETTE[0]),
+        ("test_ema", "moving average", PALETTE[2]),
+    )
+
+    def points_of(key: str) -> list[tuple[float, float]]:
+        return [(line["epoch"], line[key]) for line in epochs if key in line]
+
     with matplotlib.rc_context(STYLE):
         figure = Figure((WIDTH, 3), layout="constrained")
         loss, accuracy, rate = figure.subplots(1, 3)
+
         for axes, metric in ((loss, "loss"), (accuracy, "acc1")):
-            for kind, name, colour in (
-                ("train", "training", PALETTE[1]),
-                ("test", "validation", PALETTE[0]),
-                ("test_ema", "moving average", PALETTE[2]),
-            ):
-                if points := [
-                    (line["epoch"], line[key])
-                    for line in epochs
-                    if (key := f"{kind}_{metric}") in line
-                ]:
+            for kind, name, colour in curves:
+                if points := points_of(f"{kind}_{metric}"):
                     axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=name)
         for number, (name, value) in enumerate(reference.items()):
             style = ("--", ":", "-.")[number % 3]
             accuracy.axhline(
                 value, color="black", linestyle=style, linewidth=1.2, label=f"{name}, {value:.2f} %"
             )
-        points = [(line["epoch"], line["train_lr"]) for line in epochs if "train_lr" in line]
-        rate.plot(*zip(*points, strict=True), color=PALETTE[3], marker=marker)
+
+        rate.plot(*zip(*points_of("train_lr"), strict=True), color=PALETTE[3], marker=marker)
         rate.set(ylim=(0, None))
         rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        for axes, name in (
-            (loss, "loss"),
-            (accuracy, "top-1 accuracy, %"),
-            (rate, "learning rate"),
-        ):
+
+        titles = {loss: "loss", accuracy: "top-1 accuracy, %", rate: "learning rate"}
+        for axes, name in titles.items():
             axes.set(title=name, xlabel="epoch")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+
         handles = {line.get_label(): line for axes in (loss, accuracy) for line in axes.lines}
         figure.legend(handles=handles.values(), loc="outside lower left", ncols=len(handles))
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
@@ -151,91 +154,61 @@ def sweep_lines(
     title: str,
     finetuned: str,
 ) -> Figure:
-    """Top-1 accuracy against sparsity: a colour for each combination, one-shot dashed, finetuned
-    solid.
+    """Top-1 accuracy against sparsity: a colour per combination, one-shot dashed, finetuned solid.
+
+    A line goes through the means of the seeds, and a band from the lowest to the highest. If there
+    are more curves than colours, the ones with the best mean accuracy are drawn, and the title says
+    so.
 
     curves: the combination's name to kind (`one-shot`, `finetuned`) to points (sparsity, accuracies
-    in percent of all seeds), by sparsity. The line goes through the means, and a band from the
-    lowest to the highest. A single point is a marker. Where there are more curves than colours,
-    those of the best mean accuracy are drawn, and the title says so.
-    dense: the accuracy of the dense model, in percent. finetuned: what the legend says of the solid
-    lines.
+        in percent of all seeds), in order of sparsity.
+    dense: the accuracy of the dense model, in percent.
+    finetuned: the legend of the solid lines.
     """
     if len(curves) > len(PALETTE):
-        best = sorted(curves, key=lambda name: _mean_accuracy(curves[name]), reverse=True)[
-            : len(PALETTE)
-        ]
+        ranked = sorted(curves, key=lambda name: _mean_accuracy(curves[name]), reverse=True)
+        best = ranked[: len(PALETTE)]
         title += f", the {len(best)} of {len(curves)} combinations with the best mean accuracy"
         curves = {name: kinds for name, kinds in curves.items() if name in best}
-    sparsities = sorted(
-        {
-            sparsity
-            for kinds in curves.values()
-            for points in kinds.values()
-            for sparsity, _ in points
-        }
-    )
+    all_points = [points for kinds in curves.values() for points in kinds.values()]
+    sparsities = sorted({sparsity for points in all_points for sparsity, _ in points})
+
     with matplotlib.rc_context(STYLE):
         beside = max(map(len, curves)) <= BESIDE
         figure = Figure((WIDTH, 4.6 if beside else 6), layout="constrained")
         axes = figure.subplots()
+
         for number, kinds in enumerate(curves.values()):
-            look = {
-                "color": PALETTE[number % len(PALETTE)],
-                "marker": MARKERS[number % len(MARKERS)],
-            }
+            look = _look(number)
             for kind, points in kinds.items():
                 x = [sparsity for sparsity, _ in points]
-                axes.plot(
-                    x,
-                    [np.mean(values) for _, values in points],
-                    **look,
-                    linestyle="-" if kind == "finetuned" else "--",
-                    linewidth=1.8 if kind == "finetuned" else 1.1,
-                    markerfacecolor=look["color"] if kind == "finetuned" else "white",
-                )
-                lowest, highest = ([pick(values) for _, values in points] for pick in (min, max))
+                means = [np.mean(values) for _, values in points]
+                lowest = [min(values) for _, values in points]
+                highest = [max(values) for _, values in points]
+
+                solid = {"linestyle": "-", "linewidth": 1.8, "markerfacecolor": look["color"]}
+                style = solid if kind == "finetuned" else {**DASHED, "markerfacecolor": "white"}
+                axes.plot(x, means, **look, **style)
                 axes.fill_between(x, lowest, highest, color=look["color"], alpha=0.25, linewidth=0)
                 axes.vlines(x, lowest, highest, color=look["color"], linewidth=1)
+
+        # The legend has a line for each combination and for each kind
         handles = [
-            Line2D(
-                [],
-                [],
-                color=PALETTE[number % len(PALETTE)],
-                marker=MARKERS[number % len(MARKERS)],
-                label=name,
-            )
-            for number, name in enumerate(curves)
+            Line2D([], [], **_look(number), label=name) for number, name in enumerate(curves)
         ]
         kinds = {kind for kinds in curves.values() for kind in kinds}
         if "finetuned" in kinds:
             handles.append(Line2D([], [], color="black", label=finetuned))
         if "one-shot" in kinds:
-            handles.append(
-                Line2D(
-                    [],
-                    [],
-                    color="black",
-                    linestyle="--",
-                    linewidth=1.1,
-                    label="right after pruning",
-                )
-            )
+            handles.append(Line2D([], [], color="black", **DASHED, label="right after pruning"))
         if dense is not None:
-            handles.append(
-                axes.axhline(
-                    dense,
-                    color="black",
-                    linestyle=":",
-                    linewidth=1.2,
-                    label=f"dense, {dense:.2f} %",
-                )
-            )
-        # Twice as sparse, twice as far: the methods part where little is left.
-        axes.set_xscale(
-            "function",
-            functions=(lambda s: -np.log2(np.maximum(1 - s, 1e-9)), lambda x: 1 - 2.0**-x),
-        )
+            label = f"dense, {dense:.2f} %"
+            line = axes.axhline(dense, color="black", linestyle=":", linewidth=1.2, label=label)
+            handles.append(line)
+
+        # Each halving of the kept weights has the same width, since methods differ where few are
+        # left
+        axes.set_xscale("function", functions=(_halvings, _sparsity_after))
         axes.set_xticks(_thinned(sparsities))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}"))
         axes.minorticks_off()
@@ -244,38 +217,34 @@ def sweep_lines(
             xlabel="pruned, % of the prunable weights (logarithmic in what is left)",
             ylabel="top-1 accuracy, %",
         )
-        figure.legend(
-            handles=handles,
-            loc="outside right upper" if beside else "outside lower left",
-            ncols=1 if beside else 2,
-        )
+        if beside:
+            figure.legend(handles=handles, loc="outside right upper", ncols=1)
+        else:
+            figure.legend(handles=handles, loc="outside lower left", ncols=2)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure
 
 
 def tradeoff_points(points: Mapping[str, tuple[float, Sequence[float]]], label: str) -> Figure:
-    """Top-1 accuracy against speed: a marker for each model, with a line from its lowest to its
-    highest accuracy.
+    """Top-1 accuracy against speed: a marker per model, a line from lowest to highest accuracy.
 
-    points: the model's name to how many times as fast it is, as `label` says, and its accuracies in
-    percent. What stands before the last word of a name is its family: a family has one colour, and
-    a line through its points.
+    A name without its last word is a family, which has one colour and a line through its points.
+
+    points: the model's name to its speed, which `label` explains, and its accuracies in percent.
     """
     families = defaultdict(list)
     for name, point in sorted(points.items(), key=lambda item: item[1][0]):
         families[name.rpartition(" ")[0] or name].append((name, *point))
+
     with matplotlib.rc_context(STYLE):
         figure = Figure((WIDTH, 4.2), layout="constrained")
         axes = figure.subplots()
         for number, (family, members) in enumerate(families.items()):
-            look = {
-                "color": PALETTE[number % len(PALETTE)],
-                "marker": MARKERS[number % len(MARKERS)],
-            }
-            rates, means = zip(
-                *((rate, np.mean(values)) for _, rate, values in members), strict=True
-            )
+            look = _look(number)
+            rates = [rate for _, rate, _ in members]
+            means = [np.mean(values) for _, _, values in members]
             axes.plot(rates, means, **look, label=family)
+
             for name, rate, values in members:
                 axes.vlines(rate, min(values), max(values), color=look["color"], linewidth=1)
                 if name != family:
@@ -286,6 +255,7 @@ def tradeoff_points(points: Mapping[str, tuple[float, Sequence[float]]], label: 
                         textcoords="offset points",
                         fontsize=9,
                     )
+
         axes.set(xlabel=label, ylabel="top-1 accuracy, %")
         axes.margins(0.1)
         axes.legend(loc="best")
@@ -293,48 +263,41 @@ def tradeoff_points(points: Mapping[str, tuple[float, Sequence[float]]], label: 
 
 
 def sensitivity_map(drops: Mapping[tuple[str, float], float], title: str) -> Figure:
-    """What pruning each layer alone costs, as a colour: a panel for each kind of layer, block by
-    sparsity.
+    """The cost of pruning each layer alone, as a colour: a panel per kind, block by sparsity.
 
     drops: (weight name, sparsity) to the loss in top-1 accuracy, in points.
     """
     names = list(dict.fromkeys(name for name, _ in drops))
     sparsities = sorted({sparsity for _, sparsity in drops})
     blocks = _blocks(names)
+
     panels = defaultdict(lambda: np.full((len(sparsities), len(blocks)), np.nan))
     for column, (_, _, members) in enumerate(blocks):
         for name in members:
             for row, sparsity in enumerate(sparsities):
                 panels[_path_in_block(name)][row, column] = drops.get((name, sparsity), np.nan)
+
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(
-            (WIDTH, 1.2 + len(panels) * (0.35 + 0.18 * len(sparsities))), layout="constrained"
-        )
+        height = 1.2 + len(panels) * (0.35 + 0.18 * len(sparsities))
+        figure = Figure((WIDTH, height), layout="constrained")
         rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         worst = max(max(drops.values()), 1e-3)
+        percent = [f"{100 * sparsity:g}" for sparsity in sparsities]
+
         for axes, (kind, values) in zip(rows, panels.items(), strict=True):
             image = axes.imshow(
                 values, vmin=0, vmax=worst, aspect="auto", origin="lower", interpolation="nearest"
             )
-            axes.set_yticks(
-                range(len(sparsities)),
-                [f"{100 * sparsity:g}" for sparsity in sparsities],
-                fontsize=8,
-            )
+            axes.set_yticks(range(len(sparsities)), percent, fontsize=8)
             axes.set_title(kind, fontsize=9)
-            if len(blocks) <= 12:  # there is room for the figures
-                for (row, column), drop in np.ndenumerate(values):
+            if len(blocks) <= 12:  # there is room for numbers
+                for place, drop in np.ndenumerate(values):
                     if not np.isnan(drop):
-                        axes.text(
-                            column,
-                            row,
-                            f"{round(drop, 1) + 0:.1f}",
-                            ha="center",
-                            va="center",
-                            fontsize=8,
-                            color="black" if drop > 0.6 * worst else "white",
-                        )
+                        # + 0 makes -0.0 a 0.0
+                        text = f"{round(drop, 1) + 0:.1f}"
+                        _write(axes, place, text, 8, on_bright=drop > 0.6 * worst)
             axes.set_facecolor("#eeeeee")
+
         _name_blocks(rows[-1], range(len(blocks)), blocks)
         figure.colorbar(
             image, ax=list(rows), label="top-1 accuracy lost, points", aspect=40, pad=0.01
@@ -345,31 +308,29 @@ def sensitivity_map(drops: Mapping[tuple[str, float], float], title: str) -> Fig
 
 
 def level_map(levels: Mapping[str, tuple[str, float]], title: str) -> Figure:
-    """The level of each layer, written on its share of kept weights as a colour: a row for each
-    kind, block by block.
+    """The level of each layer, on a colour for the share of weights that it keeps.
+
+    A row for each kind of layer, a column for each block.
 
     levels: weight name to the text of its level and the fraction that it keeps.
     """
     blocks = _blocks(levels)
     kinds = list(dict.fromkeys(map(_path_in_block, levels)))
     kept = np.full((len(kinds), len(blocks)), np.nan)
+    size = 8 if len(blocks) <= 12 else 5
+
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure((WIDTH, 1.5 + 0.38 * len(kinds)), layout="constrained")
         axes = figure.subplots()
+
         for column, (_, _, members) in enumerate(blocks):
             for name in members:
                 row = kinds.index(_path_in_block(name))
-                text, kept[row, column] = levels[name]
-                if len(blocks) <= 24:  # there is room for the texts
-                    axes.text(
-                        column,
-                        row,
-                        text,
-                        ha="center",
-                        va="center",
-                        fontsize=8 if len(blocks) <= 12 else 5,
-                        color="black" if kept[row, column] > 0.6 else "white",
-                    )
+                text, share = levels[name]
+                kept[row, column] = share
+                if len(blocks) <= 24:  # there is room for texts
+                    _write(axes, (row, column), text, size, on_bright=share > 0.6)
+
         image = axes.imshow(100 * kept, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
         axes.set_yticks(range(len(kinds)), kinds, fontsize=9)
         axes.set_facecolor("#eeeeee")
@@ -382,22 +343,42 @@ def level_map(levels: Mapping[str, tuple[str, float]], title: str) -> Figure:
 # ---- helpers, not exported ----
 
 
+def _look(number: int) -> dict[str, str]:
+    """Colour and marker of a curve."""
+    return {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def _write(axes, place: tuple[int, int], text: str, size: int, on_bright: bool) -> None:
+    """Writes a text into the cell (row, column) of an image."""
+    row, column = place
+    colour = "black" if on_bright else "white"
+    axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+
+
+def _halvings(sparsity):
+    """How often the weights have been halved."""
+    return -np.log2(np.maximum(1 - sparsity, 1e-9))
+
+
+def _sparsity_after(halvings):
+    return 1 - 2.0**-halvings
+
+
 def _mean_accuracy(kinds: Mapping[str, Sequence[tuple[float, Sequence[float]]]]) -> float:
-    """Of a curve's points, finetuned where it has been."""
-    return float(
-        np.mean([np.mean(values) for _, values in kinds.get("finetuned") or kinds["one-shot"]])
-    )
+    """The mean accuracy of a curve, after finetuning if there was any."""
+    points = kinds.get("finetuned") or kinds["one-shot"]
+    return float(np.mean([np.mean(values) for _, values in points]))
 
 
 def _blocks(names) -> list[tuple[str, str, list[str]]]:
-    """The weights in runs of one block: what the block is in (`blocks`), its number, and its
-    weights' names.
-    """
+    """The weights by block: (list of blocks such as `blocks`, its number, its weights' names)."""
 
     def block(name):
         parts = name.split(".")
-        last = max((place for place, part in enumerate(parts) if part.isdigit()), default=-1)
-        return ".".join(parts[: max(last, 0)]), parts[last] if last >= 0 else ""
+        last = _last_number(parts)
+        if last < 0:
+            return "", ""
+        return ".".join(parts[:last]), parts[last]
 
     return [(*key, list(members)) for key, members in groupby(names, block)]
 
@@ -405,9 +386,12 @@ def _blocks(names) -> list[tuple[str, str, list[str]]]:
 def _path_in_block(name: str) -> str:
     """`attn.qkv` of `blocks.0.attn.qkv.weight`."""
     parts = name.removesuffix(".weight").split(".")
-    return ".".join(
-        parts[max((place + 1 for place, part in enumerate(parts) if part.isdigit()), default=0) :]
-    )
+    return ".".join(parts[_last_number(parts) + 1 :])
+
+
+def _last_number(parts: Sequence[str]) -> int:
+    """The index of the last part that is a number, or -1."""
+    return max((place for place, part in enumerate(parts) if part.isdigit()), default=-1)
 
 
 def _kind(name: str) -> str:
@@ -415,40 +399,37 @@ def _kind(name: str) -> str:
 
 
 def _colours(kinds: Sequence[str]) -> dict[str, str]:
-    """A colour for each kind of layer; beyond ten kinds some share the last."""
+    """A colour for each kind of layer; if there are too many, some share the last colour."""
     found = dict.fromkeys(kinds)
-    ordered = [kind for kind in KINDS if kind in found] + [
-        kind for kind in found if kind not in KINDS
-    ]
+    ordered = [kind for kind in KINDS if kind in found]
+    ordered += [kind for kind in found if kind not in KINDS]
+
     fixed = dict(zip(KINDS, PALETTE, strict=False))
     others = iter([colour for colour in PALETTE if colour not in fixed.values()])
     return {kind: fixed.get(kind) or next(others, PALETTE[-1]) for kind in ordered}
 
 
 def _name_blocks(axes, centres, blocks) -> None:
-    """Ticks with the blocks' numbers and, where there are several lists of blocks, the names of
-    these below.
-    """
+    """Ticks with the numbers of blocks, and below them the names of lists if there are several."""
     every = -(-len(blocks) // 30)
-    ticks = [
-        (centre, number)
-        for centre, (_, number, _) in list(zip(centres, blocks, strict=True))[::every]
-    ]
-    axes.set_xticks([centre for centre, _ in ticks], [number for _, number in ticks])
+    numbers = [number for _, number, _ in blocks]
+    axes.set_xticks(list(centres)[::every], numbers[::every])
     axes.tick_params(axis="x", length=0)
-    lists = [
-        list(members)
-        for _, members in groupby(zip(centres, blocks, strict=True), lambda item: item[1][0])
-    ]
+
+    placed = [(name, centre) for centre, (name, _, _) in zip(centres, blocks, strict=True)]
+    lists = [(name, list(members)) for name, members in groupby(placed, lambda pair: pair[0])]
     if len(lists) == 1:
         axes.set_xlabel("block")
         return
-    for number, members in enumerate(lists):
-        middle = np.mean([centre for centre, _ in members])
+
+    # More than two names are put on two lines in turn, so that they do not overlap
+    lines = 2 if len(lists) > 2 else 1
+    for number, (name, members) in enumerate(lists):
+        middle = np.mean([centre for _, centre in members])
         axes.annotate(
-            members[0][1][0],
+            name,
             (middle, 0),
-            (0, -18 - 11 * (number % 2 if len(lists) > 2 else 0)),
+            (0, -18 - 11 * (number % lines)),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
             ha="center",
@@ -458,7 +439,7 @@ def _name_blocks(axes, centres, blocks) -> None:
 
 
 def _thinned(sparsities: Sequence[float]) -> list[float]:
-    """The ticks that have room between them, from the largest down."""
+    """The ticks that have room between them, the largest first among them."""
     kept = []
     for sparsity in reversed(sparsities):
         if not kept or np.log2((1 - sparsity) / (1 - kept[-1])) > 0.12:
