@@ -210,7 +210,8 @@ def reconstruct_layers(
 
     Args:
         model: changed in place.
-        masks: of weights and biases; those of other parameters are left to the caller.
+        masks: of weights and biases, on their devices; those of other parameters are left to the
+            caller.
         method: a name in `RECONSTRUCTIONS`.
         walk: `walk(visit, beside)` calls `visit(name, inputs)` for each prunable weight, as
         `visit_layers` does.
@@ -233,7 +234,7 @@ def reconstruct_layers(
 
         def compute():
             try:
-                new = RECONSTRUCTIONS[method](weight, seen, mask.to(weight.device), patterns(name))
+                new = RECONSTRUCTIONS[method](weight, seen, mask, patterns(name))
             except PruningError as error:
                 raise PruningError(f"{name}: {error}") from error
             return [part.cpu() for part in new]

@@ -375,8 +375,12 @@ class Sparsifier:
         return self._share(compute) if self._share else compute()
 
     def _shared_masks(self, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Masks travel as bits."""
-        return unpack(self._share(lambda: pack(compute()))) if self._share else compute()
+        """The masks that `compute` returns, each on the device of its parameter."""
+        if not self._share:
+            return compute()
+        # They travel as bits
+        masks = unpack(self._share(lambda: pack(compute())))
+        return {name: mask.to(self._parameters[name].device) for name, mask in masks.items()}
 
     def _request(self, scale: Callable[[float], float] | None = None) -> dict:
         """The arguments of `compute_masks`, with statistics of the model as it is."""
