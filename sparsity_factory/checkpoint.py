@@ -148,9 +148,21 @@ class SavedPruning:
                 )
         return hidden
 
-    def tensors(self, name: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def averages(self, name: str, expected: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """A list of state dicts with the expected names; none in files of older versions."""
+        states = self._entries.get(name, [])
+        if not isinstance(states, list):
+            raise PruningError(f"the saved pruning's {name} is no list")
+        return [
+            self.tensors(f"{name} {number}", expected, {f"{name} {number}": state})
+            for number, state in enumerate(states)
+        ]
+
+    def tensors(
+        self, name: str, expected: Mapping[str, Tensor], entries: Mapping | None = None
+    ) -> dict[str, Tensor]:
         """Tensors of exactly the expected names, shapes and dtypes."""
-        found = self.entry(name, Mapping)
+        found = self.entry(name, Mapping, entries)
         if found.keys() != expected.keys():
             raise PruningError(
                 f"the saved pruning's {name} has {len(found)} tensors, expected other names or "

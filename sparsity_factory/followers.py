@@ -44,6 +44,18 @@ class Followers:
         for average in self._averages:
             average.load_state_dict(self._model.state_dict())
 
+    def copy_averages(self) -> list[dict[str, Tensor]]:
+        """The averages' states, on the CPU."""
+        return [on_cpu(average.state_dict()) for average in self._averages]
+
+    def load_averages(self, states: list[dict[str, Tensor]]) -> None:
+        """Loads what `copy_averages` returned; without it, averages begin anew."""
+        if len(states) != len(self._averages):
+            self.renew_averages()
+            return
+        for average, state in zip(self._averages, states, strict=True):
+            average.load_state_dict(state)
+
     # ---- the optimizer's state ----
 
     def forget(self) -> None:
@@ -66,6 +78,11 @@ class Followers:
         while inner := getattr(optimizer, "_base_optimizer", None):  # timm's Lookahead
             optimizer = inner
         return optimizer.state if optimizer is not None else {}
+
+
+def on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of a state dict in the CPU's memory."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
 
 
 def _has_a_float_for_each(value, weight: Tensor) -> bool:

@@ -82,6 +82,13 @@ class Schedule:
         """Whether the target is reached with a latest change at step `changed` (-1: none yet)."""
         return True
 
+    def place(self, step: int, changed: int) -> int:
+        """The step of the learning-rate schedule whose rate trains at `step`.
+
+        changed: the step of the latest change of the masks, -1 if there was none.
+        """
+        return step
+
     def pruned_weights(self, changed: int) -> type[ZeroWeights]:
         """What treats pruned weights after a change of the masks at step `changed`."""
         if self.trains_pruned:
@@ -129,7 +136,11 @@ class Gradual(Schedule):
 
 @method("Han et al. 2015, arXiv:1506.02626; Frankle et al. 2020, arXiv:1912.05671")
 class Iterative(Schedule):
-    """Each of --prune-rounds prunes the same fraction of what is left; --rewind resets weights."""
+    """Each of --prune-rounds prunes the same fraction of what is left; --rewind goes back after it.
+
+    With a rewind, weights and averages go back to what they were at its epoch, and each round
+    trains along the whole learning-rate schedule from there on, in the steps that it has.
+    """
 
     uses = ("prune_start", "prune_end", "prune_rounds", "rewind")
     starts_sparse = False
@@ -153,6 +164,18 @@ class Iterative(Schedule):
 
     def is_final(self, changed):
         return changed >= self.rounds[-1]
+
+    def place(self, step, changed):
+        rewind = self.steps.rewind
+        if rewind is None or step <= rewind:
+            return step
+
+        # A round at step 0 is made before the training, others after the step
+        first = max(changed + 1 if changed > 0 else 0, rewind)
+        after = min((round_ + 1 for round_ in self.rounds if round_ > changed), default=0)
+        steps = (after or self.steps.total) - first
+        place = rewind + (self.steps.total - rewind) * (step - first) // max(steps, 1)
+        return min(place, self.steps.total - 1)
 
 
 @method("Mocanu et al. 2018, arXiv:1707.04780")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .checkpoint import VERSION, SavedPruning
 from .errors import PruningError
-from .followers import Followers
+from .followers import Followers, on_cpu
 from .masks import Masks, pack, prunable_weights, unpack
 from .patterns import Pattern, parse_pattern, regrow
 from .permutation import best_orders, reorder
@@ -51,8 +51,8 @@ class Sparsifier:
     - Optimizers see the gradients of the kept weights only. Muon and its kin see whole gradients.
     - Whenever the recipe chooses masks, its reconstruction changes the weights and, if it chooses
       weights itself, the masks. Averages of the weights begin anew from there.
-    - A rewind takes all parameters and buffers back, and clears the optimizer's state, as a
-      training that begins at that epoch does.
+    - A rewind takes all parameters, buffers and averages back, and the place in the learning-rate
+      schedule. It clears the optimizer's state, as a training that begins at that epoch does.
 
     Args:
         model: on its device, without DDP's wrapper. It is changed by `start` and, if masks are
@@ -111,6 +111,7 @@ class Sparsifier:
         self._due = False  # whether the masks change at the end of this step
         self._pending: dict[str, Tensor] | None = None  # the masks of that change, if chosen early
         self._rewind: dict[str, Tensor] = {}  # the model's state to go back to
+        self._rewind_averages: list[dict[str, Tensor]] = []
 
         self.masks = Masks(model, masks or {})
         self._followers = Followers(model, self.masks)
@@ -121,6 +122,11 @@ class Sparsifier:
     def steps(self) -> Steps:
         """The times of the schedule in steps."""
         return self.schedule.steps
+
+    @property
+    def schedule_step(self) -> int:
+        """The place of the next step in the learning-rate schedule; a rewind takes it back too."""
+        return self.schedule.place(self.step, self._changed)
 
     @property
     def final(self) -> bool:
@@ -184,10 +190,8 @@ class Sparsifier:
     def begin_step(self) -> None:
         """Before the first forward pass of an optimizer step."""
         if self.step == self.steps.rewind and not self._rewind:
-            state = self.model.state_dict()
-            self._rewind = {
-                name: value.detach().to("cpu", copy=True) for name, value in state.items()
-            }
+            self._rewind = on_cpu(self.model.state_dict())
+            self._rewind_averages = self._followers.copy_averages()
         self._pruned_weights.begin_step(self.step)
 
     @torch.no_grad()
@@ -279,6 +283,7 @@ class Sparsifier:
             "masks": self.masks.state_dict(),
             **self._pruned_weights.state_dict(),
             "rewind": dict(self._rewind),
+            "rewind_averages": [dict(state) for state in self._rewind_averages],
         }
 
     @torch.no_grad()
@@ -302,7 +307,9 @@ class Sparsifier:
         pruned_weights = self._pruned_weights_after(changed, schedule)
         pruned_weights.load(state, masks)
         rewound = schedule.steps.rewind is not None and schedule.steps.rewind < step
-        rewind = state.tensors("rewind", self.model.state_dict() if rewound else {})
+        expected = self.model.state_dict() if rewound else {}
+        rewind = state.tensors("rewind", expected)
+        averages = state.averages("rewind_averages", expected)
 
         # From here on nothing can fail
         self.schedule = schedule
@@ -311,7 +318,8 @@ class Sparsifier:
         self._late = late
         self._due = False
         self._pending = None
-        self._rewind = {name: values.to("cpu", copy=True) for name, values in rewind.items()}
+        self._rewind = on_cpu(rewind)
+        self._rewind_averages = [on_cpu(average) for average in averages]
 
         self.masks.update(masks)
         self.masks.apply()
@@ -343,6 +351,7 @@ class Sparsifier:
 
         if self._rewind:
             self.model.load_state_dict(self._rewind)
+            self._followers.load_averages(self._rewind_averages)
             self._followers.forget()
         self._pruned_weights = self._pruned_weights.change(new)
         self._followers.mask_averages()

@@ -712,3 +712,49 @@ def test_repeated_aug_shows_an_image_three_times(tiny):
 
 def test_device_is_where_the_model_goes(run_main, tiny):
     assert " on cpu in float32" in run_main(*tiny, "--eval", "--device", "cpu")
+
+
+REWINDS = [
+    *("--pruner", "unif", "--sparsity", "0.5", "--prune-schedule", "iterative", "--rewind", "1"),
+    *("--prune-rounds", "2", "--prune-start", "0.25", "--prune-end", "0.5", "--epochs", "4"),
+]
+
+
+def rates_of(run_main, monkeypatch, *argv, status=0) -> list[float]:
+    """The learning rate of each step of a run, relative to the first of its schedule."""
+    rates, step = [], torch.optim.AdamW.step
+
+    def record(optimizer, *args, **options):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", record)
+        run_main(*argv, status=status)
+    return rates
+
+
+def test_after_a_rewind_each_round_trains_along_the_whole_learning_rate_schedule(
+    run_main, tiny, monkeypatch, tmp_path, stop_at
+):
+    """Epochs of three steps; rounds after steps 3 and 6, back to the beginning of epoch 1."""
+    plain = rates_of(run_main, monkeypatch, *tiny, "--epochs", "4")
+    by_epoch = plain[::3]
+    flags = [*tiny, *REWINDS, "--output_dir", "whole"]
+    rates = rates_of(run_main, monkeypatch, *flags)
+    epochs = [0, 0, 0, 1, *(1, 2, 3), *(1, 1, 2, 2, 3)]
+    assert rates == [by_epoch[epoch] for epoch in epochs] and len({*by_epoch}) == 4
+
+    # Stopped in the last round and resumed
+    flags = [*tiny, *REWINDS, "--output_dir", "cut"]
+    stop_at(9)
+    assert rates_of(run_main, monkeypatch, *flags, status=143) == rates[:9]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert rates_of(run_main, monkeypatch, *flags, "--resume", "auto") == rates[9:]
+    whole, cut = (
+        torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)
+        for name in ("whole", "cut")
+    )
+    for kind in ("model", "model_ema"):
+        assert all(torch.equal(cut[kind][name], value) for name, value in whole[kind].items())

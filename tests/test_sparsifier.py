@@ -466,6 +466,44 @@ def test_a_rewind_clears_the_state_of_the_optimizer_and_takes_all_weights_back()
         assert torch.equal(run.model.state_dict()[name], remembered[name])
 
 
+def test_a_rewind_takes_the_average_back_as_well():
+    run = Run(recipe("iterative"))
+    for _ in range(EPOCH):
+        run.step()
+    remembered = copy.deepcopy(run.average.state_dict())
+    for _ in range(3):  # of the first round, and of two more steps
+        run.sparsifier.begin_step()
+        with torch.no_grad():
+            for weight in [*run.model.parameters(), *run.average.parameters()]:
+                weight.add_(1)
+        run.sparsifier.end_backward()
+        run.sparsifier.end_step()
+        if run.sparsifier.step == EPOCH + 1:
+            for name, value in run.average.state_dict().items():
+                kept = run.masks().get(name, torch.ones_like(value, dtype=torch.bool))
+                assert torch.equal(value, remembered[name] * kept), name
+
+
+def test_a_rewind_takes_the_place_in_the_learning_rate_schedule_back():
+    """Each round trains along the schedule from the rewind to its end, in the steps it has."""
+    run = Run(recipe("iterative"))
+    rounds, places = run.sparsifier.schedule.rounds, []
+    for _ in range(STEPS):
+        places.append(run.sparsifier.schedule_step)
+        run.step()
+
+    begins = [EPOCH, *(round_ + 1 for round_ in rounds[1:]), STEPS]
+    assert rounds[0] == EPOCH and places[: EPOCH + 1] == [*range(EPOCH + 1)]
+    # The first round is made after the step of the rewind itself
+    begins[0] += 1
+    for first, after in zip(begins, begins[1:], strict=False):
+        span = after - first
+        expected = [EPOCH + (STEPS - EPOCH) * step // span for step in range(span)]
+        assert places[first:after] == expected
+        assert places[first] == EPOCH and places[after - 1] >= STEPS - (STEPS - EPOCH) // span - 1
+    assert Run(recipe("gradual")).sparsifier.schedule_step == 0
+
+
 def test_a_weight_without_gradient_is_not_moved():
     run = Run(recipe("rigl"))
     run.model[3].weight.requires_grad_(False)

@@ -78,6 +78,11 @@ MISTAKES = [
     (["--opt", "adamwx"], "adamwx", {}),
     (["--aa", "randm9"], "randm9", {}),
     (["--sched", "cosin"], "cosin", {}),
+    (
+        "--pruner lamp --sparsity 0.5 --prune-schedule iterative --rewind 0 --sched plateau".split(),
+        "--sched plateau",
+        {},
+    ),
     (["--model", "deit_sampel_patch4_28"], "deit_sample_patch4_28", {}),
     (
         ["--model", "deit_tiny_patch16_224", "--input-size", "8", "--no-pretrained"],

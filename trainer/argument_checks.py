@@ -134,6 +134,11 @@ def check_tasks(args) -> None:
             "--use-ema needs --finetune FILE, or --resume FILE and --eval or --export, as well"
         )
 
+    if args.rewind is not None and args.sched == "plateau":
+        raise UserError(
+            "--rewind: --sched plateau has no place to go back to; expected another one"
+        )
+
     if args.export and not args.resume:
         raise UserError("--export needs --resume FILE as well")
     for flag in ("--eval", "--finetune", "--pruner"):

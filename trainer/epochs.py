@@ -99,6 +99,7 @@ def train(
     announce(state, steps)
 
     def after_step():
+        state.follow_schedule()
         stop.check()
         every = args.checkpoint_every
         if every and progress.epoch_step % every == 0 and progress.epoch_step < steps:

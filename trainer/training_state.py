@@ -57,6 +57,7 @@ class TrainingState:
         self.best = "model"
         self.accuracy = {}
         self.dense_teacher: dict | None = None
+        self._rate_of: int | None = None  # the epoch whose learning rate a run with a rewind has
 
         choose_muon_dtype(compute.device)
         optimizer = self._build_optimizer(model)
@@ -112,13 +113,32 @@ class TrainingState:
         accuracies: top-1 in percent of the model and, if there is one, of its moving average.
         """
         self.progress.end_epoch()
-        if self.lr_scheduler:
+        if self.lr_scheduler and self._rewinds:
+            self.follow_schedule()
+        elif self.lr_scheduler:
             self.lr_scheduler.step(self.progress.epoch, accuracies[0])
         improved = self.learner.sparsifier.final and max(accuracies) > self.max_accuracy
         if improved:
             self.max_accuracy = max(accuracies)
             self.best = ("model", "model_ema")[accuracies.index(self.max_accuracy)]
         return improved
+
+    def follow_schedule(self) -> None:
+        """Sets the learning rate of the next step, if a rewind may have changed its place."""
+        if self.lr_scheduler and self._rewinds and self.rate_epoch() != self._rate_of:
+            self._rate_of = self.rate_epoch()
+            self.lr_scheduler.step(self._rate_of)
+
+    def rate_epoch(self) -> int:
+        """The epoch of the learning-rate schedule: that of the training, unless a run rewinds."""
+        if not self._rewinds:
+            return self.progress.epoch
+        sparsifier = self.learner.sparsifier
+        return self.args.start_epoch + sparsifier.schedule_step // sparsifier.steps.epoch
+
+    @property
+    def _rewinds(self) -> bool:
+        return self.learner.sparsifier.recipe.rewind is not None
 
     def weights(self) -> dict[str, dict]:
         """The state dicts of the model and its moving average, by their keys in checkpoints."""
@@ -285,7 +305,7 @@ class TrainingState:
         groups: the parameter groups of the saved optimizer.
         """
         _check_alike(state, self._scheduler_state(), "lr_scheduler")
-        epoch = self.progress.epoch
+        epoch = self.rate_epoch()
         plateau = getattr(self.lr_scheduler, "lr_scheduler", None)
         if plateau:
             plateau.load_state_dict({name: state["plateau"][name] for name in COUNTED})
