@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -20,6 +20,7 @@ GROUPS = ("2:4", "1:4")
 LEVELS = (*SPARSITIES, *GROUPS)
 UNPRUNED = "0"
 TUNING = "tuning"
+RANGES = "finetuned, with ranges"
 
 #: By model the arguments of main.py for its shape; the second has DeiT-Tiny's depth and heads.
 MODELS = {"sample": (), "tiny": ("--model-kwargs", "depth=12", "patch_size=7")}
@@ -258,20 +259,32 @@ def _parse(line: str) -> tuple[Task, Result]:
 
 
 def tables(results: Mapping[Task, Result]) -> dict[tuple[str, str, str], str]:
-    """Markdown by world, model and kind (one-shot or finetuned): methods by level.
+    """Markdown by world, model and kind (one-shot, finetuned, or RANGES): methods by level.
 
-    A cell is the mean top-1 accuracy of all seeds, with their range.
+    A cell is the mean top-1 accuracy of all seeds, under RANGES that of finetuning with its range.
     """
     found = {}
     for world, setting in WORLDS.items():
         for model in setting.models:
             for kind in (ONE_SHOT, FINETUNED):
-                if table := _table(results, kind, world, model):
+                if table := _table(results, kind, world, model, _mean):
                     found[world, model, kind] = table
+            if table := _table(results, FINETUNED, world, model, mean_and_range):
+                found[world, model, RANGES] = table
     return found
 
 
-def _table(results: Mapping[Task, Result], kind: str, world: str, model: str) -> str:
+def _mean(values: list[float]) -> str:
+    return f"{mean(values):.2f}" if values else ""
+
+
+def _table(
+    results: Mapping[Task, Result],
+    kind: str,
+    world: str,
+    model: str,
+    cell: Callable[[list[float]], str],
+) -> str:
     methods = WORLDS[world].methods
     used = {level for method in methods.values() for level in method.levels}
     levels = [level for level in (UNPRUNED, *LEVELS) if level in used]
@@ -282,7 +295,7 @@ def _table(results: Mapping[Task, Result], kind: str, world: str, model: str) ->
             level: values_of(results, kind, world, model, name, level) for level in method.levels
         }
         if any(cells.values()):
-            texts = [mean_and_range(cells.get(level, [])) for level in levels]
+            texts = [cell(cells.get(level, [])) for level in levels]
             rows.append(f"| `{name}` | " + " | ".join(texts) + " |")
     if not rows:
         return ""
