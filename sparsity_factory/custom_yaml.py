@@ -53,7 +53,11 @@ def resolve_levels(
     """
     config, where = _read(source)
     entries = _by_name(level_section(config, where), list(shapes), where, "level", _parse_all)
-    return {name: _amount(*entries[name], name, shape, where) for name, shape in shapes.items()}
+    found = {}
+    for name, shape in shapes.items():
+        label, level = entries[name]
+        found[name] = _amount(label, level, name, shape, where)
+    return found
 
 
 def resolve_choices(
@@ -323,8 +327,8 @@ def _parse_all(entries, where: str) -> list[tuple]:
         parsed.append((label, level))
 
     if oldest:
-        label, (m, p), (n, _) = oldest[0]
-        reading = f"[{m}, {p}] is read as group size and number pruned, so {n}:{m}"
+        label, (m, p), _ = oldest[0]
+        reading = f"[{m}, {p}] is read as group size and number pruned, so {m - p}:{m}"
         more = f" (as {len(oldest) - 1} more)" if len(oldest) > 1 else ""
         log.warning("%s: %s: %s%s", where, label, reading, more)
     return parsed

@@ -38,7 +38,7 @@ def k_largest(score: Tensor, k: int, at_least: Tensor | None = None) -> Tensor:
     return _k_largest_by_counting(score.flatten(), k, at_least).view(score.shape)
 
 
-def largest_overall(scores: Mapping[str, Tensor], budget: int) -> dict[str, int]:
+def largest_overall(scores, budget: int) -> dict[str, int]:
     """How many of the `budget` largest scores over all layers lie in each layer.
 
     Args:
@@ -53,7 +53,7 @@ def largest_overall(scores: Mapping[str, Tensor], budget: int) -> dict[str, int]
     return _fill(scores, at_least[:, border + 1], undecided, budget)
 
 
-def largest_lamp_scores_overall(scores: Mapping[str, Tensor], budget: int) -> dict[str, int]:
+def largest_lamp_scores_overall(scores, budget: int) -> dict[str, int]:
     """How many of the `budget` largest LAMP scores over all layers lie in each layer.
 
     `pruners.lamp` defines them. A LAMP score grows with the score that it is made from, so the bins

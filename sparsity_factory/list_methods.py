@@ -20,7 +20,7 @@ from .schedules import SCHEDULES, users_of
 from .scores import SCORES
 
 WIDTH = 120
-CHOICES = {
+CHOICES: dict[str, tuple[str, Mapping]] = {
     "--score": ("how much a weight matters", SCORES),
     "--pruner": (
         "how the budget is shared among layers, which papers call the allocation",
@@ -158,8 +158,8 @@ def refused_pairs() -> list[tuple[str, list[str], str, list[str], str]]:
         for (value, reason), refused in reasons.items():
             alike[reason, tuple(refused)].append(value)
 
-        for (reason, refused), values in alike.items():
-            found.append((one, values, other, list(refused), reason))
+        for (reason, others_refused), values in alike.items():
+            found.append((one, values, other, list(others_refused), reason))
     return found
 
 
@@ -193,5 +193,6 @@ def _reason(recipe: Recipe, epochs: float | None = None) -> str:
     try:
         recipe.check(epochs)
     except PruningError as error:
-        return re.search(r"\b(expected|needs) .*", str(error))[0]
+        found = re.search(r"\b(expected|needs) .*", str(error))
+        return found[0] if found else str(error)
     return ""

@@ -18,6 +18,7 @@ A pattern whose units reach over several layers overrides `masks` itself, the on
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,9 @@ class Pattern:
     """What all patterns have in common; by itself it removes single weights.
 
     Attributes:
+        form: how such patterns are written, with letters in place of numbers.
         name: as it is written on the command line.
+        m: the size of a group, if there are groups; n: how many of it are kept, if that is fixed.
         sparsity: the sparsity that the pattern fixes, or None.
         budgets: what a sparsity can be a fraction of.
         transposable: whether the pattern holds along the outputs as well as along the inputs.
@@ -40,11 +43,23 @@ class Pattern:
             pruned unit are zero, so it has no gradient.
     """
 
+    form: str
     name: str
+    n: int
+    m: Any = None
     sparsity: float | None = None
     budgets: tuple[str, ...] = ("weights",)
     transposable = False
     structured = False
+
+    @classmethod
+    def parse(cls, name: str) -> "Pattern | None":
+        """The pattern of that name, if it is one of this class. Raises PruningError for numbers."""
+        raise NotImplementedError
+
+    def keeping(self, n: int) -> str:
+        """The name of the same pattern with another n."""
+        raise NotImplementedError
 
     def masks(
         self, model: nn.Module, scores, allocate: Callable, sparsity: float, budget: str

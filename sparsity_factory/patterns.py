@@ -139,9 +139,9 @@ class NOfM(_Groups):
             if not 1 <= n <= m:
                 raise PruningError(f"pattern {name!r}: expected {cls.form} with 1 <= n <= m")
             return cls(name, n, m)
+        return None
 
     def keeping(self, n: int) -> str:
-        """The name of the same pattern with another n."""
         return f"{n}:{self.m}{self.suffix}"
 
     def fit(self, kept, most, shapes, budget):
@@ -192,6 +192,7 @@ class AnyOfM(_Groups):
             if not int(written[1]):
                 raise PruningError(f"pattern {name!r}: expected x:m with m of at least 1")
             return cls(name, int(written[1]))
+        return None
 
 
 @method("Gray et al. 2017, block-sparse kernels")
@@ -214,6 +215,7 @@ class Block(Pattern):
                     f"pattern {name!r}: expected block:RxC with R and C of at least 1"
                 )
             return cls(name, rows, columns)
+        return None
 
     def check(self, shapes):
         for name, (outputs, inputs) in shapes.items():

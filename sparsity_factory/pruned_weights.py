@@ -73,6 +73,10 @@ class ZeroWeights:
         self._followers.forget_changed(changes)
         return self
 
+    def learned_masks(self) -> dict[str, Tensor]:
+        """The masks that were learned so far, of the weights whose groups have a choice."""
+        return {}
+
     def state_dict(self) -> dict[str, dict]:
         """The entries of a checkpoint that are about pruned weights. Tensors are not copied."""
         return {"hidden": {}}
@@ -115,7 +119,7 @@ class HiddenWeights(ZeroWeights):
         if not masks_change:
             self._hide()
 
-    def change(self, masks: Mapping[str, Tensor]) -> "HiddenWeights":
+    def change(self, masks: Mapping[str, Tensor]) -> ZeroWeights:
         self._masks.update(masks)
         self._hide()
         return self
@@ -175,7 +179,7 @@ class FrozenWeights(HiddenWeights):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self._learner: MaskLearner | None = None
+        self._learner: MaskLearner  # made by `start` or `load`
         self._frozen: dict[str, Tensor] = {}
 
     def start(self) -> None:
@@ -215,7 +219,6 @@ class FrozenWeights(HiddenWeights):
         )
 
     def learned_masks(self) -> dict[str, Tensor]:
-        """The masks that are the likeliest now, of the weights whose groups have a choice."""
         return self._learner.masks()
 
     def state_dict(self) -> dict[str, dict]:

@@ -95,8 +95,8 @@ def compute_masks(
         )
     _check_statistics(statistics, weights, pruner, score)
 
-    pattern = parse_pattern(pattern)
-    scores = Scores(weights, SCORES[score], pattern, statistics, seed, reconstructed, among)
+    chosen = parse_pattern(pattern)
+    scores = Scores(weights, SCORES[score], chosen, statistics, seed, reconstructed, among)
     if pruner == "custom":
         levels = custom(scores, custom_config)
         return {name: mask_at(scores, name, level) for name, level in levels.items()}
@@ -111,8 +111,9 @@ def compute_masks(
                 )
         return _within({name: allocation[name] for name in scores}, scores.most)
 
-    sparsity = float(sparsity) if pattern.sparsity is None else pattern.sparsity
-    return pattern.masks(model, scores, allocate, sparsity, budget)
+    target = sparsity if chosen.sparsity is None else chosen.sparsity
+    assert target is not None  # `check_request` refuses that
+    return chosen.masks(model, scores, allocate, float(target), budget)
 
 
 def check_request(
@@ -176,7 +177,7 @@ def check_request(
 
 def needs_of(pruner: str | None = None, score: str = "magnitude") -> frozenset[str]:
     """The names in `STATISTICS` that `compute_masks` needs for these choices; often none."""
-    found = [PRUNERS.get(pruner), SCORES.get(score)]
+    found: list[Callable | None] = [PRUNERS.get(pruner or ""), SCORES.get(score)]
     return frozenset().union(*(getattr(function, "needs", ()) for function in found))
 
 
@@ -319,7 +320,7 @@ def alpha(scores: Scores, sparsity: float) -> dict[str, int]:
     return _meet_budget(scores, sparsity, lambda share: 1 - 2 * (1 - share) * relative)
 
 
-@method("Kuznedelev et al. 2023, arXiv:2210.09223", needs=SCORES["cap"].needs)
+@method("Kuznedelev et al. 2023, arXiv:2210.09223", needs={"removal_costs"})
 def cap(scores: Scores, sparsity: float) -> dict[str, int]:
     """Correlation-aware: keeps the weights whose removal costs most if the others compensate.
 

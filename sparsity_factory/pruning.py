@@ -46,11 +46,13 @@ def prune(
             layer that does not run.
     """
     if isinstance(custom_config, str | PathLike):
-        custom_config = read_yaml(custom_config)
+        config = read_yaml(str(custom_config))
+    else:
+        config = custom_config
     recipe = Recipe(
         pruner,
         sparsity,
-        custom_config,
+        config,
         score,
         pattern,
         permute=permute,

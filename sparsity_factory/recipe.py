@@ -4,7 +4,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .custom_yaml import level_section, parse_level, resolve_levels
 from .errors import PruningError, as_flag, in_words, short
@@ -174,7 +174,9 @@ class Recipe:
     def with_schedule(self, schedule: str) -> "Recipe":
         """The same choices under another schedule; fields that it does not use have defaults."""
         unused = timed_fields() - {*SCHEDULES[schedule].uses}
-        defaults = {field.name: field.default for field in fields(self) if field.name in unused}
+        defaults: dict[str, Any] = {
+            field.name: field.default for field in fields(self) if field.name in unused
+        }
         return replace(self, prune_schedule=schedule, **defaults)
 
     def steps(self, total: int, epoch: int) -> Steps:
@@ -205,7 +207,7 @@ class Recipe:
         Raises:
             PruningError: the configuration does not fit the weights.
         """
-        return resolve_levels(self.custom_config, shapes) if self.pruner == "custom" else {}
+        return resolve_levels(self.custom_config or {}, shapes) if self.pruner == "custom" else {}
 
     def request(self, shapes: Mapping[str, Sequence[int]], levels: Mapping, scale=None) -> dict:
         """The arguments of `compute_masks`.

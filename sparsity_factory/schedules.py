@@ -182,7 +182,7 @@ class Iterative(Schedule):
 class Set(Schedule):
     """Every few steps the smallest kept weights of a layer make room for others, at random."""
 
-    uses = ("prune_start", "prune_end", "prune_every", "drop_fraction", "seed")
+    uses: tuple[str, ...] = ("prune_start", "prune_end", "prune_every", "drop_fraction", "seed")
     # A weight without a gradient is not trained, and would not grow
     looks_at_gradients = True
     moves_weights = True
@@ -255,7 +255,7 @@ class ACDC(Schedule):
 class STE(Schedule):
     """The forward pass sees masked weights, all are trained; masks are chosen every few steps."""
 
-    uses = ("prune_start", "prune_end", "prune_every")
+    uses: tuple[str, ...] = ("prune_start", "prune_end", "prune_every")
     trains_pruned = True
 
     def changes_at(self, step):

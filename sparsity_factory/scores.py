@@ -52,6 +52,8 @@ class Layer:
 
     @property
     def images(self) -> int:
+        if self._statistics is None:
+            raise PruningError(f"{self.name}: expected statistics")
         return self._statistics.images
 
     def __getattr__(self, need: str) -> Tensor:

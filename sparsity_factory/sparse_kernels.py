@@ -259,7 +259,7 @@ class LayerTimes(NamedTuple):
     def quickest(self) -> str | None:
         """The quickest sparse kernel that was measured, or None."""
         sparse = [name for name in self.seconds if name != DENSE]
-        return min(sparse, key=self.seconds.get, default=None)
+        return min(sparse, key=lambda name: self.seconds[name], default=None)
 
     @property
     def kernel(self) -> str:
@@ -298,7 +298,7 @@ class KernelReport(NamedTuple):
                     f"{layer.sparsity:.2%}",
                     layer.kernel,
                     _milliseconds(layer.seconds.get(DENSE)),
-                    _milliseconds(layer.seconds.get(best)),
+                    _milliseconds(layer.seconds[best] if best else None),
                     best or "none",
                 )
             )

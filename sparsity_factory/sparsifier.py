@@ -159,7 +159,7 @@ class Sparsifier:
         first: what `first_masks` returned, if it was called already.
         """
         if not self.masks:
-            first = self.first_masks() if first is None else first
+            first = self.first_masks() if first is None else dict(first)
             self._changed = 0 if self.schedule.changes_at(0) else -1
             learns = self.schedule.learns_masks and not self.final
 
@@ -452,6 +452,8 @@ class Sparsifier:
     def _pattern(self, name: str) -> Pattern | None:
         """The pattern by which a layer chooses its mask anew; None if layers have to agree."""
         level = self._levels.get(name)
-        grouped = isinstance(level, tuple)
-        pattern = parse_pattern("{}:{}".format(*level) if grouped else self.recipe.pattern)
+        if isinstance(level, tuple):
+            n, m = level
+            return parse_pattern(f"{n}:{m}")
+        pattern = parse_pattern(self.recipe.pattern)
         return None if pattern.structured else pattern

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .masks import dense_shapes, prunable_weights
 from .multiply_adds import ATTENTION, OTHERS
 
-CSV_COLUMNS = ("layer", "shape", "kept", "total", "sparsity", "pattern")
-CSV_COLUMNS += ("multiply_adds_dense", "multiply_adds_sparse")
+CSV_COLUMNS = ["layer", "shape", "kept", "total", "sparsity", "pattern"]
+CSV_COLUMNS += ["multiply_adds_dense", "multiply_adds_sparse"]
 
 
 class LayerSparsity(NamedTuple):

@@ -19,7 +19,7 @@ class _Units(Pattern):
     """Whole heads or neurons: their rows and columns in all parameters of their block, biases too.
 
     Attributes:
-        kinds: of `structure.HEADS` and `structure.NEURONS`.
+        kinds: of `units.HEADS` and `units.NEURONS`.
     """
 
     kinds: tuple[str, ...]

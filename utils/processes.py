@@ -8,7 +8,7 @@ import pickle
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -147,7 +147,7 @@ def on_first_process(compute):
 
     result = None
     error = None
-    message = [None]
+    message: list[Any] = [None]
     if is_main_process():
         try:
             result = compute()
