@@ -176,7 +176,7 @@ def train_one_epoch(
                 loss = options.criterion(images, outputs, targets)
             scaler.scale(loss / batches_of_step).backward(create_graph=second_order)
 
-        logger.update(loss=loss.detach().float(), lr=optimizer.param_groups[0]["lr"])
+        logger.update(loss=loss.detach().float(), lr=learning_rate(optimizer))
         if not completes_step:
             continue
 
@@ -204,6 +204,11 @@ def train_one_epoch(
     logger.synchronize()
     utils.log(f"Averaged stats: {logger}", only=utils.LINES)
     return logger.averages()
+
+
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The largest rate of the parameter groups; with `--layer-decay` it is that of the head."""
+    return max(group["lr"] for group in optimizer.param_groups)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Builds the model: timm's architectures and the small sample model."""
 
 import ast
+import contextlib
 import difflib
 import re
 from pathlib import Path
@@ -165,6 +166,36 @@ def train_attention_only(model: torch.nn.Module) -> None:
     head = head_parameters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = ".attn." in name or name == "pos_embed" or name in head
+
+
+def checkpoint_gradients(model: torch.nn.Module, name: str) -> None:
+    """Makes a model keep few activations, and compute the others again in the backward pass.
+
+    The results stay the same, drop path and dropout included.
+    Raises UserError if timm cannot do it with this architecture.
+    """
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise UserError(
+            f"--grad-checkpointing: timm's {name} has no gradient checkpointing"
+        ) from None
+
+
+@contextlib.contextmanager
+def without_checkpointing(model: torch.nn.Module):
+    """A context in which the backward pass computes no activations again.
+
+    Forward hooks would see them twice.
+    """
+    checkpoints = getattr(model, "grad_checkpointing", False)
+    if checkpoints:
+        model.set_grad_checkpointing(False)
+    try:
+        yield
+    finally:
+        if checkpoints:
+            model.set_grad_checkpointing(True)
 
 
 def train_both_heads(model: torch.nn.Module, name: str) -> None:

@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 
 import utils
 from datasets import build_transform
-from engine import StepOptions, train_one_epoch
+from engine import StepOptions, learning_rate, train_one_epoch
 from losses import CosubLoss
 from sparsity_factory import Recipe, Sparsifier, check_masks, unpack
 from trainer import builders, epochs
@@ -758,3 +758,49 @@ def test_after_a_rewind_each_round_trains_along_the_whole_learning_rate_schedule
     )
     for kind in ("model", "model_ema"):
         assert all(torch.equal(cut[kind][name], value) for name, value in whole[kind].items())
+
+
+def test_layer_decay_scales_the_rate_of_each_layer_and_the_log_has_that_of_the_head():
+    state = state_of("--layer-decay", "0.5", "--unscale-lr", "--lr", "1", "--warmup-epochs", "0")
+    optimizer = state.learner.optimizer
+    rates = {
+        id(parameter): group["lr"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    model = state.learner.model
+    assert rates[id(model.head.weight)] == 1
+    assert rates[id(model.blocks[5].mlp.fc1.weight)] == 0.5
+    assert rates[id(model.blocks[0].mlp.fc1.weight)] == 0.5**6
+    assert rates[id(model.pos_embed)] == 0.5**7
+    assert learning_rate(optimizer) == 1
+
+
+@pytest.mark.parametrize("schedule", ["one-shot", "ste"])
+def test_gradient_checkpointing_gives_the_same_weights_to_the_bit(
+    run_main, tiny, tmp_path, schedule
+):
+    recipe = [
+        "--pruner",
+        "unif",
+        "--sparsity",
+        "0.5",
+        "--score",
+        "taylor",
+        "--calibration-images",
+        32,
+    ]
+    recipe += ["--prune-schedule", schedule, "--drop-path", "0.3"]
+    kept = {}
+    for flags in ([], ["--grad-checkpointing"]):
+        run_main(*tiny, *recipe, *flags, "--output_dir", tmp_path / "run")
+        kept[len(flags)] = read(tmp_path / "run")["model"]
+    assert all(weight.equal(kept[1][name]) for name, weight in kept[0].items())
+
+
+def test_gradient_checkpointing_computes_each_block_twice():
+    model = model_of("--grad-checkpointing")
+    calls = []
+    model.blocks[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    model(torch.zeros(2, 3, 28, 28)).sum().backward()
+    assert len(calls) == 2

@@ -76,6 +76,16 @@ MISTAKES = [
     (["--remode", "pixels"], "pixels", {}),
     (["--decay-epochs", "0"], "--decay-epochs", {}),
     (["--opt", "adamwx"], "adamwx", {}),
+    *(
+        (["--layer-decay", factor], f"--layer-decay {factor}", {})
+        for factor in ("0.0", "1.1", "nan")
+    ),
+    (["--layer-decay", "0.7", "--sched", "none"], "--sched none", {}),
+    (
+        ["--model", "pit_ti_224", "--input-size", "224", "--no-pretrained", "--grad-checkpointing"],
+        "--grad-checkpointing: timm's pit_ti_224",
+        {},
+    ),
     (["--aa", "randm9"], "randm9", {}),
     (["--sched", "cosin"], "cosin", {}),
     (

@@ -45,6 +45,7 @@ AT_LEAST_0 = (
 )
 ABOVE_0 = ("--decay-epochs", "--dist-timeout")
 BELOW_1 = ("--drop", "--drop-path", "--smoothing", "--model-ema-decay")
+ABOVE_0_TO_1 = ("--eval-crop-ratio", "--layer-decay")
 AT_MOST_1 = ("--reprob", "--mixup-prob", "--mixup-switch-prob")
 
 
@@ -78,7 +79,8 @@ def check_numbers(args) -> None:
         expect(0 <= _value(args, flag) < 1, flag, "a number in [0, 1)")
     for flag in AT_MOST_1:
         expect(0 <= _value(args, flag) <= 1, flag, "a number in [0, 1]")
-    expect(0 < args.eval_crop_ratio <= 1, "--eval-crop-ratio", "a number in (0, 1]")
+    for flag in ABOVE_0_TO_1:
+        expect(0 < _value(args, flag) <= 1, flag, "a number in (0, 1]")
 
     # Several numbers
     betas = args.opt_betas
@@ -134,6 +136,11 @@ def check_tasks(args) -> None:
             "--use-ema needs --finetune FILE, or --resume FILE and --eval or --export, as well"
         )
 
+    if args.layer_decay < 1 and args.sched == "none":
+        raise UserError(
+            f"--layer-decay {args.layer_decay:g}: --sched none gives all layers the same rate; "
+            "expected --sched constant or another schedule"
+        )
     if args.rewind is not None and args.sched == "plateau":
         raise UserError(
             "--rewind: --sched plateau has no place to go back to; expected another one"

@@ -357,6 +357,9 @@ def _add_model(group: Group) -> None:
            help="start from timm's weights, unless --finetune or --resume gives some")
     add("--attn-only", bool, False, help="train only attention, position embedding and head")
     switch("train-mode", True, help="train with drop path and dropout on")
+    add("--grad-checkpointing", bool, False,
+        help="keep few activations, and compute the others again in the backward pass: less "
+             "memory, more time")
 
     # The moving average
     switch("model-ema", True, help="keep a moving average of the weights")
@@ -376,6 +379,9 @@ def _add_optimizer(group: Group) -> None:
         help="clip the norm of the gradients to this; by default it is not clipped")
     add("--momentum", float, 0.9, help="momentum of SGD")
     add("--weight-decay", float, 0.05, help="weight decay")
+    add("--layer-decay", float, 1.0, metavar="FACTOR",
+        help="factor in (0, 1] of the learning rate from each layer to the one below it; 1 gives "
+             "all layers the same rate")
 
     # The learning rate
     add("--sched", str, "cosine", help="any learning-rate schedule of timm")

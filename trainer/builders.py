@@ -19,7 +19,7 @@ from augment import BatchTransform
 from datasets import build_dataset
 from engine import StepOptions
 from losses import CosubLoss, DenseTeacherLoss, DistillationLoss
-from models import build_model, train_attention_only, train_both_heads
+from models import build_model, checkpoint_gradients, train_attention_only, train_both_heads
 from samplers import EvalBatchSampler, TrainSampler
 from sparsity_factory import (
     PruningError,
@@ -182,6 +182,8 @@ def build_dense_teacher(
         args, checkpoint, teacher = load_dense(args, num_classes, checkpoint, device)
     else:
         teacher = copy.deepcopy(model)
+        if args.grad_checkpointing:
+            teacher.set_grad_checkpointing(False)
 
     flag = f"--dense-teacher {args.dense_teacher:g}"
     source = args.resume or args.finetune
@@ -231,6 +233,7 @@ def load_dense(
     first.use_ema = bool(stored.get("use_ema"))
     first.pretrained = True
     first.compile = False
+    first.grad_checkpointing = False
     try:
         first, dense = load_start(first)
         return first, dense, prepare_model(first, num_classes, dense, device)
@@ -285,6 +288,8 @@ def prepare_model(
         train_attention_only(model)
     if args.distillation_type != "none":
         train_both_heads(model, args.model)
+    if args.grad_checkpointing:
+        checkpoint_gradients(model, args.model)
     if args.compile:
         compile_model(model)
     return model.to(device)

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 import utils
 from datasets import build_dataset, build_transform
+from models import without_checkpointing
 from samplers import EvalBatchSampler
 from sparsity_factory import Inputs, Statistics, collect_statistics, prunable_weights, visit_layers
 from utils import Compute, UserError, log
@@ -81,7 +82,7 @@ class Calibration:
         shares = (
             {"share": utils.rank(), "add_up": dist.all_reduce} if utils.world_size() > 1 else {}
         )
-        with self.compute.autocast():
+        with self.compute.autocast(), without_checkpointing(self.model):
             statistics = collect_statistics(self.model, self.loader, loss, needs, **shares)
         if known is not None:
             known.clear()  # of one kind at a time, for their memory
@@ -105,7 +106,7 @@ class Calibration:
             visit(name, inputs)
 
         add_up = dist.all_reduce if utils.world_size() > 1 else None
-        with self.compute.autocast():
+        with self.compute.autocast(), without_checkpointing(self.model):
             visit_layers(
                 self.model, self._loader_for_all, visit_and_tell, beside=beside, add_up=add_up
             )

@@ -159,7 +159,12 @@ def load_model(args):
     classes = len(checkpoint["model"][head])
     dense.reset_classifier(classes)
 
-    as_it_is = {"compile": False, "attn_only": False, "distillation_type": "none"}
+    as_it_is = {
+        "compile": False,
+        "grad_checkpointing": False,
+        "attn_only": False,
+        "distillation_type": "none",
+    }
     args = argparse.Namespace(**{**vars(args), **as_it_is})
     model = prepare_model(args, classes, checkpoint, torch.device("cpu")).eval()
     if masks and parse_pattern(recipe.pattern).structured:

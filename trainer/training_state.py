@@ -23,7 +23,7 @@ DROPPED_OPTIMIZERS = ("nvnovograd", "fusedmomentum")
 FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")
 
 #: Entries of an optimizer's parameter groups that the arguments decide, also of a resumed run.
-SETTINGS = ("lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")
+SETTINGS = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum")
 
 #: What the plateau schedule counts, by ReduceLROnPlateau's names.
 COUNTED = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
@@ -78,7 +78,9 @@ class TrainingState:
         args = self.args
         lr = args.lr if args.unscale_lr else args.lr * self._images_per_step() / 512
         fused = {"fused": True} if args.opt in FUSED else None
-        settings = argparse.Namespace(**{**vars(args), "lr": lr, "opt_args": fused})
+        layer_decay = args.layer_decay if args.layer_decay < 1 else None
+        own = {"lr": lr, "layer_decay": layer_decay, "opt_args": fused}
+        settings = argparse.Namespace(**{**vars(args), **own})
         try:
             optimizer = create_optimizer(settings, model)
             self.lr_scheduler, _ = create_scheduler(settings, optimizer)
@@ -319,14 +321,18 @@ class TrainingState:
         # The rate of `plateau` is the saved one, scaled if the arguments now say another base rate.
         own = self.learner.optimizer.param_groups
         scales = [
-            ours["initial_lr"] / saved["initial_lr"]
-            for ours, saved in zip(own, groups, strict=True)
+            base_rate(ours) / base_rate(saved) for ours, saved in zip(own, groups, strict=True)
         ]
         for group, saved, scale in zip(own, groups, scales, strict=True):
             group["lr"] = saved["lr"] * scale
         if state.get("restore_lr"):
             pairs = zip(state["restore_lr"], scales, strict=True)
             self.lr_scheduler.restore_lr = [rate * scale for rate, scale in pairs]
+
+
+def base_rate(group: dict) -> float:
+    """The learning rate of a parameter group before a schedule changes it."""
+    return group["initial_lr"] * group.get("lr_scale", 1.0)
 
 
 def choose_muon_dtype(device: torch.device) -> None:
