@@ -57,7 +57,7 @@ from sparsity_factory import (
     compute_masks,
     obs_prune,
     prunable_weights,
-    visit_layers,
+    walk_layers,
 )
 from sparsity_factory import prune as prune_and_reconstruct
 from trainer.arguments import parse_args
@@ -402,7 +402,9 @@ def obs_of_model() -> dict:
 
     def walk():
         with compute.autocast():
-            visit_layers(model, data, lambda name, inputs: None)
+            layers = walk_layers(model, data)
+        for _ in layers:
+            pass
 
     def whole():
         model.load_state_dict(dense)

@@ -11,7 +11,7 @@ This folder needs torch, numpy and yaml, and nothing else of the project around 
 from .checkpoint import check_masks, has_reached_target, read_pruning
 from .custom_yaml import read_yaml
 from .errors import PruningError
-from .layer_walk import Inputs, visit_layers
+from .layer_walk import Inputs, walk_layers
 from .masks import Masks, pack, prunable_weights, unpack
 from .method import Description, describe
 from .multiply_adds import multiply_adds
@@ -83,6 +83,6 @@ __all__ = [
     "sparsity_yaml",
     "unit_counts",
     "unpack",
-    "visit_layers",
+    "walk_layers",
     "with_units",
 ]

@@ -1,15 +1,15 @@
-"""Layers in the order in which they compute, each with the inputs that the model gives it by then.
+"""A walk over the layers of a model in computing order, each with the inputs that it has by then.
 
-The forward pass of each batch runs in a thread of its own, which stops wherever a module is called
-that holds layers to visit, such as a block of a transformer. So all batches are at the same place,
-what lies before has its final weights, and only that module is computed again for each of its
-layers, up to the layer. A whole walk takes about three evaluations of the images, and the memory of
-what the model passes from one such module to the next.
+The forward pass of each batch runs in a thread of its own, which stops wherever the model calls a
+module with layers to look at (a unit), such as a block of a transformer. So all batches are at the
+same place, all layers before it have their final weights, and only this unit is computed again for
+each of its layers, up to the layer. A whole walk takes about three evaluations of the images, and
+the memory of what the model passes from one unit to the next.
 """
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,20 +25,24 @@ from .errors import PruningError
 from .masks import prunable_weights
 from .statistics import add_gram, at_least_float32, evaluation, images_of, linear_operands
 
-# Of a module that is computed again for each of its layers. A block of a transformer has as many; a
-# pass that stands still there holds the tokens once, and within the block three times.
+# Most layers of a unit. A block of a transformer has four; a pass that stops there holds the tokens
+# once, and one that stops within the block holds them three times.
 MOST_LAYERS = 4
-ROUNDING = 100  # of sums, in the last places of a number
+ROUNDING = 100  # of sums, in units of the last place
 
 
 @dataclass
 class Inputs:
-    """Sums over the inputs x of a layer, of all tokens of all images; and over those that it had in
-    another model, y.
+    """Sums over the inputs x of a layer, one row of X per token of all images.
 
-    gram: X^T X, shape (inputs, inputs); total: the sum of x, shape (inputs,); tokens: how many
-    there are. All are float64, on a GPU float32. cross, other: X^T Y and the sum of y; the same as
-    gram and total without another model.
+    With another model, y are the inputs that the same layer has there, and Y their rows. All sums
+    are float64 on a CPU, float32 on a GPU.
+
+    gram: X^T X, shape (inputs, inputs).
+    total: the sum of x, shape (inputs,).
+    tokens: their number, a tensor without dimensions.
+    cross: X^T Y, shape (inputs, inputs); `gram` itself without another model.
+    other: the sum of y, shape (inputs,); `total` itself without another model.
     """
 
     gram: Tensor
@@ -49,29 +53,21 @@ class Inputs:
 
     @classmethod
     def of(cls, weight: Tensor, with_other: bool = False) -> "Inputs":
-        """Sums over nothing yet."""
-        dtype = torch.float64 if weight.device.type == "cpu" else torch.float32
-        options = {"dtype": dtype, "device": weight.device}
+        """Empty sums for a weight of shape (outputs, inputs)."""
         inputs = weight.shape[1]
-        gram = torch.zeros(inputs, inputs, **options)
-        total = torch.zeros(inputs, **options)
-        return cls(
-            gram,
-            total,
-            torch.zeros((), **options),
-            torch.zeros_like(gram) if with_other else gram,
-            torch.zeros_like(total) if with_other else total,
-        )
+        dtype = torch.float64 if weight.device.type == "cpu" else torch.float32
+        gram = torch.zeros(inputs, inputs, dtype=dtype, device=weight.device)
+        total = torch.zeros(inputs, dtype=dtype, device=weight.device)
+        tokens = torch.zeros((), dtype=dtype, device=weight.device)
+        if with_other:
+            return cls(gram, total, tokens, torch.zeros_like(gram), torch.zeros_like(total))
+        return cls(gram, total, tokens, gram, total)
 
     @property
     def sums(self) -> list[Tensor]:
-        """All that is added up, each once."""
-        return list(
-            {
-                id(part): part
-                for part in (self.gram, self.total, self.tokens, self.cross, self.other)
-            }.values()
-        )
+        """All tensors, each once, for an all-reduce in place."""
+        tensors = [self.gram, self.total, self.tokens, self.cross, self.other]
+        return list({id(tensor): tensor for tensor in tensors}.values())
 
     @property
     def mean(self) -> Tensor:
@@ -84,28 +80,35 @@ class Inputs:
         return self.other / self.tokens
 
     def centred(self) -> "Inputs":
-        """The same of x and y less their means; zero for an x that varies by no more than the
-        rounding of its sums.
+        """The sums over x and y less their means.
+
+        They are zero for an input that varies by no more than the rounding of its sums.
         """
         gram = self.gram - torch.outer(self.total, self.mean)
         varies = gram.diagonal() > ROUNDING * torch.finfo(gram.dtype).eps * self.gram.diagonal()
         gram.mul_(varies).mul_(varies[:, None])
+
         cross = gram
         if self.cross is not self.gram:
             cross = (self.cross - torch.outer(self.total, self.other_mean)).mul_(varies[:, None])
+
         zero = torch.zeros_like(self.total)
         return Inputs(gram, zero, self.tokens, cross, zero)
 
     def add(self, inputs: Tensor, other: Tensor | None = None) -> None:
-        """Counts inputs in, shape (..., inputs), and those of the other model."""
+        """Adds inputs of shape (..., inputs), and those of the other model."""
         rest, shift, tokens = _split(inputs)
-        self.tokens += tokens
-        add_gram(self.gram, rest)
         rest_total = rest.sum(0).to(self.gram)
         shift = shift.to(self.gram)
+        total = rest_total + tokens * shift
+
+        # With x = r + s: X^T X = R^T R + s h^T + h s^T, h = sum of r + tokens / 2 s
         half = rest_total + tokens / 2 * shift
+        add_gram(self.gram, rest)
         self.gram.addr_(shift, half).addr_(half, shift)
-        self.total += (total := rest_total + tokens * shift)
+        self.total += total
+        self.tokens += tokens
+
         if other is not None:
             other_rest, other_shift, _ = _split(other)
             other_total = other_rest.sum(0).to(self.gram)
@@ -115,65 +118,45 @@ class Inputs:
             self.other += other_total + tokens * other_shift
 
 
-@torch.no_grad()
-def visit_layers(
+def walk_layers(
     model: nn.Module,
     batches: Iterable,
-    visit: Callable[[str, Inputs], None],
     *,
-    beside: nn.Module | None = None,
-    add_up: Callable[[Tensor], None] | None = None,
-) -> None:
-    """Calls `visit(name, inputs)` for each prunable weight, in the order in which they compute.
+    other: nn.Module | None = None,
+    add_up: Callable[[Tensor], object] | None = None,
+) -> Generator[tuple[str, Inputs]]:
+    """Yields each prunable weight's name and the sums over its layer's inputs, in computing order.
 
-    What a visit changes about the model, later layers see in their inputs. The model runs in
-    evaluation mode, under the autocast around the call, and has its modes again afterwards.
+        for name, inputs in walk_layers(model, batches):
+            ...  # may change the layer: later layers see it in their inputs
+
+    The model runs without gradients, in evaluation mode, under the autocast that is around the
+    call. The body of the loop has its own autocast and gradients. The model has its modes again
+    and all threads end when the loop ends, breaks or raises; close a generator that you keep.
 
     Args:
         model: a module that uses its layers in an order that the images do not change. A weight
-            that is used more than once in a pass is visited at its first use, with the inputs of
-            that.
-        batches: yields images, or tuples that begin with them. All of them are in the walk at once.
-        visit: called with the name of the weight and the sums over its inputs.
-        beside: another model of the same layers, such as a copy from before any change; it sees the
-        same images.
-        add_up: adds up a tensor of all processes, in place, where each has some of the batches, at
+            that is used more than once in a pass comes at its first use, with the inputs of that.
+        batches: yields images, or tuples that begin with them. The walk holds all of them at once.
+        other: another model of the same layers, such as a copy from before any change; it sees the
+            same images.
+        add_up: adds up a tensor of all processes, in place, if each has some of the batches, at
             least one.
 
     Raises:
         PruningError: no batches, an order that differs, and, naming the weight, one that no image
-        reached.
+            reached.
     """
     device = next(model.parameters()).device
     autocast = partial(
         torch.autocast,
         device.type,
         torch.get_autocast_dtype(device.type),
-        # A cache would have old weights
         torch.is_autocast_enabled(device.type),
-        cache_enabled=False,
+        cache_enabled=False,  # a cache would hold weights from before a change
     )
-    batches = [images_of(batch).to(device) for batch in batches]
-    if not batches:
-        raise PruningError("no calibration images: expected at least one batch")
-    with torch.autocast(device.type, enabled=False), ExitStack() as stack:
-        lanes = []
-        for network in (model,) if beside is None else (model, beside):
-            stack.enter_context(evaluation(network))
-            with autocast():
-                units = _units(network, prunable_weights(network), batches[0][:1])
-            computed = stack.enter_context(_stops(set(units.values())))
-            lanes.append(_Lane(network, prunable_weights(network), units, computed, []))
-        try:
-            while batches:  # what is passed on needs no second place here
-                images = batches.pop()
-                for lane in lanes:
-                    lane.passes.append(_Pass(lane.model, images, autocast))
-                del images
-            _walk(lanes, autocast, visit, add_up)
-        finally:
-            for pass_ in (pass_ for lane in lanes for pass_ in lane.passes):
-                pass_.close()
+    models = [model] if other is None else [model, other]
+    return _walk(models, batches, autocast, add_up)
 
 
 # ---- helpers, not exported ----
@@ -182,7 +165,7 @@ def visit_layers(
 def _split(inputs: Tensor) -> tuple[Tensor, Tensor, int]:
     """Inputs less their mean, shape (tokens, inputs), the mean, and the number of tokens.
 
-    Products in float32 would lose what varies little about a large mean.
+    Products in float32 would lose small variations about a large mean.
     """
     inputs = at_least_float32(inputs.reshape(-1, inputs.shape[-1]))
     shift = inputs.mean(0)
@@ -190,80 +173,143 @@ def _split(inputs: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 class _Lane(NamedTuple):
-    """A model in the walk: its weights and the units where it stops by their names, what computes
-    those, its passes.
+    """One model of the walk, with one pass per batch.
+
+    weights, units: by name of the weight, itself and the module where passes stop for it.
+    forwards: the original forward of each unit.
     """
 
     model: nn.Module
     weights: dict[str, Tensor]
     units: dict[str, nn.Module]
-    computed: dict[nn.Module, Callable]
-    passes: list
+    forwards: dict[nn.Module, Callable]
+    passes: list["_Pass"]
+
+    @property
+    def unit(self) -> nn.Module | None:
+        """Where the first pass stands."""
+        return self.passes[0].unit
+
+    def call(self, pass_: "_Pass") -> Callable[[], object]:
+        """The call at which a pass stands."""
+        return partial(self.forwards[pass_.unit], *pass_.args, **pass_.kwargs)
 
 
-def _walk(lanes: list[_Lane], autocast, visit, add_up) -> None:
-    pending = dict.fromkeys(lanes[0].weights)
-    passes = [pass_ for lane in lanes for pass_ in lane.passes]
-    while any(pass_.unit is not None for pass_ in passes):
-        for lane in lanes:
-            if any(pass_.unit is not lane.passes[0].unit for pass_ in lane.passes):
-                raise PruningError(
-                    "the model calls its layers in an order that depends on the images"
-                )
-        while any(lanes[0].units[name] is lanes[0].passes[0].unit for name in pending):
-            name, inputs = _inputs_of_next(lanes, pending, autocast)
-            if not name:
-                break  # a later call of the unit uses it
-            if add_up:
-                for total in inputs.sums:
-                    add_up(total)
-            visit(name, inputs)
-            del pending[name]
-        for lane in lanes:
-            for pass_ in lane.passes:
-                with autocast():
-                    result = lane.computed[pass_.unit](*pass_.args, **pass_.kwargs)
-                pass_.go_on(result)
-                del result
-    _expect_none(pending)
+@torch.no_grad()  # not in the body of the caller's loop
+def _walk(
+    models: list[nn.Module], batches: Iterable, autocast: Callable, add_up: Callable | None
+) -> Generator[tuple[str, Inputs]]:
+    device = next(models[0].parameters()).device
+    batches = [images_of(batch).to(device) for batch in batches]
+    if not batches:
+        raise PruningError("no calibration images: expected at least one batch")
+
+    with ExitStack() as stack:
+        lanes = [stack.enter_context(_lane(model, batches[0], autocast)) for model in models]
+
+        # A pass keeps only what it still needs of its images, so the list gives them up
+        while batches:
+            images = batches.pop()
+            for lane in lanes:
+                lane.passes.append(_Pass(lane.model, images, autocast))
+            del images
+
+        pending = dict.fromkeys(lanes[0].weights)
+        passes = [pass_ for lane in lanes for pass_ in lane.passes]
+        while any(pass_.unit is not None for pass_ in passes):
+            _check_order(lanes)
+            yield from _layers_of_unit(lanes, pending, autocast, add_up)
+
+            for lane in lanes:
+                for pass_ in lane.passes:
+                    with autocast():
+                        result = lane.call(pass_)()
+                    pass_.resume(result)
+                    del result
+        _expect_none(pending)
+
+
+@contextmanager
+def _lane(model: nn.Module, images: Tensor, autocast: Callable) -> Iterator[_Lane]:
+    """A model in evaluation mode whose units stop; closes its passes at the end."""
+    weights = prunable_weights(model)
+    passes = []
+    with evaluation(model):
+        with autocast():
+            units = _units(model, weights, images[:1])
+        del images  # the walk does not need their memory
+        with _stops(set(units.values())) as forwards:
+            try:
+                yield _Lane(model, weights, units, forwards, passes)
+            finally:
+                for pass_ in passes:
+                    pass_.close()
+
+
+def _check_order(lanes: list[_Lane]) -> None:
+    """Makes sure that all passes of a model stand at one unit."""
+    for lane in lanes:
+        if any(pass_.unit is not lane.unit for pass_ in lane.passes):
+            raise PruningError("the model calls its layers in an order that depends on the images")
+
+
+def _layers_of_unit(
+    lanes: list[_Lane], pending: dict[str, None], autocast: Callable, add_up: Callable | None
+) -> Iterator[tuple[str, Inputs]]:
+    """Yields the pending weights that compute in the unit where all passes stand.
+
+    Weights leave `pending` when the caller has seen them.
+    """
+    while any(lanes[0].units[name] is lanes[0].unit for name in pending):
+        name, inputs = _inputs_of_next(lanes, pending, autocast)
+        if name is None:
+            return  # a later call of the unit uses it
+
+        if add_up:
+            for total in inputs.sums:
+                add_up(total)
+        yield name, inputs
+        del pending[name]
 
 
 def _inputs_of_next(
-    lanes: list[_Lane], pending: Iterable[str], autocast
+    lanes: list[_Lane], pending: Iterable[str], autocast: Callable
 ) -> tuple[str | None, Inputs | None]:
-    """The weight that computes next, and the sums over its inputs; None where no pending one
-    computes in the units.
-    """
-    name = inputs = None
+    """The weight that computes next and the sums over its inputs; None if none is pending there."""
+    name = None
+    inputs = None
     for batch, passes in enumerate(zip(*(lane.passes for lane in lanes), strict=True)):
         values = []
         for lane, pass_ in zip(lanes, passes, strict=True):
+            weights = {name: lane.weights[name] for name in pending}
             with autocast():
-                found, value = _next_layer(
-                    partial(lane.computed[pass_.unit], *pass_.args, **pass_.kwargs),
-                    {name: lane.weights[name] for name in pending},
-                )
+                found, value = _next_layer(lane.call(pass_), weights)
+
+            # The first pass says which weight it is, and the others have to agree
             if not batch and not values:
                 name = found
-                inputs = Inputs.of(lane.weights[found], len(lanes) > 1) if found else None
+                if found is not None:
+                    inputs = Inputs.of(lane.weights[found], len(lanes) > 1)
             if found != name:
                 raise PruningError(f"the images decide whether {name} or {found} computes first")
             values.append(value)
-        if name:
-            inputs.add(*values)
+
+        if inputs is not None:
+            with torch.autocast(inputs.gram.device.type, enabled=False):
+                inputs.add(*values)
     return name, inputs
 
 
 class _Pass:
-    """The forward pass of a batch, in a thread that stands still wherever a unit is called.
+    """The forward pass of a batch, in a thread that stops wherever a unit is called.
 
     Attributes:
-        unit, args, kwargs: the call where it stands; no unit when the pass has ended.
+        unit, args, kwargs: the call at which it stands; the unit is None when the pass has ended.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, autocast):
-        self._calls = SimpleQueue()
-        self._results = SimpleQueue()
+    def __init__(self, model: nn.Module, images: Tensor, autocast: Callable):
+        self._calls: SimpleQueue = SimpleQueue()
+        self._results: SimpleQueue = SimpleQueue()
         self._thread = threading.Thread(
             target=self._run, args=(model, images, autocast), daemon=True
         )
@@ -271,8 +317,8 @@ class _Pass:
         self._thread.start()
         self._wait()
 
-    def go_on(self, result) -> None:
-        """Hands over what the unit returns, and waits until the pass is at the next one."""
+    def resume(self, result) -> None:
+        """Returns the result of the unit to the thread, and waits until it is at the next unit."""
         self.unit = self.args = self.kwargs = None
         self._results.put((result,))
         del result
@@ -290,7 +336,7 @@ class _Pass:
 
     # ---- in the thread ----
 
-    def _run(self, model: nn.Module, images: Tensor, autocast) -> None:
+    def _run(self, model: nn.Module, images: Tensor, autocast: Callable) -> None:
         try:
             if images.device.type == "cuda":
                 torch.cuda.set_device(images.device)
@@ -302,44 +348,47 @@ class _Pass:
         except BaseException as error:
             self._calls.put((error, None, (), {}))
 
-    def stand(self, unit: nn.Module, args: tuple, kwargs: dict):
-        """Called in the place of a unit."""
+    def stop(self, unit: nn.Module, args: tuple, kwargs: dict):
+        """Called in place of the unit's forward; returns what `resume` was given."""
         self._calls.put((None, unit, args, kwargs))
         del args, kwargs
-        if (result := self._results.get()) is None:
+        result = self._results.get()
+        if result is None:
             raise _Closed
         return result[0]
 
 
 class _Closed(Exception):
-    """The walk is over before the pass is."""
+    """The walk has ended before the pass."""
 
 
 @contextmanager
 def _stops(units: set[nn.Module]) -> Iterator[dict[nn.Module, Callable]]:
-    """In the threads of passes, units stop; yields what computes them."""
-    computed = {unit: unit.forward for unit in units}
-    own = {unit for unit in units if "forward" in vars(unit)}
+    """Makes units stop in the threads of passes; yields the forward of each."""
+    forwards = {unit: unit.forward for unit in units}
+    set_on_module = {unit for unit in units if "forward" in vars(unit)}
 
     def stop(unit, *args, **kwargs):
-        # Another unit may call this one
+        # Outside of passes, as when another unit computes this one, it does not stop
         pass_ = getattr(threading.current_thread(), "pass_", None)
-        return pass_.stand(unit, args, kwargs) if pass_ else computed[unit](*args, **kwargs)
+        if pass_ is None:
+            return forwards[unit](*args, **kwargs)
+        return pass_.stop(unit, args, kwargs)
 
     try:
         for unit in units:
             unit.forward = partial(stop, unit)
-        yield computed
+        yield forwards
     finally:
         for unit in units:
-            if unit in own:
-                unit.forward = computed[unit]
+            if unit in set_on_module:
+                unit.forward = forwards[unit]
             else:
                 del unit.forward
 
 
 class _Found(Exception):
-    """A layer's inputs are there."""
+    """The inputs of a layer are known."""
 
 
 class _Linears(TorchFunctionMode):
@@ -385,23 +434,28 @@ def _next_layer(
 
 
 def _units(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> dict[str, nn.Module]:
-    """The module to stop at for each weight: the outermost one, within the model, that has few
-    enough layers, or that uses a weight itself."""
+    """The module to stop at for each weight, found by one pass.
+
+    It is the outermost module within the model that has few enough layers, or the one that uses the
+    weight.
+    """
     names = {id(weight): name for name, weight in weights.items()}
-    stack = [model]
-    stacks = {}
+    calls = [model]  # that run now, the outermost first
+    calls_of = {}  # the same by name of a weight, at its first use
 
     def look(weight, inputs):
         if name := names.get(id(weight)):
-            stacks.setdefault(name, tuple(stack))
+            calls_of.setdefault(name, tuple(calls))
+
+    def begin(module, args):
+        calls.append(module)
+
+    def end(module, args, output):
+        calls.pop()
 
     hooks = [
-        nn.modules.module.register_module_forward_pre_hook(
-            lambda module, args: stack.append(module)
-        ),
-        nn.modules.module.register_module_forward_hook(
-            lambda module, args, output: stack.pop() and None, always_call=True
-        ),
+        nn.modules.module.register_module_forward_pre_hook(begin),
+        nn.modules.module.register_module_forward_hook(end, always_call=True),
     ]
     try:
         with _Linears(look):
@@ -409,12 +463,15 @@ def _units(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> dict
     finally:
         for hook in hooks:
             hook.remove()
-    _expect_none(name for name in weights if name not in stacks)
-    layers = Counter(module for stack in stacks.values() for module in dict.fromkeys(stack))
-    chosen = {
-        next((module for module in stack[1:] if layers[module] <= MOST_LAYERS), stack[-1])
-        for stack in stacks.values()
-    }
+    _expect_none(name for name in weights if name not in calls_of)
+
+    # A unit for each weight; then the outermost unit around each, as units lie in other units
+    layers = Counter(module for modules in calls_of.values() for module in dict.fromkeys(modules))
+    units = set()
+    for modules in calls_of.values():
+        small = (module for module in modules[1:] if layers[module] <= MOST_LAYERS)
+        units.add(next(small, modules[-1]))
     return {
-        name: next(module for module in stack if module in chosen) for name, stack in stacks.items()
+        name: next(module for module in modules if module in units)
+        for name, modules in calls_of.items()
     }

@@ -6,7 +6,7 @@ from os import PathLike
 from torch import Tensor, nn
 
 from .custom_yaml import read_yaml
-from .layer_walk import visit_layers
+from .layer_walk import walk_layers
 from .recipe import Recipe
 from .sparsifier import Sparsifier
 from .statistics import collect_statistics
@@ -67,7 +67,7 @@ def prune(
         total_steps=1,
         epoch_steps=1,
         statistics=lambda needs: collect_statistics(model, batches, loss, needs),
-        walk=lambda visit, beside: visit_layers(model, batches, visit, beside=beside),
+        walk=lambda dense: walk_layers(model, batches, other=dense),
     )
     sparsifier.start()
     return dict(sparsifier.masks)

@@ -1,21 +1,24 @@
-"""Reconstruction: at the moment of pruning, the kept weights of a layer make up for the pruned
-ones.
+"""Reconstruction: when a layer is pruned, its kept weights compensate for the pruned ones.
 
 A reconstruction is a function
 
-    def reconstruction(weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern) ->
-    tuple[Tensor, Tensor]
+    def reconstruction(
+        weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern | None
+    ) -> tuple[Tensor, Tensor]
 
-from a weight of shape (outputs, inputs), the sums over its layer's inputs, the mask that score and
-allocation have chosen, and its pattern, to the new weight, zero where it is pruned, and its mask,
-which keeps as many weights. Without a pattern, the mask stays. To add one, write such a function
-and name it in `RECONSTRUCTIONS`.
+It is given a weight of shape (outputs, inputs), the sums over its layer's inputs, the mask that
+score and allocation have chosen, and the weight's pattern. It returns the new weight, zero where it
+is pruned, and its mask, which keeps as many weights. Without a pattern the mask stays. To add one,
+write such a function and name it in `RECONSTRUCTIONS`.
 """
 
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +31,14 @@ from .patterns import Pattern, Unstructured, parse_pattern
 log = logging.getLogger(__name__)
 
 DAMPING = 0.01  # of the mean of the Gram matrix's diagonal, as SparseGPT has it
-MOST_DAMPING = 1e3  # with so much, the matrix is a diagonal one
-# In which least-squares prunes, with so many steps of conjugate gradients after each
-ROUNDS = 8
-# After 20 the error was that of the exact solution to four digits
+MOST_DAMPING = 1e3  # with so much, the matrix is nearly diagonal
+ROUNDS = 8  # of least-squares, each of which prunes a part of the weights
+# Of conjugate gradients, after each round and after the last. After 20 the error was that of the
+# exact solution to four digits.
 STEPS, LAST_STEPS = 5, 20
 TINY = 1e-30
 NONE = "none"
-# What those need that look at the model before pruning as well
-DENSE_INPUTS = "dense_inputs"
+DENSE_INPUTS = "dense_inputs"  # the inputs that a layer has in the model before pruning
 
 
 def obs_prune(
@@ -48,27 +50,29 @@ def obs_prune(
     block_size: int = 128,
     pattern: Pattern | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Prunes a weight by Optimal Brain Surgeon, columns from left to right, the kept ones making up
-    for the pruned.
+    """Prunes a weight by Optimal Brain Surgeon; the kept weights compensate for the pruned ones.
 
-    With H the Gram matrix, to whose diagonal `damping` times its mean is added, and U the upper
-    Cholesky factor of H^-1, the error of each pruned weight, w / U_jj, is spread over the columns
-    to its right by row j of U. What goes is what costs least, w^2 / U_jj^2, of the weights as
-    updated so far.
+    Frantar and Alistarh 2023, arXiv:2301.00774 (SparseGPT), whose letters these are:
 
-    Frantar and Alistarh 2023, arXiv:2301.00774 (SparseGPT).
+        W: `weight`; w: one of its weights, as updated so far.
+        H = 2 X^T X / tokens, of which `gram` is X^T X: a factor of H changes nothing.
+        U: `factor`, the upper Cholesky factor of H^-1: H^-1 = U^T U, with `damping` times the mean
+            of the diagonal of H added to that diagonal first.
+
+    Columns are pruned from left to right, those weights first in each group whose cost
+    w^2 / U_jj^2 is least. The error w / U_jj of a pruned weight is spread over the columns to its
+    right by row j of U.
 
     Args:
         weight: shape (outputs, inputs); it is not changed.
-        gram: X^T X of the layer's inputs X (tokens, inputs), shape (inputs, inputs); a factor
-            changes nothing. The work is done in its dtype. Weights of an input that is always zero
-            become zero.
+        gram: X^T X of the layer's inputs X (tokens, inputs), shape (inputs, inputs). The work is
+            done in its dtype. Weights of an input that is always zero become zero.
         kept: how many units of the pattern stay: each block of columns keeps its share, and the
             total is exact. Or (n, m): n of every m, chosen when their group is reached. Or a bool
             mask of the weight's shape, which stays.
-        damping: raised tenfold, with a line in the log, until the matrix can be factored.
+        damping: raised tenfold, with a warning in the log, until the matrix can be factored.
         block_size: columns among which weights compare.
-        pattern: what is removed together, where `kept` is a number; single weights by default.
+        pattern: what is removed together, if `kept` is a number; single weights by default.
 
     Returns:
         The new weight in the dtype of the given one, zero where it is pruned; and the mask.
@@ -77,7 +81,6 @@ def obs_prune(
         PruningError: a weight or Gram matrix that is not finite, or a number, group or mask that
             does not fit; damping or block size out of range.
     """
-    outputs, inputs = weight.shape
     if isinstance(kept, tuple):
         pattern = parse_pattern("{}:{}".format(*kept))
         kept = pattern.units(weight.shape) * pattern.n // pattern.m
@@ -87,41 +90,49 @@ def obs_prune(
         raise PruningError(
             f"damping {damping:g}, block size {block_size}: expected at least 0 and at least 1"
         )
-    width = pattern.compared_columns(block_size)  # a group in which units compare
+
+    # A block is one or more groups of columns within which units compare
+    inputs = weight.shape[1]
+    width = pattern.compared_columns(block_size)
     block_size = max(block_size // width, 1) * width
+
     _, factor = _damped(gram, damping)
     diagonal = factor.diagonal()
-    # A column of the weight is a row here, so that it lies together
+
+    # Transposed, so that a column of W is contiguous: columns[j] is W[:, j]
     columns = weight.detach().to(gram.dtype).T.clone()
     columns[gram.diagonal() == 0] = 0
-    mask = (
-        torch.empty_like(columns, dtype=torch.bool)
-        if isinstance(kept, int)
-        else kept.T.contiguous()
-    )
+    if isinstance(kept, Tensor):
+        mask = kept.T.contiguous()
+    else:
+        mask = torch.empty_like(columns, dtype=torch.bool)
+
     for start in range(0, inputs, block_size):
         end = min(start + block_size, inputs)
         errors = torch.empty_like(columns[start:end])
-        for column in range(start, end):
-            if isinstance(kept, int) and (column - start) % width == 0:
-                group = slice(column, min(column + width, end))
-                score = pattern.score((columns[group] / diagonal[group, None]).square_().T)
-                mask[group] = pattern.mask(
-                    score, pattern.share(kept, weight.shape, group.start, group.stop)
-                ).T
-            torch.mul(columns[column], ~mask[column], out=errors[column - start]).div_(
-                diagonal[column]
-            )
-            columns[column + 1 : end].addr_(
-                factor[column, column + 1 : end], errors[column - start], alpha=-1
-            )
+
+        for j in range(start, end):
+            # Choose the weights of a group when its first column is reached: least w^2 / U_jj^2
+            if not isinstance(kept, Tensor) and (j - start) % width == 0:
+                group = slice(j, min(j + width, end))
+                costs = (columns[group] / diagonal[group, None]).square_().T
+                share = pattern.share(kept, weight.shape, group.start, group.stop)
+                mask[group] = pattern.mask(pattern.score(costs), share).T
+
+            # Spread the errors w / U_jj of the pruned weights over the rest of the block
+            error = errors[j - start]
+            torch.mul(columns[j], ~mask[j], out=error).div_(diagonal[j])
+            columns[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
+
+        # Spread all errors of the block over the columns behind it
         columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+
     columns *= mask
     return columns.T.to(weight.dtype).contiguous(), mask.T.contiguous()
 
 
 def few_columns(weight: Tensor) -> int:
-    """Columns that compare at once: on small layers, choosing late was measured to be better."""
+    """A block size for `obs_prune`: few columns, as small layers were more accurate with them."""
     return max(weight.shape[1] // 32, 8)
 
 
@@ -173,10 +184,14 @@ def least_squares(
     """
     if pattern is None:
         return least_squares_mask(weight, inputs, mask)
-    units, last = pattern.units(weight.shape), _kept(mask, pattern)
+
     problem = _LeastSquares(weight, inputs)
-    new = problem.solve(weight, torch.ones_like(mask), STEPS)
+    units = pattern.units(weight.shape)
+    last = _kept(mask, pattern)
     mask = torch.ones_like(mask)
+    new = problem.solve(weight, mask, STEPS)
+
+    # Fewer units are kept in each round, as in gradual pruning (Zhu and Gupta 2017)
     for round_ in range(1, ROUNDS + 1):
         kept = last + round((units - last) * (1 - round_ / ROUNDS) ** 3)
         mask = pattern.mask(pattern.score(problem.costs(new) * mask), kept)
@@ -196,65 +211,51 @@ def reconstruct_layers(
     model: nn.Module,
     masks: Mapping[str, Tensor],
     method: str,
-    walk: Callable,
+    walk: Callable[[nn.Module | None], Generator[tuple[str, Inputs]]],
     *,
     patterns: Callable[[str], Pattern | None],
     share: Callable = lambda compute: compute(),
 ) -> dict[str, Tensor]:
-    """Prunes the weights of a model by masks, layer after layer, and lets the kept ones make up for
-    it.
+    """Prunes the weights of a model by masks, layer after layer, and reconstructs each.
 
-    Each layer is given the inputs that it has when all before it are pruned. Where it has a bias,
-    the Gram matrix is that of the inputs less their mean, and the mean of what the outputs have
-    lost goes to the bias: the least squares over weights and bias together.
+    Each layer is given the inputs that it has when all before it are pruned. If it has a bias, the
+    Gram matrix is that of the inputs less their mean, and the mean change of the outputs is taken
+    back by the bias: the least squares over weights and bias together.
 
     Args:
         model: changed in place.
         masks: of weights and biases, on their devices; those of other parameters are left to the
             caller.
         method: a name in `RECONSTRUCTIONS`.
-        walk: `walk(visit, beside)` calls `visit(name, inputs)` for each prunable weight, as
-        `visit_layers` does.
+        walk: from the dense model, or None if the method does not look at it, to what
+            `walk_layers` returns for the model, with the dense one as the other.
         patterns: from the name of a weight to the pattern by which its mask may be chosen anew;
-        None where it stays.
-        share: calls a function on one process, and returns on all what it returned.
+            None if it stays.
+        share: calls a function on one process, and returns its result on all.
 
     Returns:
         The masks of the pruned model, in the order of those given.
     """
-    parameters, found = dict(model.named_parameters()), dict(masks)
+    parameters = dict(model.named_parameters())
+    found = dict(masks)
+    needs_dense = DENSE_INPUTS in describe(RECONSTRUCTIONS[method]).needs
+    dense = copy.deepcopy(model) if needs_dense else None
 
-    def visit(name: str, inputs: Inputs) -> None:
-        weight, mask = parameters[name], masks.get(name)
-        if mask is None or mask.all():
-            return
-        bias_name = f"{name.removesuffix('weight')}bias"
-        bias = parameters.get(bias_name)
-        seen = inputs if bias is None else inputs.centred()
+    with torch.no_grad(), closing(walk(dense)) as layers:
+        for name, inputs in layers:
+            mask = masks.get(name)
+            if mask is None or mask.all():
+                continue
+            bias_name = f"{name.removesuffix('weight')}bias"
+            layer = _Layer(name, parameters[name], parameters.get(bias_name), inputs)
 
-        def compute():
-            try:
-                new = RECONSTRUCTIONS[method](weight, seen, mask, patterns(name))
-            except PruningError as error:
-                raise PruningError(f"{name}: {error}") from error
-            return [part.cpu() for part in new]
-
-        pruned = share(compute)
-        new, found[name] = (part.to(weight.device) for part in pruned)
-        if bias is not None:
-            bias += (
-                weight.to(inputs.mean) @ inputs.other_mean - new.to(inputs.mean) @ inputs.mean
-            ).to(bias)
-            bias *= masks.get(bias_name, 1)
-        weight.copy_(new)
-
-    with torch.no_grad():
-        walk(
-            visit,
-            copy.deepcopy(model)
-            if DENSE_INPUTS in describe(RECONSTRUCTIONS[method]).needs
-            else None,
-        )
+            with torch.autocast(layer.weight.device.type, enabled=False):
+                compute = partial(_reconstructed, method, layer, mask, patterns(name))
+                new, found[name] = (part.to(layer.weight.device) for part in share(compute))
+                if layer.bias is not None:
+                    layer.take_back_mean_change(new)
+                    layer.bias.mul_(masks.get(bias_name, 1))
+                layer.weight.copy_(new)
     return found
 
 
@@ -268,43 +269,77 @@ RECONSTRUCTIONS: dict[str, Callable] = {
 
 
 def _kept(mask: Tensor, pattern: Pattern) -> int:
-    """The units that a mask keeps."""
+    """How many units a mask keeps."""
     return pattern.units(mask.shape) * int(mask.count_nonzero()) // mask.numel()
 
 
+class _Layer(NamedTuple):
+    """A layer in its turn, with the sums over its inputs."""
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    inputs: Inputs
+
+    def take_back_mean_change(self, new: Tensor) -> None:
+        """Adds to the bias what the mean output loses by the new weight."""
+        mean = self.inputs.mean
+        before = self.weight.to(mean) @ self.inputs.other_mean
+        self.bias.add_((before - new.to(mean) @ mean).to(self.bias))
+
+
+def _reconstructed(
+    method: str, layer: _Layer, mask: Tensor, pattern: Pattern | None
+) -> list[Tensor]:
+    """The new weight and mask of a layer, on the CPU."""
+    inputs = layer.inputs if layer.bias is None else layer.inputs.centred()
+    try:
+        new = RECONSTRUCTIONS[method](layer.weight, inputs, mask, pattern)
+    except PruningError as error:
+        raise PruningError(f"{layer.name}: {error}") from error
+    return [part.cpu() for part in new]
+
+
 class _LeastSquares:
-    """The rows w' of a new weight that are nearest to |X w' - Y w|^2 + damping |w' - w|^2, by
-    conjugate gradients.
-    """
+    """Rows w' that minimize |X w' - Y w|^2 + damping |w' - w|^2, by conjugate gradients."""
 
     def __init__(self, weight: Tensor, inputs: Inputs):
         self.damped, self.factor = _damped(inputs.gram, DAMPING)
-        # What is always zero here may be alive in the dense model
+        self.diagonal = self.damped.diagonal()
+
+        # An input that is always zero here may vary in the dense model
         self.alive = inputs.gram.diagonal() != 0
-        damping = (self.damped.diagonal() - inputs.gram.diagonal()) * self.alive
+        damping = (self.diagonal - inputs.gram.diagonal()) * self.alive
         weight = weight.to(self.damped)
         self.wanted = weight @ inputs.cross.T + weight * damping
-        self.diagonal = self.damped.diagonal()
 
     def costs(self, weight: Tensor) -> Tensor:
         """What it costs to remove each weight."""
         return weight.square() * (self.diagonal / self.factor.square().sum(0)).sqrt()
 
     def solve(self, start: Tensor, mask: Tensor, steps: int) -> Tensor:
-        """The rows with zeros where the mask has them and where an input is always zero, from a
-        start without them.
+        """The rows after some steps from `start`.
+
+        They are zero where the mask is False and where an input is always zero.
         """
         new = start.to(self.damped) * (mask & self.alive)
-        left = (self.wanted - new @ self.damped) * mask
-        towards = scaled = left / self.diagonal
-        size = (left * scaled).sum(1, keepdim=True)
+
+        # Preconditioned by the diagonal; each row of the weight is a system of its own
+        residual = (self.wanted - new @ self.damped) * mask
+        scaled = residual / self.diagonal
+        direction = scaled
+        size = (residual * scaled).sum(1, keepdim=True)
+
         for _ in range(steps):
-            change = (towards @ self.damped) * mask
-            share = size / (towards * change).sum(1, keepdim=True).clamp_min(TINY)
-            new, left = new + share * towards, left - share * change
-            scaled = left / self.diagonal
-            before, size = size, (left * scaled).sum(1, keepdim=True)
-            towards = scaled + size / before.clamp_min(TINY) * towards
+            change = (direction @ self.damped) * mask
+            step = size / (direction * change).sum(1, keepdim=True).clamp_min(TINY)
+            new = new + step * direction
+            residual = residual - step * change
+
+            scaled = residual / self.diagonal
+            before = size
+            size = (residual * scaled).sum(1, keepdim=True)
+            direction = scaled + size / before.clamp_min(TINY) * direction
         return new
 
 
@@ -314,29 +349,30 @@ def _check(weight: Tensor, gram: Tensor, kept: int | Tensor, pattern: Pattern) -
         raise PruningError(
             f"expected a finite weight and a finite Gram matrix of {inputs} x {inputs}"
         )
+
     if isinstance(kept, Tensor):
         if kept.shape != weight.shape or kept.dtype != torch.bool:
             raise PruningError(f"expected a bool mask of shape {outputs} x {inputs}")
         return
+
     pattern.check({"the weight": weight.shape})
     if not 0 <= kept <= pattern.units(weight.shape):
         raise PruningError(f"{kept} kept: expected 0 to {pattern.units(weight.shape)}")
 
 
 def _damped(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """The damped Gram matrix, and the upper Cholesky factor U of its inverse: U^T U = (G +
-    damping)^-1.
-    """
+    """The damped Gram matrix H, and U, the upper Cholesky factor of its inverse: H^-1 = U^T U."""
     diagonal = gram.diagonal()
     scale = diagonal.mean() if diagonal.any() else torch.ones_like(diagonal[0])
     while True:
-        # An input that is always zero stands alone, whatever the damping.
+        # An input that is always zero is independent of the others, whatever the damping
         damped = gram + torch.diag(damping * scale + scale * (diagonal == 0))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed and factor.isfinite().all():
             return damped, factor
+
         if damping > MOST_DAMPING:
             raise PruningError(
                 "expected the Gram matrix of some inputs: this one has negative eigenvalues"

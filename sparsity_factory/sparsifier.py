@@ -63,8 +63,8 @@ class Sparsifier:
         masks: by which the model was pruned already; then `start` chooses none.
         statistics: called on every process with the names of what a score needs; returns a
             `Statistics`.
-        walk: called on every process if the recipe reconstructs, with the function that
-            `visit_layers` calls for each weight.
+        walk: called on every process if the recipe reconstructs, with a copy of the dense model
+            or None; returns what `walk_layers` does, given these as its `other`.
         share: calls a function on the first process, and returns its result on all: plain
             containers, numbers and tensors on the CPU. Without it, each process calls the function.
 

@@ -71,16 +71,17 @@ def test_each_of_two_processes_has_a_batch_for_the_walk_and_statistics_have_the_
     whole = [len(targets) for _, targets in calibrate(tiny, *flags).loader]
     monkeypatch.setattr(calibration_images.utils, "world_size", lambda: 2)
     drawn, statistics = [], []
+
+    def read(model, loader, **options):
+        drawn.append([len(targets) for _, targets in loader])
+        yield from ()
+
+    monkeypatch.setattr(calibration_images, "walk_layers", read)
     for rank in range(2):
         monkeypatch.setattr(calibration_images.utils, "rank", lambda rank=rank: rank)
         found = calibrate(tiny, *flags)
         statistics += [len(targets) for _, targets in found.loader]
-        monkeypatch.setattr(
-            calibration_images,
-            "visit_layers",
-            lambda model, loader, *_, **__: drawn.append([len(targets) for _, targets in loader]),
-        )
-        found.walk(lambda name, inputs: None)
+        list(found.walk())
     assert sum(map(sum, drawn)) == int(images) and all(drawn)
     assert sorted(statistics) == sorted(whole)
 
@@ -88,8 +89,8 @@ def test_each_of_two_processes_has_a_batch_for_the_walk_and_statistics_have_the_
 def test_fewer_images_than_inputs_are_told(tiny, monkeypatch):
     told = []
     monkeypatch.setattr(calibration_images, "log", told.append)
-    monkeypatch.setattr(calibration_images, "visit_layers", lambda *args, **options: None)
-    calibrate(tiny).walk(lambda name, inputs: None)
+    monkeypatch.setattr(calibration_images, "walk_layers", lambda *_, **__: (layer for layer in ()))
+    list(calibrate(tiny).walk())
     assert "--calibration-images 40: fewer than the 384 inputs of a layer" in told
 
 

@@ -11,7 +11,7 @@ from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 from torch.nn import functional as F
 
-from sparsity_factory import Inputs, PruningError, prunable_weights, visit_layers
+from sparsity_factory import Inputs, PruningError, prunable_weights, walk_layers
 
 
 class Direct(nn.Module):
@@ -106,8 +106,9 @@ def made(name):
     return model, [torch.randn(size, *shape) for size in (5, 5, 3)]
 
 
+@torch.no_grad()
 def halve(model, name):
-    """What a visit changes: about half of the weights go."""
+    """What a loop changes: about half of the weights become zero."""
     weight = model.get_parameter(name)
     weight.mul_(
         torch.rand(weight.shape, generator=torch.Generator().manual_seed(weight.numel())) < 0.5
@@ -161,11 +162,9 @@ def test_layers_come_as_they_compute_each_with_the_inputs_that_the_changed_model
     plain_walk(model, batches, visit_plainly)
     model, batches = made(name)
 
-    def visit(layer, inputs):
+    for layer, inputs in walk_layers(model, [(batch, None) for batch in batches]):
         found.append((layer, inputs))
         halve(model, layer)
-
-    visit_layers(model, [(batch, None) for batch in batches], visit)
     assert [layer for layer, _ in found] == [layer for layer, _ in expected]
     assert sorted(layer for layer, _ in found) == sorted(prunable_weights(model))
     for (_, sums), (_, inputs) in zip(found, expected, strict=True):
@@ -200,7 +199,7 @@ def test_the_model_is_left_as_it_was(name):
         {key: value.clone() for key, value in model.state_dict().items()},
         threading.active_count(),
     )
-    visit_layers(model, batches, lambda layer, inputs: None)
+    list(walk_layers(model, batches))
     assert state() == before
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert threading.active_count() == threads
@@ -214,7 +213,8 @@ def test_the_model_may_be_used_during_a_visit():
     model, batches = made("deit")
     model.eval()
     outputs = []
-    visit_layers(model, batches, lambda layer, inputs: outputs.append(model(batches[0])))
+    for _ in walk_layers(model, batches):
+        outputs.append(model(batches[0]))
     assert len(outputs) == 8
     assert all(torch.equal(output, model(batches[0])) for output in outputs)
 
@@ -237,7 +237,7 @@ def test_no_part_of_the_model_runs_once_for_each_layer(name, most):
     those before it in the same block as well, and what lies outside of blocks once."""
     model, batches = made(name)
     counted = Counted(model)
-    visit_layers(model, batches, lambda layer, inputs: None)
+    list(walk_layers(model, batches))
     assert max(counted.calls.values()) <= most * len(batches) + 1
     if name == "deit":
         for block in model.blocks:
@@ -262,14 +262,12 @@ def test_under_autocast_later_layers_see_changed_weights():
     model.eval()
     found, expected = [], []
     with torch.autocast("cpu", torch.bfloat16):
-
-        def visit(layer, inputs):
-            assert not torch.is_autocast_enabled("cpu")
-            found.append(inputs.gram)
-            halve(model, layer)
-
         model(batches[0])  # casts, and keeps
-        visit_layers(model, batches, visit)
+        for layer, inputs in walk_layers(model, batches):
+            assert torch.is_autocast_enabled("cpu")
+            found.append(inputs.gram)
+            with torch.autocast("cpu", enabled=False):
+                halve(model, layer)
         assert torch.is_autocast_enabled("cpu")
     model, batches = made("deit")
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
@@ -291,21 +289,16 @@ def test_under_autocast_later_layers_see_changed_weights():
 
 def test_shares_of_the_batches_add_up():
     model, batches = made("deit")
-    whole, parts = [], []
-    visit_layers(model, batches, lambda layer, inputs: whole.append(inputs))
-    for share in (batches[:1], batches[1:]):
-        sums = []
-        visit_layers(model, share, lambda layer, inputs, sums=sums: sums.append(inputs))
-        parts.append(sums)
+
+    def sums(share, **options):
+        return [inputs for _, inputs in walk_layers(model, share, **options)]
+
+    whole = sums(batches)
+    parts = [sums(batches[:1]), sums(batches[1:])]
     for one, first, second in zip(whole, *parts, strict=True):
         torch.testing.assert_close(one.gram, first.gram + second.gram, rtol=1e-5, atol=1e-4)
-    added = []
-    visit_layers(
-        model,
-        batches[:1],
-        lambda layer, inputs: added.append(inputs),
-        add_up=lambda total: total.mul_(2),
-    )
+
+    added = sums(batches[:1], add_up=lambda total: total.mul_(2))
     for one, twice in zip(parts[0], added, strict=True):
         assert torch.equal(2 * one.gram, twice.gram) and torch.equal(2 * one.total, twice.total)
         assert 2 * one.tokens == twice.tokens and torch.equal(one.mean, twice.mean)
@@ -376,7 +369,7 @@ def test_what_goes_wrong_ends_all_threads_and_leaves_the_model_as_it_was(batches
     model, threads = Odd().train(), threading.active_count()
     del model.unused
     with pytest.raises(error, match=words):
-        visit_layers(model, batches, lambda layer, inputs: None)
+        list(walk_layers(model, batches))
     assert threading.active_count() == threads
     assert all(module.training and "forward" not in vars(module) for module in model.modules())
     assert (
@@ -389,15 +382,48 @@ def test_an_error_of_a_visit_ends_all_threads():
     model, threads = Odd(), threading.active_count()
     del model.unused
     with pytest.raises(KeyboardInterrupt):
-        visit_layers(model, [pixel(1)] * 3, lambda layer, inputs: exec("raise KeyboardInterrupt"))
+        for _ in walk_layers(model, [pixel(1)] * 3):
+            raise KeyboardInterrupt
     assert threading.active_count() == threads
+    assert all(module.training and "forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_a_loop_that_breaks_or_a_closed_walk_ends_all_threads(layers):
+    model, threads = Odd(), threading.active_count()
+    del model.unused
+
+    def as_before():
+        return threading.active_count() == threads and all(
+            module.training and "forward" not in vars(module) for module in model.modules()
+        )
+
+    for number, _ in enumerate(walk_layers(model, [pixel(1)] * 3)):
+        assert not as_before()
+        if number + 1 >= layers:
+            break
+    assert as_before()
+
+    walk = walk_layers(model, [pixel(1)] * 3)
+    for _ in range(layers):
+        next(walk)
+    walk.close()
+    assert as_before()
+
+
+def test_the_body_of_a_loop_has_its_own_gradients():
+    model, batches = made("plain")
+    with torch.no_grad():
+        walk = walk_layers(model, batches)
+    for _, inputs in walk:
+        assert torch.is_grad_enabled() and not inputs.gram.requires_grad
 
 
 def test_a_layer_that_no_image_reaches_is_named():
     with pytest.raises(
         PruningError, match="^unused.weight was used on none of the calibration images"
     ):
-        visit_layers(Odd(), [pixel(1)], lambda layer, inputs: None)
+        list(walk_layers(Odd(), [pixel(1)]))
 
 
 class Branch(nn.Module):
@@ -419,7 +445,7 @@ def test_an_order_within_a_module_that_the_images_decide_is_an_error():
         PruningError,
         match="the images decide whether part.(one|two).weight or part.(one|two).weight",
     ):
-        visit_layers(Branch(), [pixel(1), pixel(-1)], lambda layer, inputs: None)
+        list(walk_layers(Branch(), [pixel(1), pixel(-1)]))
 
 
 @pytest.mark.parametrize("name", ["deit", "swin"])
@@ -430,11 +456,10 @@ def test_a_model_beside_sees_the_same_images(name):
     model, batches = made(name)
     dense, found = copy.deepcopy(model), {}
 
-    def visit(layer, inputs):
+    for layer, inputs in walk_layers(model, batches, other=dense):
         found[layer] = inputs
         halve(model, layer)
 
-    visit_layers(model, batches, visit, beside=dense)
     expected, others = [], []
     model, _ = made(name)
     plain_walk(

@@ -9,7 +9,7 @@ import torch
 from made_up import linears
 from torch import nn
 
-from sparsity_factory import PruningError, Recipe, Sparsifier, check_masks, visit_layers
+from sparsity_factory import PruningError, Recipe, Sparsifier, check_masks, walk_layers
 from sparsity_factory.learned_masks import PRIOR, SCALES, TEMPERATURES, MaskLearner, adam
 
 STEPS = 12
@@ -219,9 +219,9 @@ def test_a_reconstruction_chooses_the_first_masks_and_makes_up_for_the_learned_o
     inputs = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
     walks = []
 
-    def walk(visit, beside):
+    def walk(dense):
         walks.append(len(walks))
-        visit_layers(run.model, [inputs], visit, beside=beside)
+        return walk_layers(run.model, [inputs], other=dense)
 
     run = Run(recipe(prune_end=0.5, reconstruct="obs"), started=False, walk=walk)
     run.sparsifier.start()

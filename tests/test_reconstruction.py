@@ -27,7 +27,7 @@ from sparsity_factory import (
     parse_pattern,
     prunable_weights,
     prune,
-    visit_layers,
+    walk_layers,
 )
 from sparsity_factory.reconstruction import reconstruct_layers
 
@@ -368,7 +368,7 @@ def unstructured(name):
 
 
 def as_walked(model, batches):
-    return lambda visit, beside: visit_layers(model, batches, visit, beside=beside)
+    return lambda dense: walk_layers(model, batches, other=dense)
 
 
 def one_layer(inputs, rows=5, bias=True):
@@ -546,6 +546,26 @@ def test_each_layer_sees_what_the_pruned_ones_before_it_give():
         second, last = by_hand(dense[2], (images @ first.T + bias).relu(), masks["2.weight"])
     for found, expected in zip(model.parameters(), (first, bias, second, last), strict=True):
         torch.testing.assert_close(found.detach(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_under_autocast_only_the_model_runs_in_half_precision(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 6))
+    masks, seen = compute_masks(model, "unif", 0.5), []
+
+    def plain(weight, inputs, mask, pattern):
+        assert not torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
+        seen.append(inputs.gram)
+        return weight * mask, mask
+
+    monkeypatch.setitem(RECONSTRUCTIONS, "plain", plain)
+    images = torch.randn(40, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        reconstruct_layers(model, masks, "plain", as_walked(model, [images]), patterns=unstructured)
+        with torch.no_grad():
+            hidden = model[1](model[0](images)).double()
+    hidden -= hidden.mean(0)
+    torch.testing.assert_close(seen[1], hidden.T @ hidden, rtol=1e-2, atol=1e-2)
 
 
 def test_layers_without_mask_or_pruned_weights_stay_as_they_are():

@@ -21,7 +21,7 @@ from sparsity_factory import (
     compute_masks,
     pack,
     parse_pattern,
-    visit_layers,
+    walk_layers,
 )
 from sparsity_factory.patterns import regrow
 from sparsity_factory.reconstruction import reconstruct_layers
@@ -522,8 +522,8 @@ def test_a_weight_without_gradient_is_not_moved():
 # ---- reconstruction ----
 
 
-def walk(model, visit) -> None:
-    visit_layers(model, [torch.randn(40, 8, generator=torch.Generator().manual_seed(1))], visit)
+def walk(model):
+    return walk_layers(model, [torch.randn(40, 8, generator=torch.Generator().manual_seed(1))])
 
 
 def reconstructing(schedule: str, method: str = "obs", make=sgd):
@@ -532,9 +532,9 @@ def reconstructing(schedule: str, method: str = "obs", make=sgd):
     """
     before = {}
 
-    def remember_and_walk(visit, beside):
+    def remember_and_walk(dense):
         before[run.sparsifier.step] = copy.deepcopy(run.model)
-        walk(run.model, visit)
+        return walk(run.model)
 
     fields = {"reconstruct": method} | ({"rewind": None} if schedule == "iterative" else {})
     run = Run(recipe(schedule, **fields), make, started=False, walk=remember_and_walk)
@@ -559,7 +559,7 @@ def test_each_choice_of_masks_reconstructs_and_averages_begin_anew(schedule, ste
                 expected,
                 run.masks(),
                 "obs-mask",
-                lambda visit, _, model=expected: walk(model, visit),
+                lambda dense, model=expected: walk(model),
                 patterns=lambda name: parse_pattern("unstructured"),
             )
             for model in (run.model, run.average):

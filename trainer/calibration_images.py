@@ -1,6 +1,7 @@
 """Which training images calibrate scores, pruners and reconstruction, and how they are loaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -11,25 +12,24 @@ import utils
 from datasets import build_dataset, build_transform
 from models import without_checkpointing
 from samplers import EvalBatchSampler
-from sparsity_factory import Inputs, Statistics, collect_statistics, prunable_weights, visit_layers
+from sparsity_factory import Inputs, Statistics, collect_statistics, prunable_weights, walk_layers
 from utils import Compute, UserError, log
 
 from .stop_signals import ignore_signals
 
-# Whatever --batch-size is, since the gradient of a batch depends on its images
+# Independent of --batch-size, because the gradient of a batch depends on its images
 BATCH_SIZE = 32
 
 
 class Calibration:
-    """The calibration images: `--calibration-images` training images under the evaluation
-    transform, drawn by the seed.
+    """The calibration images: `--calibration-images` training images, drawn by the seed.
 
-    Called with what is needed, it returns the `Statistics` of the model over them; `walk` visits
-    the layers. Every process calls it: whole batches are shared out, and what they give is added
-    up.
+    They come under the evaluation transform. Called with the names of statistics, it returns the
+    `Statistics` of the model over them; `walk` walks over the layers. Every process calls it:
+    whole batches are shared out, and the sums of all processes are added up.
 
-    known: where runs share a dense model, the latest statistics of it, by seed and needs. The first
-        call, when the model is still dense, takes them from there or leaves its own.
+    known: if runs share a dense model, its latest statistics, by seed and needs. The first call,
+        when the model is still dense, takes them from there or leaves its own.
 
     Raises UserError for more images than there are or less than one for each process, and for a
     stream of images, out of which none can be drawn.
@@ -40,8 +40,9 @@ class Calibration:
         self.images = args.calibration_images
         self._seed = args.seed
         self._known = known
-        # The gradients of a loss that is not scaled vanish in float16.
+        # In float16 the gradients of an unscaled loss vanish
         self.compute = Compute(compute.device) if compute.dtype == torch.float16 else compute
+
         data, _ = build_dataset(True, args, build_transform(False, args))
         if isinstance(data, IterableDataset):
             raise UserError(
@@ -52,10 +53,9 @@ class Calibration:
                 f"--calibration-images {self.images}: there are {len(data)} training images, for "
                 f"{utils.world_size()} process(es)"
             )
-        drawn = np.random.default_rng((utils.CALIBRATION, args.seed)).permutation(len(data))[
-            : self.images
-        ]
-        drawn = Subset(data, drawn.tolist())
+
+        order = np.random.default_rng((utils.CALIBRATION, args.seed)).permutation(len(data))
+        drawn = Subset(data, order[: self.images].tolist())
 
         def loader(batch_size):
             batches = EvalBatchSampler(self.images, batch_size, utils.rank(), utils.world_size())
@@ -67,7 +67,7 @@ class Calibration:
             )
 
         self.loader = loader(BATCH_SIZE)
-        # Each process has a batch
+        # A walk needs a batch on each process
         self._loader_for_all = loader(min(BATCH_SIZE, self.images // utils.world_size()))
 
     def __call__(
@@ -78,36 +78,38 @@ class Calibration:
         key = (self._seed, frozenset(needs))
         if known and key in known:
             return known[key]
+
         log(f"Calibrating on {self.images:,} training images: {', '.join(sorted(needs))}")
-        shares = (
-            {"share": utils.rank(), "add_up": dist.all_reduce} if utils.world_size() > 1 else {}
-        )
+        shares = {}
+        if utils.world_size() > 1:
+            shares = {"share": utils.rank(), "add_up": dist.all_reduce}
         with self.compute.autocast(), without_checkpointing(self.model):
             statistics = collect_statistics(self.model, self.loader, loss, needs, **shares)
+
+        # Only the latest are kept, because they are large
         if known is not None:
-            known.clear()  # of one kind at a time, for their memory
+            known.clear()
             known[key] = statistics
         return statistics
 
-    def walk(
-        self, visit: Callable[[str, Inputs], None], beside: torch.nn.Module | None = None
-    ) -> None:
-        """Calls `visit` for each prunable weight, in the order in which they compute: see
-        `visit_layers`.
+    def walk(self, dense: torch.nn.Module | None = None) -> Generator[tuple[str, Inputs]]:
+        """Walks over the layers as `walk_layers` does, with a line in the log for every twelfth.
+
+        dense: another model that sees the same images.
         """
         layers = prunable_weights(self.model)
+        widest = max(weight.shape[1] for weight in layers.values())
         log(f"Reconstructing {len(layers)} layers on {self.images:,} training images")
-        if self.images < (widest := max(weight.shape[1] for weight in layers.values())):
+        if self.images < widest:
             log(f"--calibration-images {self.images}: fewer than the {widest} inputs of a layer")
-        logger = iter(utils.MetricLogger().log_every(list(layers), 12, "Layer:"))
-
-        def visit_and_tell(name, inputs):
-            next(logger)
-            visit(name, inputs)
 
         add_up = dist.all_reduce if utils.world_size() > 1 else None
-        with self.compute.autocast(), without_checkpointing(self.model):
-            visit_layers(
-                self.model, self._loader_for_all, visit_and_tell, beside=beside, add_up=add_up
-            )
+        with self.compute.autocast():
+            walk = walk_layers(self.model, self._loader_for_all, other=dense, add_up=add_up)
+
+        logger = iter(utils.MetricLogger().log_every(list(layers), 12, "Layer:"))
+        with without_checkpointing(self.model), closing(walk):
+            for layer in walk:
+                next(logger)
+                yield layer
         next(logger, None)
