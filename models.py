@@ -182,6 +182,24 @@ def checkpoint_gradients(model: torch.nn.Module, name: str) -> None:
         ) from None
 
 
+def compile_model(model: torch.nn.Module, mode: str) -> None:
+    """Compiles a model in place, so that parameters keep their names, and masks their parameters.
+
+    Each shape of inputs is compiled for itself, since code for any shape is slower. A copy of a
+    compiled model is not compiled: it needs a call of its own, which finds the code of the first.
+
+    mode: of torch.compile, one of `compile_modes()`.
+    """
+    model.compile(dynamic=False, mode=mode)
+
+
+def compile_modes() -> list[str]:
+    """What `--compile-mode` may be, by the torch that is installed."""
+    from torch import _inductor  # takes seconds, and few runs need it
+
+    return list(_inductor.list_mode_options())
+
+
 @contextlib.contextmanager
 def without_checkpointing(model: torch.nn.Module):
     """A context in which the backward pass computes no activations again.

@@ -392,6 +392,31 @@ def test_compile_trains_as_without_and_compiles_each_shape_for_itself(
         torch.testing.assert_close(compiled[name], weight, rtol=1e-3, atol=1e-5)
 
 
+def test_the_mode_of_the_compiler_reaches_the_model_its_average_and_its_teacher(
+    run_main, tiny, monkeypatch
+):
+    compiled = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda model, **options: compiled.append((model, options))
+    )
+    flags = ["--compile", "--compile-mode", "reduce-overhead", "--dense-teacher", "0.5"]
+    run_main(*tiny, *LAMP, *flags)
+    assert len({id(model) for model, _ in compiled}) == 3
+    assert all(options == {"dynamic": False, "mode": "reduce-overhead"} for _, options in compiled)
+
+
+def test_a_compiled_model_and_its_average_share_their_code(run_main, tiny, monkeypatch):
+    counter, compile_model = CompileCounterWithBackend("aot_eager"), torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda model, **options: compile_model(model, backend=counter, **options),
+    )
+    run_main(*tiny, "--compile", "--epochs", "2")
+    # Batches of 16 to train; of 24 and, at the end, 13 to evaluate
+    assert counter.frame_count == 3
+
+
 def test_compile_needs_a_compiler(run_main, tiny, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert run_main(*tiny, "--compile", status=2).startswith("error: --compile: ")

@@ -80,6 +80,8 @@ MISTAKES = [
         (["--layer-decay", factor], f"--layer-decay {factor}", {})
         for factor in ("0.0", "1.1", "nan")
     ),
+    (["--compile-mode", "max-autotune"], "--compile-mode max-autotune needs --compile", {}),
+    (["--compile", "--compile-mode", "fastest"], "fastest: expected one of default, ", {}),
     (["--layer-decay", "0.7", "--sched", "none"], "--sched none", {}),
     (
         ["--model", "pit_ti_224", "--input-size", "224", "--no-pretrained", "--grad-checkpointing"],

@@ -5,6 +5,7 @@ import os
 import shutil
 
 from datasets import DATA_SETS, TIMM
+from models import compile_modes
 from utils import UserError
 
 from .trackers import require
@@ -169,6 +170,12 @@ def check_devices_and_output(args) -> None:
         raise UserError(
             f"--compile: torch.compile needs a C++ compiler, and there is no {compiler}; CXX may "
             "name one"
+        )
+    if args.compile_mode != "default" and not args.compile:
+        raise UserError(f"--compile-mode {args.compile_mode} needs --compile as well")
+    if args.compile_mode != "default" and args.compile_mode not in compile_modes():
+        raise UserError(
+            f"--compile-mode {args.compile_mode}: expected one of {', '.join(compile_modes())}"
         )
     for flag in ("--tensorboard", "--checkpoint-every"):
         if _value(args, flag) and not args.output_dir:

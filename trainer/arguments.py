@@ -269,6 +269,8 @@ def _add_run(group: Group) -> None:
              "hardware")
     add("--compile", bool, False,
         help="torch.compile the model: takes minutes at first, needs a C++ compiler")
+    add("--compile-mode", str, "default",
+        help="mode of torch.compile, such as reduce-overhead or max-autotune")
 
     # Several processes
     switch("dist-eval", True, sweep=FREE,

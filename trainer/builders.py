@@ -19,7 +19,13 @@ from augment import BatchTransform
 from datasets import build_dataset
 from engine import StepOptions
 from losses import CosubLoss, DenseTeacherLoss, DistillationLoss
-from models import build_model, checkpoint_gradients, train_attention_only, train_both_heads
+from models import (
+    build_model,
+    checkpoint_gradients,
+    compile_model,
+    train_attention_only,
+    train_both_heads,
+)
 from samplers import EvalBatchSampler, TrainSampler
 from sparsity_factory import (
     PruningError,
@@ -171,7 +177,7 @@ def build_dense_teacher(
     """What `--dense-teacher` learns from: a copy of `model` before it is pruned. None without it.
 
     A resumed run has no dense model. It loads one again from where the first run had it, or from
-    `--finetune`. The teacher is not compiled.
+    `--finetune`.
 
     Raises UserError if there are no dense weights that a training could learn from.
     """
@@ -184,6 +190,8 @@ def build_dense_teacher(
         teacher = copy.deepcopy(model)
         if args.grad_checkpointing:
             teacher.set_grad_checkpointing(False)
+        if args.compile:
+            compile_model(teacher, args.compile_mode)
 
     flag = f"--dense-teacher {args.dense_teacher:g}"
     source = args.resume or args.finetune
@@ -232,7 +240,6 @@ def load_dense(
     first.finetune = args.finetune or stored["file"]
     first.use_ema = bool(stored.get("use_ema"))
     first.pretrained = True
-    first.compile = False
     first.grad_checkpointing = False
     try:
         first, dense = load_start(first)
@@ -291,16 +298,8 @@ def prepare_model(
     if args.grad_checkpointing:
         checkpoint_gradients(model, args.model)
     if args.compile:
-        compile_model(model)
+        compile_model(model, args.compile_mode)
     return model.to(device)
-
-
-def compile_model(model: torch.nn.Module) -> None:
-    """Compiles a model in place, so that parameters keep their names, and masks their parameters.
-
-    Each shape of inputs is compiled for itself, since code for any shape is slower.
-    """
-    model.compile(dynamic=False)
 
 
 def build_sparsifier(
@@ -383,7 +382,7 @@ def shrink_before_training(
     sparsifier.start(masks)
     small = shrink(model, sparsifier.masks)
     if args.compile:
-        compile_model(small)
+        compile_model(small, args.compile_mode)
 
     weights = prunable_weights(small)
     kept = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
@@ -465,4 +464,6 @@ def prepare_teacher(args, num_classes: int) -> torch.nn.Module:
     log(f"Teacher: {args.teacher_model} with the weights of {args.teacher_path}")
     teacher = build_model(args.teacher_model, num_classes, args.input_size, flag="--teacher-model")
     load_weights(teacher, utils.load_checkpoint(args.teacher_path)["model"], args.teacher_path)
+    if args.compile:
+        compile_model(teacher, args.compile_mode)
     return teacher.eval().requires_grad_(False)

@@ -11,6 +11,7 @@ from timm.utils import ModelEmaV3
 
 import utils
 from engine import Learner, Progress
+from models import compile_model
 from sparsity_factory import Sparsifier, __version__, check_masks, unit_counts
 from sparsity_factory.masks import dense_shapes
 from utils import Compute, UserError, first_line, log
@@ -68,6 +69,8 @@ class TrainingState:
         if args.model_ema:
             device = "cpu" if args.model_ema_force_cpu else None
             ema = ModelEmaV3(model, args.model_ema_decay, device=device)
+            if args.compile:
+                compile_model(ema.module, args.compile_mode)
 
         scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.dtype == torch.float16)
         sparsifier.attach(optimizer, [ema.module] if ema else [])
