@@ -7,6 +7,9 @@ the process, timm's reader `hfds/` among it.
 import contextlib
 import gzip
 import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -20,13 +23,27 @@ from timm.data import (
     ImageNetInfo,
     create_dataset,
     create_transform,
+    set_img_extensions,
 )
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 from torchvision import io, transforms
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from augment import RandomResizedCrop, repair_posterize, three_augment
-from utils import BadImageError, UserError, first_line
+from utils import (
+    EXTENSIONS,
+    BadImageError,
+    ClassFolders,
+    UserError,
+    class_names,
+    differently_ordered,
+    first_line,
+    is_hidden,
+    is_image,
+    read_class_folders,
+)
 
 # Other names that timm accepts for a split
 SYNONYMS = {"train": ("training",), "validation": ("val", "valid", "eval", "evaluation")}
@@ -38,12 +55,17 @@ SMALL = 32  # images of up to this size are not zoomed into, as in DeiT
 BICUBIC = transforms.InterpolationMode.BICUBIC
 
 
-def build_dataset(is_train: bool, args, transform=None) -> tuple[Dataset, int]:
+def build_dataset(
+    is_train: bool, args, transform=None, classes: Iterable[str] | None = None
+) -> tuple[Dataset, int]:
     """The training or validation images that the arguments ask for, and the number of classes.
 
-    Without `--data-path` the images are the built-in sample.
+    Without `--data-path` the images are the built-in sample. A data set with a folder for each
+    class has `notes`, lines about what is unusual in it.
 
     transform: maps an image to the model's input; by default DeiT's transform.
+    classes: the names of the training classes, which number those of the validation images; by
+        default they are read from the training folder.
     Raises UserError if files are missing or damaged.
     """
     if args.data_path:
@@ -53,7 +75,10 @@ def build_dataset(is_train: bool, args, transform=None) -> tuple[Dataset, int]:
     if not path.is_dir():
         raise UserError(f"--data-path {path}: no such folder")
     build = _timm if name.startswith(TIMM) else DATA_SETS[name]
-    return build(path, is_train, transform or build_transform(is_train, args), args)
+    transform = transform or build_transform(is_train, args)
+    if build in (_timm, _image_folder):
+        return build(path, is_train, transform, args, classes)
+    return build(path, is_train, transform, args)
 
 
 def build_transform(is_train: bool, args):
@@ -248,36 +273,245 @@ def loader_for(transform):
     return partial(load_image, as_pixels=isinstance(first, RandomResizedCrop))
 
 
-class ReaderImages(Dataset):
-    """The images of a timm reader: a folder or tar file with a folder per class."""
+class ClassImages(Dataset):
+    """The images of a split with a folder, or a folder in a tar file, for each class.
 
-    def __init__(self, reader, transform):
-        self.reader = reader
+    samples: for each image, what `read` takes, and its label.
+    read: returns the image of a sample.
+    notes: lines about what is unusual in the split.
+    """
+
+    def __init__(self, samples: list, numbering: "Numbering", transform, read, notes: list[str]):
+        self.samples = samples
+        self.class_to_idx = numbering.labels
+        self.classes = list(numbering.labels)
         self.transform = transform
-        self.loader = loader_for(transform)
-        self.class_to_idx = getattr(reader, "class_to_idx", None) or reader.class_name_to_idx
+        self.read = read
+        self.notes = notes
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.samples)
 
     def __getitem__(self, index: int):
-        file, label = self.reader[index]
-        image = self.loader(self.reader.filename(index, absolute=True), file=file)
-        return self.transform(image), label
+        sample, label = self.samples[index]
+        return self.transform(self.read(sample)), label
 
 
-def _timm(path, is_train, transform, args):
-    """The data set that timm makes for `--data-set timm:NAME`, and its number of classes."""
-    name = args.data_set.removeprefix(TIMM)
-    split = args.train_split if is_train else args.val_split
-    kind = name.partition("/")[0]
-    folders = (split, *SYNONYMS.get(split, ()))
-    if kind in ("", "folder") and not any((path / folder).exists() for folder in folders):
+class ImagesInTar:
+    """Reads images of a tar file by their number in timm's reader."""
+
+    def __init__(self, reader: ReaderImageInTar, transform):
+        self.reader = reader
+        self.loader = loader_for(transform)
+
+    def __call__(self, number: int):
+        file, _ = self.reader[number]
+        return self.loader(self.reader.filename(number, absolute=True), file=file)
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """The label of each class by its name, the number of classes, and lines about the order."""
+
+    labels: dict[str, int]
+    count: int
+    notes: list[str]
+
+
+def number_classes(names: Iterable[str], num_classes: int | None = None) -> Numbering:
+    """The labels of classes that are named by folders; the same for every reader.
+
+    ImageNet's synsets, or a part of them, and 1000 folders that are named 0 to 999 have ImageNet's
+    labels, so that the head of a pretrained model fits them. Other names are numbered in the order
+    of their text, as by torchvision and DeiT.
+
+    num_classes: the number of classes that is asked for, which may exclude ImageNet's labels.
+    """
+    names = sorted(names)
+    synsets = {name: label for label, name in enumerate(ImageNetInfo().label_names())}
+    if names and set(names) <= set(synsets) and (num_classes or 1000) >= 1000:
+        notes = []
+        if len(names) < len(synsets):
+            notes = [f"{len(names)} synsets of ImageNet, which keep its labels of 1000 classes"]
+        return Numbering({name: synsets[name] for name in names}, len(synsets), notes)
+
+    # Folders that are numbers
+    decimal = all(name.isascii() and name.isdigit() for name in names)
+    if decimal and sorted(map(int, names)) == list(range(1000)):
+        note = "folders 0 to 999 are the classes of ImageNet by number"
+        return Numbering({name: int(name) for name in names}, 1000, [note])
+
+    labels = {name: label for label, name in enumerate(names)}
+    notes = []
+    if moved := differently_ordered(names, natural_key):
+        kind = "folders that are named by numbers" if decimal else "classes"
+        notes = [
+            f"{kind} are numbered in the order of their names as text, as by torchvision: "
+            f"{moved} is class {labels[moved]}"
+        ]
+    return Numbering(labels, len(labels), notes)
+
+
+def _class_images(
+    path: Path,
+    is_train: bool,
+    args,
+    transform,
+    roots: tuple[Path, Path],
+    classes: Iterable[str] | None,
+    skip_empty: bool = False,
+) -> tuple[ClassImages, int]:
+    """A split with a folder of images for each class, and the number of classes.
+
+    roots: the folders (or tar files) of the training and of the validation images.
+    skip_empty: a training folder without images is no class; otherwise it is an error.
+    """
+    train, val = roots
+    root = train if is_train else val
+    annotations = root / "val_annotations.txt"
+    if root.is_file():
+        found, read = _in_tar(root, transform, classes)
+    elif not is_train and annotations.is_file():
+        found, read = _tiny_imagenet(root, annotations), loader_for(transform)
+    else:
+        found, read = read_class_folders(root), loader_for(transform)
+
+    empty = [name for name, images in found.images.items() if not images]
+    _check_folders(path, root, found, [] if skip_empty or not is_train else empty)
+    filled = {name: images for name, images in found.images.items() if images}
+
+    # The training folder numbers the classes of both splits
+    if is_train:
+        classes = list(filled)
+    elif classes is None:
+        classes = class_names(train) if train.is_dir() else list(filled)
+    numbering = number_classes(classes, args.num_classes)
+    labels = numbering.labels
+    for name in filled:
+        if name not in labels:
+            raise UserError(
+                f"--data-path {path}: class {name} of {val.name}/ is missing in {train.name}/; "
+                f"expected a folder in {train.name}/ for each one in {val.name}/"
+            )
+
+    samples = [(image, labels[name]) for name in sorted(filled) for image in filled[name]]
+    notes = [f"--data-path {path}: {note}" for note in _notes(root, found, empty, labels, is_train)]
+    if is_train:
+        notes += [f"--data-path {path}: {note}" for note in numbering.notes]
+    return ClassImages(samples, numbering, transform, read, notes), numbering.count
+
+
+def _check_folders(path: Path, root: Path, found: ClassFolders, empty: list[str]) -> None:
+    """Raises UserError for a split without classes, or with folders of classes that are empty."""
+    if empty:
+        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
         raise UserError(
-            f"--data-path {path}: has no {split} in it; expected --train-split and --val-split to "
-            "name folders or tar files there"
+            f"--data-path {path}: {root.name}/ has no image of class {empty[0]}{more}; expected "
+            "files such as .jpg or .png in the folder of each class"
+        )
+    if any(found.images.values()):
+        return
+
+    if found.loose:
+        ilsvrc = any(name.startswith("ILSVRC2012_val") for name in found.loose)
+        hint = "; the script valprep.sh sorts those of ImageNet" if ilsvrc else ""
+        raise UserError(
+            f"--data-path {path}: {root.name}/ holds {len(found.loose):,} images and no folder of "
+            f"a class; expected one folder of images per class{hint}"
+        )
+    raise UserError(
+        f"--data-path {path}: {root.name}/ has no images in it; expected one folder of images per "
+        "class"
+    )
+
+
+def _notes(root: Path, found: ClassFolders, empty: list[str], labels: dict, is_train: bool):
+    """Lines about what is unusual in a split."""
+    name = root.name
+    filled = [label for label, images in found.images.items() if images]
+    if found.hidden:
+        yield f"{name}/: hidden, so neither classes nor images: {_shown(found.hidden)}"
+    if found.loose:
+        yield f"{name}/: {len(found.loose):,} images have no folder, so no class, and are left out"
+    if is_train and empty:
+        yield f"{name}/: folders without images are no classes: {_shown(empty)}"
+    if is_train and len(filled) == 1:
+        yield (
+            f"{name}/ has one class alone, {filled[0]}: every model is right on it; is this the "
+            "folder with the classes?"
         )
 
+    missing = [label for label in labels if label not in filled]
+    if missing:
+        yield f"{name}/ has no image of {len(missing)} of {len(labels)} classes: {_shown(missing)}"
+
+
+def _shown(names: Iterable[str], most: int = 5) -> str:
+    """The first of some names, for a line of the log."""
+    names = sorted(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _tiny_imagenet(root: Path, annotations: Path) -> ClassFolders:
+    """The validation images of Tiny-ImageNet as downloaded, in images/, with their classes."""
+    found = ClassFolders()
+    try:
+        lines = annotations.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{annotations}: cannot be read ({first_line(error)})") from None
+
+    for number, line in enumerate(lines, start=1):
+        file, _, rest = line.partition("\t")
+        name = rest.partition("\t")[0].strip()
+        if not file or not name or Path(file).name != file:
+            raise UserError(f"{annotations}: line {number}: expected a file, a tab and its class")
+        found.images.setdefault(name, []).append(str(root / "images" / file))
+    return found
+
+
+def _in_tar(
+    root: Path, transform, classes: Iterable[str] | None
+) -> tuple[ClassFolders, ImagesInTar]:
+    """The images of a tar file by class, as numbers for what reads them, and that.
+
+    A class is the first folder in the archive, or the name of a tar file in it. An archive of one
+    folder, which holds all others, has its classes in that.
+    """
+    set_img_extensions(EXTENSIONS)
+    reader = ReaderImageInTar(str(root))
+    members = []
+    hidden = set()
+    for number, (member, _, archive) in enumerate(reader.samples):
+        inner = os.path.splitext(archive.name)[0] if archive is not None else ""
+        parts = [part for part in Path(inner, member.name).parts if part not in ("/", "..")]
+        if found := [part for part in parts if is_hidden(part)]:
+            hidden.update(found)
+        elif is_image(parts[-1]):
+            members.append((number, parts))
+
+    # The folder that was packed
+    first = {parts[0] for _, parts in members}
+    holds_all = len(first) == 1 and all(len(parts) > 2 for _, parts in members)
+    if holds_all and first.isdisjoint(classes or ()):
+        members = [(number, parts[1:]) for number, parts in members]
+
+    found = ClassFolders(hidden=hidden)
+    for number, parts in members:
+        if len(parts) == 1:
+            found.loose.append(parts[0])
+        else:
+            found.images.setdefault(parts[0], []).append(number)
+    return found, ImagesInTar(reader, transform)
+
+
+def _timm(path, is_train, transform, args, classes=None):
+    """The data set that timm makes for `--data-set timm:NAME`, and its number of classes."""
+    name = args.data_set.removeprefix(TIMM)
+    kind = name.partition("/")[0]
+    if name in ("", "folder", "torch/folder", "torch/image_folder"):
+        return _timm_folder(path, is_train, transform, args, classes)
+
+    split = args.train_split if is_train else args.val_split
     try:
         data = create_dataset(
             name,
@@ -291,35 +525,71 @@ def _timm(path, is_train, transform, args):
     except ImportError as error:
         raise UserError(f"--data-set {args.data_set}: {first_line(error)}") from None
     except Exception as error:  # each reader has its own way to refuse
-        hint = "; pip install webdataset" if "install webdataset" in str(error) else ""
-        raise UserError(
-            f"--data-set {args.data_set} --data-path {path}, split {split}: "
-            f"{first_line(error)}{hint}"
-        ) from None
+        raise _refused(args, path, split, error) from None
 
-    classes = args.num_classes
     if kind == "wds":
-        if not classes:
+        if not args.num_classes:
             raise UserError(
                 f"--data-set {args.data_set} needs --num-classes as well: expected the number of "
                 "classes, as shards do not tell it"
             )
-        return data, classes
+        return data, args.num_classes
 
-    if kind == "torch":
-        names = getattr(data, "all_categories", None)
-        if names is None:
-            names = getattr(data, "classes", [])
-        if hasattr(data, "loader"):
-            data.loader = loader_for(transform)  # its errors name the file
+    names = getattr(data, "all_categories", None)
+    if names is None:
+        names = getattr(data, "classes", [])
+    if hasattr(data, "loader"):
+        data.loader = loader_for(transform)  # its errors name the file
+    return data, _count(args, path, len(names))
+
+
+def _timm_folder(path, is_train, transform, args, classes):
+    """The folder or tar file of a split, in timm's order, and its number of classes."""
+    roots = _split_root(path, args.train_split), _split_root(path, args.val_split)
+    split = args.train_split if is_train else args.val_split
+    root = roots[0] if is_train else roots[1]
+    if not root.exists():
+        raise UserError(
+            f"--data-path {path}: has no {split} in it; expected --train-split and --val-split to "
+            "name folders or tar files there"
+        )
+
+    try:
+        data, count = _class_images(path, is_train, args, transform, roots, classes, True)
+    except UserError:
+        raise
+    except Exception as error:  # the reader of tar files
+        raise _refused(args, path, split, error) from None
+
+    if root.is_dir():
+        data.samples.sort(key=_natural_path)
     else:
-        # timm's own class skips files that cannot be read
-        data = ReaderImages(data.reader, transform)
-        names = data.class_to_idx
+        data.samples.sort()  # numbers of timm's reader, which has sorted the files
+    return data, _count(args, path, count)
 
-    if classes and classes < len(names):
-        raise UserError(f"--num-classes {classes}: {path} has {len(names)} classes")
-    return data, classes or len(names)
+
+def _natural_path(sample: tuple[str, int]) -> list:
+    return natural_key(sample[0])
+
+
+def _split_root(path: Path, split: str) -> Path:
+    """The folder or tar file of a split, by its name or another one that timm accepts."""
+    names = (split, *SYNONYMS.get(split, ()))
+    return next((path / name for name in names if (path / name).exists()), path / split)
+
+
+def _refused(args, path: Path, split: str, error: Exception) -> UserError:
+    hint = "; pip install webdataset" if "install webdataset" in str(error) else ""
+    return UserError(
+        f"--data-set {args.data_set} --data-path {path}, split {split}: {first_line(error)}{hint}"
+    )
+
+
+def _count(args, path: Path, found: int) -> int:
+    """The number of classes, `--num-classes` or those that were found; fewer are an error."""
+    if args.num_classes and args.num_classes < found:
+        raise UserError(f"--num-classes {args.num_classes}: {path} has {found} classes")
+    return args.num_classes or found
 
 
 def _read_json(path: Path):
@@ -331,27 +601,14 @@ def _read_json(path: Path):
         raise UserError(f"{path}: not readable as JSON ({first_line(error)})") from None
 
 
-def _image_folder(path, is_train, transform, args):
-    root = path / ("train" if is_train else "val")
+def _image_folder(path, is_train, transform, args, classes=None):
+    roots = path / "train", path / "val"
+    root = roots[0] if is_train else roots[1]
     if not root.is_dir():
         raise UserError(
             f"--data-path {path}: has no folder {root.name}/ with one folder of images per class"
         )
-    try:
-        data = ImageFolder(root, transform=transform, loader=loader_for(transform))
-    except FileNotFoundError as error:
-        raise UserError(f"--data-path {path}: {' '.join(str(error).split())}") from None
-
-    # A part of ImageNet keeps ImageNet's labels, so that the head of a pretrained model fits it
-    synsets = {name: label for label, name in enumerate(ImageNetInfo().label_names())}
-    if not set(data.classes) <= set(synsets):
-        return data, len(data.classes)
-    data.class_to_idx = {name: synsets[name] for name in data.classes}
-    samples = [(file, synsets[data.classes[label]]) for file, label in data.samples]
-    data.samples = samples
-    data.imgs = samples
-    data.targets = [label for _, label in samples]
-    return data, len(synsets)
+    return _class_images(path, is_train, args, transform, roots, classes)
 
 
 def _cifar(kind, num_classes):

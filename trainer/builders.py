@@ -68,8 +68,11 @@ def evaluation_batch_size(args) -> int:
 def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
     """The loaders of the training and the validation images, and the number of classes."""
     train_set, num_classes = build_dataset(True, args)
-    val_set, _ = build_dataset(False, args)
+    classes = getattr(train_set, "class_to_idx", None)
+    val_set, _ = build_dataset(False, args, classes=classes)
     check_classes(train_set, val_set, args.data_path)
+    for note in (*getattr(train_set, "notes", ()), *getattr(val_set, "notes", ())):
+        log(note)
 
     process = utils.rank(), utils.world_size()
     share = process if args.dist_eval else (0, 1)  # of the validation images
@@ -102,7 +105,7 @@ def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
 
 
 def check_classes(train_set, val_set, data_path: str) -> None:
-    """Raises UserError if a class of val/ is missing in train/ or has another number there."""
+    """Raises UserError if a class of the validation images has another number in training."""
     labels = getattr(train_set, "class_to_idx", {})
     for name, label in getattr(val_set, "class_to_idx", {}).items():
         if labels.get(name) != label:

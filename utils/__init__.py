@@ -1,5 +1,14 @@
 """What all parts of the project use: errors, processes, logs, checkpoint files, devices, seeds."""
 
+from .class_folders import (
+    EXTENSIONS,
+    ClassFolders,
+    class_names,
+    differently_ordered,
+    is_hidden,
+    is_image,
+    read_class_folders,
+)
 from .devices import Compute, choose_amp, choose_device, versions
 from .errors import BadImageError, DivergedError, UserError, WriteError, first_line
 from .files import load_checkpoint, save_checkpoint, write_atomically
@@ -36,8 +45,10 @@ __all__ = [
     "BARS",
     "BadImageError",
     "CALIBRATION",
+    "ClassFolders",
     "Compute",
     "DivergedError",
+    "EXTENSIONS",
     "INIT",
     "LINES",
     "MetricLogger",
@@ -52,12 +63,16 @@ __all__ = [
     "available_cores",
     "choose_amp",
     "choose_device",
+    "class_names",
+    "differently_ordered",
     "end_process",
     "exchange_failure",
     "first_line",
     "gather_objects",
     "init_process_group",
     "is_first_to_fail",
+    "is_hidden",
+    "is_image",
     "is_main_process",
     "launcher",
     "load_checkpoint",
@@ -67,6 +82,7 @@ __all__ = [
     "processes_here",
     "quiet_libraries",
     "rank",
+    "read_class_folders",
     "save_checkpoint",
     "seed_everything",
     "show_progress",
