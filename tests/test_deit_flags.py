@@ -193,7 +193,7 @@ def test_model_ema_follows_with_its_decay_and_can_be_left_out(run_main, tiny, tm
 def test_model_ema_force_cpu_keeps_the_average_in_the_cpus_memory(monkeypatch):
     asked, average = [], ModelEmaV3(torch.nn.Linear(2, 2))
     monkeypatch.setattr(
-        "trainer.training_state.ModelEmaV3",
+        "trainer.training_state.MovingAverage",
         lambda model, decay, device: asked.append(device) or average,
     )
     for flags in (["--model-ema-force-cpu"], []):

@@ -7,7 +7,6 @@ import math
 import torch
 from timm.optim import create_optimizer, muon
 from timm.scheduler import create_scheduler
-from timm.utils import ModelEmaV3
 
 import utils
 from engine import Learner, Progress
@@ -15,6 +14,8 @@ from models import compile_model
 from sparsity_factory import Sparsifier, __version__, check_masks, unit_counts
 from sparsity_factory.masks import dense_shapes
 from utils import Compute, UserError, first_line, log
+
+from .moving_average import MovingAverage
 
 #: Optimizers of timm 0.3.2, which DeiT used, that no current release has.
 DROPPED_OPTIMIZERS = ("nvnovograd", "fusedmomentum")
@@ -68,7 +69,7 @@ class TrainingState:
         ema = None
         if args.model_ema:
             device = "cpu" if args.model_ema_force_cpu else None
-            ema = ModelEmaV3(model, args.model_ema_decay, device=device)
+            ema = MovingAverage(model, args.model_ema_decay, device=device)
             if args.compile:
                 compile_model(ema.module, args.compile_mode)
 
