@@ -172,6 +172,17 @@ def _split(inputs: Tensor) -> tuple[Tensor, Tensor, int]:
     return inputs - shift, shift, len(inputs)
 
 
+def _copied(value):
+    """Tensors copied, also within tuples, lists and dictionaries; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copied(part) for key, part in value.items()}
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(_copied(part) for part in value)
+    return value
+
+
 class _Lane(NamedTuple):
     """One model of the walk, with one pass per batch.
 
@@ -193,6 +204,10 @@ class _Lane(NamedTuple):
     def call(self, pass_: "_Pass") -> Callable[[], object]:
         """The call at which a pass stands."""
         return partial(self.forwards[pass_.unit], *pass_.args, **pass_.kwargs)
+
+    def trial(self, pass_: "_Pass") -> Callable[[], object]:
+        """The same call on copies of its tensors, as the unit may change them in place."""
+        return partial(self.forwards[pass_.unit], *_copied(pass_.args), **_copied(pass_.kwargs))
 
 
 @torch.no_grad()  # not in the body of the caller's loop
@@ -283,7 +298,7 @@ def _inputs_of_next(
         for lane, pass_ in zip(lanes, passes, strict=True):
             weights = {name: lane.weights[name] for name in pending}
             with autocast():
-                found, value = _next_layer(lane.call(pass_), weights)
+                found, value = _next_layer(lane.trial(pass_), weights)
 
             # The first pass says which weight it is, and the others have to agree
             if not batch and not values:

@@ -72,6 +72,32 @@ def small(name, size=32, **options):
     return timm.create_model(name, img_size=size, num_classes=10, **options), (3, size, size)
 
 
+class InPlace(nn.Module):
+    """Blocks that add their branches to their own input, in place, as some transformers do."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Linear(6, 6)
+            self.two = nn.Linear(6, 6)
+
+        def forward(self, x, rest=None):
+            x += self.one(x).relu()
+            rest["scale"].mul_(0.9)
+            return x.add_(self.two(x) * rest["scale"])
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Block() for _ in range(3)])
+
+    def forward(self, x):
+        x = x.clone()
+        rest = {"scale": torch.ones(1)}
+        for block in self.blocks:
+            x = block(x, rest=rest)
+        return x
+
+
 MODELS = {
     "deit": lambda: small("deit_tiny_patch16_224", depth=2, embed_dim=48, num_heads=3),
     "deit distilled": lambda: small(
@@ -91,6 +117,7 @@ MODELS = {
     "plain": lambda: (nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 4)), (5, 6)),
     "deep": lambda: (nn.Sequential(nn.Sequential(*(nn.Linear(6, 6) for _ in range(12)))), (6,)),
     "direct": lambda: (Direct(), (6,)),
+    "in place": lambda: (InPlace(), (5, 6)),
     "beside": lambda: (Beside(), (5, 6)),
     "shared": lambda: (Shared(), (6,)),
 }
@@ -130,7 +157,7 @@ def next_in_turn(model, batches, pending):
                 if name := names.get(id(weight)):
                     seen = found.setdefault(name, {})
                     # Of its first use
-                    seen.setdefault(id(self), inputs.reshape(-1, inputs.shape[-1]))
+                    seen.setdefault(id(self), inputs.reshape(-1, inputs.shape[-1]).clone())
             return func(*args, **kwargs)
 
     looks = [Look() for _ in batches]
