@@ -10,21 +10,37 @@ from torch import Tensor, nn
 
 from .errors import PruningError
 
+#: Modules that turn coordinates into position biases, by their names in timm: Swin V2's
+#: and MaxViT's. They are small and see no tokens.
+POSITION_MLPS = {"cpb_mlp", "meta_mlp", "rel_pos"}
+
 
 def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weight of every `nn.Linear` except the classifier's, by parameter name, in model order.
 
-    The classifier is what `model.get_classifier()` returns, if the model has that method: a module,
+    The classifier is what `get_classifier()` returns, of the model or of a model in it: a module,
     or a list or tuple of them. A weight that several modules share appears once, under its first
-    name; a weight shared with the classifier does not appear. Linear layers whose weight is not a
-    plain parameter (`torch.nn.utils.prune`, parametrizations) are left out.
+    name; a weight shared with the classifier does not appear. Left out are linear layers whose
+    weight is not a plain parameter (`torch.nn.utils.prune`, parametrizations), and those of
+    `POSITION_MLPS`.
+
+    Raises:
+        PruningError: the model is in a wrapper such as DDP's, which renames its parameters.
     """
-    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
-    seen = {id(module.weight) for module in _modules(classifier) if isinstance(module, nn.Linear)}
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise PruningError(f"the model is in {type(model).__name__}: expected its `.module`")
+
+    seen = set()
+    for module in model.modules():
+        if hasattr(module, "get_classifier"):
+            layers = _modules(module.get_classifier())
+            seen |= {id(layer.weight) for layer in layers if isinstance(layer, nn.Linear)}
 
     weights = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or not isinstance(module.weight, nn.Parameter):
+            continue
+        if POSITION_MLPS & {*name.split(".")}:
             continue
         if module.weight.numel() and id(module.weight) not in seen:
             seen.add(id(module.weight))

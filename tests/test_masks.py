@@ -9,6 +9,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,7 +21,7 @@ from sparsity_factory import (
     prunable_weights,
     unpack,
 )
-from sparsity_factory.masks import select
+from sparsity_factory.masks import POSITION_MLPS, select
 
 
 def two_layers() -> nn.Module:
@@ -61,6 +62,36 @@ class WithClassifier(nn.Module):
 
     def get_classifier(self):
         return self.classifier()
+
+
+def test_the_classifier_of_a_model_in_a_model_is_not_prunable():
+    inner = WithClassifier(lambda model: model.head)
+    wrapped = nn.Sequential(nn.Identity(), inner)
+    expected = [f"1.{name}" for name in prunable_weights(inner)]
+    assert list(prunable_weights(wrapped)) == expected and "1.head.weight" not in expected
+
+
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, DistributedDataParallel])
+def test_a_wrapped_model_is_refused_by_name(wrapper):
+    wrapped = wrapper.__new__(wrapper)  # its constructor wants GPUs or other processes
+    with pytest.raises(PruningError, match=f"in {wrapper.__name__}: expected its `.module`"):
+        prunable_weights(wrapped)
+
+
+@pytest.mark.parametrize(
+    "name", ["swinv2_tiny_window8_256", "swinv2_cr_tiny_224", "maxvit_rmlp_pico_rw_256"]
+)
+def test_mlps_of_position_biases_are_not_prunable(name):
+    model = timm.create_model(name, num_classes=3)
+    biases = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.in_features == 2
+    ]
+    weights = prunable_weights(model)
+    assert biases and all(weight.shape[1] > 2 for weight in weights.values())
+    assert not any(POSITION_MLPS & {*name.split(".")} for name in weights)
+    assert any(".attn.qkv." in name or name.endswith("qkv.weight") for name in weights)
 
 
 @pytest.mark.parametrize(
