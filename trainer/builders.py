@@ -45,7 +45,7 @@ from .run_folder import newest_checkpoint
 from .seeded_data import SeededDataset, SeededStream, StreamLoader
 from .stop_signals import ignore_signals
 from .training_state import TrainingState
-from .weights import adapt_weights, has_trained_head, load_weights
+from .weights import has_trained_head, load_weights
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,14 @@ def prepare_model(
     if args.resume:
         load_weights(model, checkpoint["model"], args.resume)
     elif args.finetune:
-        load_weights(model, adapt_weights(model, checkpoint["model"]), args.finetune)
+        load_weights(
+            model, checkpoint["model"], args.finetune, resizes=True, new_heads=not args.eval
+        )
+    elif pretrained and args.eval and not has_trained_head(model):
+        raise UserError(
+            f"--eval: timm's weights of {args.model} have no head for {num_classes} classes, and a "
+            "new one says nothing; expected --finetune or --resume with a file that has one"
+        )
 
     if args.attn_only:
         train_attention_only(model)

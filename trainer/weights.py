@@ -1,89 +1,265 @@
-"""Fits the weights of a checkpoint to a model."""
+"""Fits the weights of a checkpoint to a model, whoever wrote it.
+
+Each step takes weights and returns them with names and shapes nearer to the model's. Its notes say
+what is lost on the way.
+"""
 
 import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
 
+import timm
 import torch
+from torch import Tensor
 
 from models import head_parameters
-from utils import UserError, first_line
+from utils import UserError, first_line, log
+
+Weights = dict[str, Tensor]
+
+#: Parts of other models than classifiers, and heads for other tasks. They may be left out.
+NO_CLASSIFIER = re.compile(
+    r"(mask_token|decoder|lm_head|pooler|heads?|classifier|projector|predictor|prototypes"
+    r"|\w+_head|n_averaged|logit_scale|logit_bias)([._]|$)|fc\."
+)
+
+#: From the names of transformers' ViT, DeiT and Dinov2 to those of their authors.
+TRANSFORMERS = (
+    (r"^(vit|deit|dinov2\w*)\.", ""),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.distillation_token$", "dist_token"),
+    (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
+    (r"^encoder\.layer\.", "blocks."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
+    (r"\.mlp\.weights_out\.", ".mlp.w3."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"^layernorm\.", "norm."),
+    (r"^(cls_)?classifier\.", "head."),
+    (r"^distillation_classifier\.", "head_dist."),
+)
 
 
-def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Loads a state dict that fits `model` exactly. Raises UserError naming what does not fit."""
+@dataclass
+class Fit:
+    """The weights of a file with the model's names and shapes.
+
+    weights: a state dict; the heads in `new` are the model's own.
+    resized: by name, the shape in the file.
+    left_out: names of the file that are no part of the model.
+    new: heads that the file lacks, or has for another number of classes; its shape, or None.
+    """
+
+    weights: Weights
+    resized: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    new: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
+
+
+def load_weights(
+    model: torch.nn.Module,
+    weights: Weights,
+    source: str,
+    *,
+    resizes: bool = False,
+    new_heads: bool = False,
+) -> None:
+    """Loads a state dict into `model`, and logs what is resized, left out or made anew.
+
+    resizes: position embeddings of other sizes are resized, as by DeiT's `--finetune`.
+    new_heads: heads that the file lacks, or has for another number of classes, stay the model's.
+
+    Raises UserError naming what does not fit. Nothing is loaded then.
+    """
     expected = model.state_dict()
-    weights = with_timm_names(weights, expected)
-
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    problems += [f"{name} is not in the model" for name in weights if name not in expected]
+    fit = fit_weights(model, weights)
+    problems = [f"{name} is missing" for name in expected if name not in fit.weights]
+    problems += [f"{name} is not in the model" for name in fit.weights if name not in expected]
+    shapes = {name: tuple(value.shape) for name, value in fit.weights.items()}
+    if not resizes:
+        shapes |= fit.resized
+    if not new_heads:
+        problems += [f"{name} is missing" for name, shape in fit.new.items() if not shape]
+        shapes |= {name: shape for name, shape in fit.new.items() if shape}
     problems += [
-        f"{name} is {tuple(weights[name].shape)}, the model's {tuple(expected[name].shape)}"
-        for name in expected
-        if name in weights and weights[name].shape != expected[name].shape
+        f"{name} is {shapes[name]}, the model's {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in shapes and shapes[name] != value.shape
     ]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{source}: does not fit the model: {problems[0]}{more}")
 
+    for line in in_words(fit):
+        log(f"{source}: {line}")
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(fit.weights)
     except RuntimeError as error:  # sparse or otherwise odd tensors
         raise UserError(f"{source}: does not fit the model: {first_line(error)}") from None
 
 
-def with_timm_names(weights: dict[str, torch.Tensor], expected) -> dict[str, torch.Tensor]:
-    """Gives the layer scales of DeiT III's authors timm's names: `ls1.gamma` for `gamma_1`.
+def in_words(fit: Fit) -> list[str]:
+    """A line for each kind of change to the weights of a file."""
+    lines = []
+    if fit.resized:
+        name, shape = next(iter(fit.resized.items()))
+        now = tuple(fit.weights[name].shape)
+        lines.append(f"{_some(fit.resized)} resized ({shape} to {now})")
+    if fit.left_out:
+        lines.append(f"{_some(fit.left_out)} left out: no part of the model")
+    if missing := [name for name, shape in fit.new.items() if not shape]:
+        lines.append(f"{_some(missing)} made anew: not in the file")
+    if other := [name for name, shape in fit.new.items() if shape]:
+        there, here = fit.new[other[0]][0], len(fit.weights[other[0]])
+        lines.append(f"{_some(other)} made anew: {there} classes in the file, {here} here")
+    return lines
 
-    expected: the names of the model; other names stay as they are.
+
+def fit_weights(model: torch.nn.Module, weights: Weights) -> Fit:
+    """The weights of a file, with the model's names and shapes as far as they can have them.
+
+    Names that are still unknown stay, and names that are missing stay missing.
     """
+    own = model.state_dict()
+    heads = set(head_parameters(model))
+
+    # Names. The weights in `named` have the file's own shapes.
+    given = from_transformers(weights)
+    named = with_timm_names(without_prefix(given, own), own)
+
+    # Shapes, and names that timm knows.
+    fitted = with_deits_grid(named, model)
+    backbone = {name: tuple(value.shape) for name, value in own.items() if name not in heads}
+    if any(
+        tuple(value.shape) != backbone.get(name)
+        for name, value in fitted.items()
+        if name not in heads
+    ):
+        fitted = through_timms_filter(fitted, model)
+    fitted = {
+        name: value
+        for name, value in fitted.items()
+        if name in own or not NO_CLASSIFIER.match(name)
+    }
+
+    new = {}
+    for name in head_parameters(model):
+        theirs = fitted.get(name)
+        if theirs is None or theirs.shape != own[name].shape:
+            new[name] = tuple(theirs.shape) if theirs is not None else None
+            fitted[name] = own[name]
+
+    resized = {
+        name: tuple(named[name].shape)
+        for name, value in fitted.items()
+        if name in named and name not in new and named[name].numel() != value.numel()
+    }
+    if "register_tokens" in named and not _grid_is_resized(named, fitted):
+        resized.pop("pos_embed", None)
+    return Fit(fitted, resized, _lost(given, named, fitted), new)
+
+
+def has_trained_head(model: torch.nn.Module, weights: Weights | None = None) -> bool:
+    """Whether the model's head is a trained one, and not a new one for its number of classes.
+
+    weights: those of the file; None for timm's pretrained ones.
+    """
+    if weights is None:
+        return model.pretrained_cfg.get("num_classes") == model.num_classes
+    return not fit_weights(model, weights).new
+
+
+# ---- the steps ----
+
+
+def from_transformers(weights: Weights) -> Weights:
+    """Converts the names of transformers' ViT, DeiT and Dinov2; joins query, key and value."""
+    if not any("embeddings.patch_embeddings.projection." in name for name in weights):
+        return weights
+
+    converted = {}
+    for name, value in weights.items():
+        for pattern, replacement in TRANSFORMERS:
+            name = re.sub(pattern, replacement, name)
+        converted[name] = value
+
+    for name in [name for name in converted if ".attention.attention.query." in name]:
+        parts = [name.replace("query", part) for part in ("query", "key", "value")]
+        joined = torch.cat([converted.pop(part) for part in parts])
+        converted[name.replace("attention.attention.query", "attn.qkv")] = joined
+    return converted
+
+
+def without_prefix(weights: Weights, own) -> Weights:
+    """Takes off what precedes the model's names, such as `backbone.`; a teacher's come first.
+
+    Names without it are dropped, unless they are the model's.
+    """
+    found: Counter[str] = Counter()
+    for name in weights:
+        parts = name.split(".")
+        for length in range(1, min(len(parts), 4)):
+            if ".".join(parts[length:]) in own:
+                found[".".join(parts[:length]) + "."] += 1
+
+    # OpenCLIP's are left to timm, which makes a head of its projection.
+    for prefix in [prefix for prefix in found if prefix.startswith("visual.")]:
+        del found[prefix]
+    as_they_are = sum(name in own for name in weights)
+    if not found or max(found.values()) <= as_they_are:
+        return weights
+
+    best = max(found, key=lambda prefix: (found[prefix], bool(re.search("teacher|ema", prefix))))
+    kept = {name: value for name, value in weights.items() if name in own}
+    return kept | {
+        name.removeprefix(best): value for name, value in weights.items() if name.startswith(best)
+    }
+
+
+def with_deits_grid(weights: Weights, model: torch.nn.Module) -> Weights:
+    """Resizes the position embedding as DeiT does; class and distillation tokens are kept."""
+    theirs = weights.get("pos_embed")
+    ours = model.state_dict().get("pos_embed")
+    if theirs is None or ours is None or theirs.ndim != 3 or ours.ndim != 3:
+        return weights
+
+    num_patches = model.patch_embed.num_patches
+    num_tokens = ours.shape[1] - num_patches
+    return {**weights, "pos_embed": resize_pos_embed(theirs, num_patches, num_tokens)}
+
+
+def through_timms_filter(weights: Weights, model: torch.nn.Module) -> Weights:
+    """Passes weights through timm's own function for files of the architecture, if it has one."""
+    name = getattr(model, "pretrained_cfg", {}).get("architecture", "")
+    if not timm.is_model(name):
+        return weights
+    module = sys.modules[timm.models.model_entrypoint(name).__module__]
+    convert = getattr(module, "checkpoint_filter_fn", None)
+    if not convert:
+        return weights
+    try:
+        return convert(dict(weights), model)
+    except Exception:  # of many kinds; `load_weights` names what does not fit
+        return weights
+
+
+def with_timm_names(weights: Weights, own) -> Weights:
+    """Gives the layer scales of DeiT III's authors timm's names: `ls1.gamma` for `gamma_1`."""
 
     def rename(name):
-        ours = re.sub(r"\bgamma_([12])$", r"ls\1.gamma", name)
-        return ours if ours in expected else name
+        timms = re.sub(r"\bgamma_([12])$", r"ls\1.gamma", name)
+        return timms if timms in own else name
 
     return {rename(name): value for name, value in weights.items()}
 
 
-def adapt_weights(
-    model: torch.nn.Module, weights: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """A copy of `weights` for finetuning `model`, adapted as by DeiT's `--finetune`.
-
-    The position embedding is resized to the model's grid of patches (bicubic; class and
-    distillation tokens kept), and a head for another number of classes is replaced by the model's
-    fresh one.
-    """
-    own = model.state_dict()
-    weights = dict(weights)
-
-    both = [state["pos_embed"] for state in (weights, own) if "pos_embed" in state]
-    if len(both) == 2 and both[0].ndim == both[1].ndim == 3:
-        num_patches = model.patch_embed.num_patches
-        num_tokens = own["pos_embed"].shape[1] - num_patches
-        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], num_patches, num_tokens)
-
-    for name in head_parameters(model):
-        if name in weights and weights[name].shape != own[name].shape:
-            weights[name] = own[name]
-    return weights
-
-
-def has_trained_head(
-    model: torch.nn.Module, weights: dict[str, torch.Tensor] | None = None
-) -> bool:
-    """Whether the model's head is a trained one, and not a new one for its number of classes.
-
-    weights: the weights given to `adapt_weights`; None for timm's pretrained ones.
-    """
-    if weights is None:
-        return model.pretrained_cfg.get("num_classes") == model.num_classes
-    own = model.state_dict()
-    return all(
-        name not in weights or weights[name].shape == own[name].shape
-        for name in head_parameters(model)
-    )
-
-
-def resize_pos_embed(pos_embed: torch.Tensor, num_patches: int, num_tokens: int) -> torch.Tensor:
+def resize_pos_embed(pos_embed: Tensor, num_patches: int, num_tokens: int) -> Tensor:
     """A position embedding (1, num_tokens + side ** 2, dim) resized to a square of patches."""
     tokens = pos_embed[:, :num_tokens]
     grid = pos_embed[:, num_tokens:]
@@ -99,3 +275,39 @@ def resize_pos_embed(pos_embed: torch.Tensor, num_patches: int, num_tokens: int)
         grid.float(), size=(new, new), mode="bicubic", align_corners=False
     )
     return torch.cat([tokens, grid.to(tokens.dtype).flatten(2).transpose(1, 2)], dim=1)
+
+
+# ---- helpers, not exported ----
+
+
+def _grid_is_resized(named: Weights, fitted: Weights) -> bool:
+    """Whether DINOv2's position embedding lost more than its class token's part.
+
+    timm adds that part to the class token, if the model has registers.
+    """
+    return named["pos_embed"].shape[1] != fitted["pos_embed"].shape[1] + 1
+
+
+def _lost(given: Weights, named: Weights, fitted: Weights) -> list[str]:
+    """The names of a file's weights of which nothing is in the model.
+
+    A weight that is renamed, or split, shares its storage with the file's. Buffers such as
+    attention masks and indices are no weights.
+    """
+    kept = [*fitted.values(), *(named[name] for name in fitted if name in named)]
+    used = {value.untyped_storage().data_ptr() for value in kept}
+    return [
+        name
+        for name, value in given.items()
+        if value.untyped_storage().data_ptr() not in used
+        and name.removeprefix("visual.trunk.") not in fitted
+        and value.is_floating_point()
+        and not name.endswith("attn_mask")
+    ]
+
+
+def _some(names) -> str:
+    """The first names, and the number of the others."""
+    names = list(names)
+    shown = ", ".join(names[:2])
+    return f"{shown} and {len(names) - 2} more" if len(names) > 2 else shown

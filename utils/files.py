@@ -15,6 +15,17 @@ from safetensors.torch import load_file
 from .errors import UserError, WriteError, first_line
 from .processes import is_main_process
 
+#: Where a file may have its weights, the first found first; DINO's teacher is the better model.
+MODEL = ("model", "state_dict", "model_state_dict", "teacher", "student", "module")
+#: Where it may have their moving average.
+AVERAGE = ("model_ema", "state_dict_ema", "ema")
+
+#: What DistributedDataParallel, timm's averages and torch.compile put before names, and amid them.
+WRAPPER = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")
+
+#: Bytes that tensors may have beyond those of their storage: some expand a buffer, few a lot.
+MOST_EXPANDED = 2**24
+
 
 def save_checkpoint(content: dict, path) -> None:
     """Writes a checkpoint, whole or not at all. Raises WriteError."""
@@ -52,10 +63,12 @@ def write_atomically(path: Path, write) -> None:
 
 
 def load_checkpoint(source: str) -> dict:
-    """Reads a `.pth`, a `.safetensors`, or the URL of a `.pth`, without running any code in it.
+    """Reads a `.pth` or a `.safetensors`, a file or a URL, without running any code in it.
 
-    Returns a dict with at least `model`, a state dict of tensors. A bare state dict, or one under
-    `state_dict`, becomes `model`.
+    Returns a dict with at least `model`, a state dict of tensors, and `model_ema` if the file has a
+    moving average. Both are found under the names that DeiT, timm and DINO give them (see `MODEL`
+    and `AVERAGE`), or at the top. The wrappers of DataParallel and torch.compile are taken off
+    their names.
 
     Raises UserError if the file is missing or damaged, or holds anything but tensors and plain
     containers.
@@ -63,19 +76,27 @@ def load_checkpoint(source: str) -> dict:
     content = _read(source)
     if not isinstance(content, dict):
         raise UserError(f"{source}: holds a {type(content).__name__}, expected a dict of weights")
+    _check_memory(content, source)
 
-    for key in ("model", "state_dict"):
-        if isinstance(content.get(key), dict):
-            content = {**content, "model": content[key]}
-            break
+    model = next((key for key in MODEL if isinstance(content.get(key), dict)), None)
+    average = next((key for key in AVERAGE if isinstance(content.get(key), dict)), None)
+    if model:
+        found = {**content, "model": content[model]}
+    elif average:
+        found = {**content, "model": content[average]}
     else:
-        content = {"model": content}
+        found = {"model": content}
+    if average:
+        found["model_ema"] = content[average]
 
-    if not _is_state_dict(content["model"]):
-        raise UserError(
-            f"{source}: has no state dict of tensors, neither at its top nor under `model`"
-        )
-    return content
+    for key in ("model", "model_ema"):
+        if key in found and not _is_state_dict(found[key]):
+            raise UserError(
+                f"{source}: has no state dict of tensors, neither at its top nor under `{key}`"
+            )
+        if key in found:
+            found[key] = {WRAPPER.sub(r"\1", name): value for name, value in found[key].items()}
+    return found
 
 
 # ---- helpers, not exported ----
@@ -138,6 +159,25 @@ def _is_state_dict(weights: dict) -> bool:
         and value.layout == torch.strided
         for name, value in weights.items()
     )
+
+
+def _check_memory(content, source: str) -> None:
+    """Raises UserError for tensors much larger than their storage: a small file, much memory."""
+    expanded = 0
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, list | tuple | set):
+            waiting.extend(value)
+        elif isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            size = value.numel() * value.element_size()
+            expanded += max(size - value.untyped_storage().nbytes(), 0)
+    if expanded > MOST_EXPANDED:
+        raise UserError(
+            f"{source}: refused, its tensors are {expanded} bytes larger than what is stored"
+        )
 
 
 def _check_archive(source: str) -> None:

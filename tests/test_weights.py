@@ -1,0 +1,247 @@
+"""Checkpoints of other projects, made up here from tiny models, fit timm's models."""
+
+import re
+
+import pytest
+import timm
+import torch
+
+from trainer.weights import load_weights
+from utils import UserError, load_checkpoint
+
+TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+#: A model of each family whose files have names of their own.
+MODELS = {
+    "vit_small_patch16_224": TINY,
+    "deit_tiny_distilled_patch16_224": TINY,
+    "deit3_small_patch16_224": TINY,
+    "cait_xxs24_224": TINY,
+    "beit_base_patch16_224": TINY,
+    "eva02_tiny_patch14_224": TINY,
+    "vit_small_patch14_dinov2": TINY,
+    "vit_small_patch14_reg4_dinov2": TINY,
+    "xcit_nano_12_p16_224": TINY,
+    "swin_tiny_patch4_window7_224": {"embed_dim": 12, "depths": (2, 2), "num_heads": (2, 2)},
+}
+
+
+def build(name, seed=0, img_size=56, num_classes=5, **options):
+    """A tiny model, each of its weights random."""
+    torch.manual_seed(seed)
+    if not name.startswith("xcit"):
+        options["img_size"] = img_size
+    options = {**MODELS[name], **options, "num_classes": num_classes}
+    if name.startswith("swin"):
+        options["window_size"] = img_size // 8
+    model = timm.create_model(name, **options)
+    for key, value in model.state_dict().items():
+        if value.is_floating_point() and not key.endswith("running_var"):
+            value.normal_()
+    return model.eval()
+
+
+def logits(model, size=56):
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(images)
+
+
+def fitted(model, content, tmp_path, **options):
+    """The model with the weights of a file of that content."""
+    torch.save(content, tmp_path / "theirs.pth")
+    checkpoint = load_checkpoint(str(tmp_path / "theirs.pth"))
+    load_weights(model, checkpoint["model"], "theirs.pth", **options)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.module.", "module._orig_mod.module."])
+def test_wrappers_are_taken_off_the_names(name, wrapper, tmp_path):
+    theirs = build(name)
+    content = {wrapper + key: value for key, value in theirs.state_dict().items()}
+    ours = fitted(build(name, seed=1), {"state_dict": content}, tmp_path)
+    assert torch.equal(logits(ours), logits(theirs))
+
+
+def test_wrappers_amid_the_names_are_taken_off_too(tmp_path):
+    theirs = build("vit_small_patch16_224")
+    content = {
+        re.sub(r"^blocks\.(\d+)\.", r"module.blocks.\1._orig_mod.module.", key): value
+        for key, value in theirs.state_dict().items()
+    }
+    ours = fitted(build("vit_small_patch16_224", seed=1), content, tmp_path)
+    assert torch.equal(logits(ours), logits(theirs))
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "teacher", "model_ema", "state_dict_ema"])
+def test_weights_are_found_where_their_authors_put_them(key, tmp_path):
+    theirs = build("vit_small_patch16_224")
+    ours = fitted(build("vit_small_patch16_224", 1), {key: theirs.state_dict()}, tmp_path)
+    assert torch.equal(logits(ours), logits(theirs))
+
+
+def test_both_the_weights_and_their_average_are_read(tmp_path):
+    weights = {"a": torch.zeros(1)}
+    average = {"module.a": torch.ones(1)}
+    torch.save({"state_dict": weights, "state_dict_ema": average}, tmp_path / "c.pth")
+    checkpoint = load_checkpoint(str(tmp_path / "c.pth"))
+    assert checkpoint["model"]["a"] == 0 and checkpoint["model_ema"]["a"] == 1
+
+
+def test_dino_gives_its_teacher_without_backbone_and_projection(tmp_path, capsys):
+    theirs = build("vit_small_patch16_224", num_classes=0).state_dict()
+    student = {"module.backbone." + key: value + 1 for key, value in theirs.items()}
+    teacher = {"backbone." + key: value for key, value in theirs.items()}
+    teacher |= {"head.mlp.0.weight": torch.ones(7, 24), "head.last_layer.weight_g": torch.ones(3)}
+    content = {"student": student, "teacher": teacher, "epoch": 100}
+
+    ours = fitted(build("vit_small_patch16_224", 1), content, tmp_path, new_heads=True)
+    assert all(torch.equal(ours.state_dict()[key], value) for key, value in theirs.items())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "theirs.pth: head.mlp.0.weight, head.last_layer.weight_g left out: no part of the model",
+        "theirs.pth: head.weight, head.bias made anew: not in the file",
+    ]
+    with pytest.raises(UserError, match="head.weight is missing"):
+        fitted(build("vit_small_patch16_224", 1), content, tmp_path)
+
+
+def test_mae_leaves_its_decoder_out(tmp_path, capsys):
+    theirs = build("vit_small_patch16_224", num_classes=0).state_dict()
+    rest = {
+        name: torch.ones(3) for name in ("mask_token", "decoder_pos_embed", "decoder_norm.bias")
+    }
+    ours = build("vit_small_patch16_224", 1)
+    fitted(ours, {"model": theirs | rest}, tmp_path, new_heads=True)
+    assert all(torch.equal(ours.state_dict()[key], value) for key, value in theirs.items())
+    assert "mask_token, decoder_pos_embed and 1 more left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_a_head_for_other_classes_is_made_anew_and_said(name, tmp_path, capsys):
+    theirs = build(name, num_classes=9)
+    ours = fitted(build(name, 1), theirs.state_dict(), tmp_path, new_heads=True)
+    assert "made anew: 9 classes in the file, 5 here" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"head\S*weight is \(9, 24\)|is \(9,"):
+        fitted(ours, theirs.state_dict(), tmp_path)
+
+
+def test_a_backbone_that_lacks_a_weight_or_has_more_is_an_error(tmp_path):
+    deeper = build("vit_small_patch16_224", depth=3).state_dict()
+    weights = build("vit_small_patch16_224").state_dict()
+    ours = build("vit_small_patch16_224", 1)
+    with pytest.raises(UserError, match="blocks.2.norm1.weight is not in the model"):
+        fitted(ours, deeper, tmp_path, new_heads=True, resizes=True)
+    del weights["blocks.1.norm2.bias"]
+    with pytest.raises(UserError, match="blocks.1.norm2.bias is missing"):
+        fitted(ours, weights, tmp_path, new_heads=True, resizes=True)
+
+
+def official_swin(weights):
+    """The names of Swin's authors: downsampling ends a stage, and buffers are stored."""
+    out = {}
+    for key, value in weights.items():
+        key = re.sub(r"layers\.1\.downsample", "layers.0.downsample", key)
+        out[key.replace("head.fc.", "head.")] = value
+    out["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.long)
+    return out
+
+
+def official_dinov2(weights):
+    """The names of DINOv2's authors: registers, whose class token has a position of its own."""
+    out = dict(weights, mask_token=torch.zeros(1, 24))
+    if "reg_token" in out:
+        out["register_tokens"] = out.pop("reg_token")
+        position = torch.ones(1, 1, 24)
+        out["cls_token"] = out["cls_token"] - position
+        out["pos_embed"] = torch.cat([position, out["pos_embed"]], dim=1)
+    return out
+
+
+OFFICIAL = {
+    "swin_tiny_patch4_window7_224": official_swin,
+    "vit_small_patch14_dinov2": official_dinov2,
+    "vit_small_patch14_reg4_dinov2": official_dinov2,
+    "deit3_small_patch16_224": lambda weights: {
+        re.sub(r"ls([12])\.gamma", r"gamma_\1", key): value for key, value in weights.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_names_of_the_authors_are_timms(name, tmp_path, capsys):
+    theirs = build(name)
+    ours = fitted(build(name, 1), {"model": OFFICIAL[name](theirs.state_dict())}, tmp_path)
+    assert torch.allclose(logits(ours), logits(theirs), atol=1e-4, rtol=1e-4)
+    assert "resized" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["swin_tiny_patch4_window7_224", "beit_base_patch16_224", "vit_small_patch14_dinov2"]
+)
+def test_positions_of_another_size_are_resized_and_said(name, tmp_path, capsys):
+    size = 112
+    theirs = build(name)
+    theirs = OFFICIAL.get(name, dict)(theirs.state_dict())
+    ours = build(name, 1, img_size=size)
+    fitted(ours, {"model": theirs}, tmp_path, resizes=True)
+    assert logits(ours, size).isfinite().all()
+    assert re.search(r"(pos_embed|position_bias_table).* resized \(", capsys.readouterr().out)
+    with pytest.raises(UserError, match="does not fit the model"):
+        fitted(ours, {"model": theirs}, tmp_path)
+
+
+def transformers_names(weights, kind):
+    """A state dict with the names that transformers gives ViT, DeiT and Dinov2."""
+    names = [
+        (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"),
+        (r"^pos_embed", "embeddings.position_embeddings"),
+        (r"^cls_token", "embeddings.cls_token"),
+        (r"^dist_token", "embeddings.distillation_token"),
+        (r"^blocks\.", "encoder.layer."),
+        (r"attn\.proj", "attention.output.dense"),
+        (r"\.ls([12])\.gamma", r".layer_scale\1.lambda1"),
+        (r"^norm\.", "layernorm."),
+    ]
+    if kind != "dinov2":
+        names += [
+            (r"\.norm1\.", ".layernorm_before."),
+            (r"\.norm2\.", ".layernorm_after."),
+            (r"mlp\.fc1", "intermediate.dense"),
+            (r"mlp\.fc2", "output.dense"),
+        ]
+    out = {f"{kind}.embeddings.mask_token": torch.zeros(1, 1, 24)}
+    for key, value in weights.items():
+        if key.startswith("head"):
+            head = "cls_classifier." if kind == "deit" else "classifier."
+            key = key.replace("head_dist.", "distillation_classifier.").replace("head.", head)
+            out[key] = value
+            continue
+        for pattern, replacement in names:
+            key = re.sub(pattern, replacement, key)
+        if "attn.qkv" not in key:
+            out[f"{kind}.{key}"] = value
+            continue
+        for part, rows in zip(("query", "key", "value"), value.chunk(3), strict=True):
+            out[f"{kind}.{key.replace('attn.qkv', f'attention.attention.{part}')}"] = rows.clone()
+    return out
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("vit_small_patch16_224", "vit"),
+        ("deit_tiny_distilled_patch16_224", "deit"),
+        ("vit_small_patch14_dinov2", "dinov2"),
+    ],
+)
+def test_names_of_transformers_are_timms(name, kind, tmp_path):
+    theirs = build(name)
+    ours = fitted(build(name, 1), transformers_names(theirs.state_dict(), kind), tmp_path)
+    assert torch.equal(logits(ours), logits(theirs))
+
+
+def test_a_small_file_of_large_tensors_is_refused(tmp_path):
+    torch.save({"model": {"a": torch.zeros(1).expand(2**30)}}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match="larger than what is stored"):
+        load_checkpoint(str(tmp_path / "c.pth"))
