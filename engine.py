@@ -117,7 +117,7 @@ def train_one_epoch(
     progress: Progress,
     *,
     after_step=None,
-    print_freq: int = 10,
+    print_freq: int = 50,
 ) -> dict[str, float]:
     """Trains on the batches of `loader`, which are the rest of an epoch.
 
@@ -151,7 +151,7 @@ def train_one_epoch(
         batches_of_step = min(accum_iter, num_batches - step * accum_iter)
         completes_step = place == batches_of_step - 1
 
-        # The log line before this batch has waited for the device, so this check costs nothing.
+        # The log line before this batch has read the losses, so that this does not wait again.
         if batch % print_freq == 1 % print_freq:
             check_finite(progress)
 
@@ -212,7 +212,7 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float:
 
 
 @torch.no_grad()
-def evaluate(loader, model, compute: Compute, *, shared=False, after_batch=None, print_freq=10):
+def evaluate(loader, model, compute: Compute, *, shared=False, after_batch=None, print_freq=50):
     """Evaluates `model` on the images of `loader`, each counted once.
 
     shared: each process has a part of the images, and the counts of all are added up. Otherwise
@@ -261,14 +261,14 @@ def evaluate(loader, model, compute: Compute, *, shared=False, after_batch=None,
 def check_finite(progress: Progress, model: nn.Module | None = None) -> None:
     """Raises DivergedError on all processes if a loss, or a weight of `model`, is not finite.
 
-    It waits for the device.
+    It waits for the device, unless no model is given and the losses have just been read.
     """
-    total = float(progress.logger.meters["loss"].total)
+    total = progress.logger.meters["loss"].total
     if model is not None:
         # 0 * w is 0 for every finite w, and NaN otherwise.
-        total += float(torch.stack([(0 * weight).sum() for weight in model.parameters()]).sum())
+        total = total + torch.stack([(0 * weight).sum() for weight in model.parameters()]).sum()
 
-    if not math.isfinite(utils.sum_over_processes([total])[0]):
+    if not math.isfinite(utils.sum_over_processes([float(total)])[0]):
         raise DivergedError(
             f"the loss is not finite in epoch {progress.epoch}, at or before step "
             f"{progress.epoch_step}; try --amp bfloat16 or off, a lower --lr, or --clip-grad 1"

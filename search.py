@@ -381,6 +381,8 @@ class Bench:
                 divergence=self._divergence,
                 mask_of=mask_of,
             )
+            if self._magnitudes:
+                self._magnitudes.check()
         return self._pruned[name, level]
 
     def divergence(self, chosen: Mapping[str, str]) -> float:

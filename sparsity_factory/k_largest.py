@@ -4,7 +4,8 @@ Scores are finite and non-negative. Non-negative floats have the same order as t
 so the leading 16 bits put every score into one of 32768 bins, a few thousand of which are occupied.
 Only the bin with the k-th largest score has to be sorted. On a CPU, numpy does the passes over the
 scores: it asks for large pages, and without them the page faults of fresh memory take longer than
-the work itself. A GPU sorts in less time than it would take to copy the scores.
+the work itself. A GPU sorts in less time than it would take to copy the scores. Only LAMP copies
+them, since its sums need an order that is the same everywhere.
 
 Among equal scores the earlier one is kept, in row-major order and the earlier layer first, so that
 a result does not depend on the device, the number of threads or the sorting algorithm.
@@ -45,6 +46,8 @@ def largest_overall(scores, budget: int) -> dict[str, int]:
         scores: a `Scores`, which counts what is in each bin once and remembers it.
         budget: from 0 to the number of all scores.
     """
+    if not _on_cpu(scores):
+        return _largest_overall_by_sorting(scores, budget)
     at_least = torch.stack([scores.at_least(name) for name in scores])
 
     # The scores above the border bin are kept; those in it have to be compared
@@ -65,6 +68,8 @@ def largest_lamp_scores_overall(scores, budget: int) -> dict[str, int]:
         scores: a `Scores`, which counts what is in each bin once and remembers it.
         budget: from 0 to the number of all scores.
     """
+    if not _on_cpu(scores):
+        scores = _Copies(scores)
     layers = [_LampBins(scores[name], scores.at_least(name)) for name in scores]
     at_least = torch.stack([layer.at_least for layer in layers])
     floor = torch.stack([layer.floor for layer in layers])
@@ -114,18 +119,15 @@ def largest_threshold(holds: Callable[[float], bool]) -> float:
 
 
 def histogram(score: Tensor, weight_of: Callable[[np.ndarray], np.ndarray] | None = None) -> Tensor:
-    """The number of scores in each bin, or the sum of what they count; shape (BINS,), on the CPU.
+    """The number of scores in each bin, or the sum of what they count; shape (BINS,).
 
-    weight_of: from an array of scores to what each of them counts, instead of 1; for scores on the
-        CPU only.
+    Args:
+        score: on the CPU.
+        weight_of: from an array of scores to what each of them counts, instead of 1.
     """
     bits, dropped = _LAYOUT[score.dtype]
-    flat = score.flatten()
-    if score.device.type != "cpu":
-        return torch.bincount(flat.view(bits) >> dropped, minlength=BINS).cpu()
-
     total = 0
-    for chunk in flat.split(CHUNK):
+    for chunk in score.flatten().split(CHUNK):
         bins = (chunk.view(bits) >> dropped).numpy()
         counts = weight_of(chunk.numpy()) if weight_of else None
         total = total + np.bincount(bins, counts, minlength=BINS)
@@ -140,17 +142,14 @@ def suffix_sums(values: Tensor) -> Tensor:
 def distinct(score: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """The distinct scores in bins start to stop - 1, largest first, and their counts.
 
-    Both are on the CPU.
+    Scores are on the CPU.
     """
     edges = bin_edges(score.dtype)
     low = edges[start].item()
     high = edges[stop].item()
-    if score.device.type == "cpu":
-        flat = score.flatten().numpy()
-        inside = torch.from_numpy(flat[(flat >= low) & (flat < high)])
-    else:
-        inside = score[(score >= low) & (score < high)]
-    values, counts = torch.unique(inside.cpu(), return_counts=True)
+    flat = score.flatten().numpy()
+    inside = torch.from_numpy(flat[(flat >= low) & (flat < high)])
+    values, counts = torch.unique(inside, return_counts=True)
     return values.flip(0), counts.flip(0)
 
 
@@ -192,6 +191,44 @@ def _k_largest_by_sorting(flat: Tensor, k: int) -> Tensor:
     return mask
 
 
+def _on_cpu(scores: Mapping[str, Tensor]) -> bool:
+    return all(weight.device.type == "cpu" for weight in scores.weights.values())
+
+
+def _largest_overall_by_sorting(scores: Mapping[str, Tensor], budget: int) -> dict[str, int]:
+    """`largest_overall` on a GPU: waits for it twice, to check the scores and for the counts."""
+    if budget == 0:
+        return dict.fromkeys(scores, 0)
+    flat = torch.cat([scores[name].flatten() for name in scores])
+    scores.check()
+    last = flat.sort(descending=True).values[budget - 1]  # the smallest score that is kept
+
+    layers = flat.split([scores.sizes[name] for name in scores])
+    more = [(layer > last).count_nonzero() for layer in layers]
+    equal = [(layer == last).count_nonzero() for layer in layers]
+    more, equal = torch.stack([*more, *equal]).view(2, -1).tolist()
+
+    # On a tie the earlier layer comes first
+    left = budget - sum(more)
+    kept = {}
+    for name, sure, tied in zip(scores, more, equal, strict=True):
+        kept[name] = sure + min(tied, left)
+        left -= min(tied, left)
+    return kept
+
+
+class _Copies(dict):
+    """The scores of a GPU on the CPU, where sums have one order; waits for the GPU twice."""
+
+    def __init__(self, scores: Mapping[str, Tensor]):
+        flat = torch.cat([scores[name].flatten() for name in scores]).cpu()
+        scores.check()
+        super().__init__(zip(scores, flat.split(list(scores.sizes.values())), strict=True))
+
+    def at_least(self, name: str) -> Tensor:
+        return suffix_sums(histogram(self[name]))
+
+
 def _fill(
     scores: Mapping[str, Tensor], kept: Tensor, undecided: list[tuple[Tensor, Tensor]], budget: int
 ) -> dict[str, int]:
@@ -222,8 +259,7 @@ class _LampBins:
         exponent = math.frexp(float(score.max()))[1]
         self.scale = math.ldexp(1.0, -max(exponent, -1000))
         self.at_least = at_least
-        # On the CPU, where sums have one order
-        self.squares = suffix_sums(histogram(score.cpu(), self._square))
+        self.squares = suffix_sums(histogram(score, self._square))
 
         # No weight of a bin scores less than its floor. Floors never fall from a bin to the next.
         edges = bin_edges(score.dtype)[:-1].numpy()

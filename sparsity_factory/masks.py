@@ -177,12 +177,18 @@ class Masks(Mapping[str, Tensor]):
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
+    def kept(self) -> dict[str, int]:
+        """How many weights each mask keeps. Waits for the device once."""
+        if not self._masks:
+            return {}
+        counts = torch.stack([mask.count_nonzero() for mask in self._masks.values()])
+        return dict(zip(self._masks, counts.tolist(), strict=True))
+
     def sparsity(self) -> float:
         """The pruned fraction of the prunable weights with a mask, in [0, 1]; without biases."""
-        masks = {name: mask for name, mask in self._masks.items() if name in self._sizes}
-        total = sum(self._sizes[name] for name in masks)
-        kept = sum(int(mask.count_nonzero()) for mask in masks.values())
-        return 1 - kept / total if total else 0.0
+        kept = {name: count for name, count in self.kept().items() if name in self._sizes}
+        total = sum(self._sizes[name] for name in kept)
+        return 1 - sum(kept.values()) / total if total else 0.0
 
     def state_dict(self) -> dict[str, dict]:
         """The masks packed to one bit per weight: see `pack`."""

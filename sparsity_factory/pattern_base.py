@@ -99,9 +99,13 @@ class Pattern:
         """
         return score.clamp(min=torch.finfo(score.dtype).tiny).where(left, 0.0)
 
-    def most(self, left: Tensor) -> int:
-        """How many units a weight can keep if only the weights in the mask `left` may be kept."""
-        return int(self.score(left.float()).count_nonzero())
+    def most(self, left: Tensor) -> Tensor:
+        """How many units a weight can keep if only the weights in the mask `left` may be kept.
+
+        Returns:
+            A tensor of one element on the mask's device.
+        """
+        return self.score(left.float()).count_nonzero()
 
     def fit(
         self, kept: dict[str, int], most: Mapping[str, int], shapes: Shapes, budget: int

@@ -64,7 +64,7 @@ class _Groups(Pattern):
     def most(self, left):
         m = self.m or left.shape[1]
         fewest = left.reshape(-1, m).sum(1).min()
-        return int(fewest) * left.numel() // m
+        return fewest * left.numel() // m
 
     def fit(self, kept, most, shapes, budget):
         """Makes the n of each layer whole, and uses as much of the budget as that allows.
@@ -320,7 +320,7 @@ def transposable_n_of_m(score: Tensor, n: int, m: int) -> Tensor:
         score: shape (outputs, inputs); `m` divides both.
         n: from 0 to `m`, which is small.
     """
-    masks = torch.from_numpy(_transposable_masks(n, m)).to(score.device)
+    masks = torch.from_numpy(_transposable_masks(n, m)).to(score.device, non_blocking=True)
     blocks = score.unflatten(0, (-1, m)).unflatten(2, (-1, m)).transpose(1, 2)
 
     # In float64 the sums of float32 scores are exact in any order, unless the scores are extreme
@@ -329,7 +329,9 @@ def transposable_n_of_m(score: Tensor, n: int, m: int) -> Tensor:
     return masks[best].view(blocks.shape).transpose(1, 2).reshape(score.shape)
 
 
-def regrow(weight: Tensor, mask: Tensor, growth: Tensor, count: int) -> Tensor:
+def regrow(
+    weight: Tensor, mask: Tensor, growth: Tensor, count: int, kept: int | None = None
+) -> Tensor:
     """Drops the smallest kept weights, and grows as many of those that are then not kept.
 
     A weight that was dropped may grow again. Among equals the earlier weight in row-major order is
@@ -340,6 +342,7 @@ def regrow(weight: Tensor, mask: Tensor, growth: Tensor, count: int) -> Tensor:
         mask: bool tensor of the weight's shape, True where the weight is kept.
         growth: of the weight's shape, finite and non-negative: the `count` largest are grown.
         count: from 0 to the number of weights that the mask keeps.
+        kept: that number, if it is known already.
 
     Returns:
         A mask that keeps as many weights as the given one.
@@ -347,7 +350,7 @@ def regrow(weight: Tensor, mask: Tensor, growth: Tensor, count: int) -> Tensor:
     Raises:
         PruningError: the count is out of range.
     """
-    kept = int(mask.count_nonzero())
+    kept = int(mask.count_nonzero()) if kept is None else kept
     if not 0 <= count <= kept:
         raise PruningError(
             f"{count} weights to drop and grow: expected 0 to the {kept} that are kept"
@@ -363,7 +366,7 @@ def regrow(weight: Tensor, mask: Tensor, growth: Tensor, count: int) -> Tensor:
 def _positive_where(mask: Tensor, values: Tensor) -> Tensor:
     """The values above 0 in the same order where the mask is True; 0 elsewhere."""
     values = values.to(torch.promote_types(values.dtype, torch.float32))
-    return values.nextafter(values.new_tensor(torch.inf)).masked_fill(~mask, 0)
+    return values.nextafter(values.new_full((), torch.inf)).masked_fill(~mask, 0)
 
 
 @cache

@@ -99,7 +99,9 @@ def compute_masks(
     scores = Scores(weights, SCORES[score], chosen, statistics, seed, reconstructed, among)
     if pruner == "custom":
         levels = custom(scores, custom_config)
-        return {name: mask_at(scores, name, level) for name, level in levels.items()}
+        masks = {name: mask_at(scores, name, level) for name, level in levels.items()}
+        scores.check()
+        return masks
 
     def allocate(scores: Scores, sparsity: float) -> dict[str, int]:
         allocation = PRUNERS[pruner](scores, sparsity)
@@ -113,7 +115,9 @@ def compute_masks(
 
     target = sparsity if chosen.sparsity is None else chosen.sparsity
     assert target is not None  # `check_request` refuses that
-    return chosen.masks(model, scores, allocate, float(target), budget)
+    masks = chosen.masks(model, scores, allocate, float(target), budget)
+    scores.check()
+    return masks
 
 
 def check_request(

@@ -191,13 +191,13 @@ class Scores(Mapping[str, Tensor]):
         self.shapes = {name: weight.shape for name, weight in weights.items()}
         self.sizes = {name: self.pattern.units(shape) for name, shape in self.shapes.items()}
         self._among = {name: left for name, left in (among or {}).items() if name in weights}
-        most = {name: self.pattern.most(left) for name, left in self._among.items()}
-        self.most = {**self.sizes, **most}
+        self.most = {**self.sizes, **self._most_among()}
         wide = any(weight.dtype == torch.float64 for weight in weights.values())
         self._dtype = torch.float64 if wide else torch.float32
 
         self._layers: dict[str, Layer] = {}
         self._finite: set[str] = set()
+        self._unchecked: dict[str, Tensor] = {}  # the largest scores of layers
         self._at_least: dict[str, Tensor] = {}
         # Callers ask for the scores of one layer several times in a row
         self._latest: tuple[str, Tensor] | None = None
@@ -213,16 +213,33 @@ class Scores(Mapping[str, Tensor]):
         if name in self._among:
             score = self.pattern.among(score, self._among[name])
         score = self.pattern.score(score)
-        if name not in self._finite and not score.amax().isfinite():
-            self.weight(name)  # raises if the weight itself is the cause
-            raise PruningError(
-                f"{name} has a {self._score.__name__} score that is NaN or infinite in "
-                f"{self._dtype}"
-            )
+        if name not in self._finite:
+            self._unchecked[name] = score.amax()
+            # On a GPU every check waits, so that all layers are checked at once, by the caller
+            if score.device.type == "cpu":
+                self.check()
 
-        self._finite.add(name)
         self._latest = (name, score)
         return score
+
+    def check(self) -> None:
+        """Checks the scores that were computed so far; before the host uses them, and at the end.
+
+        Raises:
+            PruningError: a score is not finite.
+        """
+        if not self._unchecked:
+            return
+        finite = torch.stack(list(self._unchecked.values())).isfinite().tolist()
+        for name, is_finite in zip(self._unchecked, finite, strict=True):
+            if not is_finite:
+                self.weight(name)  # raises if the weight itself is the cause
+                raise PruningError(
+                    f"{name} has a {self._score.__name__} score that is NaN or infinite in "
+                    f"{self._dtype}"
+                )
+        self._finite |= self._unchecked.keys()
+        self._unchecked.clear()
 
     def by(self, score: Callable[[Tensor, Layer], Tensor]) -> "Scores":
         """The same weights and units with another score."""
@@ -276,6 +293,10 @@ class Scores(Mapping[str, Tensor]):
     def mask(self, name: str, kept: int) -> Tensor:
         """The mask of a layer that keeps `kept` units."""
         return self.pattern.mask(self[name], kept, self._at_least.get(name))
+
+    def _most_among(self) -> dict[str, int]:
+        counts = [self.pattern.most(left) for left in self._among.values()]
+        return dict(zip(self._among, torch.stack(counts).tolist(), strict=True)) if counts else {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)

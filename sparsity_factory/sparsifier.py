@@ -256,11 +256,12 @@ class Sparsifier:
 
         def compute():
             new = {}
+            kept = self.masks.kept()
             for layer, (name, mask) in enumerate(self.masks.items()):
                 weight = self._parameters[name]
                 if weight.grad is not None:
-                    count = int(share * int(mask.count_nonzero()))
-                    new[name] = regrow(weight, mask, growth(weight, layer), count)
+                    count = int(share * kept[name])
+                    new[name] = regrow(weight, mask, growth(weight, layer), count, kept[name])
             return new
 
         return self._shared_masks(compute)

@@ -69,6 +69,7 @@ class _Units(Pattern):
             group.sums(scores.__getitem__, parts)
             for group, parts in zip(groups, weights, strict=True)
         ]
+        scores.check()
         alive = [
             group.sums(lambda name: scores.weight(name) != 0, parts) > 0
             for group, parts in zip(groups, weights, strict=True)

@@ -1,10 +1,10 @@
-import contextlib
 import copy
 
 import pytest
 import timm
 import torch
 from made_up import pattern_for
+from pretend_cuda import CUDA, pretend_cuda
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
@@ -12,7 +12,6 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
 from augment import BatchTransform
@@ -103,6 +102,7 @@ def train(
         loader,
         progress or Progress(),
         after_step=after_step,
+        print_freq=10,
     )
 
 
@@ -370,74 +370,43 @@ def test_distributing_a_model_leaves_its_statistics_and_gradients_as_they_were(t
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-class HostReads(TorchDispatchMode):
-    """Counts what reads a number from the meta device, and gives it 1. Other copies to the CPU fail
-    by themselves.
-
-    The meta device stands for a GPU: whatever would wait for the one has no data to wait for on the
-    other.
-    """
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
-            self.count += 1
-            return 1.0
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def meta(monkeypatch):
-    """The meta device, which knows no autocast; and an error for whoever synchronizes a GPU."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("synchronize"))
-    return torch.device("meta")
-
-
-def test_no_training_step_waits_for_the_device_but_those_with_a_log_line(meta):
-    model = tiny_vit(drop_path=0.1).to(meta)
-    masks = {
-        name: torch.ones_like(weight, dtype=torch.bool)
-        for name, weight in prunable_weights(model).items()
-    }
-    ema, reads = ModelEmaV3(tiny_vit()), []
-    ema.module.to(meta)
-    transform = BatchTransform(
-        meta, RandomErasing(1.0, mode="pixel", device=meta), Mixup(0.8, 1.0, num_classes=10)
-    )
-    loader = [(images.byte(), targets) for images, targets in batches(25)]
-    with HostReads() as host:
+def test_no_training_step_waits_for_the_device_but_those_with_a_log_line():
+    found = []
+    with pretend_cuda() as waits:
+        model = tiny_vit(drop_path=0.1).to(CUDA)
+        masks = {
+            name: torch.ones_like(w, dtype=bool) for name, w in prunable_weights(model).items()
+        }
+        erasing = RandomErasing(1.0, mode="pixel", device=CUDA)
         train(
             model,
-            loader,
+            [(images.byte(), targets) for images, targets in batches(25)],
             adamw(model),
             criterion=DistillationLoss(SoftTargetCrossEntropy()),
-            compute=Compute(meta),
-            batch_transform=transform,
+            compute=Compute(CUDA),
+            batch_transform=BatchTransform(CUDA, erasing, Mixup(0.8, 1.0, num_classes=10)),
             masks=masks,
-            ema=ema,
+            ema=ModelEmaV3(model),
             clip_grad=1.0,
-            after_step=lambda: reads.append(host.count),
+            after_step=lambda: found.append(waits.total()),
         )
-    # A line is logged after steps 0, 10 and 20, and what it has read is counted with the next step.
-    assert [step for step in range(1, 25) if reads[step] > reads[step - 1]] == [1, 11, 21]
+    # A line is logged after steps 0, 10 and 20, and its wait is counted with the next step.
+    assert [step for step in range(1, 25) if found[step] > found[step - 1]] == [1, 11, 21]
+    assert found[-1] - found[0] == 3
 
 
-def test_no_batch_of_an_evaluation_waits_for_the_device_but_those_with_a_log_line(
-    meta, monkeypatch
-):
-    # Where the mode counts, the sums at the end have no numbers either.
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda totals: [1.0] * len(totals))
-    reads = []
-    with HostReads() as host:
+def test_no_batch_of_an_evaluation_waits_for_the_device_but_those_with_a_log_line():
+    found = []
+    with pretend_cuda() as waits:
         evaluate(
             batches(25),
-            tiny_vit().to(meta),
-            Compute(meta),
-            after_batch=lambda: reads.append(host.count),
+            tiny_vit().to(CUDA),
+            Compute(CUDA),
+            after_batch=lambda: found.append(waits.total()),
+            print_freq=10,
         )
-    assert [batch for batch in range(1, 25) if reads[batch] > reads[batch - 1]] == [1, 11, 21]
+    assert [batch for batch in range(1, 25) if found[batch] > found[batch - 1]] == [1, 11, 21]
+    assert found[-1] - found[0] == 3
 
 
 def test_a_loss_that_is_not_finite_stops_the_training():

@@ -42,7 +42,7 @@ def test_the_first_command_prunes_the_sample_finetunes_it_and_says_how_good_it_i
     )
     assert re.search(r"prunable weights +232,243 +663,552 +65\.00%", result.stdout)
     assert re.search(
-        r"Epoch: \[0\]  \[10/93\]  eta: \d:\d\d:\d\d  lr: [\d.]+  loss: ", result.stdout
+        r"Epoch: \[0\]  \[50/93\]  eta: \d:\d\d:\d\d  lr: [\d.]+  loss: ", result.stdout
     )
     accuracy = re.search(
         r"dense ([\d.]+) %, pruned ([\d.]+) %, finetuned ([\d.]+) %", result.stdout

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -263,3 +264,92 @@ def test_a_search_runs(few, tmp_path, measure):
         flags = f"--budget 0.6 --levels 2:4 dense --exchanges 1 --measure {measure}"
         assert search.search([*few, *flags.split()]) == 0
     assert json.loads((tmp_path / "output/search/measured.jsonl").read_text().splitlines()[0])
+
+
+# ---- waits ----
+
+#: The steps of twelve at which masks change.
+CHANGES = {
+    "one-shot": set(),
+    "gradual": {4, 8, 9},
+    "iterative": {9},
+    "set": {4, 8},
+    "rigl": {4, 8},
+    "ac-dc": {3, 6, 9},
+    "ste": {4, 8},
+    "sr-ste": {4, 8},
+    "maskllm": {9},
+}
+#: Of a change: are gradients finite, are scores, how many weights are left, how many does each
+#: layer keep.
+MOST_WAITS = 4
+
+
+@pytest.fixture
+def waits_by_step(few, monkeypatch):
+    """Trains two blocks for twelve steps; returns the waits of each step from number 2 on."""
+
+    def run(flags: str) -> dict[int, Counter]:
+        end_step = Progress.end_step
+        so_far = []
+
+        def counting(progress, images):
+            end_step(progress, images)
+            so_far.append(waits.copy())
+
+        monkeypatch.setattr(Progress, "end_step", counting)
+        argv = "--epochs 1 --batch-size 1 --mixup 0 --cutmix 0 --print-freq 100"
+        model = "--model-kwargs depth=2 embed_dim=16 num_heads=2"
+        with pretend_cuda() as waits:
+            main.command([*few, *f"{argv} {model} {flags}".split()])
+        monkeypatch.setattr(Progress, "end_step", end_step)
+        # The line of the log after step 0 belongs to step 1
+        return {step: so_far[step] - so_far[step - 1] for step in range(2, 12)}
+
+    return run
+
+
+def of_twelve_steps(schedule: str, pruned: str = "") -> str:
+    flags = f"{pruned or PATTERNS[pattern_for(schedule)]} --prune-schedule {schedule}"
+    if schedule in users_of("prune_every"):
+        flags += " --prune-every 4"
+    if schedule in users_of("prune_rounds"):
+        flags += " --prune-rounds 2"
+    return flags
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_step_waits_only_to_change_masks_and_then_no_more_for_more_layers(
+    waits_by_step, schedule
+):
+    found = waits_by_step(f"{of_twelve_steps(schedule)} --clip-grad 1 --model-ema")
+    assert {step for step, waits in found.items() if waits} == CHANGES[schedule], found
+    assert all(waits.total() <= MOST_WAITS for waits in found.values()), found
+
+
+@pytest.mark.parametrize(
+    "pruned",
+    [
+        PATTERNS["2:4"],
+        PATTERNS["2:4t"],
+        PATTERNS["row"],
+        f"{PATTERNS['x:4']} --amp bfloat16",
+        PATTERNS["block"],
+        "--pruner glob --sparsity 0.5 --amp float16 --clip-grad 1",
+        "--pruner erk --sparsity 0.5 --cosub",
+    ],
+)
+def test_a_change_of_masks_waits_no_more_for_more_layers(waits_by_step, pruned):
+    found = waits_by_step(of_twelve_steps("gradual", pruned))
+    assert {step for step, waits in found.items() if waits} == CHANGES["gradual"], found
+    assert all(waits.total() <= MOST_WAITS for waits in found.values()), found
+
+
+def test_an_epoch_waits_once_for_each_line_of_the_log_and_once_at_its_end(few):
+    with pretend_cuda() as waits:
+        argv = "--epochs 2 --batch-size 2 --no-model-ema --print-freq 3"
+        main.command([*few, *argv.split()])
+    # Training has lines after batches 0, 3 and 5, the evaluation after 0 and 1
+    assert sum(count for place, count in waits.items() if "utils/logs.py" in place) == 2 * (3 + 2)
+    # The weights are finite, and the sums of the evaluation
+    assert sum(count for place, count in waits.items() if "engine.py" in place) == 2 * (1 + 1)

@@ -166,15 +166,15 @@ def test_what_does_not_wait_is_not_counted(waits):
 # ---- values ----
 
 
-def trained(device: str, dtype=torch.float32) -> list[torch.Tensor]:
+def trained(device: str, dtype=torch.float32, fused=False, images_of_step=2) -> list[torch.Tensor]:
     """The weights and the last logits of three steps of a tiny transformer."""
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2)
     model = copy.deepcopy(model.to(device))
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     for _ in range(3):
-        images = torch.randn(2, 3, 32, 32).to(device, non_blocking=True)
+        images = torch.randn(images_of_step, 3, 32, 32).to(device, non_blocking=True)
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             loss = model(images).square().mean()
         optimizer.zero_grad()
@@ -194,6 +194,13 @@ def test_values_are_those_of_the_cpu(dtype):
     here = trained("cpu", dtype)
     with pretend_cuda():
         there = trained("cuda", dtype)
+    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+def test_a_fused_optimizer_steps_as_on_the_cpu():
+    here = trained("cpu", fused=True, images_of_step=1)
+    with pretend_cuda():
+        there = trained("cuda", fused=True, images_of_step=1)
     assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
 
 

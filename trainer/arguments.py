@@ -236,7 +236,7 @@ def _add_run(group: Group) -> None:
         help="folder for checkpoints, log.txt, tables and pictures; empty writes nothing")
     add("--checkpoint-every", int, 0, metavar="STEPS", sweep=FREE,
         help="steps between checkpoints within an epoch; 0 writes one after each epoch only")
-    add("--print-freq", int, 10, metavar="STEPS", sweep=FREE,
+    add("--print-freq", int, 50, metavar="STEPS", sweep=FREE,
         help="steps between two lines of the log; a terminal shows a bar instead")
     add("--quiet", bool, False, sweep=FREE,
         help="print nothing but the accuracies at the end, and errors")

@@ -5,6 +5,7 @@ batch transform.
 import argparse
 import copy
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import timm.layers
@@ -312,6 +313,11 @@ def prepare_model(
     return model.to(device)
 
 
+def sharing() -> Callable | None:
+    """How processes share what one of them chooses; None for a single one."""
+    return utils.on_first_process if utils.world_size() > 1 else None
+
+
 def build_sparsifier(
     args,
     model: torch.nn.Module,
@@ -345,7 +351,7 @@ def build_sparsifier(
             total_steps=max(args.epochs - args.start_epoch, 1) * epoch_steps,
             epoch_steps=epoch_steps,
             masks=masks,
-            share=utils.on_first_process,
+            share=sharing(),
             **data,
         )
 
@@ -402,7 +408,7 @@ def shrink_before_training(
         total_steps=sparsifier.steps.total,
         epoch_steps=sparsifier.steps.epoch,
         masks=kept,
-        share=utils.on_first_process,
+        share=sharing(),
     )
     return dense, small, follower
 

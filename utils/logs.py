@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from .processes import is_main_process, sum_over_processes
@@ -105,17 +106,40 @@ class MetricLogger:
         for name, value in values.items():
             self.meters[name].update(value, n)
 
+    def read(self) -> None:
+        """Turns tensors into numbers, with one wait for the device."""
+        meters = self.meters.values()
+        values = [value for meter in meters for value in (meter.total, *meter.recent)]
+        tensors = [value.double() for value in values if isinstance(value, Tensor)]
+        if not tensors:
+            return
+        numbers = iter(torch.stack(tensors).tolist())
+
+        def number(value: float | Tensor) -> float:
+            return next(numbers) if isinstance(value, Tensor) else value
+
+        for meter in meters:
+            meter.total = number(meter.total)
+            meter.recent = deque(map(number, meter.recent), meter.recent.maxlen)
+
     def averages(self) -> dict[str, float]:
+        self.read()
         return {name: meter.global_avg for name, meter in self.meters.items()}
 
     def synchronize(self) -> None:
         """Makes every mean the mean over all processes."""
-        for meter in self.meters.values():
-            meter.total, meter.count = sum_over_processes([float(meter.total), meter.count])
+        self.read()
+        meters = list(self.meters.values())
+        figures = [figure for meter in meters for figure in (meter.total, meter.count)]
+        sums = iter(sum_over_processes(figures))
+        for meter in meters:
+            meter.total = next(sums)
+            meter.count = next(sums)
 
     def state_dict(self) -> dict[str, list]:
         """The sum and the count of each series of this process."""
-        return {name: [float(meter.total), meter.count] for name, meter in self.meters.items()}
+        self.read()
+        return {name: [meter.total, meter.count] for name, meter in self.meters.items()}
 
     def load_state_dict(self, state: dict[str, list]) -> None:
         for name, (total, count) in state.items():
@@ -123,6 +147,7 @@ class MetricLogger:
             self.meters[name].count = int(count)
 
     def __str__(self) -> str:
+        self.read()
         return "  ".join(f"{name}: {meter}" for name, meter in self.meters.items())
 
     def log_every(self, loader, print_freq: int, header: str, first: int = 0):
@@ -154,7 +179,8 @@ class MetricLogger:
 
                 bar.update()
                 if step % print_freq == 0 or step == steps - 1:
-                    # Reading the averages waits for the device.
+                    # The only wait for the device, unless masks change.
+                    self.read()
                     bar.set_postfix_str(self._short(), refresh=False)
                     left = iter_time.global_avg * (steps - 1 - step)
                     line = f"{header}  [{step:{len(str(steps))}d}/{steps}]  eta: {_duration(left)}"

@@ -103,6 +103,9 @@ class PretendTensor(Tensor):
         kwargs = kwargs or {}
         if function in _METHODS:
             return _METHODS[function](*args, **kwargs)
+        device = kwargs.pop("device", None)
+        if device is not None and not _is_cuda(device):
+            return function(*args, **kwargs).inner  # as torch.zeros_like(..., device="cpu")
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)
 
@@ -189,6 +192,12 @@ def _numpy(tensor: Tensor, *_, **__):
     raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
 
 
+def _one_hot(classes: Tensor, num_classes: int = -1) -> Tensor:
+    if num_classes == -1:
+        _wait("one_hot")
+    return PretendTensor(torch.nn.functional.one_hot(classes.inner, num_classes))
+
+
 def _set_data(tensor: Tensor, data: Tensor) -> None:
     """`tensor.data = data`."""
     if isinstance(tensor, PretendTensor) != isinstance(data, PretendTensor):
@@ -236,6 +245,7 @@ _METHODS: dict[Callable, Callable] = {
     Tensor.numpy: _numpy,
     Tensor.to: _to,
     Tensor.tolist: _tolist,
+    torch.nn.functional.one_hot: _one_hot,
 }
 
 
@@ -247,11 +257,8 @@ def _run(operation, args: tuple, kwargs: dict) -> Any:
     name = operation._schema.name
     leaves = tree_leaves((args, kwargs))
     there = any(isinstance(x, PretendTensor) for x in leaves)
-    goes_there = there
-    if kwargs.get("device") is not None:
-        goes_there = torch.device(kwargs["device"]).type == "cuda"
-        # Autograd casts a gradient back and takes the device from C++. Python's `to` is elsewhere.
-        goes_there = goes_there or there and name == "aten::_to_copy"
+    # C++ takes the device of a new tensor from another one, and says that it is the CPU
+    goes_there = there or _is_cuda(kwargs.get("device"))
     if there:
         _check_devices(name, operation._schema.is_mutable, args, leaves)
     _count_waits(name, args, kwargs, there, goes_there)
@@ -268,6 +275,10 @@ def _run(operation, args: tuple, kwargs: dict) -> Any:
     if goes_there:
         result = tree_map(_outer, result)
     return return_and_correct_aliasing(operation, args, kwargs, result) if there else result
+
+
+def _is_cuda(device) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
 
 
 def _inner(value):
@@ -356,7 +367,8 @@ _FUNCTIONS: dict[Callable, Callable] = {
 def _check_generator(args: tuple, generator, device=None, **_) -> None:
     """Raises a RuntimeError, as CUDA does, for a generator of the other device."""
     there = any(isinstance(x, PretendTensor) for x in tree_leaves(args))
-    expected = ("cuda" if there else "cpu") if device is None else torch.device(device).type
+    there = there if device is None else _is_cuda(device)
+    expected = "cuda" if there else "cpu"
     found = generator.pretended.type
     if found != expected:
         raise RuntimeError(f"Expected a '{expected}' device type for generator but found '{found}'")
