@@ -25,6 +25,7 @@ from trainer.builders import (
     build_sparsifier,
     build_state,
     build_step_options,
+    choose_compute,
     load_start,
     prepare_model,
     shrink_before_training,
@@ -39,7 +40,7 @@ from utils import Compute, log
 
 def main(args) -> dict[str, float]:
     """The whole run. Returns the top-1 accuracies in percent by name: dense, pruned, finetuned."""
-    compute = Compute.choose(args.device, args.amp)
+    compute = choose_compute(args)
     utils.init_process_group(
         compute.device.type, args.dist_url, args.distributed, args.world_size, args.dist_timeout
     )
@@ -134,6 +135,8 @@ def describe(args, compute: Compute) -> None:
             "each with a folder per class."
         )
     log(f"{args.model} on {compute.in_words()}, {utils.world_size()} process(es)")
+    if compute.device.type == "cuda" and args.tf32:
+        log("Factors of float32 products are rounded to TensorFloat-32; --no-tf32 keeps them whole")
 
 
 def command(argv: list[str]) -> int:

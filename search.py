@@ -50,7 +50,7 @@ from sparsity_factory.pruners import mask_at
 from sparsity_factory.scores import Layer, Scores
 from trainer import plots
 from trainer.arguments import given, parse_args, refused_flags
-from trainer.builders import build_loaders, load_start, prepare_model
+from trainer.builders import build_loaders, choose_compute, load_start, prepare_model
 from trainer.calibration_images import Calibration
 from trainer.exit_status import exit_status
 from trainer.job_folder import JobFolder
@@ -67,7 +67,7 @@ def search(argv: list[str]) -> int:
     """The command line; returns the exit status."""
     options, args = parse_search_args(argv)
     utils.show_progress(args.quiet)
-    compute = Compute.choose(args.device, args.amp)
+    compute = choose_compute(args)
     utils.seed_everything(utils.INIT, args.seed)
 
     with StopSignals() as stop:

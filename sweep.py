@@ -56,6 +56,7 @@ from trainer.builders import (
     build_sparsifier,
     build_state,
     build_step_options,
+    choose_compute,
     load_start,
     prepare_model,
 )
@@ -89,7 +90,7 @@ def sweep(argv: list[str]) -> int:
     options, args = parse_sweep_args(argv)
     args.command = shlex.join(["sweep.py", *argv])
     utils.show_progress(quiet=True)  # of each training; the sweep has lines of its own
-    compute = Compute.choose(args.device, args.amp)
+    compute = choose_compute(args)
 
     if options.processes_per_run == "all":
         utils.init_process_group(

@@ -41,12 +41,13 @@ from measure import ROOT, peak_above, seconds
 import utils
 from datasets import FashionMNIST, read_idx, write_idx
 from sweep import Workbench, parse_sweep_args
+from trainer.builders import choose_compute
 from trainer.exit_status import exit_status
 from trainer.parser import Parser
 from trainer.run_folder import RunFolder
 from trainer.stop_signals import Stopped, StopSignals
 from trainer.sweep_table import FINETUNED, ONE_SHOT
-from utils import Compute, UserError
+from utils import UserError
 
 OUTPUT = ROOT / "output" / "compare"
 DONE = "done"  # a file in folders that are complete
@@ -159,7 +160,7 @@ class Bench:
         # The presets have flags that a sweep ignores; its message about them is of no interest here
         with contextlib.redirect_stdout(io.StringIO()):
             _, args = parse_sweep_args(arguments)
-        self.bench = Workbench(args, Compute.choose(args.device, args.amp), self.stop)
+        self.bench = Workbench(args, choose_compute(args), self.stop)
         self.arguments = arguments
 
     def cost(self, task: Task) -> tuple[float, int]:

@@ -267,6 +267,11 @@ def _add_run(group: Group) -> None:
     add("--amp", str, "auto", choices=["auto", "bfloat16", "float16", "off"],
         help="precision of the forward pass; auto takes the fastest one that the device has in "
              "hardware")
+    switch("tf32", True,
+           help="on a GPU, round the factors of float32 products to TensorFloat-32, except where "
+                "weights are scored or reconstructed")
+    switch("cudnn-benchmark", True, sweep=FREE,
+           help="on a GPU, time the algorithms of convolutions and take the fastest")
     add("--compile", bool, False,
         help="torch.compile the model: takes minutes at first, needs a C++ compiler")
     add("--compile-mode", str, "default",

@@ -61,6 +61,16 @@ class DenseTeacher:
     origin: dict
 
 
+def choose_compute(args) -> Compute:
+    """The device and the precision that the arguments ask for.
+
+    Raises UserError for a device that is not available.
+    """
+    compute = Compute.choose(args.device, args.amp)
+    compute.tune(args.tf32, args.cudnn_benchmark)
+    return compute
+
+
 def evaluation_batch_size(args) -> int:
     """How many images an evaluation takes at once; as DeiT has it."""
     return int(1.5 * args.batch_size)

@@ -83,7 +83,8 @@ class Calibration:
         shares = {}
         if utils.world_size() > 1:
             shares = {"share": utils.rank(), "add_up": dist.all_reduce}
-        with self.compute.autocast(), without_checkpointing(self.model):
+        full_precision = utils.full_precision()
+        with self.compute.autocast(), full_precision, without_checkpointing(self.model):
             statistics = collect_statistics(self.model, self.loader, loss, needs, **shares)
 
         # Only the latest are kept, because they are large
@@ -108,7 +109,7 @@ class Calibration:
             walk = walk_layers(self.model, self._loader_for_all, other=dense, add_up=add_up)
 
         logger = iter(utils.MetricLogger().log_every(list(layers), 12, "Layer:"))
-        with without_checkpointing(self.model), closing(walk):
+        with utils.full_precision(), without_checkpointing(self.model), closing(walk):
             for layer in walk:
                 next(logger)
                 yield layer

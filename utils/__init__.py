@@ -9,7 +9,7 @@ from .class_folders import (
     is_image,
     read_class_folders,
 )
-from .devices import Compute, choose_amp, choose_device, versions
+from .devices import Compute, choose_amp, choose_device, full_precision, versions
 from .errors import BadImageError, DivergedError, UserError, WriteError, first_line
 from .files import load_checkpoint, save_checkpoint, write_atomically
 from .logs import (
@@ -68,6 +68,7 @@ __all__ = [
     "end_process",
     "exchange_failure",
     "first_line",
+    "full_precision",
     "gather_objects",
     "init_process_group",
     "is_first_to_fail",

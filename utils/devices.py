@@ -1,5 +1,6 @@
 """The device of a process, and the precision in which it computes."""
 
+import contextlib
 import os
 import platform
 from dataclasses import dataclass
@@ -33,8 +34,36 @@ class Compute:
         lowers = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=lowers)
 
+    def tune(self, tf32: bool, cudnn_benchmark: bool) -> None:
+        """Says how a GPU computes; on a CPU without effect.
+
+        tf32: products of float32 numbers round their factors to TensorFloat-32.
+        cudnn_benchmark: cuDNN times its algorithms of a convolution, and takes the fastest.
+        """
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+            torch.backends.cudnn.allow_tf32 = tf32
+            torch.backends.cudnn.benchmark = cudnn_benchmark
+
     def in_words(self) -> str:
         return f"{self.device} in {str(self.dtype).removeprefix('torch.')}"
+
+
+@contextlib.contextmanager
+def full_precision():
+    """A context in which no product of float32 numbers rounds its factors, on any device.
+
+    Inverses of Gram matrices are wrong in their first digits otherwise.
+    """
+    modules = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [module.allow_tf32 for module in modules]
+    for module in modules:
+        module.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for module, allows in zip(modules, before, strict=True):
+            module.allow_tf32 = allows
 
 
 def choose_device(name: str) -> torch.device:
