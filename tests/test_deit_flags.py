@@ -581,6 +581,27 @@ def test_distillation_alpha_tau_and_type_reach_the_loss(teacher, tmp_path, monke
     assert not any(parameter.requires_grad for parameter in criterion.teacher_model.parameters())
 
 
+@pytest.mark.parametrize(
+    "name, device, flags, expected",
+    [
+        ("resnet10t", "cuda", [], True),
+        ("resnet10t", "cuda", ["--no-channels-last"], False),
+        ("resnet10t", "cpu", [], False),
+        ("deit_sample_patch4_28", "cuda", [], False),
+    ],
+)
+def test_convolutional_teachers_have_channels_last_on_a_gpu(
+    tmp_path, name, device, flags, expected
+):
+    path = tmp_path / "t.pth"
+    torch.save(timm.create_model(name, num_classes=10).state_dict(), path)
+    args = options(*flags, "--teacher-model", name, "--teacher-path", path)
+    teacher = builders.prepare_teacher(args, 10, torch.device(device))
+    weights = [weight for weight in teacher.parameters() if weight.dim() == 4]
+    last = [weight.is_contiguous(memory_format=torch.channels_last) for weight in weights]
+    assert all(last) == expected
+
+
 def test_distillation_of_a_student_with_one_head_is_refused(run_main, tiny, teacher):
     error = run_main(*tiny, "--distillation-type", "hard", *teacher, status=2)
     assert "deit_sample_patch4_28" in error

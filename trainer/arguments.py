@@ -412,12 +412,14 @@ def _add_optimizer(group: Group) -> None:
 
 
 def _add_distillation(group: Group) -> None:
-    add = group.add
+    add, switch = group.add, group.switch
     add("--distillation-type", str, "none", choices=["none", "soft", "hard"],
         help="what the second head of a distilled model learns: the teacher's logits, or its top "
              "class")
     add("--teacher-model", str, "regnety_160", help="any model of timm")
     add("--teacher-path", str, "", metavar="FILE", help="checkpoint (file or URL) of the teacher")
+    switch("channels-last", True,
+           help="on a GPU, lay out a convolutional teacher as channels last")
     add("--distillation-alpha", float, 0.5, help="share of the teacher in the loss")
     add("--distillation-tau", float, 1.0, continues=True,
         help="temperature of soft distillation and of --dense-teacher")

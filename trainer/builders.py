@@ -479,17 +479,28 @@ def build_criterion(
 
     teacher = None
     if args.distillation_type != "none":
-        teacher = prepare_teacher(args, num_classes).to(device)
+        teacher = prepare_teacher(args, num_classes, device).to(device)
     return DistillationLoss(
         criterion, teacher, args.distillation_type, args.distillation_alpha, tau
     )
 
 
-def prepare_teacher(args, num_classes: int) -> torch.nn.Module:
-    """The frozen model that `--distillation-type` learns from, with `--teacher-path`'s weights."""
+def prepare_teacher(args, num_classes: int, device: torch.device) -> torch.nn.Module:
+    """The frozen model that `--distillation-type` learns from, with `--teacher-path`'s weights.
+
+    device: where it will compute.
+    """
     log(f"Teacher: {args.teacher_model} with the weights of {args.teacher_path}")
     teacher = build_model(args.teacher_model, num_classes, args.input_size, flag="--teacher-model")
     load_weights(teacher, utils.load_checkpoint(args.teacher_path)["model"], args.teacher_path)
     if args.compile:
         compile_model(teacher, args.compile_mode)
+    if args.channels_last and device.type == "cuda" and is_convolutional(teacher):
+        teacher.to(memory_format=torch.channels_last)
     return teacher.eval().requires_grad_(False)
+
+
+def is_convolutional(model: torch.nn.Module) -> bool:
+    """Whether a model has convolutions that overlap; those of a patch embedding do not."""
+    convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    return any(layer.kernel_size > layer.stride for layer in convolutions)
