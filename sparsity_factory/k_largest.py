@@ -191,11 +191,11 @@ def _k_largest_by_sorting(flat: Tensor, k: int) -> Tensor:
     return mask
 
 
-def _on_cpu(scores: Mapping[str, Tensor]) -> bool:
+def _on_cpu(scores) -> bool:
     return all(weight.device.type == "cpu" for weight in scores.weights.values())
 
 
-def _largest_overall_by_sorting(scores: Mapping[str, Tensor], budget: int) -> dict[str, int]:
+def _largest_overall_by_sorting(scores, budget: int) -> dict[str, int]:
     """`largest_overall` on a GPU: waits for it twice, to check the scores and for the counts."""
     if budget == 0:
         return dict.fromkeys(scores, 0)
@@ -204,14 +204,14 @@ def _largest_overall_by_sorting(scores: Mapping[str, Tensor], budget: int) -> di
     last = flat.sort(descending=True).values[budget - 1]  # the smallest score that is kept
 
     layers = flat.split([scores.sizes[name] for name in scores])
-    more = [(layer > last).count_nonzero() for layer in layers]
+    above = [(layer > last).count_nonzero() for layer in layers]
     equal = [(layer == last).count_nonzero() for layer in layers]
-    more, equal = torch.stack([*more, *equal]).view(2, -1).tolist()
+    counts = torch.stack([torch.stack(above), torch.stack(equal)], 1).tolist()
 
     # On a tie the earlier layer comes first
-    left = budget - sum(more)
+    left = budget - sum(sure for sure, _ in counts)
     kept = {}
-    for name, sure, tied in zip(scores, more, equal, strict=True):
+    for name, (sure, tied) in zip(scores, counts, strict=True):
         kept[name] = sure + min(tied, left)
         left -= min(tied, left)
     return kept
@@ -220,7 +220,7 @@ def _largest_overall_by_sorting(scores: Mapping[str, Tensor], budget: int) -> di
 class _Copies(dict):
     """The scores of a GPU on the CPU, where sums have one order; waits for the GPU twice."""
 
-    def __init__(self, scores: Mapping[str, Tensor]):
+    def __init__(self, scores):
         flat = torch.cat([scores[name].flatten() for name in scores]).cpu()
         scores.check()
         super().__init__(zip(scores, flat.split(list(scores.sizes.values())), strict=True))

@@ -1,9 +1,14 @@
 """The k largest scores, found by counting."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from made_up import linears
+from pretend_cuda import pretend_cuda
+
+from sparsity_factory import compute_masks
 from sparsity_factory.k_largest import _k_largest_by_sorting, k_largest
 
 # Many ties, several in one bin
@@ -40,3 +45,14 @@ def test_k_largest_of_many_scores_has_the_same_threshold_as_sorting():
     assert torch.equal(
         k_largest(score, k), score >= score.flatten().sort(descending=True).values[k - 1]
     )
+
+
+@pytest.mark.parametrize("pruner", ["glob", "lamp"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.77, 0.999])
+def test_a_gpu_keeps_what_the_cpu_keeps_of_all_layers_on_ties_too(pruner, sparsity):
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randint(-4, 5, (size, 6), generator=generator).float() for size in (3, 5, 2)]
+    here = compute_masks(linears(*weights), pruner, sparsity)
+    with pretend_cuda():
+        there = compute_masks(linears(*weights).to("cuda"), pruner, sparsity)
+        assert all(torch.equal(here[name], mask.cpu()) for name, mask in there.items())
