@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from made_up import linears
 from pretend_cuda import pretend_cuda
 
