@@ -40,9 +40,13 @@ from utils import (
     class_names,
     differently_ordered,
     first_line,
+    forget_other_formats,
     is_hidden,
     is_image,
+    open_image,
     read_class_folders,
+    read_file,
+    to_rgb,
 )
 
 # Other names that timm accepts for a split
@@ -52,7 +56,11 @@ TIMM = "timm:"  # what --data-set begins with for timm's readers
 decode_jpeg = getattr(io, "decode_jpeg", None)
 SAMPLE_PATH = Path(__file__).resolve().parent / "sample"
 SMALL = 32  # images of up to this size are not zoomed into, as in DeiT
+IDX_LARGEST = 2**31  # bytes of an idx file, unpacked; the largest one of EMNIST has a quarter
 BICUBIC = transforms.InterpolationMode.BICUBIC
+
+# Also in data workers, which import this module
+forget_other_formats()
 
 
 def build_dataset(
@@ -171,7 +179,7 @@ def read_idx(root: Path, name: str, ndim: int) -> np.ndarray:
     plain = root / name
     packed = root / f"{name}.gz"
     try:
-        content = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
+        content = read_file(plain, IDX_LARGEST) if plain.exists() else _unpack(packed)
     except FileNotFoundError:
         raise UserError(f"{plain}: no such file, with or without .gz") from None
     except (OSError, EOFError, gzip.zlib.error) as error:
@@ -186,6 +194,19 @@ def read_idx(root: Path, name: str, ndim: int) -> np.ndarray:
     if not right_kind or not complete:
         raise UserError(f"{plain}: not an idx file of {ndim} dimensions in uint8, or not all of it")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def _unpack(path: Path) -> bytes:
+    """The content of a gzipped file. Raises UserError for a bomb."""
+    with gzip.open(BytesIO(read_file(path))) as file:
+        parts = []
+        size = 0
+        while part := file.read(2**24):
+            parts.append(part)
+            size += len(part)
+            if size > IDX_LARGEST:
+                raise UserError(f"{path}: unpacks to more than {IDX_LARGEST:,} bytes")
+    return b"".join(parts)
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -253,18 +274,24 @@ def load_image(path, as_pixels: bool = False, file=None) -> Image.Image | torch.
     Raises BadImageError, which names the file, if it cannot be read.
     """
     try:
-        with file or open(path, "rb") as source:
-            content = source.read()
-        image = Image.open(BytesIO(content))  # reads no more than the header
+        content = read_file(path) if file is None else _read_and_close(file)
+        image = open_image(content)
         if as_pixels and decode_jpeg and (image.format, image.mode) == ("JPEG", "RGB"):
             # If torchvision fails, Pillow decodes it or says what is wrong
             with contextlib.suppress(RuntimeError):
                 return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        return image.convert("RGB")
+        return to_rgb(image)
+    except UserError as error:
+        raise BadImageError(str(error)) from None
     except Exception as error:  # damaged files raise errors of any kind
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "in no known format" if unknown else first_line(error)
         raise BadImageError(f"{path}: cannot be read as an image ({reason})") from None
+
+
+def _read_and_close(file) -> bytes:
+    with file:
+        return file.read()
 
 
 def loader_for(transform):
@@ -456,7 +483,7 @@ def _tiny_imagenet(root: Path, annotations: Path) -> ClassFolders:
     """The validation images of Tiny-ImageNet as downloaded, in images/, with their classes."""
     found = ClassFolders()
     try:
-        lines = annotations.read_text(encoding="utf-8").splitlines()
+        lines = read_file(annotations).decode().splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"{annotations}: cannot be read ({first_line(error)})") from None
 
@@ -512,6 +539,12 @@ def _timm(path, is_train, transform, args, classes=None):
         return _timm_folder(path, is_train, transform, args, classes)
 
     split = args.train_split if is_train else args.val_split
+    options = {"transform": transform}
+    if kind == "wds":
+        # timm would look for three kinds of images alone, and clip those of 16 bits
+        options["transform"] = transforms.Compose([to_rgb, transform])
+        options["input_img_mode"] = ""
+        options["input_key"] = ";".join(extension[1:] for extension in EXTENSIONS)
     try:
         data = create_dataset(
             name,
@@ -520,7 +553,7 @@ def _timm(path, is_train, transform, args, classes=None):
             is_training=is_train,
             batch_size=args.batch_size,
             seed=args.seed,
-            transform=transform,
+            **options,
         )
     except ImportError as error:
         raise UserError(f"--data-set {args.data_set}: {first_line(error)}") from None
@@ -594,7 +627,7 @@ def _count(args, path: Path, found: int) -> int:
 
 def _read_json(path: Path):
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_file(path, IDX_LARGEST))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -142,6 +142,23 @@ def build_model(
     return model
 
 
+def cut_pixels(model: torch.nn.Module, input_size: int) -> str:
+    """What the patches of a model leave out of images of a size they do not divide, in a line.
+
+    "" if they leave out nothing, or the model has no such patches.
+    """
+    embedding = getattr(model, "patch_embed", None)
+    sides = getattr(embedding, "patch_size", None)
+    pads = getattr(embedding, "dynamic_img_pad", False)
+    if not isinstance(sides, tuple) or pads or input_size % sides[0] == 0:
+        return ""
+    rest = input_size % sides[0]
+    return (
+        f"--input-size {input_size}: patches of {sides[0]} pixels cover {input_size - rest}; the "
+        f"last {rest} pixels at the right and at the bottom are cut off"
+    )
+
+
 def timm_call(
     name: str, num_classes: int, input_size: int, assignments: list[str] | None = None
 ) -> tuple[str, dict]:

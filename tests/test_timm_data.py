@@ -239,3 +239,39 @@ def test_what_timm_cannot_read_is_refused_in_one_line(by_class, shards, run_main
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert culprit in error
+
+
+def rename_images(folder, split, extension):
+    """Rewrites the shards of a split with images of other names."""
+    for path in folder.glob(f"{split}-*.tar"):
+        with tarfile.open(path) as archive:
+            files = {
+                member.name: archive.extractfile(member).read() for member in archive.getmembers()
+            }
+        renamed = {name.replace(".png", extension): content for name, content in files.items()}
+        write_tar(path, renamed)
+
+
+@pytest.mark.parametrize("extension", [".JPEG", ".bmp", ".tiff"])
+def test_images_in_shards_may_have_the_name_of_every_format(shards, extension):
+    rename_images(shards, "validation", extension)
+    assert sum(len(labels) for _, labels in stream_loader(False)) == 35
+
+
+def test_an_evaluation_of_no_image_is_an_error(shards, run_main):
+    rename_images(shards, "validation", ".xyz")
+    error = run_main(*WDS, "--eval", status=2)
+    assert "no image of the shards to evaluate on can be read" in error
+
+
+def test_an_epoch_of_fewer_steps_than_announced_is_an_error(shards, run_main):
+    rename_images(shards, "train", ".xyz")
+    assert "ended after 0 of the 6 steps" in run_main(*WDS, status=2)
+
+
+def test_fewer_images_to_evaluate_than_announced_are_said(shards, run_main):
+    info = json.loads((shards / "_info.json").read_text())
+    info["splits"]["validation"]["num_samples"] = 40
+    (shards / "_info.json").write_text(json.dumps(info))
+    output = run_main(*WDS, "--eval")
+    assert "The shards hold 35 images to evaluate on, and announce 40" in output

@@ -24,6 +24,7 @@ from models import (
     build_model,
     checkpoint_gradients,
     compile_model,
+    cut_pixels,
     train_attention_only,
     train_both_heads,
 )
@@ -294,6 +295,8 @@ def prepare_model(
         pretrained=pretrained,
         assignments=args.model_kwargs,
     )
+    if cut := cut_pixels(model, args.input_size):
+        log(cut)
     if "shape" in checkpoint:
         try:
             model = with_units(model, checkpoint["shape"])

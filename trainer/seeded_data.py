@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 import utils
-from utils import BadImageError, UserError
+from utils import BadImageError, UserError, log
 
 
 class SeededDataset(Dataset):
@@ -104,7 +104,8 @@ class StreamLoader:
     `share` (rank, world size) it uses every world_size-th batch. A stream has no shortcut to a
     place in it: batches that are skipped are read nevertheless.
 
-    Raises UserError if there are fewer shards than processes to train.
+    Raises UserError if there are fewer shards than processes to train, fewer batches in an epoch
+    than the shards announce, or no image to evaluate on.
     """
 
     def __init__(
@@ -164,7 +165,39 @@ class StreamLoader:
         seed = np.random.SeedSequence(key).generate_state(1)[0]
         self.loader.generator.manual_seed(int(seed))
 
-        if self.trains:
-            return itertools.islice(self.loader, self.skipped, self.steps)
+        return self._epoch() if self.trains else self._evaluation()
+
+    def _epoch(self):
+        """The batches of an epoch; raises UserError if there are fewer than its shards announce."""
+        step = self.skipped
+        for batch in itertools.islice(self.loader, self.skipped, self.steps):
+            yield batch
+            step += 1
+
+        if step < self.steps:
+            raise UserError(
+                f"the shards ended after {step} of the {self.steps} steps that their number of "
+                f"images announces; expected images named {self._names()}"
+            )
+
+    def _evaluation(self):
+        """The batches of this process; raises UserError if no image can be read."""
         rank, world_size = self.share
-        return itertools.islice(self.loader, rank, None, world_size)
+        images = 0
+        for number, batch in enumerate(self.loader):
+            images += len(batch[1])
+            if number % world_size == rank:
+                yield batch
+
+        announced = self.dataset.stream.reader.num_samples
+        if not images:
+            raise UserError(
+                "no image of the shards to evaluate on can be read; expected images named "
+                f"{self._names()}"
+            )
+        if announced and images != announced:
+            log(f"The shards hold {images:,} images to evaluate on, and announce {announced:,}")
+
+    def _names(self) -> str:
+        """How the names of images in shards end."""
+        return self.dataset.stream.reader.input_key.replace(";", ", ")

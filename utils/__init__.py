@@ -12,6 +12,7 @@ from .class_folders import (
 from .devices import Compute, choose_amp, choose_device, full_precision, versions
 from .errors import BadImageError, DivergedError, UserError, WriteError, first_line
 from .files import load_checkpoint, save_checkpoint, write_atomically
+from .images import forget_other_formats, open_image, read_file, to_rgb
 from .logs import (
     BARS,
     LINES,
@@ -68,6 +69,7 @@ __all__ = [
     "end_process",
     "exchange_failure",
     "first_line",
+    "forget_other_formats",
     "full_precision",
     "gather_objects",
     "init_process_group",
@@ -80,14 +82,17 @@ __all__ = [
     "local_rank",
     "log",
     "on_first_process",
+    "open_image",
     "processes_here",
     "quiet_libraries",
     "rank",
     "read_class_folders",
+    "read_file",
     "save_checkpoint",
     "seed_everything",
     "show_progress",
     "sum_over_processes",
+    "to_rgb",
     "versions",
     "world_size",
     "write_atomically",

@@ -23,6 +23,8 @@ EXTENSIONS = (
     ".pgm",
     ".pbm",
     ".pnm",
+    ".jp2",
+    ".avif",
 )
 #: Names that systems leave in folders and archives, as well as all that begin with a dot.
 LITTER = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"}
