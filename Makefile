@@ -19,7 +19,7 @@ help:
 	@echo "make sweep     compares five pruners on the sample, in one picture      about ten minutes"
 	@echo "make quick     linter, types and the tests that are not slow            about a minute"
 	@echo "make test      linter, types and all tests                              about ten minutes"
-	@echo "make test-gpu  the tests that need a CUDA GPU                           needs one"
+	@echo "make test-gpu  tests and speed on a CUDA GPU, in output/gpu.md          a quarter of an hour"
 	@echo "make bench     measures docs/performance.md                             half an hour"
 	@echo "make compare   measures docs/comparison.md                              hours; needs Fashion-MNIST"
 	@echo "make clean     removes .venv and output"
@@ -47,9 +47,11 @@ quick: lint
 test: lint
 	$(PYTEST) $(TWO)
 
-# One at a time, since they share the GPU.
+# One test at a time, since they share the GPU. output/gpu.md then has what they said, and the speed of this GPU.
 test-gpu: .venv/dev
-	$(BIN)/python -m pytest -m gpu
+	@mkdir -p output
+	$(BIN)/python -m pytest -m gpu | tee output/gpu.md
+	$(BIN)/python benchmarks/gpu.py
 
 bench: .venv/dev
 	$(BIN)/python benchmarks/run.py

@@ -76,3 +76,17 @@ def test_latency_takes_pruned_units_out_and_tells_what_is_left(
 def test_latency_says_in_one_line_what_is_no_checkpoint(latency):
     with pytest.raises(UserError, match="README.md: not a checkpoint"):
         latency.main([str(ROOT / "README.md")])
+
+
+@pytest.mark.slow
+def test_the_report_of_a_gpu_has_training_and_kernels(monkeypatch, tmp_path):
+    """On the CPU and a tiny model, as far as that goes."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+
+    flags = "--device cpu --amp off --models test_vit --kinds plain --batch-size 2 --steps 1"
+    assert gpu.main([*flags.split(), "--output", str(tmp_path / "new" / "gpu.md")]) == 0
+    report = (tmp_path / "new" / "gpu.md").read_text()
+    assert "On cpu in float32; Python " in report
+    rows = [line.split(" | ")[0].strip("| ") for line in report.splitlines() if "test_vit" in line]
+    assert rows == ["test_vit, plain", "test_vit, `2:4`", "test_vit, `block:64x64` at 75%"]
