@@ -42,7 +42,7 @@ def main(args) -> dict[str, float]:
     """The whole run. Returns the top-1 accuracies in percent by name: dense, pruned, finetuned."""
     compute = choose_compute(args)
     utils.init_process_group(
-        compute.device.type, args.dist_url, args.distributed, args.world_size, args.dist_timeout
+        compute.device, args.dist_url, args.distributed, args.world_size, args.dist_timeout
     )
     describe(args, compute)
     utils.seed_everything(utils.INIT, args.seed)  # fresh weights are the same on every process

@@ -94,7 +94,7 @@ def sweep(argv: list[str]) -> int:
 
     if options.processes_per_run == "all":
         utils.init_process_group(
-            compute.device.type, args.dist_url, args.distributed, args.world_size, args.dist_timeout
+            compute.device, args.dist_url, args.distributed, args.world_size, args.dist_timeout
         )
         rank = utils.rank()
         processes = utils.world_size()

@@ -363,6 +363,13 @@ def test_distributing_a_model_leaves_its_statistics_and_gradients_as_they_were(t
         model = WithBatchNorm().eval()
         before = copy.deepcopy(model.state_dict())
         network = distribute(model, StepOptions(PLAIN, CPU), 32, 4)
+        weight = next(network.parameters())
+        network(torch.zeros(4, 3, 32, 32)).sum().backward()
+        assert weight.grad._is_view() and network.static_graph
+        accumulating = distribute(model, StepOptions(PLAIN, CPU, accum_iter=2), 32, 4)
+        assert not accumulating.static_graph
+        assert not distribute(model, StepOptions(PLAIN, CPU), 32, 4, False).static_graph
+        model.load_state_dict(before)
     finally:
         torch.distributed.destroy_process_group()
     assert network.training

@@ -140,7 +140,7 @@ def test_cores_are_those_that_the_process_is_bound_to_within_its_quota(
     assert utils.available_cores() == cores
 
 
-@pytest.mark.parametrize("device, backend", [("cuda", "cpu:gloo,cuda:nccl"), ("cpu", "gloo")])
+@pytest.mark.parametrize("device, backend", [("cuda:1", "cpu:gloo,cuda:nccl"), ("cpu", "gloo")])
 def test_objects_have_gloo_beside_nccl_and_all_wait_as_long_as_asked(
     tmp_path, gpus, environment, monkeypatch, device, backend
 ):
@@ -151,8 +151,10 @@ def test_objects_have_gloo_beside_nccl_and_all_wait_as_long_as_asked(
         dist, "init_process_group", lambda backend, **options: calls.append((backend, options))
     )
     for seconds in ({}, {"timeout": 7200}):
-        utils.init_process_group(device, f"file://{tmp_path}/meet", **seconds)
+        utils.init_process_group(torch.device(device), f"file://{tmp_path}/meet", **seconds)
     assert [call[0] for call in calls] == [backend] * 2
+    own_gpu = torch.device(device) if device != "cpu" else None
+    assert calls[0][1]["device_id"] == own_gpu
     assert [call[1]["timeout"] for call in calls] == [
         datetime.timedelta(minutes=30),
         datetime.timedelta(hours=2),

@@ -280,6 +280,8 @@ def _add_run(group: Group) -> None:
     # Several processes
     switch("dist-eval", True, sweep=FREE,
            help="share the evaluation among the processes; its figures do not depend on it")
+    switch("static-graph", True, sweep=FREE,
+           help="let several processes rely on it that each step uses the same weights")
     add("--dist-timeout", float, TIMEOUT, metavar="SECONDS", sweep=FREE,
         help="how long processes wait for each other, for example for one that writes a "
              "checkpoint, before the run fails")

@@ -92,7 +92,9 @@ def train(
     learner = state.learner
     progress = state.progress
     if utils.world_size() > 1:
-        learner.network = distribute(learner.model, options, args.input_size, args.batch_size)
+        learner.network = distribute(
+            learner.model, options, args.input_size, args.batch_size, args.static_graph
+        )
 
     loader.sampler.set_epoch(progress.epoch)
     steps = steps_of_epoch(loader, args.accum_iter)
@@ -168,17 +170,28 @@ def announce(state: TrainingState, steps: int) -> None:
 
 
 def distribute(
-    model: torch.nn.Module, options: StepOptions, input_size: int, batch_size: int
+    model: torch.nn.Module,
+    options: StepOptions,
+    input_size: int,
+    batch_size: int,
+    static_graph: bool = True,
 ) -> DistributedDataParallel:
     """The model in DDP, which averages gradients over the processes.
 
     DDP rearranges its buckets after the first backward pass, and with them the order of its sums.
     That pass is made here, so that the first step of a resumed run sums in the same order as that
     step of an undisturbed run. The pass leaves no trace.
+
+    static_graph: DDP may rely on it that every step uses the same weights. That holds for all
+        schedules, since masks change weights and not the graph; but accumulated batches do not
+        exchange gradients, which DDP takes for another graph.
     """
     device = options.compute.device
     network = DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == "cuda" else None
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        static_graph=static_graph and options.accum_iter == 1,
     )
     buffers = [buffer.clone() for buffer in model.buffers()]
 

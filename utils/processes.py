@@ -81,7 +81,7 @@ def available_cores() -> int:
 
 
 def init_process_group(
-    device_type: str,
+    device: torch.device,
     dist_url: str = "env://",
     distributed: bool = False,
     wanted: int = 1,
@@ -96,6 +96,8 @@ def init_process_group(
     Tensors on the CPU travel over gloo, also in a run on GPUs, so that objects and numbers never
     wait in a GPU's queue.
 
+    device: of this process. A GPU has an index; NCCL connects its processes here, and not at their
+        first exchange.
     distributed: several processes are expected.
     wanted: the number of processes that is expected; 1 is any number.
     timeout: seconds that a process waits for another before it fails.
@@ -123,11 +125,12 @@ def init_process_group(
         # leave stale addresses.
         store = dist.PrefixStore(f"start_{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=store,
             rank=process,
             world_size=processes,
             timeout=limit,
+            device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(

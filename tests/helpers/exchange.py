@@ -41,7 +41,7 @@ def talk():
     importlib.import_module("torch.testing._internal.distributed.fake_pg")
     init = dist.init_process_group
     dist.init_process_group = lambda backend, **options: init("cpu:gloo,cuda:fake", **options)
-    utils.init_process_group("cpu")
+    utils.init_process_group(torch.device("cpu"))
     received = {
         "rank": utils.rank(),
         "sum": utils.sum_over_processes([utils.rank() + 1.0, 0.5]),
@@ -99,7 +99,7 @@ def wait_for_first(compute, timeout):
     (FOLDER / f"ready{os.environ['RANK']}").touch()
     while len(list(FOLDER.glob("ready*"))) < 2:
         time.sleep(0.05)
-    utils.init_process_group("cpu", f"file://{FOLDER}/meet", timeout=timeout)
+    utils.init_process_group(torch.device("cpu"), f"file://{FOLDER}/meet", timeout=timeout)
     with StopSignals():
         utils.on_first_process(compute)
 
@@ -127,7 +127,7 @@ class Slow:
 def alone():
     atexit.register(time.sleep, 600)
     dist.destroy_process_group = lambda: time.sleep(600)
-    utils.init_process_group("cpu")
+    utils.init_process_group(torch.device("cpu"))
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
     batches = iter(DataLoader(Slow(), num_workers=1, worker_init_fn=ignore_signals))
     with StopSignals() as stop:

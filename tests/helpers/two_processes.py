@@ -77,7 +77,7 @@ def share_masks(folder: Path) -> None:
 
 
 def run_all(folder: Path) -> None:
-    utils.init_process_group("cpu")
+    utils.init_process_group(torch.device("cpu"))
     update = Masks.update
     permute, reconstruct = Sparsifier._permute, Sparsifier._reconstruct
     utils.init_process_group = lambda *_: None  # the group is there already
