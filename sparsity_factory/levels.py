@@ -1,17 +1,18 @@
-"""What a layer loses at a level, and levels for all layers that lose least under a budget.
+"""The loss of a layer at a level, and levels for all layers that lose least within a budget.
 
 A measure is a function
 
     def measure(pruned: Pruned) -> float
 
-from a layer at a level, whose kept weights may make up for the pruned ones, to what is lost: 0
-where nothing is pruned. Losses of layers are added up, so they have to compare among layers. It
-looks at the statistics that it `needs`. To add one, write such a function and name it in
-`MEASURES`.
+from a layer at a level to its loss, 0 if nothing is pruned. The kept weights may already compensate
+for the pruned ones. Losses of layers are added up, so they have to be comparable. A measure reads
+the statistics that it `needs`. To add one, write such a function and name it in `MEASURES`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import permutations
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,11 @@ from .statistics import evaluation, images_of
 class Pruned:
     """A layer at a level.
 
-    layer: what is known of it; weight: as it was; new: as it is then; mask: what is kept.
-    divergence: from the new weights of some layers, by name, to how far the model's logits are from
-    the dense ones.
+    layer: its name and statistics.
+    weight, new: its weight before and after pruning.
+    mask: True where the new weight is kept.
+    divergence: from new weights of some layers, by name, to the divergence of the model's
+        predictions from those of the dense model.
     """
 
     layer: Layer
@@ -42,17 +45,15 @@ class Pruned:
 
 @method("Martens and Grosse 2015, arXiv:1503.05671", needs={"gram", "gradient_gram"})
 def kfac(pruned: Pruned) -> float:
-    """The rise of the loss to second order: the error of the outputs, weighed by the gradients
-    there.
+    """The rise of the loss to second order: errors of outputs, weighted by their gradients.
 
-    tr(S D G D^T) / 2 with D the change of the weight, G and S the means over images of X^T X and of
-    the gradients'.
+    tr(S D G D^T) / 2 with D the change of the weight, and G and S the means over images of X^T X
+    and of the same product of the gradients.
     """
-    change = (pruned.new - pruned.weight).to(pruned.layer.gram)
     layer = pruned.layer
-    return (
-        float(((layer.gradient_gram @ change) * (change @ layer.gram)).sum()) / 2 / layer.images**2
-    )
+    change = (pruned.new - pruned.weight).to(layer.gram)
+    rise = float(((layer.gradient_gram @ change) * (change @ layer.gram)).sum()) / 2
+    return rise / layer.images**2
 
 
 @method("Frantar and Alistarh 2023, arXiv:2301.00774", needs={"gram"})
@@ -64,15 +65,13 @@ def output(pruned: Pruned) -> float:
 
 @method("this project", needs={"gram"})
 def divergence(pruned: Pruned) -> float:
-    """Kullback and Leibler's divergence of the model's predictions with this layer alone pruned
-    from the dense ones.
-    """
+    """The KL divergence from the dense model's predictions if only this layer is pruned."""
     return pruned.divergence({pruned.layer.name: pruned.new})
 
 
 @method("Kuznedelev et al. 2023, arXiv:2210.09223", needs={"gram", "removal_costs"})
 def cap(pruned: Pruned) -> float:
-    """The sum of the `cap` scores of what goes."""
+    """The sum of the `cap` scores of the pruned weights."""
     return float((pruned.layer.removal_costs * ~pruned.mask).sum())
 
 
@@ -89,37 +88,34 @@ def at_levels(
     divergence: Callable | None = None,
     mask_of: Callable[[int | tuple[int, int]], Tensor] | None = None,
 ) -> Iterator[Pruned]:
-    """A layer at each of some levels: numbers of units of the pattern that are kept, or (n, m).
+    """Yields a layer at each level, a number of units of the pattern that are kept, or (n, m).
 
-    mask_of: from a level to what is kept, the others staying as they are; without it, Optimal Brain
-        Surgeon chooses, and the others make up.
+    mask_of: from a level to the mask, by which weights are pruned without compensation. By default
+        Optimal Brain Surgeon chooses the mask, and the kept weights compensate.
     """
     units = pattern.units(weight.shape) if pattern else weight.numel()
     for kept in levels:
         if kept == units or isinstance(kept, tuple) and kept[0] == kept[1]:
-            yield Pruned(
-                layer, weight, weight, torch.ones_like(weight, dtype=torch.bool), divergence
-            )
+            new = weight
+            mask = torch.ones_like(weight, dtype=torch.bool)
         elif mask_of:
             mask = mask_of(kept)
-            yield Pruned(layer, weight, weight * mask, mask, divergence)
+            new = weight * mask
         else:
-            new, mask = obs_prune(
-                weight, layer.gram, kept, pattern=pattern, block_size=few_columns(weight)
-            )
-            yield Pruned(layer, weight, new, mask, divergence)
+            columns = few_columns(weight)
+            new, mask = obs_prune(weight, layer.gram, kept, pattern=pattern, block_size=columns)
+        yield Pruned(layer, weight, new, mask, divergence)
 
 
 class Divergence:
-    """Called with new weights of some layers, by name: how far the model's predictions are then
-    from the dense ones.
+    """Called with new weights of some layers, returns the divergence of the model's predictions.
 
-    That is the mean over images of KL(dense || pruned). The model has its own weights again
-    afterwards.
+    The divergence is the mean over images of KL(dense || pruned). The weights are given by name;
+    the model has its own weights again afterwards.
 
     Args:
         model: on its device.
-        batches: of images, or tuples that begin with them; all are held.
+        batches: of images, or tuples that begin with them; all are kept in memory.
         autocast: under which the model runs.
     """
 
@@ -127,6 +123,7 @@ class Divergence:
         self.model = model
         self._weights = prunable_weights(model)
         self._autocast = autocast
+
         device = next(iter(self._weights.values())).device
         self._batches = [images_of(batch).to(device) for batch in batches]
         self._dense = self._predictions()
@@ -141,9 +138,9 @@ class Divergence:
         finally:
             for name, weight in before.items():
                 self._weights[name].copy_(weight)
-        return float(
-            nn.functional.kl_div(found, self._dense, reduction="batchmean", log_target=True)
-        )
+
+        kl_div = nn.functional.kl_div
+        return float(kl_div(found, self._dense, reduction="batchmean", log_target=True))
 
     @torch.no_grad()
     def _predictions(self) -> Tensor:
@@ -161,60 +158,60 @@ def exchanges(
     measure: Callable[[tuple[int, ...]], float],
     tries: int,
 ) -> tuple[int, ...]:
-    """Options that a measurement of the whole finds better, from pairs of layers that exchange a
-    level.
+    """Improves a choice of options by exchanges of a level between two layers.
 
-    One layer goes a level up, another a level down, where the budget allows it. Exchanges are
-    measured in the order of what the sum of the losses says of them; the first that is better is
-    kept, and the next round begins from there.
+    In an exchange, one layer moves a level up and another a level down, if the budget allows it.
+    Exchanges are measured in the order of their sum of losses, the least first. The first that the
+    measure finds better is kept, and the next round begins from there.
 
     Args:
         chosen, costs, losses, budget: as for `cheapest`.
-        measure: of a choice for all layers; the least is best.
+        measure: from a choice for all layers to a number, the smaller the better.
         tries: how many exchanges are measured at most.
+
+    Returns:
+        The best choice that was measured.
     """
-    orders = [
-        sorted(range(len(options)), key=lambda option, options=options: (options[option], option))
-        for options in costs
-    ]
     best = tuple(chosen)
     least = measure(best)
     seen = {best}
-    tries = tries + 1
 
-    def steps(layer: int, by: int) -> int | None:
+    # By layer, its options from the least to the largest cost; of equal costs the earlier first
+    orders = [sorted(range(len(options)), key=options.__getitem__) for options in costs]
+
+    def total(table: Sequence[Sequence[float]], options: Sequence[int]) -> float:
+        return sum(row[option] for row, option in zip(table, options, strict=True))
+
+    def moved(layer: int, by: int) -> int | None:
+        """The option of a layer a level up or down; None if there is none."""
         place = orders[layer].index(best[layer]) + by
         return orders[layer][place] if 0 <= place < len(orders[layer]) else None
 
     def candidates() -> list[tuple[int, ...]]:
         found = []
-        for up in range(len(best)):
-            for down in range(len(best)):
-                options = list(best)
-                options[up] = steps(up, 1)
-                options[down] = steps(down, -1)
-                if (
-                    up != down
-                    and None not in (options[up], options[down])
-                    and sum(cost[option] for cost, option in zip(costs, options, strict=True))
-                    <= budget
-                ):
-                    found.append(tuple(options))
-        return sorted(
-            found,
-            key=lambda options: sum(
-                loss[option] for loss, option in zip(losses, options, strict=True)
-            ),
-        )
+        for up, down in permutations(range(len(best)), 2):
+            larger = moved(up, 1)
+            smaller = moved(down, -1)
+            if larger is None or smaller is None:
+                continue
+
+            options = list(best)
+            options[up] = larger
+            options[down] = smaller
+            if total(costs, options) <= budget:
+                found.append(tuple(options))
+        return sorted(found, key=partial(total, losses))
 
     while untried := [options for options in candidates() if options not in seen]:
         for options in untried:
-            if len(seen) >= tries:
+            if len(seen) > tries:
                 return best
             seen.add(options)
-            if (value := measure(options)) < least:
-                best, least = options, value
+            value = measure(options)
+            if value < least:
+                best = options
+                least = value
                 break
         else:
-            break
+            break  # none of them is better
     return best

@@ -1,4 +1,4 @@
-"""Multiply-adds of a model, by weight: counted while it runs, by torch's FlopCounterMode."""
+"""Counts the multiply-adds of a model by weight while it runs, with torch's FlopCounterMode."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,10 +18,9 @@ ATTENTION, OTHERS = "attention products", "other layers"
 
 
 def multiply_adds(model: nn.Module, images: Tensor) -> dict[str, int]:
-    """How many multiply-adds the dense model spends on `images`, on each prunable weight and on
-    everything else.
+    """The multiply-adds of the dense model on `images`, by prunable weight and for all else.
 
-    Of a shrunk model, each weight counts with the shape that it had in the dense one.
+    Each weight of a shrunk model counts with the shape that it had in the dense one.
 
     Args:
         model: is run once in evaluation mode, and left as it was.
@@ -33,35 +32,34 @@ def multiply_adds(model: nn.Module, images: Tensor) -> dict[str, int]:
         (patch embedding, classifier).
     """
     counts = _run(model, images)
-    weights, dense = prunable_weights(model), dense_shapes(model)
+    weights = prunable_weights(model)
     found = {name: counts.flops[name] // 2 for name in [*weights, ATTENTION, OTHERS]}
-    return found | {
-        name: found[name] * prod(dense[name]) // weight.numel()
-        for name, weight in weights.items()
-        if name in dense
-    }
+
+    dense = dense_shapes(model)
+    for name, weight in weights.items():
+        if name in dense:
+            found[name] = found[name] * prod(dense[name]) // weight.numel()
+    return found
 
 
 def multiply_adds_of_modules(
     model: nn.Module, names: Sequence[str], images: Tensor
 ) -> tuple[list[int], int]:
-    """The multiply-adds on `images` of each named module, and of all prunable weights and attention
-    products together.
+    """The multiply-adds of each named module, and the total without other layers.
 
-    Arguments are as for `multiply_adds`.
+    The total is that of all prunable weights and attention products. Arguments are as for
+    `multiply_adds`.
     """
     counts = _run(model, images, names)
-    return [counts.modules[name] // 2 for name in names], sum(
-        counts.flops.values()
-    ) // 2 - counts.flops[OTHERS] // 2
+    total = sum(counts.flops.values()) // 2 - counts.flops[OTHERS] // 2
+    return [counts.modules[name] // 2 for name in names], total
 
 
 def image_of(model: nn.Module) -> Tensor:
-    """An image of zeros, shape (1, channels, height, width), of the size that the model was built
-    for.
+    """An image of zeros, shape (1, channels, height, width), of the size that the model expects.
 
     Raises:
-        PruningError: the model does not say it as timm's transformers do.
+        PruningError: the model lacks the attribute that timm's transformers have for it.
     """
     try:
         height, width = model.patch_embed.img_size
@@ -77,13 +75,15 @@ def image_of(model: nn.Module) -> Tensor:
 # ---- helpers, not exported ----
 
 
-# FlopCounterMode fails without, where a parameter is a module's input, as a class token is
+# FlopCounterMode needs gradients if a parameter is a module's input, as a class token is
 @torch.enable_grad()
 def _run(model: nn.Module, images: Tensor, names: Sequence[str] = ()) -> "_ByWeight":
+    """Runs a model once in evaluation mode, and counts."""
     was_training = model.training
     model.eval()
     hooks = []
-    # Fused attention is taken apart, so that it counts alike whatever the device has a kernel for.
+
+    # Without fused attention the counts are the same on every device
     with (
         FlopCounterMode(display=False) as flops,
         _ByWeight(model, flops) as counts,
@@ -91,7 +91,8 @@ def _run(model: nn.Module, images: Tensor, names: Sequence[str] = ()) -> "_ByWei
     ):
         for name in names:
             hooks += counts.watch(name, model.get_submodule(name))
-        model.forward(images)  # not by a call, which may be a compiled one
+        model.forward(images)  # a call may run compiled code
+
     for hook in hooks:
         hook.remove()
     model.train(was_training)
@@ -99,9 +100,10 @@ def _run(model: nn.Module, images: Tensor, names: Sequence[str] = ()) -> "_ByWei
 
 
 class _ByWeight(TorchFunctionMode):
-    """Books the operations of each call of a torch function on the weight it is made with.
+    """Counts the operations of each call of a torch function for the weight that it uses.
 
-    Calls and not modules, since some architectures use a layer's weight without calling the layer.
+    It looks at functions, not modules, because some architectures use a layer's weight without
+    calling the layer.
     """
 
     def __init__(self, model: nn.Module, counter: FlopCounterMode):
@@ -112,23 +114,29 @@ class _ByWeight(TorchFunctionMode):
         self._names = {id(weight): name for name, weight in prunable_weights(model).items()}
 
     def watch(self, name: str, module: nn.Module) -> list:
-        """Counts what the calls of a module spend; returns the hooks that do."""
+        """Counts the operations of a module's calls; returns the hooks that do it."""
 
-        def book(sign):
+        def add(sign):
             self.modules[name] += sign * self._counter.get_total_flops()
 
         return [
-            module.register_forward_pre_hook(lambda *_: book(-1)),
-            module.register_forward_hook(lambda *_: book(1)),
+            module.register_forward_pre_hook(lambda *_: add(-1)),
+            module.register_forward_hook(lambda *_: add(1)),
         ]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         before = self._counter.get_total_flops()
         result = func(*args, **(kwargs or {}))
-        if spent := self._counter.get_total_flops() - before:
-            parameters = [
-                leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, nn.Parameter)
-            ]
-            names = [self._names[id(leaf)] for leaf in parameters if id(leaf) in self._names]
-            self.flops[names[0] if names else OTHERS if parameters else ATTENTION] += spent
+        spent = self._counter.get_total_flops() - before
+        if spent:
+            self.flops[self._user(args, kwargs)] += spent
         return result
+
+    def _user(self, args, kwargs) -> str:
+        """The weight among the arguments of a function, or what else it computes."""
+        leaves = tree_leaves((args, kwargs))
+        parameters = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
+        names = [self._names[id(leaf)] for leaf in parameters if id(leaf) in self._names]
+        if names:
+            return names[0]
+        return OTHERS if parameters else ATTENTION

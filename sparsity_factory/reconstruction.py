@@ -148,8 +148,9 @@ def none(
 def obs(
     weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern | None
 ) -> tuple[Tensor, Tensor]:
-    """Optimal Brain Surgeon chooses which weights of a layer go, as many as the mask prunes, and
-    updates the others.
+    """Optimal Brain Surgeon chooses the pruned weights of each layer and updates the others.
+
+    It prunes as many as the mask.
     """
     return obs_prune(
         weight,
@@ -164,9 +165,7 @@ def obs(
 def obs_mask(
     weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern | None
 ) -> tuple[Tensor, Tensor]:
-    """Optimal Brain Surgeon only updates the kept weights; score and pruner have chosen which those
-    are.
-    """
+    """Optimal Brain Surgeon only updates the kept weights; score and pruner choose the mask."""
     return obs_prune(weight, inputs.gram, mask)
 
 
@@ -174,13 +173,12 @@ def obs_mask(
 def least_squares(
     weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern | None
 ) -> tuple[Tensor, Tensor]:
-    """Prunes in rounds by what a weight costs; after each, the kept ones are those whose outputs
-    are next to the dense.
+    """Prunes in rounds by cost; after each, fits the kept weights to the dense outputs.
 
-    With X the layer's inputs and Y those that it has in the dense model, the kept weights w' of
-    each row are the least squares of X w' - Y w, damped by w' - w. A weight costs w'^2 (H_jj /
-    [H^-1]_jj)^0.5, H being the damped X^T X: the geometric mean of what its removal costs alone,
-    and of what it costs if the others make up for it.
+    With X the layer's inputs and Y its inputs in the dense model, the kept weights w' of each row
+    are the least squares of X w' - Y w, damped by w' - w. A weight costs
+    w'^2 (H_jj / [H^-1]_jj)^0.5, H being the damped X^T X: the geometric mean of the costs of its
+    removal if the others stay, and if they compensate.
     """
     if pattern is None:
         return least_squares_mask(weight, inputs, mask)
@@ -203,7 +201,7 @@ def least_squares(
 def least_squares_mask(
     weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As least-squares, with the mask that score and pruner have chosen."""
+    """As least-squares, with the mask that score and pruner choose."""
     return _LeastSquares(weight, inputs).solve(weight, mask, LAST_STEPS).to(weight.dtype), mask
 
 

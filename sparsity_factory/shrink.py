@@ -1,4 +1,4 @@
-"""`shrink`: a smaller dense model without the heads and neurons that masks have pruned."""
+"""`shrink` makes a smaller dense model without the heads and neurons that masks prune."""
 
 import copy
 from collections.abc import Mapping
@@ -13,17 +13,16 @@ from .units import HEADS, Group, unit_groups
 
 
 def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a model without its pruned units, whose outputs equal those of the masked model up
-    to rounding.
+    """A copy of a model without its pruned units; it computes what the masked model does.
 
-    A head or neuron goes when the masks keep none of its weights. Of every block at least one
-    stays. What masks prune of the units that stay is zero in the result, and blocks that cannot be
-    handled stay as large as they are.
+    Outputs are the same up to rounding. A head or neuron is removed if the masks keep none of its
+    weights, except for the last one of a block. Pruned weights of the units that stay are zero in
+    the result, and blocks of other kinds keep their size.
 
-    The result needs nothing of this project, except where a block takes the width of its heads from
-    that of the tokens, as CaiT's do: there `ClassAttn` and `TalkingHeadAttn` of this module take
-    the place of timm's. Its attribute `dense_shapes` tells reports the shapes of the parameters
-    that the dense model had.
+    The result needs nothing of this project, with one exception: CaiT's attention takes the width
+    of its heads from that of the tokens, so that `ClassAttn` and `TalkingHeadAttn` of this module
+    replace timm's. The attribute `dense_shapes` of the result has the shapes of the dense model's
+    parameters, for reports.
 
     Args:
         model: it is not changed. Hooks and compiled code are not copied.
@@ -33,28 +32,27 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
         PruningError: masks that are not the model's.
     """
     shrunk = copy.deepcopy(model)
-    Masks(shrunk, masks)
+    Masks(shrunk, masks)  # sets pruned weights to zero
+
     for group in unit_groups(shrunk, known_only=True):
         kept = group.kept(masks)
         if not kept.all():
             _take(shrunk, group, kept)
+
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     shrunk.dense_shapes = {**shapes, **dense_shapes(model)}
     return shrunk
 
 
 def unit_counts(model: nn.Module) -> dict[str, int]:
-    """How many heads or neurons each block of a model has, by module name: the numbers that its
-    shape needs.
-    """
+    """The number of heads or neurons of each block, by module name, which give a model's shape."""
     return {group.name: group.units for group in unit_groups(model, known_only=True)}
 
 
 def with_units(model: nn.Module, counts) -> nn.Module:
-    """A copy of a dense model with as many units in each block as `unit_counts` returned; the first
-    ones of each.
+    """A copy of a dense model with the first units of each block, as many as `counts` says.
 
-    counts: may be of an untrusted file.
+    counts: what `unit_counts` returned; it may come from an untrusted file.
 
     Raises:
         PruningError: counts that are not of this model.
@@ -64,7 +62,9 @@ def with_units(model: nn.Module, counts) -> nn.Module:
         raise PruningError(
             "the saved shape is of another model: expected a number for each of its blocks"
         )
-    parameters, masks = dict(model.named_parameters()), {}
+
+    parameters = dict(model.named_parameters())
+    masks = {}
     for group in groups:
         count = counts[group.name]
         if type(count) is not int or not 1 <= count <= group.units:
@@ -76,8 +76,9 @@ def with_units(model: nn.Module, counts) -> nn.Module:
 
 
 class ClassAttn(nn.Module):
-    """CaiT's attention of the class token (Touvron et al. 2021, arXiv:2103.17239), whatever the
-    number of heads.
+    """CaiT's attention of the class token for any number of heads.
+
+    Touvron et al. 2021, arXiv:2103.17239.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,8 +93,9 @@ class ClassAttn(nn.Module):
 
 
 class TalkingHeadAttn(nn.Module):
-    """CaiT's attention of the patches, whose heads are mixed before and after the softmax, whatever
-    their number.
+    """CaiT's attention of the patches for any number of heads.
+
+    Heads are mixed before and after the softmax.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,8 +114,7 @@ class TalkingHeadAttn(nn.Module):
 
 
 def _take(model: nn.Module, group: Group, kept: Tensor) -> None:
-    """Leaves only the kept units of a group, in place."""
-    module = model.get_submodule(group.name)
+    """Removes all units of a group that are not kept, in place."""
     for name, dim, unit in group.parts:
         path, _, own = name.rpartition(".")
         owner = model.get_submodule(path)
@@ -124,10 +125,13 @@ def _take(model: nn.Module, group: Group, kept: Tensor) -> None:
             owner.out_features, owner.in_features = owner.weight.shape
     if group.kind != HEADS:
         return
+
+    module = model.get_submodule(group.name)
     module.num_heads = int(kept.sum())
     if hasattr(module, "attn_dim"):
         module.attn_dim = module.proj.in_features
-    for own_forward in (ClassAttn, TalkingHeadAttn):
-        if type(module).__name__ == own_forward.__name__:
-            # timm's forward takes the width of a head from that of the tokens
-            module.__class__ = own_forward
+
+    # The forward of timm's classes takes the width of a head from that of the tokens
+    for own_class in (ClassAttn, TalkingHeadAttn):
+        if type(module).__name__ == own_class.__name__:
+            module.__class__ = own_class

@@ -1,18 +1,17 @@
-"""What scores, allocations and reconstruction need to know of the data: sums over calibration
-images, in one pass.
+"""Sums over calibration images, for scores, allocations and reconstruction.
 
-More passes, each for some of the layers, are made where the sums would take too much memory at
-once.
+One pass over the images collects all sums. If they would take too much memory at once, there are
+more passes, each for some of the layers.
 
-A weight's inputs are seen where a linear function is computed with it, not where its layer is
-called, since some architectures use a layer's weight without calling the layer.
+A weight's inputs are read from the linear function that uses the weight, not from its layer's call,
+because some architectures use a layer's weight without calling the layer.
 
 Each batch gives its part in float32 (float64 for a model in it), and the parts are added up in
 float64. Sums of numbers of 24 bits that lie within a factor of 2**29 of each other are exact in the
-53 bits of float64, so the order of the batches, and how they are shared out among processes, change
-the sums in their last bits at most. That costs 8 bytes a weight for each of `gradient` and
+53 bits of float64. So the order of the batches, and how they are shared out among processes, change
+at most the last bits of the sums. That costs 8 bytes a weight for each of `gradient` and
 `squared_gradient`: 0.7 GB on DeiT-Base. Sums in float32, of half the size, would round differently
-in every order. `removal_costs` takes 1,536 bytes a weight for as long as it is summed.
+in every order. `removal_costs` takes 1,536 bytes a weight while it is summed.
 """
 
 import math
@@ -43,11 +42,11 @@ STATISTICS = {
     "removal_costs": "what removing the weights of a block one by one costs, by the gradients of "
     "single images",
 }
-# What the gradients at the outputs give
+# By what they are computed from: gradients at a layer's outputs, its inputs, any gradients
 OF_OUTPUTS = frozenset({"gradient_gram", "removal_costs"})
 OF_INPUTS = frozenset({"input_norms", "gram"}) | OF_OUTPUTS
 OF_GRADIENTS = frozenset(STATISTICS) - {"input_norms", "gram"}
-# only: they take memory for many numbers a weight
+# Collected only if named, because they take many numbers for each weight
 BY_REQUEST = frozenset({"gram"}) | OF_OUTPUTS
 MEMORY = 4 * 2**30  # bytes of sums that one pass may hold
 GRAM_COLUMNS = 384  # of a part of a Gram matrix
@@ -56,7 +55,7 @@ GRAM_COLUMNS = 384  # of a part of a Gram matrix
 class Statistics:
     """Sums over calibration images for each prunable weight of a model.
 
-    Several processes, each with a share of the batches, add theirs up and then check:
+    Several processes, each with a share of the batches, add their sums up and then check:
 
         statistics = collect_statistics(model, batches_of_this_process, loss, needs, share=rank)
         for total in statistics.state_dict().values():
@@ -73,10 +72,12 @@ class Statistics:
         self.shapes = {name: weight.shape for name, weight in weights.items()}
         self._weights = weights
         self._costs = {}
+
+        # First row: images, batches, and images of the first batch. Then a row for each weight: 0,
+        # batches in which its inputs were seen, and batches in which it had a gradient.
         device = next(iter(weights.values())).device
-        # In the first row images, batches, and images of the first batch; then for each weight the
-        # batches in which its inputs were seen, and those in which it had a gradient.
         self._counts = torch.zeros(len(weights) + 1, 3, dtype=torch.int64, device=device)
+
         self._sums = {
             name: {
                 need: torch.zeros(_shape(need, weight), dtype=torch.float64, device=weight.device)
@@ -88,14 +89,14 @@ class Statistics:
 
     @property
     def images(self) -> int:
-        """The number of images that were looked at."""
+        """The number of images that were seen."""
         return int(self._counts[0, 0])
 
     def value(self, name: str, need: str) -> Tensor:
         """One of the `STATISTICS` of a weight, float64, on the device where it was collected.
 
-        The removal costs are those of the weight as it is when they are first asked for. The sums
-        that they are computed from, which are large, are let go then.
+        The first call for the removal costs computes them from the weight as it is then, and frees
+        their sums, which are large.
 
         Raises:
             PruningError: it was not collected, or not of this weight.
@@ -107,30 +108,33 @@ class Statistics:
                 f"the statistics lack {need}: they hold "
                 f"{', '.join(sorted(self.needs)) or 'nothing'}"
             )
+
         if need == "removal_costs":
             if name not in self._costs:
                 fisher = self._sums[name].pop(need) / self.images
                 self._costs[name] = removal_costs(self._weights[name], fisher)
             return self._costs[name]
+
         total = self._sums[name][need]
         if need == "input_norms":
             return total.sqrt()
         if need in ("gram", "gradient_gram"):
             return total
+
         images, batches, images_of_first = self._counts[0].tolist()
-        return (
-            total
-            / {"gradient": images, "squared_gradient": batches, "first_gradient": images_of_first}[
-                need
-            ]
-        )
+        counts = {
+            "gradient": images,
+            "squared_gradient": batches,
+            "first_gradient": images_of_first,
+        }
+        return total / counts[need]
 
     def add(self, other: "Statistics") -> None:
-        """Adds what another share of the batches of the same model gave.
+        """Adds the sums over another share of the batches of the same model.
 
         Raises:
             PruningError: the other holds other statistics, or those of other weights, or either has
-            let sums go.
+                freed sums.
         """
         if self._costs or other._costs:
             raise PruningError(
@@ -140,30 +144,29 @@ class Statistics:
             raise PruningError(
                 "statistics can only be added to the same statistics of the same weights"
             )
-        for total, part in zip(
-            self.state_dict().values(), other.state_dict().values(), strict=True
-        ):
+
+        parts = other.state_dict().values()
+        for total, part in zip(self.state_dict().values(), parts, strict=True):
             total += part.to(total.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All sums and counts, in one order on all processes: the tensors themselves, for an
-        all-reduce in place.
+        """All sums and counts: the tensors themselves, for an all-reduce in place.
+
+        Their order is the same on all processes.
         """
-        return {"counts": self._counts} | {
-            f"{name}.{need}": total
-            for name, totals in self._sums.items()
-            for need, total in totals.items()
-        }
+        state = {"counts": self._counts}
+        for name, totals in self._sums.items():
+            for need, total in totals.items():
+                state[f"{name}.{need}"] = total
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Replaces sums and counts by those of a `state_dict` of the same statistics of the same
-        weights.
-        """
+        """Copies a `state_dict` of the same statistics of the same weights."""
         for key, total in self.state_dict().items():
             total.copy_(state[key])
 
     def check(self) -> None:
-        """Makes sure that the sums tell something of every weight.
+        """Checks that every weight was reached and that all sums are finite.
 
         Raises:
             PruningError: no images, a first batch that no share had, and, naming the weight, one
@@ -176,6 +179,7 @@ class Statistics:
             raise PruningError(
                 "no share has the first batch of calibration images: expected one with share 0"
             )
+
         for name, (_, with_inputs, with_gradient) in zip(self.shapes, seen, strict=True):
             if self.needs & OF_INPUTS and not with_inputs:
                 raise PruningError(
@@ -186,6 +190,7 @@ class Statistics:
                     f"{name} has no gradient on any of the calibration images: expected a layer "
                     "that the loss depends on"
                 )
+
             for need, total in self._sums[name].items():
                 if not total.isfinite().all():
                     raise PruningError(
@@ -194,18 +199,13 @@ class Statistics:
 
     @classmethod
     def _joined(cls, parts: list["Statistics"]) -> "Statistics":
-        """Those of several groups of weights over the same images, as one; the first takes what the
-        others hold.
-        """
+        """Joins several groups of weights over the same images, in the first of them."""
         whole, *others = parts
         for part in others:
-            for ours, theirs in (
-                (whole.shapes, part.shapes),
-                (whole._weights, part._weights),
-                (whole._sums, part._sums),
-                (whole._costs, part._costs),
-            ):
-                ours.update(theirs)
+            whole.shapes.update(part.shapes)
+            whole._weights.update(part._weights)
+            whole._sums.update(part._sums)
+            whole._costs.update(part._costs)
         whole._counts = torch.cat([whole._counts, *(part._counts[1:] for part in others)])
         return whole
 
@@ -220,57 +220,63 @@ def collect_statistics(
     add_up: Callable[[Tensor], object] | None = None,
     memory: int = MEMORY,
 ) -> Statistics:
-    """Looks at calibration images, and returns sums over them for each prunable weight.
+    """Runs a model on calibration images, and returns sums for each prunable weight.
 
-    The model runs in evaluation mode, and is left as it was: modes of its modules, `requires_grad`,
-    gradients. Where no gradients are asked for, there is no backward pass; autocast around the call
-    holds for the model, not for the sums. Frozen weights have gradients all the same.
+    The model runs in evaluation mode, and keeps the modes of its modules, `requires_grad` and
+    gradients. If nothing needs gradients, there is no backward pass. Autocast around the call holds
+    for the model, not for the sums. Frozen weights have gradients all the same.
 
     Args:
         model: a module whose call takes a batch of images.
         batches: yields images, or pairs of images and targets; they are brought to the model's
             device. Read once, or once for each group of layers whose sums fit into the memory; an
-            iterator is read once whatever they take.
-        loss: from the model's outputs and the targets to the mean loss over the batch; where
-        gradients are asked for.
-        needs: names in `STATISTICS`; without, all that batches and loss allow but `gram`,
+            iterator is always read once.
+        loss: from the model's outputs and the targets to the mean loss over the batch; only
+            gradients need it.
+        needs: names in `STATISTICS`; by default all that batches and loss allow, without `gram`,
             `gradient_gram` and `removal_costs`.
-        share: the number of this share, where the batches are shared out whole among several
-            processes. Share 0 has the first batch. Without `add_up` there is one pass and nothing
-            is checked: add the shares up, and call `Statistics.check`.
-        add_up: called on every process with the same sums in the same order, adds those of all in
-            place, as `torch.distributed.all_reduce` does.
+        share: the number of this share, if whole batches are shared out among several processes.
+            Share 0 has the first batch. Without `add_up` there is one pass and nothing is checked:
+            add the shares up, and call `Statistics.check`.
+        add_up: called on every process with the same sums in the same order; adds up the sums of
+            all processes in place, as `torch.distributed.all_reduce` does.
         memory: how many bytes the sums of one pass may take; a pass has one layer at least.
 
     Raises:
-        PruningError: an unknown name, no batches, no loss or targets where gradients are asked for,
-            and, naming the weight, one that no image reached or whose sums are not finite.
+        PruningError: an unknown name, no batches, no loss or targets for gradients, and, naming the
+            weight, one that no image reached or whose sums are not finite.
     """
     weights = prunable_weights(model)
     if not weights:
         raise PruningError(
             f"{type(model).__name__} has no prunable weights: no nn.Linear besides the classifier"
         )
+
+    # The first batch tells whether there are targets
     stream = iter(batches)
     first = next(stream, None)
     needs = _checked_needs(needs, loss, first)
-    in_one_pass = stream is batches or (share is not None and add_up is None)
     stream = chain([] if first is None else [first], stream)
+
+    in_one_pass = stream is batches or (share is not None and add_up is None)
     groups = _groups(weights, needs, math.inf if in_one_pass else memory)
     found = []
     for group in groups:
         statistics = Statistics(group, needs)
+
         with evaluation(model), _with_gradients(group) if needs & OF_GRADIENTS else torch.no_grad():
             for index, batch in enumerate(batches if found else stream):
                 _look(model, group, batch, loss, statistics, is_first=index == 0 and not share)
+
         if add_up:
             for total in statistics.state_dict().values():
                 add_up(total)
         if share is None or add_up:
             statistics.check()
+
+        # Costs in the place of their sums make room for the next group
         if len(groups) > 1 and "removal_costs" in needs:
             for name in group:
-                # Which makes room for the next group
                 statistics.value(name, "removal_costs")
         found.append(statistics)
     return Statistics._joined(found)
@@ -290,21 +296,21 @@ def linear_operands(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
 
 
 def add_gram(total: Tensor, inputs: Tensor) -> None:
-    """Adds X^T X of inputs X (tokens, inputs) to `total`; of the symmetric product only a half is
-    computed.
+    """Adds X^T X of inputs X (tokens, inputs) to `total`.
+
+    Only one half of the symmetric product is computed.
     """
-    columns = inputs.split(GRAM_COLUMNS, 1)
-    for row, left in enumerate(columns):
-        for column, right in enumerate(columns[row:], row):
-            part = left.T @ right
-            place = total[row * GRAM_COLUMNS :, column * GRAM_COLUMNS :][
-                : part.shape[0], : part.shape[1]
-            ]
-            place += part
+    parts = inputs.split(GRAM_COLUMNS, 1)
+    slices = [
+        slice(start, start + part.shape[1])
+        for start, part in zip(range(0, inputs.shape[1], GRAM_COLUMNS), parts, strict=True)
+    ]
+    for row, left in enumerate(parts):
+        for column in range(row, len(parts)):
+            product = left.T @ parts[column]
+            total[slices[row], slices[column]] += product
             if column > row:
-                total[column * GRAM_COLUMNS :, row * GRAM_COLUMNS :][
-                    : part.shape[1], : part.shape[0]
-                ] += part.T
+                total[slices[column], slices[row]] += product.T
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -313,7 +319,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; then each module's own mode again."""
+    """Sets evaluation mode, and each module's own mode again afterwards."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -341,10 +347,9 @@ def _shape(need: str, weight: Tensor) -> tuple[int, ...]:
 def _groups(
     weights: dict[str, Tensor], needs: frozenset[str], memory: float
 ) -> list[dict[str, Tensor]]:
-    """The weights in groups of consecutive ones whose sums fit into the memory; at least one in
-    each.
-    """
-    groups, left = [{}], memory
+    """The weights in groups of consecutive ones, at least one each, whose sums fit into memory."""
+    groups = [{}]
+    left = memory
     for name, weight in weights.items():
         size = 8 * sum(math.prod(_shape(need, weight)) for need in needs)
         if size > left and groups[-1]:
@@ -358,11 +363,9 @@ def _groups(
 def _checked_needs(needs: Iterable[str] | None, loss: Callable | None, first) -> frozenset[str]:
     has_targets = isinstance(first, tuple | list) and len(first) > 1
     if needs is None:
-        return (
-            frozenset(STATISTICS)
-            - BY_REQUEST
-            - (frozenset() if loss and has_targets else OF_GRADIENTS)
-        )
+        by_default = frozenset(STATISTICS) - BY_REQUEST
+        return by_default if loss and has_targets else by_default - OF_GRADIENTS
+
     needs = frozenset(needs)
     for need in sorted(needs - STATISTICS.keys()):
         raise PruningError(f"unknown statistics {need!r}: expected some of {', '.join(STATISTICS)}")
@@ -378,23 +381,25 @@ def _look(
     model: nn.Module, weights: dict, batch, loss: Callable, statistics: Statistics, is_first: bool
 ) -> None:
     """Adds the sums of one batch. Nothing here waits for a GPU."""
-    images = images_of(batch)
-    targets = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
     device = next(iter(weights.values())).device
-    images = images.to(device, non_blocking=True)
+    images = images_of(batch).to(device, non_blocking=True)
+    targets = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+
     seen = _Inputs(weights, statistics, len(images))
     with seen if statistics.needs & OF_INPUTS else nullcontext():
-        outputs = model.forward(images)  # not by a call, which may be a compiled one
+        outputs = model.forward(images)  # a call may run compiled code
+
     counts = statistics._counts
     for column, count in enumerate((len(images), 1, len(images) * is_first)):
         counts[0, column] += count
     if not statistics.needs & OF_GRADIENTS:
         return
+
+    # autograd.grad leaves .grad alone, and computes only the gradients of prunable weights
     targets = targets.to(device, non_blocking=True)
-    # autograd.grad leaves .grad alone, and computes no gradients of what cannot be pruned.
-    gradients = torch.autograd.grad(
-        loss(outputs, targets), list(weights.values()), allow_unused=True
-    )
+    mean_loss = loss(outputs, targets)
+    gradients = torch.autograd.grad(mean_loss, list(weights.values()), allow_unused=True)
+
     for index, (name, gradient) in enumerate(zip(weights, gradients, strict=True), start=1):
         if gradient is None:
             continue
@@ -410,18 +415,20 @@ def _look(
             part, times = parts.get(need, (None, 0))
             if times:
                 total.add_(part, alpha=times)
+
+    # The empirical Fisher matrices of the blocks: sums of g g^T over the gradients g of images
     for name, of_images in seen.gradients.items():
-        # Blocks, images, size
+        # (blocks, images, size)
         by_block = cut(of_images.double() * len(images)).transpose(0, 1)
         statistics._sums[name]["removal_costs"].baddbmm_(by_block.mT, by_block)
 
 
 class _Inputs(TorchFunctionMode):
-    """Adds up what every linear function with a prunable weight is given.
+    """Adds up the inputs of every linear function that uses a prunable weight.
 
     Attributes:
-        gradients: where single images matter, after the backward pass, for each weight the gradient
-            of the batch's loss by what it does for each image: shape (images, outputs, inputs).
+        gradients: for `removal_costs`, after the backward pass: by weight, the part of each image
+            in the gradient of the batch's loss, shape (images, outputs, inputs).
     """
 
     def __init__(self, weights: dict[str, Tensor], statistics: Statistics, images: int):
@@ -440,6 +447,7 @@ class _Inputs(TorchFunctionMode):
             inputs, weight = linear_operands(args, kwargs)
             if name := self._names.get(id(weight)):
                 self._add(name, inputs.detach())
+
         outputs = func(*args, **kwargs)
         if name and self._statistics.needs & OF_OUTPUTS and outputs.requires_grad:
             of_images = "removal_costs" in self._statistics.needs
@@ -449,7 +457,8 @@ class _Inputs(TorchFunctionMode):
                     "images: removal_costs expects those of an image together along the first "
                     "dimension"
                 )
-            # No view: a change of it in place leaves the hook where it is
+
+            # A copy keeps its hook when the model changes the outputs in place
             outputs = outputs.clone()
             outputs.register_hook(partial(self._add_gradients, name, inputs.detach()))
         return outputs
@@ -458,25 +467,23 @@ class _Inputs(TorchFunctionMode):
     def _add_gradients(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
         totals = self._statistics._sums[name]
         with torch.autocast(inputs.device.type, enabled=False):
-            if "gradient_gram" in totals:  # the batch's loss is the mean over its images
+            # The batch's loss is the mean over its images: times their number, it is their sum
+            if "gradient_gram" in totals:
                 rows = at_least_float32(gradient.reshape(-1, gradient.shape[-1]))
-                add_gram(
-                    totals["gradient_gram"],
-                    rows * (self._images * (self._images / len(rows)) ** 0.5),
-                )
-            if "removal_costs" not in totals:
-                return
-            x, dy = (
-                at_least_float32(rows.reshape(self._images, -1, rows.shape[-1]))
-                for rows in (inputs, gradient)
-            )
-            self.gradients[name] = self.gradients.get(name, 0) + dy.mT @ x
+                scale = self._images * (self._images / len(rows)) ** 0.5
+                add_gram(totals["gradient_gram"], rows * scale)
+
+            if "removal_costs" in totals:
+                x = at_least_float32(inputs.reshape(self._images, -1, inputs.shape[-1]))
+                dy = at_least_float32(gradient.reshape(self._images, -1, gradient.shape[-1]))
+                self.gradients[name] = self.gradients.get(name, 0) + dy.mT @ x
 
     @torch.no_grad()
     def _add(self, name: str, inputs: Tensor) -> None:
         if name not in self._seen:
             self._seen.add(name)
             self._statistics._counts[self._rows[name], 1] += 1
+
         totals = self._statistics._sums[name]
         with torch.autocast(inputs.device.type, enabled=False):
             inputs = at_least_float32(inputs.flatten(0, -2) if inputs.dim() > 1 else inputs[None])
@@ -488,7 +495,7 @@ class _Inputs(TorchFunctionMode):
 
 @contextmanager
 def _with_gradients(weights: dict[str, Tensor]) -> Iterator[None]:
-    """Gradients of the weights, frozen ones included; then each as it was."""
+    """Enables gradients of the weights, frozen ones too, which are frozen again afterwards."""
     frozen = [weight for weight in weights.values() if not weight.requires_grad]
     try:
         for weight in frozen:
