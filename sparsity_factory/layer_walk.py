@@ -276,10 +276,11 @@ def _layers_of_unit(
     Weights leave `pending` when the caller has seen them.
     """
     while any(lanes[0].units[name] is lanes[0].unit for name in pending):
-        name, inputs = _inputs_of_next(lanes, pending, autocast)
-        if name is None:
-            return  # a later call of the unit uses it
+        found = _inputs_of_next(lanes, pending, autocast)
+        if found is None:
+            return  # a later call of the unit uses them
 
+        name, inputs = found
         if add_up:
             for total in inputs.sums:
                 add_up(total)
@@ -289,7 +290,7 @@ def _layers_of_unit(
 
 def _inputs_of_next(
     lanes: list[_Lane], pending: Iterable[str], autocast: Callable
-) -> tuple[str | None, Inputs | None]:
+) -> tuple[str, Inputs] | None:
     """The weight that computes next and the sums over its inputs; None if none is pending there."""
     name = None
     inputs = None
@@ -312,7 +313,11 @@ def _inputs_of_next(
         if inputs is not None:
             with torch.autocast(inputs.gram.device.type, enabled=False):
                 inputs.add(*values)
-    return name, inputs
+
+    return None if name is None or inputs is None else (name, inputs)
+
+
+_of_thread = threading.local()  # its pass, in the thread of a pass
 
 
 class _Pass:
@@ -323,18 +328,22 @@ class _Pass:
     """
 
     def __init__(self, model: nn.Module, images: Tensor, autocast: Callable):
+        self.unit: nn.Module | None
+        self.args: tuple
+        self.kwargs: dict
         self._calls: SimpleQueue = SimpleQueue()
         self._results: SimpleQueue = SimpleQueue()
         self._thread = threading.Thread(
             target=self._run, args=(model, images, autocast), daemon=True
         )
-        self._thread.pass_ = self
         self._thread.start()
         self._wait()
 
     def resume(self, result) -> None:
         """Returns the result of the unit to the thread, and waits until it is at the next unit."""
-        self.unit = self.args = self.kwargs = None
+        self.unit = None
+        self.args = ()
+        self.kwargs = {}
         self._results.put((result,))
         del result
         self._wait()
@@ -352,6 +361,7 @@ class _Pass:
     # ---- in the thread ----
 
     def _run(self, model: nn.Module, images: Tensor, autocast: Callable) -> None:
+        _of_thread.pass_ = self
         try:
             if images.device.type == "cuda":
                 torch.cuda.set_device(images.device)
@@ -385,7 +395,7 @@ def _stops(units: set[nn.Module]) -> Iterator[dict[nn.Module, Callable]]:
 
     def stop(unit, *args, **kwargs):
         # Outside of passes, as when another unit computes this one, it does not stop
-        pass_ = getattr(threading.current_thread(), "pass_", None)
+        pass_ = getattr(_of_thread, "pass_", None)
         if pass_ is None:
             return forwards[unit](*args, **kwargs)
         return pass_.stop(unit, args, kwargs)

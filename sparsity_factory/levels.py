@@ -66,6 +66,7 @@ def output(pruned: Pruned) -> float:
 @method("this project", needs={"gram"})
 def divergence(pruned: Pruned) -> float:
     """The KL divergence from the dense model's predictions if only this layer is pruned."""
+    assert pruned.divergence is not None
     return pruned.divergence({pruned.layer.name: pruned.new})
 
 

@@ -217,8 +217,8 @@ def reconstruct_layers(
     """Prunes the weights of a model by masks, layer after layer, and reconstructs each.
 
     Each layer is given the inputs that it has when all before it are pruned. If it has a bias, the
-    Gram matrix is that of the inputs less their mean, and the mean change of the outputs is taken
-    back by the bias: the least squares over weights and bias together.
+    Gram matrix is that of the inputs less their mean, and the bias is given what the mean outputs
+    lose: the least squares over weights and bias together.
 
     Args:
         model: changed in place.
@@ -251,7 +251,7 @@ def reconstruct_layers(
                 compute = partial(_reconstructed, method, layer, mask, patterns(name))
                 new, found[name] = (part.to(layer.weight.device) for part in share(compute))
                 if layer.bias is not None:
-                    layer.take_back_mean_change(new)
+                    layer.bias.add_(layer.mean_loss(new).to(layer.bias))
                     layer.bias.mul_(masks.get(bias_name, 1))
                 layer.weight.copy_(new)
     return found
@@ -279,11 +279,10 @@ class _Layer(NamedTuple):
     bias: Tensor | None
     inputs: Inputs
 
-    def take_back_mean_change(self, new: Tensor) -> None:
-        """Adds to the bias what the mean output loses by the new weight."""
+    def mean_loss(self, new: Tensor) -> Tensor:
+        """What the mean outputs lose by a new weight, shape (outputs,)."""
         mean = self.inputs.mean
-        before = self.weight.to(mean) @ self.inputs.other_mean
-        self.bias.add_((before - new.to(mean) @ mean).to(self.bias))
+        return self.weight.to(mean) @ self.inputs.other_mean - new.to(mean) @ mean
 
 
 def _reconstructed(

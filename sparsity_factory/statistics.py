@@ -256,9 +256,10 @@ def collect_statistics(
     stream = iter(batches)
     first = next(stream, None)
     needs = _checked_needs(needs, loss, first)
+    is_iterator = stream is batches  # which can be read only once
     stream = chain([] if first is None else [first], stream)
 
-    in_one_pass = stream is batches or (share is not None and add_up is None)
+    in_one_pass = is_iterator or (share is not None and add_up is None)
     groups = _groups(weights, needs, math.inf if in_one_pass else memory)
     found = []
     for group in groups:
@@ -378,7 +379,12 @@ def _checked_needs(needs: Iterable[str] | None, loss: Callable | None, first) ->
 
 
 def _look(
-    model: nn.Module, weights: dict, batch, loss: Callable, statistics: Statistics, is_first: bool
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    batch,
+    loss: Callable | None,
+    statistics: Statistics,
+    is_first: bool,
 ) -> None:
     """Adds the sums of one batch. Nothing here waits for a GPU."""
     device = next(iter(weights.values())).device
@@ -395,6 +401,7 @@ def _look(
     if not statistics.needs & OF_GRADIENTS:
         return
 
+    assert loss is not None and targets is not None
     # autograd.grad leaves .grad alone, and computes only the gradients of prunable weights
     targets = targets.to(device, non_blocking=True)
     mean_loss = loss(outputs, targets)

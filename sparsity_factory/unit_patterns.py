@@ -1,6 +1,4 @@
-"""Patterns whose units reach over several layers: whole heads and neurons of the blocks that
-`units.py` knows.
-"""
+"""Patterns whose units span several layers: whole heads and neurons of the blocks of `units.py`."""
 
 from math import prod
 
@@ -31,13 +29,15 @@ class _Units(Pattern):
         return cls() if name == cls.form else None
 
     def masks(self, model, scores, allocate, sparsity, budget):
-        """An allocation sees the weights of all units, each with the mean score of its unit, and
-        says how many it wants of each layer. Blocks keep units in proportion to that, as nearly as
-        whole ones allow, and never more than the budget. A block with a layer that is wanted dense
-        stays dense, if the budget allows that. Other weights stay.
+        """Keeps the units of the largest sums in each block, on a tie the earlier.
 
-        Within a block the units of the largest sums are kept, on a tie the earlier. Units of zeros
-        alone, such as those that are pruned already, are never kept, unless no other is left.
+        The allocation is given only the weights that can be removed, each scored with the mean of
+        its unit, and decides how many each layer keeps. Blocks keep units in proportion to that, as
+        nearly as whole units allow, and never more than the budget. If a layer is to stay dense,
+        its whole block does, if the budget allows it. Other weights stay.
+
+        Units of zeros alone, such as those that are pruned already, are never kept, unless no other
+        is left.
         """
         groups = unit_groups(model, self.kinds)
         if not groups:
@@ -45,18 +45,20 @@ class _Units(Pattern):
                 f"pattern {self.name}: {type(model).__name__} has none that are known: expected a "
                 "transformer of timm"
             )
+
+        # Lists have an entry for each group; weights: by name, the part that tells a unit's place
         numel = {name: prod(shape) for name, shape in scores.shapes.items()}
-        # By name the part that says how its units lie
+        units = [group.units for group in groups]
         weights = [group.weights(numel) for group in groups]
         sizes = [sum(numel[name] for name in parts) for parts in weights]
-        costs, total = sizes, sum(numel.values())
+        costs = sizes
+        total = sum(numel.values())
         if budget == "macs":
-            costs, total = multiply_adds_of_modules(
-                model, [group.name for group in groups], image_of(model)
-            )
-        step = np.array(
-            [-(-cost // group.units) for cost, group in zip(costs, groups, strict=True)]
-        )
+            names = [group.name for group in groups]
+            costs, total = multiply_adds_of_modules(model, names, image_of(model))
+
+        # The cost of one unit, rounded up, and what the units of all groups may cost together
+        step = np.array([-(-cost // count) for cost, count in zip(costs, units, strict=True)])
         left = round(total * (1 - sparsity)) - (total - sum(costs))
         if left < step.sum():
             raise PruningError(
@@ -70,40 +72,36 @@ class _Units(Pattern):
             for group, parts in zip(groups, weights, strict=True)
         ]
         scores.check()
-        alive = [
-            group.sums(lambda name: scores.weight(name) != 0, parts) > 0
-            for group, parts in zip(groups, weights, strict=True)
-        ]
-        means = {
-            name: (total_score * group.units / size)[part.unit].unsqueeze(1 - part.dim)
-            for group, parts, size, total_score in zip(groups, weights, sizes, sums, strict=True)
-            for name, part in parts.items()
-        }
+
+        alive = []
+        means = {}
+        for group, parts, size, score in zip(groups, weights, sizes, sums, strict=True):
+            alive.append(group.sums(lambda name: scores.weight(name) != 0, parts) > 0)
+            for name, part in parts.items():
+                means[name] = (score * group.units / size)[part.unit].unsqueeze(1 - part.dim)
+
         try:
             wanted = allocate(scores.replaced(means), 1 - left / sum(costs))
         except PruningError as error:
-            # With figures that are not those of all prunable weights
+            # Its figures are about these weights, not about all prunable weights
             raise PruningError(
                 f"pattern {self.name}, of the weights that it can remove: {error}"
             ) from None
-        shares = [
-            1.0
-            if any(wanted[name] == numel[name] for name in parts)
-            else sum(wanted[name] for name in parts) / size
-            for parts, size in zip(weights, sizes, strict=True)
-        ]
-        most = np.array([max(int(units.sum()), 1) for units in alive])
-        kept = nearest_steps(
-            np.array(shares) * [group.units for group in groups] * step, step, most, left
-        )
+
+        shares = []
+        for parts, size in zip(weights, sizes, strict=True):
+            stays_dense = any(wanted[name] == numel[name] for name in parts)
+            shares.append(1.0 if stays_dense else sum(wanted[name] for name in parts) / size)
+        most = np.array([max(int(live.sum()), 1) for live in alive])
+        kept = nearest_steps(np.array(shares) * units * step, step, most, left)
 
         masks = {
             name: torch.ones_like(weight, dtype=torch.bool)
             for name, weight in scores.weights.items()
         }
         parameters = dict(model.named_parameters())
-        for group, total_score, live, count in zip(groups, sums, alive, kept, strict=True):
-            best_first = np.lexsort((-total_score.numpy(), ~live.numpy()))
+        for group, score, live, count in zip(groups, sums, alive, kept, strict=True):
+            best_first = np.lexsort((-score.numpy(), ~live.numpy()))
             chosen = torch.zeros(group.units, dtype=torch.bool)
             chosen[torch.from_numpy(best_first[:count])] = True
             masks |= group.masks(chosen, parameters)

@@ -1,14 +1,12 @@
-"""Where the units of a transformer are, its attention heads and hidden neurons: which rows and
-columns make up each.
+"""The units of a transformer, attention heads and hidden neurons: the rows and columns of each.
 
-What is known of a kind of block is a function
+A kind of block is described by a function
 
     def block(module: nn.Module) -> Block
 
 To add one, write such a function and name it in `BLOCKS` under the name of the module's class.
-Nothing here imports
-timm: a block is recognised by that name, and then by its parameters, all of which have to be
-accounted for.
+Nothing here imports timm: a block is recognised by that name, and then by its parameters, all of
+which have to be accounted for.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -25,7 +23,7 @@ HEADS, NEURONS = "heads", "neurons"
 
 
 class Part(NamedTuple):
-    """A parameter of which each unit has some rows (dim 0) or columns (dim 1).
+    """A parameter whose rows (dim 0) or columns (dim 1) belong to units.
 
     unit: int64 tensor, the unit to which each row or column belongs.
     """
@@ -36,11 +34,10 @@ class Part(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What a function in `BLOCKS` says of a module.
+    """A module as a function in `BLOCKS` describes it.
 
-    parts: of a linear layer its name, or of a parameter that of its own. The rows of a layer take
-    its bias with them.
-    untouched: modules whose parameters serve all units alike.
+    parts: named by linear layer or by parameter. The rows of a layer include its bias.
+    untouched: names of modules whose parameters serve all units alike.
     """
 
     kind: str
@@ -50,11 +47,11 @@ class Block(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The units of one module: parameters by their names in the model. At least one unit of a group
-    is always kept.
+    """The units of one module, of which at least one is always kept.
 
-    A weight that two parts share, such as one that mixes heads, counts by the first: each unit owns
-    its rows.
+    name: of the module in the model.
+    parts: named by parameter in the model. A weight in two parts, such as one that mixes heads,
+        counts by the first: each unit owns its rows.
     """
 
     name: str
@@ -65,54 +62,54 @@ class Group(NamedTuple):
     def masks(self, kept: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The masks of all parameters of the group.
 
-        kept: bool tensor (units,). parameters: those of the model, by name.
+        kept: bool tensor (units,).
+        parameters: those of the model, by name.
         """
-        masks = {}
+        masks: dict[str, Tensor] = {}
         for name, dim, unit in self.parts:
             parameter = parameters[name]
-            mask = masks.setdefault(
-                name, torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
-            )
-            of_index = kept[unit].to(parameter.device)
-            mask &= of_index.view([-1 if axis == dim else 1 for axis in range(mask.dim())])
+            if name not in masks:
+                device = parameter.device
+                masks[name] = torch.ones(parameter.shape, dtype=torch.bool, device=device)
+
+            shape = [1] * parameter.dim()
+            shape[dim] = -1
+            masks[name] &= kept[unit].to(parameter.device).view(shape)
         return masks
 
     def kept(self, masks: Mapping[str, Tensor]) -> Tensor:
-        """Which units have a weight left, bool (units,); the first one, if none has.
+        """Which units have a weight left, bool (units,); only the first one if none has.
 
         masks: by parameter name. Parameters without one are dense. Vectors, such as biases, do not
-        count.
+            count.
         """
         kept = torch.zeros(self.units, dtype=torch.bool)
         for name, dim, unit in self.parts:
             if not name.endswith("weight"):
                 continue
-            left = (
-                masks[name].any(1 - dim).cpu()
-                if name in masks
-                else torch.ones(len(unit), dtype=torch.bool)
-            )
-            kept[unit[left]] = True
+            if name in masks:
+                kept[unit[masks[name].any(1 - dim).cpu()]] = True
+            else:
+                kept[unit] = True
+
         if not kept.any():
             kept[0] = True
         return kept
 
     def weights(self, names: Collection[str]) -> dict[str, Part]:
-        """For each of these weights that the group has, the part by which it counts."""
+        """For each named weight of the group, the part by which it counts."""
         return {part.parameter: part for part in reversed(self.parts) if part.parameter in names}
 
     def sums(self, values_of: Callable[[str], Tensor], weights: Mapping[str, Part]) -> Tensor:
-        """The sum of what belongs to each unit, float64 (units,), on the CPU, where sums have one
-        order.
+        """The sum of values over each unit, float64 (units,), on the CPU.
 
-        values_of: from the name of a weight to values of its shape. weights: what `weights`
-        returned.
+        values_of: from the name of a weight to values of its shape.
+        weights: what `weights` returned.
         """
         total = torch.zeros(self.units, dtype=torch.float64)
         for name, part in weights.items():
-            total.index_add_(
-                0, part.unit, values_of(name).sum(1 - part.dim, dtype=torch.float64).cpu()
-            )
+            values = values_of(name).sum(1 - part.dim, dtype=torch.float64)
+            total.index_add_(0, part.unit, values.cpu())  # on a CPU the order is always the same
         return total
 
 
@@ -121,23 +118,29 @@ def unit_groups(
 ) -> list[Group]:
     """The groups of units of a model, in model order.
 
-    kinds: of `heads` and `neurons`, those that are asked for.
-    known_only: pass over blocks that cannot be handled.
+    kinds: the kinds to return, of `heads` and `neurons`.
+    known_only: skip blocks that cannot be handled.
 
     Raises:
         PruningError: naming the first block that looks as if it had such units and cannot be
-        handled.
+            handled.
     """
-    weights, groups = prunable_weights(model), []
+    weights = prunable_weights(model)
+    groups = []
     for name, module in model.named_modules():
         kind = _kind(module)
+        if kind is None or kind not in kinds:
+            continue
+
+        # A module without prunable layers has nothing to remove
         own = [
             f"{name}.{child}.weight".lstrip(".")
             for child, layer in module.named_children()
             if isinstance(layer, nn.Linear)
         ]
-        if kind not in kinds or not any(weight in weights for weight in own):
+        if not any(weight in weights for weight in own):
             continue
+
         try:
             groups.append(_group(name, module, kind, weights))
         except PruningError:
@@ -150,31 +153,27 @@ def unit_groups(
 
 
 def attention(module: nn.Module) -> Block:
-    """Queries, keys and values out of one layer, `qkv`, in this order; an optional gate and norms
-    of single heads.
+    """Attention with one layer, `qkv`, for queries, keys and values, in this order.
+
+    It may have a gate and norms of single heads.
     """
     head = _heads(module)
-    return Block(
-        HEADS,
-        module.num_heads,
-        [
-            Part("qkv", ROWS, head.repeat(3)),
-            *([Part("gate", ROWS, head)] if getattr(module, "gate", None) else []),
-            Part("proj", COLUMNS, head),
-        ],
-        untouched=("q_norm", "k_norm"),
-    )
+    parts = [Part("qkv", ROWS, head.repeat(3))]
+    if getattr(module, "gate", None):
+        parts.append(Part("gate", ROWS, head))
+    parts.append(Part("proj", COLUMNS, head))
+    return Block(HEADS, module.num_heads, parts, untouched=("q_norm", "k_norm"))
 
 
 def window_attention(module: nn.Module) -> Block:
-    """Swin's, whose table of position biases has a column for each head."""
+    """Swin's attention, whose table of position biases has a column for each head."""
     block = attention(module)
     each = torch.arange(module.num_heads)
     return block._replace(parts=[*block.parts, Part("relative_position_bias_table", COLUMNS, each)])
 
 
 def talking_heads(module: nn.Module) -> Block:
-    """CaiT's, with two layers that mix the heads before and after the softmax."""
+    """CaiT's attention, with two layers that mix the heads before and after the softmax."""
     block = attention(module)
     each = torch.arange(module.num_heads)
     mixed = [Part(name, dim, each) for name in ("proj_l", "proj_w") for dim in (ROWS, COLUMNS)]
@@ -182,37 +181,31 @@ def talking_heads(module: nn.Module) -> Block:
 
 
 def class_attention(module: nn.Module) -> Block:
-    """CaiT's of the class token, with a layer each for queries, keys and values."""
+    """CaiT's attention of the class token, with a layer each for queries, keys and values."""
     head = _heads(module)
-    return Block(
-        HEADS,
-        module.num_heads,
-        [*(Part(name, ROWS, head) for name in "qkv"), Part("proj", COLUMNS, head)],
-    )
+    parts = [Part(name, ROWS, head) for name in ("q", "k", "v")]
+    parts.append(Part("proj", COLUMNS, head))
+    return Block(HEADS, module.num_heads, parts)
 
 
 def mlp(module: nn.Module) -> Block:
-    """Two layers with an activation between."""
+    """Two layers with an activation between them."""
     each = torch.arange(module.fc2.in_features)
     return Block(NEURONS, len(each), [Part("fc1", ROWS, each), Part("fc2", COLUMNS, each)])
 
 
 def glu_mlp(module: nn.Module) -> Block:
-    """A first layer that has the values and their gates one after the other."""
+    """An MLP whose first layer computes the values and then their gates."""
     each = torch.arange(module.fc2.in_features)
-    return Block(
-        NEURONS, len(each), [Part("fc1", ROWS, each.repeat(2)), Part("fc2", COLUMNS, each)]
-    )
+    parts = [Part("fc1", ROWS, each.repeat(2)), Part("fc2", COLUMNS, each)]
+    return Block(NEURONS, len(each), parts)
 
 
 def swiglu(module: nn.Module) -> Block:
-    """A layer each for values and gates."""
+    """An MLP with a layer each for gates and values."""
     each = torch.arange(module.fc2.in_features)
-    return Block(
-        NEURONS,
-        len(each),
-        [Part("fc1_g", ROWS, each), Part("fc1_x", ROWS, each), Part("fc2", COLUMNS, each)],
-    )
+    parts = [Part("fc1_g", ROWS, each), Part("fc1_x", ROWS, each), Part("fc2", COLUMNS, each)]
+    return Block(NEURONS, len(each), parts)
 
 
 BLOCKS: dict[str, Callable[[nn.Module], Block]] = {
@@ -230,25 +223,23 @@ BLOCKS: dict[str, Callable[[nn.Module], Block]] = {
 
 
 def _kind(module: nn.Module) -> str | None:
-    """What units a module has, or looks as if it had."""
+    """The kind of units that a module has, or looks as if it had."""
     if isinstance(getattr(module, "num_heads", None), int):
         return HEADS
+
     name = type(module).__name__.lower()
-    return (
-        NEURONS
-        if "mlp" in name or "glu" in name or hasattr(module, "fc1") and hasattr(module, "fc2")
-        else None
-    )
+    has_two_layers = hasattr(module, "fc1") and hasattr(module, "fc2")
+    return NEURONS if "mlp" in name or "glu" in name or has_two_layers else None
 
 
 def _heads(module: nn.Module) -> Tensor:
-    """To which head each channel of the attention's output belongs."""
-    return torch.arange(module.num_heads).repeat_interleave(
-        module.proj.in_features // module.num_heads
-    )
+    """The head to which each channel of the attention's output belongs."""
+    width = module.proj.in_features // module.num_heads
+    return torch.arange(module.num_heads).repeat_interleave(width)
 
 
 def _group(name: str, module: nn.Module, kind: str, weights: Collection[str]) -> Group:
+    """The units of a module; an error unless `BLOCKS` accounts for all of its parameters."""
     kind_of_block = type(module).__name__
     refused = PruningError(
         f"{name or 'the model'} is a {kind_of_block}, whose {kind} cannot be told apart: expected "
@@ -260,16 +251,22 @@ def _group(name: str, module: nn.Module, kind: str, weights: Collection[str]) ->
         block = BLOCKS[kind_of_block](module)
     except AttributeError:  # another library's module of that name
         raise refused from None
+
+    # Rows of a layer include its bias; the bias behind columns serves all units
     parts = []
-    accounted = {f"{child}.bias" for child, dim, _ in block.parts if dim == COLUMNS}
+    accounted = {f"{part.parameter}.bias" for part in block.parts if part.dim == COLUMNS}
     parameters = dict(module.named_parameters())
     for child, dim, unit in block.parts:
-        for own in (child, f"{child}.weight", *([f"{child}.bias"] if dim == ROWS else [])):
+        names = [child, f"{child}.weight"]
+        if dim == ROWS:
+            names.append(f"{child}.bias")
+        for own in names:
             if own in parameters:
                 parts.append(Part(f"{name}.{own}".lstrip("."), dim, unit))
                 accounted.add(own)
                 if parameters[own].shape[dim] != len(unit):
                     raise refused
+
     unknown = [
         own
         for own in parameters
