@@ -10,6 +10,7 @@ from its last checkpoint. Needs `pip install submitit`.
 import argparse
 import os
 import runpy
+import signal
 import sys
 import uuid
 from pathlib import Path
@@ -55,8 +56,7 @@ class Trainer:
         """argv: for main.py."""
         self.argv = argv
         self.job_dir = job_dir
-        # The processes of one start of the job find each other at this file
-        self.dist_url = (job_dir.resolve() / f".meet_{uuid.uuid4().hex}").as_uri()
+        self.meeting = job_dir.resolve() / f".meet_{uuid.uuid4().hex}"
 
     def __call__(self) -> None:
         job = submitit.JobEnvironment()
@@ -64,11 +64,21 @@ class Trainer:
         os.environ["WORLD_SIZE"] = str(job.num_tasks)
         os.environ["LOCAL_RANK"] = str(job.local_rank)
 
-        argv = [*self.argv, "--output_dir", str(self.job_dir), "--dist_url", self.dist_url]
+        # The processes find each other at a file of this start of the job: if SLURM queues the job
+        # again by itself, the file of the last start still has its addresses.
+        start = os.environ.get("SLURM_RESTART_COUNT", "0")
+        dist_url = self.meeting.with_name(f"{self.meeting.name}_{start}").as_uri()
+
+        argv = [*self.argv, "--output_dir", str(self.job_dir), "--dist_url", dist_url]
         if (self.job_dir / "checkpoint.pth").exists():
             argv += ["--resume", "auto"]
         run = runpy.run_path(str(Path(__file__).with_name("main.py")))["run"]
         status = run(argv)
+
+        # The run has saved its step; now submitit queues the job again, and ends this process
+        preempted = getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}")
+        if status == 128 + preempted:
+            signal.getsignal(preempted)(preempted, None)
         if status:
             raise RuntimeError(f"main.py ended with status {status}")
 

@@ -287,7 +287,10 @@ def test_processes_under_torchrun_stop_together_during_an_evaluation(tmp_path):
     assert "Acc@1" not in output
 
 
-@pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "signum, status",
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)],
+)
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     run_main, tiny, tmp_path, stop_at, signum, status
 ):

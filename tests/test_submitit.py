@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,3 +75,26 @@ def test_a_stopped_job_queues_itself_again_and_resumes(submit, tmp_path):
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 14
     assert output(tmp_path).count("Training epochs 0 to") == 1
     assert output(tmp_path).count("Training epochs") == 2
+    # It saved the step at which it was stopped, and resumed there
+    assert "stopped by SIGUSR2 in epoch" in "".join(
+        path.read_text() for path in tmp_path.rglob("*_log.err")
+    )
+
+
+def test_a_job_that_slurm_starts_again_meets_at_another_file(tmp_path, monkeypatch):
+    """SLURM starts the same command again, whose processes were killed and left their file."""
+    urls = []
+    monkeypatch.setattr(
+        run_with_submitit.runpy, "run_path", lambda _: {"run": lambda argv: urls.append(argv)}
+    )
+    job = SimpleNamespace(global_rank=0, num_tasks=1, local_rank=0)
+    monkeypatch.setattr(run_with_submitit.submitit, "JobEnvironment", lambda: job)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")  # `Trainer` sets them
+    trainer = run_with_submitit.Trainer([], tmp_path)
+    for count in (None, "1", "2"):
+        if count:
+            monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+        trainer()
+    found = [argv[argv.index("--dist_url") + 1] for argv in urls]
+    assert len({*found}) == 3 and all(url.startswith(tmp_path.as_uri()) for url in found)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request to stop after the current step."""
+"""Signals as a request to stop after the current step, with a checkpoint."""
 
 import ctypes
 import multiprocessing
@@ -15,6 +15,10 @@ import utils
 
 #: Option of Linux's prctl: the signal that a process receives when its parent ends.
 PR_SET_PDEATHSIG = 1
+
+
+#: What `sbatch --signal` names. By themselves they would end a process.
+USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stopped(Exception):
@@ -42,11 +46,12 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """A context that only notes the first SIGTERM or SIGINT; the next ends the process at once.
+    """A context that only notes the first signal to stop; the next one ends the process at once.
 
-    Signals within a second of the first count as the same one: a cluster sends it to every process,
-    and torchrun passes its own on to the processes it started. A signal that has another handler
-    already, such as submitit's, keeps it.
+    These are SIGTERM, SIGINT, and SIGUSR1 and SIGUSR2, which SLURM sends before it stops a job if
+    it is asked to. Signals within a second of the first count as the same one: a cluster sends it
+    to every process, and torchrun passes its own on to the processes it started. SIGTERM and SIGINT
+    keep another handler that they have already; all have their handlers again afterwards.
     """
 
     def __init__(self):
@@ -56,9 +61,9 @@ class StopSignals:
 
     def __enter__(self):
         self._previous = {}
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in (signal.SIGTERM, signal.SIGINT, *USER_SIGNALS):
             handler = signal.getsignal(signum)
-            if handler in (signal.SIG_DFL, signal.default_int_handler):
+            if signum in USER_SIGNALS or handler in (signal.SIG_DFL, signal.default_int_handler):
                 self._previous[signum] = handler
                 signal.signal(signum, self._receive)
         return self
@@ -128,7 +133,8 @@ def ignore_signals(worker_id: int) -> None:
     its queues needs it, because Python waits for its workers when it exits. On Linux, a worker also
     ends with the training process, whatever it is doing.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for signum in (signal.SIGINT, *USER_SIGNALS):
+        signal.signal(signum, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
