@@ -144,7 +144,9 @@ def train_one_epoch(
     # A resumed epoch starts in its middle.
     first_batch = progress.epoch_step * accum_iter
     num_batches = first_batch + len(loader)
-    batches = logger.log_every(loader, print_freq, f"Epoch: [{progress.epoch}]", first_batch)
+    header = f"Epoch: [{progress.epoch}]"
+    processes = utils.world_size()
+    batches = logger.log_every(loader, print_freq, header, first_batch, processes)
 
     for batch, (images, targets) in enumerate(batches, first_batch):
         step, place = divmod(batch, accum_iter)
@@ -229,7 +231,8 @@ def evaluate(loader, model, compute: Compute, *, shared=False, after_batch=None,
     # until the end: reading one of them would wait for it.
     totals = torch.zeros(4, dtype=torch.float64, device=compute.device)
 
-    for images, targets in logger.log_every(loader, print_freq, "Test:"):
+    processes = utils.world_size() if shared else 1
+    for images, targets in logger.log_every(loader, print_freq, "Test:", processes=processes):
         images = images.to(compute.device, non_blocking=True)
         targets = targets.to(compute.device, non_blocking=True)
         with compute.autocast():

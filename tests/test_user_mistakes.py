@@ -82,6 +82,9 @@ MISTAKES = [
     ),
     (["--compile-mode", "max-autotune"], "--compile-mode max-autotune needs --compile", {}),
     (["--compile", "--compile-mode", "fastest"], "fastest: expected one of default, ", {}),
+    (["--eval-every", "0"], "--eval-every 0", {}),
+    (["--save-every", "0"], "--save-every 0", {}),
+    (["--eval-every", "2", "--sched", "plateau"], "--sched plateau", {}),
     (["--layer-decay", "0.7", "--sched", "none"], "--sched none", {}),
     (
         ["--model", "pit_ti_224", "--input-size", "224", "--no-pretrained", "--grad-checkpointing"],

@@ -17,6 +17,8 @@ AT_LEAST_1 = (
     "--input-size",
     "--recount",
     "--print-freq",
+    "--eval-every",
+    "--save-every",
     "--num-classes",
 )
 AT_LEAST_0 = (
@@ -141,6 +143,10 @@ def check_tasks(args) -> None:
         raise UserError(
             f"--layer-decay {args.layer_decay:g}: --sched none gives all layers the same rate; "
             "expected --sched constant or another schedule"
+        )
+    if args.eval_every > 1 and args.sched == "plateau":
+        raise UserError(
+            f"--eval-every {args.eval_every}: --sched plateau looks at the accuracy of every epoch"
         )
     if args.rewind is not None and args.sched == "plateau":
         raise UserError(

@@ -236,6 +236,11 @@ def _add_run(group: Group) -> None:
         help="folder for checkpoints, log.txt, tables and pictures; empty writes nothing")
     add("--checkpoint-every", int, 0, metavar="STEPS", sweep=FREE,
         help="steps between checkpoints within an epoch; 0 writes one after each epoch only")
+    add("--save-every", int, 1, metavar="EPOCHS", sweep=FREE,
+        help="epochs between checkpoints; the last epoch and one that is the best so far are "
+             "always written")
+    add("--eval-every", int, 1, metavar="EPOCHS",
+        help="epochs between evaluations; the last epoch is always evaluated")
     add("--print-freq", int, 50, metavar="STEPS", sweep=FREE,
         help="steps between two lines of the log; a terminal shows a bar instead")
     add("--quiet", bool, False, sweep=FREE,

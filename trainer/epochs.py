@@ -126,8 +126,10 @@ def train(
             speed = images / (time.time() - began)
 
             # Evaluate.
-            test_stats = {"test": test(learner.model)}
-            if learner.ema:
+            test_stats = {}
+            if is_due(progress.epoch, args.eval_every, args.epochs):
+                test_stats["test"] = test(learner.model)
+            if test_stats and learner.ema:
                 log("Moving average of the weights", only=utils.LINES)
                 test_stats["test_ema"] = test(learner.ema.module)
 
@@ -135,10 +137,13 @@ def train(
             state.share_bad_images()
             improved = state.end_epoch([stats["acc1"] for stats in test_stats.values()])
             line = epoch_metrics(state, {"train": train_stats, **test_stats})
-            log(f"Max accuracy: {state.max_accuracy:.2f}% ({state.best})", only=utils.LINES)
-            log(epoch_in_words(line, speed), only=utils.BARS)
-            results.log_epoch(line, speed)
-            save(state, results, improved)
+            line["images_per_second"] = round(speed, 1)
+            if test_stats:
+                log(f"Max accuracy: {state.max_accuracy:.2f}% ({state.best})", only=utils.LINES)
+            log(epoch_in_words(line), only=utils.BARS)
+            results.log_epoch(line)
+            if improved or is_due(progress.epoch - 1, args.save_every, args.epochs):
+                save(state, results, improved)
     except Stopped as stopped:
         save(state, results)
         stopped.add_place(progress.epoch, progress.epoch_step, args.output_dir)
@@ -147,6 +152,11 @@ def train(
     log(f"Training time {datetime.timedelta(seconds=int(time.time() - start))}")
     state.check_masks()
     return test_stats["test"]["acc1"] if test_stats else test(learner.model)["acc1"]
+
+
+def is_due(epoch: int, every: int, epochs: int) -> bool:
+    """Whether what is done every so many epochs is done after this one; the last one counts too."""
+    return (epoch + 1) % every == 0 or epoch == epochs - 1
 
 
 def announce(state: TrainingState, steps: int) -> None:
@@ -235,11 +245,13 @@ def epoch_metrics(state: TrainingState, metrics: dict[str, dict[str, float]]) ->
     return line
 
 
-def epoch_in_words(line: dict[str, float], speed: float) -> str:
-    """An epoch as a terminal shows it; `speed` in images a second."""
-    average = f", moving average {line['test_ema_acc1']:.2f} %" if "test_ema_acc1" in line else ""
-    return (
-        f"epoch {line['epoch']}: training loss {line['train_loss']:.4f}, validation loss "
-        f"{line['test_loss']:.4f}, top-1 {line['test_acc1']:.2f} %{average}, learning rate "
-        f"{line['train_lr']:.2g}, {speed:,.0f} images/s"
-    )
+def epoch_in_words(line: dict[str, float]) -> str:
+    """An epoch as a terminal shows it."""
+    parts = [f"epoch {line['epoch']}: training loss {line['train_loss']:.4f}"]
+    if "test_loss" in line:
+        parts += [f"validation loss {line['test_loss']:.4f}", f"top-1 {line['test_acc1']:.2f} %"]
+    if "test_ema_acc1" in line:
+        parts.append(f"moving average {line['test_ema_acc1']:.2f} %")
+    parts.append(f"learning rate {line['train_lr']:.2g}")
+    parts.append(f"{line['images_per_second']:,.0f} images/s")
+    return ", ".join(parts)

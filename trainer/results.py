@@ -91,7 +91,7 @@ class Results:
 
     Every process calls the methods, and only the first has a folder. Everything is made from the
     model, its masks, log.txt and the accuracies in a checkpoint, so that an interrupted run leaves
-    the same files as an undisturbed one.
+    the same files as an undisturbed one, except for the images per second.
 
     title: the heading of pictures and summary.
     facts: by name, for the summary.
@@ -137,13 +137,13 @@ class Results:
         self._track(values, self.epoch)
 
     @first_process_only
-    def log_epoch(self, line: dict[str, float], images_per_second: float) -> None:
+    def log_epoch(self, line: dict[str, float]) -> None:
         """Adds an epoch to log.txt, and reports it to the trackers."""
         values = {
             re.sub("^(train|test|test_ema)_(?!ema_)", r"\1/", name): value
             for name, value in line.items()
         }
-        self._track({**values, "images_per_second": images_per_second}, values.pop("epoch"))
+        self._track(values, values.pop("epoch"))
         if self.folder:
             self.folder.log_epoch(line)
             if time.monotonic() - self._drawn > REDRAW_AFTER:
@@ -222,6 +222,10 @@ class Results:
             lines += ["", f"![{caption}]({name})"]
 
         facts = {name: value for name, value in self.facts.items() if name != "command"}
+        speeds = [line.get("images_per_second") for line in read_log(self.folder.path)]
+        speeds = sorted(filter(None, speeds))
+        if speeds:
+            facts["speed"] = f"{speeds[len(speeds) // 2]:,.0f} images/s in training"
         lines += ["", *(f"- {name}: {value}" for name, value in facts.items())]
         return "\n".join(lines) + "\n"
 

@@ -116,14 +116,16 @@ class TrainingState:
 
         Only epochs at the final sparsity count.
 
-        accuracies: top-1 in percent of the model and, if there is one, of its moving average.
+        accuracies: top-1 in percent of the model and, if there is one, of its moving average; none
+            if the epoch was not evaluated.
         """
         self.progress.end_epoch()
         if self.lr_scheduler and self._rewinds:
             self.follow_schedule()
         elif self.lr_scheduler:
-            self.lr_scheduler.step(self.progress.epoch, accuracies[0])
-        improved = self.learner.sparsifier.final and max(accuracies) > self.max_accuracy
+            self.lr_scheduler.step(self.progress.epoch, accuracies[0] if accuracies else None)
+        final = self.learner.sparsifier.final
+        improved = final and max(accuracies, default=-1.0) > self.max_accuracy
         if improved:
             self.max_accuracy = max(accuracies)
             self.best = ("model", "model_ema")[accuracies.index(self.max_accuracy)]

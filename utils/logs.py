@@ -150,11 +150,12 @@ class MetricLogger:
         self.read()
         return "  ".join(f"{name}: {meter}" for name, meter in self.meters.items())
 
-    def log_every(self, loader, print_freq: int, header: str, first: int = 0):
+    def log_every(self, loader, print_freq: int, header: str, first: int = 0, processes: int = 1):
         """Yields the batches of `loader`, and logs every `print_freq` of them and the total time.
 
         On a terminal, a bar takes the place of the lines.
         first: the number of the first batch, if earlier ones were seen before.
+        processes: how many share the images; their images per second are shown together.
         """
         steps = first + len(loader)
         iter_time = SmoothedValue(fmt="{global_avg:.4f}")
@@ -170,12 +171,14 @@ class MetricLogger:
             disable=_display != BARS or not is_main_process(),
         )
 
+        images = 0
         start = end = time.time()
         with bar:
             for step, batch in enumerate(loader, first):
                 data_time.update(time.time() - end)
                 yield batch
                 iter_time.update(time.time() - end)
+                images += processes * _images_in(batch)
 
                 bar.update()
                 if step % print_freq == 0 or step == steps - 1:
@@ -185,6 +188,8 @@ class MetricLogger:
                     left = iter_time.global_avg * (steps - 1 - step)
                     line = f"{header}  [{step:{len(str(steps))}d}/{steps}]  eta: {_duration(left)}"
                     line += f"  {self}  time: {iter_time}  data: {data_time}"
+                    if images:
+                        line += f"  images/s: {images / (time.time() - start):.0f}"
                     if torch.cuda.is_available():
                         line += f"  max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}"
                     log(line, only=LINES)
@@ -199,6 +204,12 @@ class MetricLogger:
 
 
 # ---- helpers, not exported ----
+
+
+def _images_in(batch) -> int:
+    """How many images a batch of images and targets has; 0 for anything else."""
+    is_batch = isinstance(batch, tuple | list) and isinstance(batch[0], torch.Tensor)
+    return len(batch[0]) if is_batch else 0
 
 
 def _duration(seconds: float) -> str:
