@@ -1,5 +1,6 @@
 """Reads what a checkpoint says of a run's pruning, and trusts none of it."""
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -10,6 +11,8 @@ from .masks import bits, unpack
 from .patterns import parse_pattern
 from .recipe import LARGEST, Recipe
 from .schedules import SCHEDULES, Steps
+
+log = logging.getLogger(__name__)
 
 VERSION = 1  # of the state
 
@@ -24,12 +27,14 @@ def has_reached_target(untrusted) -> bool:
     return state.is_final(state.recipe())
 
 
-def read_pruning(checkpoint: dict) -> tuple[Recipe, dict[str, Tensor] | None]:
+def read_pruning(checkpoint: dict, strict: bool = False) -> tuple[Recipe, dict[str, Tensor] | None]:
     """The recipe and the masks of an untrusted checkpoint; None if it has no masks.
 
+    strict: as for `check_masks`.
+
     Raises:
-        PruningError: an entry is damaged, pruned weights are not zero, or groups do not have the
-            number of weights that their pattern asks for.
+        PruningError: an entry is damaged, pruned weights are not zero, or masks are not of their
+            pattern.
     """
     pruning = checkpoint.get("pruning")
     stored = pruning.get("recipe") if isinstance(pruning, dict) else checkpoint.get("pruner")
@@ -41,26 +46,34 @@ def read_pruning(checkpoint: dict) -> tuple[Recipe, dict[str, Tensor] | None]:
     reached = has_reached_target(pruning) if isinstance(pruning, dict) else True
     for kind in ("model", "model_ema"):
         try:
-            check_masks(checkpoint.get(kind, {}), masks, recipe if reached else None)
+            check_masks(checkpoint.get(kind, {}), masks)
         except PruningError as error:
             raise PruningError(f"{kind}: {error}") from None
+    if reached:
+        check_masks({}, masks, recipe, strict)
     return recipe, masks
 
 
 def check_masks(
-    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], recipe: Recipe | None = None
+    weights: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    recipe: Recipe | None = None,
+    strict: bool = True,
 ) -> None:
-    """Checks that pruned weights are zero, and that groups have the weights their pattern asks for.
+    """Checks that pruned weights are zero, and that masks are what their recipe asks for.
 
     Args:
         weights: parameter name to tensor, a state dict. Names without a mask are ignored. If it is
             empty, only the masks are checked.
         masks: parameter name to bool tensor, True where the weight is kept; on any device, as the
             weights are.
-        recipe: the one that made the masks, if its target is reached: its groups are counted.
+        recipe: the one that made the masks, if its target is reached: its pattern and its budget
+            are checked.
+        strict: False: masks that miss the budget are logged as a warning, since older versions
+            made such masks.
 
     Raises:
-        PruningError: naming the first weight that does not obey.
+        PruningError: naming the first weight that does not obey, or how many weights are kept.
     """
     if not isinstance(weights, Mapping):
         raise PruningError(
@@ -68,8 +81,14 @@ def check_masks(
         )
     for name, mask in masks.items() if weights else ():
         _check_weight(name, weights.get(name), mask)
-    if recipe is not None:
-        _check_levels(masks, recipe)
+    if recipe is None:
+        return
+
+    _check_layers(masks, recipe)
+    if missed := _missed_budget(masks, recipe):
+        if strict:
+            raise PruningError(missed)
+        log.warning("%s", missed)
 
 
 class SavedPruning:
@@ -194,26 +213,41 @@ def _check_weight(name: str, weight, mask: Tensor) -> None:
         raise PruningError(f"{name}: {nonzero} of its pruned weights are not zero")
 
 
-def _check_levels(masks: Mapping[str, Tensor], recipe: Recipe) -> None:
-    """That masks keep as many weights, of a layer or of each group, as the recipe says for each."""
+def _check_layers(masks: Mapping[str, Tensor], recipe: Recipe) -> None:
+    """That masks are of their pattern, and keep of each layer what a custom configuration says."""
+    if flaw := parse_pattern(recipe.pattern).why_not(masks):
+        raise PruningError(flaw)
+
     shapes = {name: mask.shape for name, mask in masks.items() if mask.dim() == 2}
+    for name, level in recipe.levels(shapes).items():
+        if isinstance(level, tuple):
+            flaw = parse_pattern("{}:{}".format(*level)).flaw(masks[name])
+        else:
+            kept = int(masks[name].count_nonzero())
+            flaw = "" if kept == level else f"keeps {kept} weights, expected {level}"
+        if flaw:
+            raise PruningError(f"{name}: {flaw}")
+
+
+def _missed_budget(masks: Mapping[str, Tensor], recipe: Recipe) -> str:
+    """How masks miss the sparsity of their recipe, beyond what whole units allow, or nothing."""
+    layers = [mask for name, mask in masks.items() if mask.dim() == 2 and name.endswith("weight")]
     pattern = parse_pattern(recipe.pattern)
-    levels = recipe.levels(shapes)
-    if pattern.sparsity is not None:
-        levels = dict.fromkeys(shapes, (pattern.n, pattern.m))
+    # Nothing is left to count of a shrunk model, and multiply-adds are not those of the weights
+    gone = pattern.structured and all(mask.all() for mask in layers)
+    if recipe.sparsity is None or not layers or gone or recipe.budget != "weights":
+        return ""
 
-    for name, level in levels.items():
-        mask = masks[name]
-        if isinstance(level, int):
-            kept = int(mask.count_nonzero())
-            if kept != level:
-                raise PruningError(f"{name}: keeps {kept} weights, expected {level}")
-            continue
-
-        n, m = level
-        sides = [mask, mask.T] if pattern.transposable else [mask]
-        if any((side.reshape(-1, m).sum(1) != n).any() for side in sides):
-            raise PruningError(f"{name}: a group of {m} does not keep {n}")
+    total = sum(mask.numel() for mask in layers)
+    kept = sum(int(mask.count_nonzero()) for mask in layers)
+    budget = round(total * (1 - recipe.sparsity))
+    below, above = pattern.slack({str(place): mask.shape for place, mask in enumerate(layers)})
+    if budget - below <= kept <= budget + above:
+        return ""
+    return (
+        f"the masks keep {kept:,} of {total:,} prunable weights, a sparsity of "
+        f"{1 - kept / total:.4f}; expected {recipe.sparsity:g}"
+    )
 
 
 def _is_plain_tensor(value, shape: torch.Size) -> bool:

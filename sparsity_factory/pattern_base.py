@@ -10,10 +10,12 @@ head. A pattern that handles each layer by itself overrides some of these:
 - `fit(kept, most, shapes, budget)`: the numbers of units that layers can keep, from those that an
   allocation wants;
 - `step(shape)`: the smallest change of the number of units that a weight keeps;
-- `mask(score, kept)`: the mask of a layer, from the scores of its units.
+- `mask(score, kept)`: the mask of a layer, from the scores of its units;
+- `flaw(mask)`, `slack(shapes)`: what contradicts the pattern in the mask of a layer, and how far
+  the total may be from the budget.
 
 A pattern whose units reach over several layers overrides `masks` itself, the only method that
-`compute_masks` calls. Scores are finite and non-negative.
+`compute_masks` calls, and `why_not`, which checks them. Scores are finite and non-negative.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -141,6 +143,35 @@ class Pattern:
         at_least: `suffix_sums(histogram(score))`, if it is known already.
         """
         raise NotImplementedError
+
+    # ---- checks of masks ----
+
+    def why_not(self, masks: Mapping[str, Tensor], exact: bool = True) -> str:
+        """Why the masks of a model contradict this pattern, naming a layer; empty if they do not.
+
+        masks: by parameter name; only those of matrices count.
+        exact: as for `flaw`.
+        """
+        for name, mask in masks.items():
+            if mask.dim() == 2 and (flaw := self.flaw(mask, exact)):
+                return f"{name}: {flaw}"
+        return ""
+
+    def flaw(self, mask: Tensor, exact: bool = True) -> str:
+        """Why the mask of a layer contradicts this pattern; empty if it does not.
+
+        exact: False for a mask made of weights that are not zero, of which a kept one may be zero
+            by chance.
+        """
+        return ""
+
+    def slack(self, shapes: Shapes) -> tuple[int, int]:
+        """How many weights a model may keep below and above its budget, as units are whole.
+
+        Each layer may round to its nearest unit.
+        """
+        unit = max(prod(shape) // self.units(shape) for shape in shapes.values())
+        return (unit * (len(shapes) // 2 + 1),) * 2
 
 
 def down(sparsity: float) -> str:

@@ -108,6 +108,25 @@ class _Groups(Pattern):
         m = self.m or score.shape[1]
         return n_of_m(score, kept * m // score.numel(), m)
 
+    def flaw(self, mask, exact=True):
+        m = self.m or mask.shape[1]
+        if mask.shape[1] % m:
+            return "" if mask.all() else f"its {mask.shape[1]} inputs are not groups of {m}"
+        return self._flaw(mask.reshape(-1, m).sum(1), m, exact)
+
+    def _flaw(self, kept: Tensor, m: int, exact: bool) -> str:
+        """The same, from how many weights each group keeps."""
+        least, most = int(kept.min()), int(kept.max())
+        if least == most > 0 or not exact and most < m:
+            return ""
+        group = f"groups of {m}" if self.m else "rows"
+        return f"its {group} keep {least} to {most} weights, expected one number, at least 1"
+
+    def slack(self, shapes):
+        # `fit` spends what it can, its totals rounded by some thousandths at most
+        total = sum(map(prod, shapes.values()))
+        return max(map(self.step, shapes.values())) + total // 100, 1
+
 
 @method("Sun et al. 2024, arXiv:2306.11695")
 class Row(_Groups):
@@ -147,6 +166,11 @@ class NOfM(_Groups):
     def fit(self, kept, most, shapes, budget):
         return {name: prod(shape) // self.m * self.n for name, shape in shapes.items()}
 
+    def _flaw(self, kept, m, exact):
+        if exact:
+            return f"a group of {m} does not keep {self.n}" if (kept != self.n).any() else ""
+        return f"a group of {m} keeps more than {self.n}" if (kept > self.n).any() else ""
+
 
 @method("Hubara et al. 2021, arXiv:2102.08124")
 class Transposable(NOfM):
@@ -178,6 +202,9 @@ class Transposable(NOfM):
 
     def mask(self, score, kept, at_least=None):
         return transposable_n_of_m(score, kept * self.m // score.numel(), self.m)
+
+    def flaw(self, mask, exact=True):
+        return super().flaw(mask, exact) or super().flaw(mask.T, exact)
 
 
 @method("Sun et al. 2021, DominoSearch (NeurIPS)")
@@ -239,6 +266,14 @@ class Block(Pattern):
     def mask(self, score, kept, at_least=None):
         mask = k_largest(score, kept, at_least)
         return mask.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
+
+    def flaw(self, mask, exact=True):
+        rows, columns = mask.shape
+        if rows % self.rows or columns % self.columns:
+            return "" if mask.all() else f"{rows} x {columns} has no whole blocks"
+        blocks = mask.unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows))
+        parts = blocks.any(3).any(1) & ~blocks.all(3).all(1)
+        return f"{int(parts.sum())} of its blocks are pruned in part" if parts.any() else ""
 
 
 PATTERNS: dict[str, type[Pattern]] = {

@@ -11,6 +11,7 @@ from .method import method
 from .multiply_adds import image_of, multiply_adds_of_modules
 from .pattern_base import Pattern, down
 from .units import HEADS, NEURONS, unit_groups
+from .whole_units import whole_units
 
 
 class _Units(Pattern):
@@ -106,6 +107,24 @@ class _Units(Pattern):
             chosen[torch.from_numpy(best_first[:count])] = True
             masks |= group.masks(chosen, parameters)
         return {name: masks[name] for name in parameters if name in masks}
+
+    def why_not(self, masks, exact=True):
+        blocks = [block for block in whole_units(masks) if block.kind in self.kinds]
+        known = {name for block in blocks for name in (*block.first, block.last)}
+        for block in blocks:
+            if block.flaw:
+                return block.flaw
+        others = {name: mask for name, mask in masks.items() if name not in known}
+        return super().why_not(others, exact)
+
+    def flaw(self, mask, exact=True):
+        # Of a layer of no known block: whole rows and whole columns are pruned
+        whole = mask.any(1, keepdim=True) & mask.any(0, keepdim=True)
+        return "" if torch.equal(mask, whole) else f"prunes {' and '.join(self.kinds)} in part"
+
+    def slack(self, shapes):
+        # Units of zeros are never kept, however many they are
+        return sum(map(prod, shapes.values())), 1
 
 
 @method("Michel et al. 2019, arXiv:1905.10650")

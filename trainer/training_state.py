@@ -156,10 +156,15 @@ class TrainingState:
         return weights
 
     def check_masks(self) -> None:
-        """Raises PruningError if a pruned weight is not zero."""
+        """Raises PruningError if a pruned weight is not zero, or if masks are not of their pattern.
+
+        Masks that miss the budget are logged.
+        """
         sparsifier = self.learner.sparsifier
         for weights in self.weights().values():
-            check_masks(weights, sparsifier.masks, sparsifier.recipe if sparsifier.final else None)
+            check_masks(weights, sparsifier.masks)
+        if sparsifier.final:
+            check_masks({}, sparsifier.masks, sparsifier.recipe, strict=False)
 
     def state_dict(self) -> dict:
         """DeiT's keys and this project's, in tensors, numbers, strings and plain containers only.
