@@ -146,7 +146,7 @@ def command(argv: list[str]) -> int:
         print(menu())
         return 0
     if args.audit:
-        return audit(args.audit)
+        return audit(args.audit, args.expect or ())
     if args.export:
         export(args)
         return 0

@@ -36,6 +36,7 @@ from .sparsity_table import (
     sparsity_yaml,
 )
 from .statistics import STATISTICS, Statistics, collect_statistics
+from .zeros import nonzero_weights, patterns_found, removable_units, unmet
 
 __version__ = "0.1.0"
 
@@ -66,14 +67,17 @@ __all__ = [
     "has_reached_target",
     "multiply_adds",
     "needs_of",
+    "nonzero_weights",
     "obs_prune",
     "pack",
     "parse_pattern",
+    "patterns_found",
     "prunable_weights",
     "prune",
     "read_pruning",
     "read_yaml",
     "regrow",
+    "removable_units",
     "shrink",
     "sparse_kernels",
     "sparse_multiply_adds",
@@ -82,6 +86,7 @@ __all__ = [
     "sparsity_table",
     "sparsity_yaml",
     "unit_counts",
+    "unmet",
     "unpack",
     "walk_layers",
     "with_units",

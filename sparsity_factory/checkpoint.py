@@ -44,13 +44,13 @@ def read_pruning(checkpoint: dict, strict: bool = False) -> tuple[Recipe, dict[s
 
     masks = unpack(checkpoint["masks"])
     reached = has_reached_target(pruning) if isinstance(pruning, dict) else True
+    if reached:
+        check_masks({}, masks, recipe, strict)
     for kind in ("model", "model_ema"):
         try:
             check_masks(checkpoint.get(kind, {}), masks)
         except PruningError as error:
             raise PruningError(f"{kind}: {error}") from None
-    if reached:
-        check_masks({}, masks, recipe, strict)
     return recipe, masks
 
 

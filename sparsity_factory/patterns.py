@@ -117,7 +117,7 @@ class _Groups(Pattern):
     def _flaw(self, kept: Tensor, m: int, exact: bool) -> str:
         """The same, from how many weights each group keeps."""
         least, most = int(kept.min()), int(kept.max())
-        if least == most > 0 or not exact and most < m:
+        if least == most > 0 or self.m and not exact and most < m:
             return ""
         group = f"groups of {m}" if self.m else "rows"
         return f"its {group} keep {least} to {most} weights, expected one number, at least 1"

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -61,29 +61,39 @@ def sparsity_rows(model: nn.Module, masks: Mapping[str, Tensor]) -> Kept:
     return _rows(prunable_weights(model), masks, {**shapes, **dense_shapes(model)}, parameters)
 
 
-def sparsity_table(kept: Kept) -> str:
-    """What is kept as text: name, shape, kept of total, sparsity; the totals below a line."""
-    cells = [("layer", "shape", "kept", "of", "sparsity")]
+def sparsity_table(kept: Kept, obeys: Mapping[str, Sequence[str]] | None = None) -> str:
+    """What is kept as text: name, shape, kept of total, sparsity; the totals below a line.
+
+    obeys: by layer, the names of the patterns to show in a column of their own.
+    """
+    cells: list[tuple[str, ...]] = [("layer", "shape", "kept", "of", "sparsity")]
     for row in kept.rows:
         shape = " x ".join(map(str, row.shape))
         cells.append((row.name, shape, f"{row.kept:,}", f"{row.total:,}", f"{row.sparsity:.2%}"))
+    if obeys is not None:
+        names = ["obeys", *(", ".join(obeys.get(row.name, ())) for row in kept.rows)]
+        cells = [(*row, found) for row, found in zip(cells, names, strict=True)]
 
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [_line(row, widths) for row in cells]
+    lines = [_line(row, widths).rstrip() for row in cells]
     rule = "-" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:]])
 
 
-def checkpoint_table(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> str:
+def checkpoint_table(
+    weights: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    obeys: Mapping[str, Sequence[str]] | None = None,
+) -> str:
     """The table of a state dict without its model: the masked weights count as prunable."""
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     masked = {
         name: weights[name]
         for name, mask in masks.items()
-        if name in weights and mask.dim() == 2 and name.endswith("weight")
+        if name in weights and mask.dim() >= 2 and name.endswith("weight")
     }
     parameters = sum(map(prod, shapes.values()))
-    return sparsity_table(_rows(masked, masks, shapes, parameters))
+    return sparsity_table(_rows(masked, masks, shapes, parameters), obeys)
 
 
 def sparsity_csv(kept: Kept, dense: Mapping[str, int]) -> str:

@@ -109,11 +109,20 @@ class _Units(Pattern):
         return {name: masks[name] for name in parameters if name in masks}
 
     def why_not(self, masks, exact=True):
-        blocks = [block for block in whole_units(masks) if block.kind in self.kinds]
-        known = {name for block in blocks for name in (*block.first, block.last)}
-        for block in blocks:
-            if block.flaw:
-                return block.flaw
+        known = set()
+        for block in whole_units(masks):
+            layers = [*block.first, block.last]
+            known.update(layers)
+            if block.kind in self.kinds:
+                flaw = block.flaw
+            else:
+                pruned = next((name for name in layers if not masks[name].all()), None)
+                flaw = (
+                    f"{pruned}: has no {' or '.join(self.kinds)}, and is pruned" if pruned else ""
+                )
+            if flaw:
+                return flaw
+
         others = {name: mask for name, mask in masks.items() if name not in known}
         return super().why_not(others, exact)
 

@@ -4,8 +4,9 @@ import re
 
 import pytest
 import torch
+from test_units import model_of
 
-from sparsity_factory import pack, unpack
+from sparsity_factory import Masks, compute_masks, pack, shrink, unpack
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +43,7 @@ def test_audit_shows_the_layers_of_a_file_and_finds_weights_that_do_not_obey(
     assert "a group of 4 does not keep 2" in run_main("--audit", "changed.pth", status=1)
 
     run_main(*tiny, "--output_dir", "dense", "--no-pretrained")
-    assert "holds no masks" in run_main("--audit", "dense/checkpoint.pth", status=2)
+    assert "holds no masks" in run_main("--audit", "dense/checkpoint.pth")
 
 
 def test_a_transposable_mask_is_kept_audited_and_reported_as_n_of_m(run_main, tiny, tmp_path):
@@ -109,3 +110,60 @@ def test_audit_does_not_claim_a_target_that_a_schedule_has_not_reached(
     )
 
     assert "has not reached the target yet" in run_main("--audit", "out/checkpoint.pth")
+
+
+def test_audit_finds_masks_of_another_pattern_and_of_another_sparsity(run_main, tiny, tmp_path):
+    run_main(*tiny, "--pruner", "unif", "--sparsity", "0.5", "--output_dir", "out")
+    checkpoint = torch.load(tmp_path / "out/checkpoint.pth", weights_only=True)
+    output = run_main("--audit", "out/checkpoint.pth")
+    assert "pattern and sparsity are those of the recipe" in output
+
+    for changes, message in [
+        ({"pattern": "row"}, "its rows keep"),
+        ({"pattern": "x:4"}, "its groups of 4 keep 0 to 4 weights"),
+        ({"pattern": "block:4x4"}, "pruned in part"),
+        ({"pattern": "neurons"}, "blocks.0.attn.qkv.weight: has no neurons, and is pruned"),
+        ({"sparsity": 0.7}, "a sparsity of 0.5000; expected 0.7"),
+    ]:
+        recipe = {**checkpoint["pruner"], **changes}
+        pruning = {**checkpoint["pruning"], "recipe": recipe}
+        torch.save({**checkpoint, "pruner": recipe, "pruning": pruning}, "changed.pth")
+        assert message in run_main("--audit", "changed.pth", status=1)
+    assert "expected 0.7" in run_main(*tiny, "--eval", "--resume", "changed.pth")  # still loads
+
+
+def test_audit_of_any_file_counts_zeros_and_says_what_they_obey(run_main, tmp_path):
+    model = model_of()
+    Masks(model, compute_masks(model, "unif", pattern="2:4"))
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "foreign.pth")
+    output = run_main("--audit", "foreign.pth", "--expect", "2:4", "0.5", "--expect", "x:4")
+    assert re.search(r"blocks\.0\.attn\.qkv\.weight +72 x 24 +864 +1,728 +50\.00% +2:4\n", output)
+    assert "head.weight" not in output and "patch_embed" not in output
+    assert "--shrink would take nothing out" in output
+    assert output.count(" holds\n") == 3
+
+    # One weight too many
+    model.blocks[0].mlp.fc1.weight.data[0] = 1
+    torch.save(model.state_dict(), "more.pth")
+    run_main("--audit", "more.pth")
+    error = run_main("--audit", "more.pth", "--expect", "2:4", status=1)
+    assert error == (
+        "error: more.pth: --expect 2:4 does not hold: blocks.0.mlp.fc1.weight: a group of 4 keeps "
+        "more than 2\n"
+    )
+    error = run_main("--audit", "more.pth", "--expect", "0.8", status=1)
+    assert "--expect 0.8 does not hold: the sparsity is 0.49" in error
+
+
+def test_audit_says_what_shrink_would_take_out(run_main, tmp_path):
+    model = model_of()
+    masks = compute_masks(model, "unif", 0.4, pattern="heads+neurons")
+    Masks(model, masks)
+    torch.save(model.state_dict(), tmp_path / "zeros.pth")
+    output = run_main("--audit", "zeros.pth", "--expect", "heads+neurons", "0.4")
+
+    before, after = (
+        sum(parameter.numel() for parameter in each.parameters())
+        for each in (model, shrink(model, masks))
+    )
+    assert f"3 heads and 80 neurons: {before - after:,} of {before:,} weights" in output

@@ -150,6 +150,12 @@ MISTAKES = [
     ([*LAMP, "--permute"], "--permute: expected n:m", {}),
     (["--permute"], "--permute needs --pruner", {}),
     (["--pattern", "blok:4x4"], "blok:4x4", {}),
+    (["--expect", "2:4"], "--expect needs --audit FILE", {}),
+    (["--audit", "x.pth", "--expect", "2:4", "--expect", "2;4"], "--expect 2;4", {}),
+    (["--audit", "x.pth", "--expect", "1.0"], "--expect 1.0: expected a pattern", {}),
+    (["--audit", "x.pth", "--expect", "nan"], "--expect nan", {}),
+    (["--audit", "x.pth", "--expect", "5:4"], "--expect 5:4", {}),
+    (["--audit", "x.pth"], "x.pth: has no layers", {"x.pth": {"bias": torch.zeros(3)}}),
     ([*LAMP, "--pattern", "block:5x4"], "block:5x4", {}),
     (["--pruner", "lamp", "--sparsity", "0.9", "--pattern", "x:4"], "at most 0.75", {}),
     (

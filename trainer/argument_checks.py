@@ -8,6 +8,7 @@ from datasets import DATA_SETS, TIMM
 from models import compile_modes
 from utils import UserError
 
+from .audit import parse_expectation
 from .trackers import require
 
 AT_LEAST_1 = (
@@ -152,6 +153,11 @@ def check_tasks(args) -> None:
         raise UserError(
             "--rewind: --sched plateau has no place to go back to; expected another one"
         )
+
+    if args.expect and not args.audit:
+        raise UserError("--expect needs --audit FILE as well")
+    for expectation in args.expect or ():
+        parse_expectation(expectation)
 
     if args.export and not args.resume:
         raise UserError("--export needs --resume FILE as well")

@@ -22,7 +22,7 @@ from sparsity_factory.custom_yaml import level_section
 from utils import TIMEOUT, UserError, available_cores, log, processes_here
 
 from .argument_checks import check_args
-from .parser import FREE, REFUSED, Flag, Group, Help, Parser
+from .parser import FREE, REFUSED, Extend, Flag, Group, Help, Parser
 
 SAMPLE_PRESET = Path(__file__).resolve().parent.parent / "configs" / "run" / "sample.yaml"
 
@@ -257,8 +257,11 @@ def _add_run(group: Group) -> None:
     add("--eval", bool, False, sweep=REFUSED,
         help="only evaluate, after pruning if a pruner is given")
     add("--audit", str, "", metavar="FILE", sweep=REFUSED,
-        help="only print what a checkpoint keeps of each layer and check that its weights obey "
-             "its masks")
+        help="only print what a file keeps of each layer and which patterns that obeys; check "
+             "its masks, if it has any")
+    add("--expect", str, None, nargs="+", action=Extend, metavar="PATTERN", sweep=REFUSED,
+        help="with --audit: exit with 1 if the layers with zeros do not obey a pattern such as "
+             "2:4, or if the sparsity is not a number such as 0.8")
     add("--export", str, "", metavar="DIR", sweep=REFUSED,
         help="only write the model of --resume to a new folder, for use without this project: "
              "state dict, torch.export program, ONNX")

@@ -32,6 +32,14 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if has_default else action.help
 
 
+class Extend(argparse.Action):
+    """Collects the values of a flag that may be given several times."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, (before if isinstance(before, list) else []) + values)
+
+
 @dataclass(frozen=True)
 class Flag:
     """One setting of main.py.
