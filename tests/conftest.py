@@ -15,10 +15,6 @@ from hypothesis import settings
 
 # Fixtures import the trainer, which takes seconds: tests of sparsity_factory do without it.
 
-# Fixtures import the trainer, which takes seconds: tests of sparsity_factory do without it.
-
-# Fixtures import the trainer, which takes seconds: tests of sparsity_factory do without it.
-
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = "torch sees no CUDA GPU here; `make test-gpu` runs these tests where there is one"
 
