@@ -6,13 +6,16 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import PruningError
 from .masks import dense_shapes, prunable_weights
+from .statistics import evaluation
 
 ATTENTION, OTHERS = "attention products", "other layers"
 
@@ -23,7 +26,7 @@ def multiply_adds(model: nn.Module, images: Tensor) -> dict[str, int]:
     Each weight of a shrunk model counts with the shape that it had in the dense one.
 
     Args:
-        model: is run once in evaluation mode, and left as it was.
+        model: is run once in evaluation mode, and left as it was, each module in its own mode.
         images: its input, such as one image (1, 3, height, width), on the model's device.
 
     Returns:
@@ -79,23 +82,25 @@ def image_of(model: nn.Module) -> Tensor:
 @torch.enable_grad()
 def _run(model: nn.Module, images: Tensor, names: Sequence[str] = ()) -> "_ByWeight":
     """Runs a model once in evaluation mode, and counts."""
-    was_training = model.training
-    model.eval()
     hooks = []
+    fast_path = torch.backends.mha.get_fastpath_enabled()
 
     # Without fused attention the counts are the same on every device
-    with (
-        FlopCounterMode(display=False) as flops,
-        _ByWeight(model, flops) as counts,
-        sdpa_kernel(SDPBackend.MATH),
-    ):
-        for name in names:
-            hooks += counts.watch(name, model.get_submodule(name))
-        model.forward(images)  # a call may run compiled code
-
-    for hook in hooks:
-        hook.remove()
-    model.train(was_training)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            evaluation(model),
+            FlopCounterMode(display=False) as flops,
+            _ByWeight(model, flops) as counts,
+            sdpa_kernel(SDPBackend.MATH),
+        ):
+            for name in names:
+                hooks += counts.watch(name, model.get_submodule(name))
+            model.forward(images)  # a call may run compiled code
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for hook in hooks:
+            hook.remove()
     return counts
 
 
@@ -110,14 +115,18 @@ class _ByWeight(TorchFunctionMode):
         super().__init__()
         self.flops = Counter()
         self.modules = Counter()
-        self._counter = counter
-        self._names = {id(weight): name for name, weight in prunable_weights(model).items()}
+        self.counter = counter
+        names = {id(weight): name for name, weight in prunable_weights(model).items()}
+        self.parameters = [
+            (parameter, names.get(id(parameter), OTHERS)) for parameter in model.parameters()
+        ]
+        self._names = names
 
     def watch(self, name: str, module: nn.Module) -> list:
         """Counts the operations of a module's calls; returns the hooks that do it."""
 
         def add(sign):
-            self.modules[name] += sign * self._counter.get_total_flops()
+            self.modules[name] += sign * self.counter.get_total_flops()
 
         return [
             module.register_forward_pre_hook(lambda *_: add(-1)),
@@ -125,18 +134,51 @@ class _ByWeight(TorchFunctionMode):
         ]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        before = self._counter.get_total_flops()
+        # A function of several layers: each of its operations counts by itself
+        if func is F.multi_head_attention_forward:
+            with _ByStorage(self):
+                return func(*args, **(kwargs or {}))
+
+        before = self.counter.get_total_flops()
         result = func(*args, **(kwargs or {}))
-        spent = self._counter.get_total_flops() - before
+        spent = self.counter.get_total_flops() - before
         if spent:
-            self.flops[self._user(args, kwargs)] += spent
+            leaves = tree_leaves((args, kwargs))
+            parameters = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
+            self.book(spent, [self._names.get(id(leaf), OTHERS) for leaf in parameters])
         return result
 
-    def _user(self, args, kwargs) -> str:
-        """The weight among the arguments of a function, or what else it computes."""
-        leaves = tree_leaves((args, kwargs))
-        parameters = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
-        names = [self._names[id(leaf)] for leaf in parameters if id(leaf) in self._names]
-        if names:
-            return names[0]
-        return OTHERS if parameters else ATTENTION
+    def book(self, spent: int, names: list[str]) -> None:
+        """Counts an operation for the first weight that it uses, or for what else it computes.
+
+        names: of the operation's parameters; `OTHERS` for those that are not prunable.
+        """
+        prunable = [name for name in names if name != OTHERS]
+        if prunable:
+            self.flops[prunable[0]] += spent
+        else:
+            self.flops[OTHERS if names else ATTENTION] += spent
+
+
+class _ByStorage(TorchDispatchMode):
+    """Counts the operations inside of a function, whose operands are views of the weights."""
+
+    def __init__(self, counts: _ByWeight):
+        super().__init__()
+        self._counts = counts
+        self._names = {_storage(parameter): name for parameter, name in counts.parameters}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = self._counts.counter.get_total_flops()
+        result = func(*args, **(kwargs or {}))
+        spent = self._counts.counter.get_total_flops() - before
+        if spent:
+            leaves = tree_leaves((args, kwargs))
+            storages = [_storage(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+            names = [self._names[storage] for storage in storages if storage in self._names]
+            self._counts.book(spent, names)
+        return result
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

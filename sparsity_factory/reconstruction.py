@@ -13,7 +13,6 @@ write such a function and name it in `RECONSTRUCTIONS`.
 """
 
 import copy
-import logging
 import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
@@ -23,15 +22,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .damping import DAMPING, damped_gram
 from .errors import PruningError
 from .layer_walk import Inputs
 from .method import describe, method
 from .patterns import Pattern, Unstructured, parse_pattern
 
-log = logging.getLogger(__name__)
-
-DAMPING = 0.01  # of the mean of the Gram matrix's diagonal, as SparseGPT has it
-MOST_DAMPING = 1e3  # with so much, the matrix is nearly diagonal
 ROUNDS = 8  # of least-squares, each of which prunes a part of the weights
 # Of conjugate gradients, after each round and after the last. After 20 the error was that of the
 # exact solution to four digits.
@@ -96,7 +92,7 @@ def obs_prune(
     width = pattern.compared_columns(block_size)
     block_size = max(block_size // width, 1) * width
 
-    _, factor = _damped(gram, damping)
+    _, factor = damped_gram(gram, damping)
     diagonal = factor.diagonal()
 
     # Transposed, so that a column of W is contiguous: columns[j] is W[:, j]
@@ -301,7 +297,7 @@ class _LeastSquares:
     """Rows w' that minimize |X w' - Y w|^2 + damping |w' - w|^2, by conjugate gradients."""
 
     def __init__(self, weight: Tensor, inputs: Inputs):
-        self.damped, self.factor = _damped(inputs.gram, DAMPING)
+        self.damped, self.factor = damped_gram(inputs.gram)
         self.diagonal = self.damped.diagonal()
 
         # An input that is always zero here may vary in the dense model
@@ -355,28 +351,3 @@ def _check(weight: Tensor, gram: Tensor, kept: int | Tensor, pattern: Pattern) -
     pattern.check({"the weight": weight.shape})
     if not 0 <= kept <= pattern.units(weight.shape):
         raise PruningError(f"{kept} kept: expected 0 to {pattern.units(weight.shape)}")
-
-
-def _damped(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """The damped Gram matrix H, and U, the upper Cholesky factor of its inverse: H^-1 = U^T U."""
-    diagonal = gram.diagonal()
-    scale = diagonal.mean() if diagonal.any() else torch.ones_like(diagonal[0])
-    while True:
-        # An input that is always zero is independent of the others, whatever the damping
-        damped = gram + torch.diag(damping * scale + scale * (diagonal == 0))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and factor.isfinite().all():
-            return damped, factor
-
-        if damping > MOST_DAMPING:
-            raise PruningError(
-                "expected the Gram matrix of some inputs: this one has negative eigenvalues"
-            )
-        damping = max(10 * damping, 1e-6)
-        log.warning(
-            "A Gram matrix of %d inputs cannot be factored: its damping is raised to %g",
-            len(gram),
-            damping,
-        )

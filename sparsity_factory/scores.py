@@ -14,6 +14,7 @@ calibration images; g: the gradient of the mean loss over them, g_b: over those 
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 
@@ -21,13 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .damping import damped_gram
 from .errors import PruningError
 from .k_largest import histogram, suffix_sums
 from .method import method
 from .patterns import Pattern, Unstructured
 from .statistics import STATISTICS, Statistics
-
-DAMPING = 0.01  # times the mean of the Gram matrix's diagonal, as in SparseGPT
 
 
 class Layer:
@@ -67,12 +67,8 @@ class Layer:
     @cached_property
     def inverse_gram_diagonal(self) -> Tensor:
         """The diagonal of the damped Gram matrix's inverse; infinite for dead inputs."""
-        diagonal = self.gram.diagonal()
-        dead = diagonal == 0
-        # Ones on the diagonal of dead inputs, so that the matrix has an inverse
-        damped = self.gram + torch.diag(DAMPING * diagonal.mean() + dead.to(diagonal.dtype))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        return inverse.diagonal().masked_fill(dead, torch.inf)
+        _, factor = damped_gram(self.gram)
+        return factor.square().sum(0).masked_fill(self.gram.diagonal() == 0, torch.inf)
 
 
 @method()
@@ -149,6 +145,10 @@ SCORES: dict[str, Callable[[Tensor, Layer], Tensor]] = {
 }
 
 
+# Those of this file, which need no check: it would take as long as the magnitude itself
+NON_NEGATIVE = frozenset(SCORES.values())
+
+
 class Scores(Mapping[str, Tensor]):
     """Scores by parameter name, each computed on the device of the weight when it is asked for.
 
@@ -197,7 +197,7 @@ class Scores(Mapping[str, Tensor]):
 
         self._layers: dict[str, Layer] = {}
         self._finite: set[str] = set()
-        self._unchecked: dict[str, Tensor] = {}  # the largest scores of layers
+        self._unchecked: dict[str, Tensor] = {}  # the largest scores of layers, and the smallest
         self._at_least: dict[str, Tensor] = {}
         # Callers ask for the scores of one layer several times in a row
         self._latest: tuple[str, Tensor] | None = None
@@ -210,11 +210,15 @@ class Scores(Mapping[str, Tensor]):
 
         weight = self.weights[name].detach().to(self._dtype)
         score = self._score(weight, self.layer(name))
+        smallest = score.new_zeros(())
+        if self._score not in NON_NEGATIVE:
+            smallest = score.amin()
+            score = score.abs()  # so that zeros have one sign: bits are compared
         if name in self._among:
             score = self.pattern.among(score, self._among[name])
         score = self.pattern.score(score)
         if name not in self._finite:
-            self._unchecked[name] = score.amax()
+            self._unchecked[name] = torch.stack([score.amax(), smallest])
             # On a GPU every check waits, so that all layers are checked at once, by the caller
             if score.device.type == "cpu":
                 self.check()
@@ -226,18 +230,18 @@ class Scores(Mapping[str, Tensor]):
         """Checks the scores that were computed so far; before the host uses them, and at the end.
 
         Raises:
-            PruningError: a score is not finite.
+            PruningError: a score is not finite, or negative.
         """
         if not self._unchecked:
             return
-        finite = torch.stack(list(self._unchecked.values())).isfinite().tolist()
-        for name, is_finite in zip(self._unchecked, finite, strict=True):
-            if not is_finite:
+        extremes = torch.stack(list(self._unchecked.values())).tolist()
+        for name, (largest, smallest) in zip(self._unchecked, extremes, strict=True):
+            kind = f"{name} has a {_name_of(self._score)} score that is"
+            if not math.isfinite(largest):
                 self.weight(name)  # raises if the weight itself is the cause
-                raise PruningError(
-                    f"{name} has a {self._score.__name__} score that is NaN or infinite in "
-                    f"{self._dtype}"
-                )
+                raise PruningError(f"{kind} NaN or infinite in {self._dtype}")
+            if smallest < 0:
+                raise PruningError(f"{kind} {smallest:g}: expected scores of at least 0")
         self._finite |= self._unchecked.keys()
         self._unchecked.clear()
 
@@ -303,3 +307,11 @@ class Scores(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.weights)
+
+
+# ---- helpers, not exported ----
+
+
+def _name_of(score: Callable) -> str:
+    """The name of a function; a `partial` or an object has none of its own."""
+    return getattr(score, "__name__", type(score).__name__)

@@ -18,7 +18,8 @@ from sparsity_factory import (
     describe,
     prunable_weights,
 )
-from sparsity_factory.scores import DAMPING, Layer, Scores
+from sparsity_factory.damping import DAMPING, damped_gram
+from sparsity_factory.scores import Layer, Scores
 
 DRAWN = [0.668705, 0.408056, 0.541732]
 
@@ -183,6 +184,50 @@ def test_statistics_of_a_model_that_moved_are_used_where_its_weights_are(model):
     expected = compute_masks(model, "lamp", 0.5, score="taylor", statistics=statistics)
     masks = compute_masks(model.float(), "lamp", 0.5, score="taylor", statistics=statistics)
     assert all(torch.equal(mask, expected[name]) for name, mask in masks.items())
+
+
+def test_a_signed_score_is_refused_by_the_name_of_its_layer(monkeypatch):
+    def signed(weight, layer):
+        return weight if layer.name == "1.weight" else weight.abs()
+
+    monkeypatch.setitem(SCORES, "signed", signed)
+    model = linears([[1.0, 2.0]], [[1.0, -2.0]])
+    for pruner in ("glob", "lamp", "unif"):
+        with pytest.raises(
+            PruningError, match=r"^1\.weight has a signed score that is -2: expected"
+        ):
+            compute_masks(model, pruner, 0.5, score="signed")
+
+
+def test_a_negative_zero_scores_as_zero(monkeypatch):
+    monkeypatch.setitem(SCORES, "zeros", lambda weight, layer: -0.0 * weight.abs())
+    masks = compute_masks(linears([[1.0, 2.0], [3.0, 4.0]]), "glob", 0.5, score="zeros")
+    assert masks["0.weight"].tolist() == [[True, True], [False, False]]
+
+
+def test_obs_as_a_score_has_the_damping_of_obs_as_a_reconstruction():
+    inputs = torch.randn(20, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = inputs.T @ inputs
+    gram[:, 1] = gram[1] = 0  # dead
+    _, factor = damped_gram(gram)
+    model = linears(torch.ones(1, 4))
+    statistics = statistics_of(model, {"gram"})
+    statistics.state_dict()["0.weight.gram"].copy_(gram)
+    score = Scores(prunable_weights(model), SCORES["obs"], statistics=statistics)["0.weight"][0]
+    expected = 1 / factor.square().sum(0)
+    expected[1] = 0
+    torch.testing.assert_close(score.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_obs_as_a_score_raises_its_damping_until_the_matrix_can_be_factored(caplog):
+    # Rounding has made an eigenvalue negative
+    gram = torch.tensor([[1.0, 1.05], [1.05, 1.0]], dtype=torch.float64)
+    model = linears(torch.ones(1, 2))
+    statistics = statistics_of(model, {"gram"})
+    statistics.state_dict()["0.weight.gram"].copy_(gram)
+    score = Scores(prunable_weights(model), SCORES["obs"], statistics=statistics)["0.weight"]
+    assert (score > 0).all()
+    assert "its damping is raised to 0.1" in caplog.text
 
 
 def test_every_entry_describes_itself_in_one_line():

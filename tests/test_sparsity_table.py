@@ -142,6 +142,29 @@ def test_multiply_adds_are_booked_on_a_weight_that_is_used_without_its_layer():
     }
 
 
+def test_multiply_adds_leave_each_module_in_its_own_mode():
+    model = timm.models.VisionTransformer(
+        img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2
+    )
+    model.blocks[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    multiply_adds(model, torch.zeros(1, 3, 8, 8))
+    assert before == {name: module.training for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_multiply_adds_of_torch_attention_are_booked_on_each_of_its_weights(frozen):
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    layer.requires_grad_(not frozen)
+    counts = multiply_adds(layer, torch.zeros(1, 5, 8))
+    products = 2 * 5 * 5 * 8
+    assert counts["attention products"] == products
+    assert counts["self_attn.out_proj.weight"] == 5 * 8 * 8
+    assert counts["linear1.weight"] == counts["linear2.weight"] == 5 * 8 * 16
+    projections = counts.get("self_attn.in_proj_weight", 0) + counts["other layers"]
+    assert projections == 3 * 5 * 8 * 8
+
+
 def test_the_csv_has_every_layer_and_weights_multiply_adds_by_density():
     model, masks = model_and_masks()
     text = sparsity_csv(sparsity_rows(model, masks), multiply_adds(model, torch.zeros(2, 100)))
