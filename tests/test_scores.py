@@ -129,7 +129,8 @@ def test_a_score_that_is_too_large_is_an_error_that_names_layer_and_score():
         compute_masks(model, "glob", 0.5, score="fisher", statistics=statistics_of(model))
 
 
-@pytest.mark.parametrize("score", SCORES)
+# obs looks at whether a matrix can be factored, and a fake tensor has no values
+@pytest.mark.parametrize("score", [name for name in SCORES if name != "obs"])
 def test_scores_lie_where_the_weights_do(score):
     class Moved:
         """Statistics on the CPU of a model that has moved to a GPU since."""
