@@ -25,7 +25,9 @@ from trainer.builders import (
     build_sparsifier,
     build_state,
     build_step_options,
+    check_class_labels,
     choose_compute,
+    class_labels,
     load_start,
     prepare_model,
     shrink_before_training,
@@ -44,13 +46,16 @@ def main(args) -> dict[str, float]:
     utils.init_process_group(
         compute.device, args.dist_url, args.distributed, args.world_size, args.dist_timeout
     )
-    describe(args, compute)
+    describe(args)
     utils.seed_everything(utils.INIT, args.seed)  # fresh weights are the same on every process
 
     with StopSignals() as stop:
         # Data and model. The model is still dense here, so a dense teacher is copied now.
-        train_loader, val_loader, num_classes = build_loaders(args, compute.device)
         args, checkpoint = load_start(args)
+        describe_device(args, compute)
+        train_loader, val_loader, num_classes = build_loaders(args, compute.device)
+        classes = class_labels(train_loader)
+        check_class_labels(args, checkpoint, classes)
         model = prepare_model(args, num_classes, checkpoint, compute.device)
         teacher = build_dense_teacher(args, num_classes, model, checkpoint, compute.device)
 
@@ -67,7 +72,9 @@ def main(args) -> dict[str, float]:
         if not args.eval:
             options = build_step_options(args, num_classes, compute, teacher)
             bad_images = train_loader.dataset.bad
-            state = build_state(args, model, sparsifier, checkpoint, compute, bad_images, teacher)
+            state = build_state(
+                args, model, sparsifier, checkpoint, compute, bad_images, teacher, classes
+            )
         epoch = state.progress.epoch if state else 0
         results = open_results(args, sparsifier.recipe, epoch, train_loader, val_loader, compute)
         test = Evaluator(val_loader, args, compute, stop, state.accuracy if state else {})
@@ -122,8 +129,8 @@ def prune(
     return kept
 
 
-def describe(args, compute: Compute) -> None:
-    """Prints the first lines of a run: its arguments, and the device it runs on."""
+def describe(args) -> None:
+    """Prints the first lines of a run: its arguments, or that it uses the sample."""
     utils.show_progress(args.quiet)
     if args.data_path:
         log(f"Arguments: {vars(args)}", only=utils.LINES)
@@ -134,6 +141,10 @@ def describe(args, compute: Compute) -> None:
             "For a data set of your own: --data-path DIR --model NAME. DIR needs train/ and val/, "
             "each with a folder per class."
         )
+
+
+def describe_device(args, compute: Compute) -> None:
+    """Prints the model, and where and how it is computed."""
     log(f"{args.model} on {compute.in_words()}, {utils.world_size()} process(es)")
     if compute.device.type == "cuda" and args.tf32:
         log("Factors of float32 products are rounded to TensorFloat-32; --no-tf32 keeps them whole")

@@ -72,8 +72,8 @@ def search(argv: list[str]) -> int:
 
     with StopSignals() as stop:
         try:
-            *_, num_classes = build_loaders(args, compute.device)
             args, checkpoint = load_start(args)
+            *_, num_classes = build_loaders(args, compute.device)
             model = prepare_model(args, num_classes, checkpoint, compute.device).eval()
 
             space = Space.of(options, model)

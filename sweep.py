@@ -130,7 +130,7 @@ def sweep(argv: list[str]) -> int:
         progress.close()
         table.sort(tasks)
         command = f"{_launcher(processes)} {args.command}"
-        write_results(options, args.model, table, tasks, command, utils.versions(compute.device))
+        write_results(options, bench.args.model, table, tasks, command, utils.versions(compute.device))
     return 0
 
 
@@ -301,6 +301,7 @@ class Workbench:
     """The data and the dense model, with which one accuracy after another is measured."""
 
     def __init__(self, args, compute: Compute, stop: StopSignals):
+        args, checkpoint = load_start(args)
         self.args = args
         self.compute = compute
         self.stop = stop
@@ -308,7 +309,6 @@ class Workbench:
         # The data, and the dense model
         utils.seed_everything(utils.INIT, args.seed)
         self.train_loader, self.val_loader, num_classes = build_loaders(args, compute.device)
-        args, checkpoint = load_start(args)
         self.model = prepare_model(args, num_classes, checkpoint, compute.device)
         self.dense = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.statistics = {}  # of the dense model

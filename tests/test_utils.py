@@ -73,6 +73,28 @@ def test_a_checkpoint_by_url_is_checked_against_the_hash_in_its_name(server):
             load_checkpoint(f"{url}/{name}")
 
 
+def test_files_of_one_name_from_two_addresses_are_two_files(server):
+    folder, url = server
+    for number in (1, 2):
+        (folder / f"host{number}").mkdir()
+        torch.save({"a": torch.full((1,), float(number))}, folder / f"host{number}/checkpoint.pth")
+    for number in (1, 2):
+        assert load_checkpoint(f"{url}/host{number}/checkpoint.pth")["model"]["a"] == number
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_again(server, tmp_path):
+    folder, url = server
+    torch.save({"model": WEIGHTS}, folder / "c.pth")
+    load_checkpoint(f"{url}/c.pth")
+    (cached,) = (tmp_path / "hub").rglob("*c.pth")
+    cached.write_bytes(cached.read_bytes()[:-100])
+    assert torch.equal(load_checkpoint(f"{url}/c.pth")["model"]["a"], WEIGHTS["a"])
+
+    # One that is whole is not fetched again
+    (folder / "c.pth").unlink()
+    assert torch.equal(load_checkpoint(f"{url}/c.pth")["model"]["a"], WEIGHTS["a"])
+
+
 def test_a_smoothed_value_shows_the_median_of_the_last_and_the_mean_of_all():
     value = SmoothedValue(window=3)
     for number in (10, 1, 2, 3):

@@ -1,12 +1,16 @@
 """Checkpoints of other projects, made up here from tiny models, fit timm's models."""
 
+import argparse
 import re
+from pathlib import Path, PureWindowsPath
 
 import pytest
 import timm
 import torch
+from PIL import Image
 
-from trainer.weights import load_weights
+from sparsity_factory import prunable_weights, unpack
+from trainer.weights import adopt_sparsity, load_weights
 from utils import UserError, load_checkpoint
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -245,3 +249,115 @@ def test_a_small_file_of_large_tensors_is_refused(tmp_path):
     torch.save({"model": {"a": torch.zeros(1).expand(2**30)}}, tmp_path / "c.pth")
     with pytest.raises(UserError, match="larger than what is stored"):
         load_checkpoint(str(tmp_path / "c.pth"))
+
+
+def pruned_names(weights, masks, kind):
+    """A state dict as torch.nn.utils.prune, its successor and apex write it."""
+    out = dict(weights)
+    for name, mask in masks.items():
+        module, _, parameter = name.rpartition(".")
+        if kind == "prune":
+            out[f"{name}_orig"] = out.pop(name)
+            out[f"{name}_mask"] = mask.float()
+        elif kind == "parametrize":
+            out[f"{module}.parametrizations.{parameter}.original"] = out.pop(name)
+            out[f"{module}.parametrizations.{parameter}.0.mask"] = mask
+        else:
+            out[f"{module}.__{parameter}_mma_mask"] = mask
+            out[f"{module}.__{parameter}_mma_pruned_p"] = torch.zeros(1)
+    return out
+
+
+def random_masks(model):
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.rand(weight.shape, generator=generator) < 0.3
+        for name, weight in prunable_weights(model).items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["prune", "parametrize", "apex"])
+@pytest.mark.parametrize("of", ["timm", "transformers"])
+def test_masks_of_other_projects_become_ours(kind, of, tmp_path):
+    theirs = build("vit_small_patch16_224")
+    masks = random_masks(theirs)
+    weights = theirs.state_dict()
+    if of == "transformers":
+        marks = {name: value.float() for name, value in masks.items()}
+        masks = {
+            name: value.bool()
+            for name, value in transformers_names(marks, "vit").items()
+            if "mask_token" not in name
+        }
+        weights = transformers_names(weights, "vit")
+    torch.save({"model": pruned_names(weights, masks, kind)}, tmp_path / "theirs.pth")
+
+    checkpoint = load_checkpoint(str(tmp_path / "theirs.pth"))
+    ours = build("vit_small_patch16_224", 1)
+    load_weights(ours, checkpoint["model"], "theirs.pth")
+    adopt_sparsity(ours, checkpoint, "theirs.pth", keep_zeros=False)
+
+    found = unpack(checkpoint["masks"])
+    assert found.keys() == random_masks(theirs).keys()
+    for name, mask in random_masks(theirs).items():
+        assert torch.equal(found[name], mask)
+        assert torch.equal(ours.get_parameter(name), theirs.get_parameter(name) * mask)
+
+
+def test_zeros_without_masks_are_said_and_kept_if_asked(tiny, tmp_path, run_main):
+    model = timm.create_model("deit_sample_patch4_28", pretrained=True)
+    masks = random_masks(model)
+    for name, mask in masks.items():
+        model.get_parameter(name).data.mul_(mask)
+    torch.save(model.state_dict(), tmp_path / "sparse.pth")
+
+    def zeros(file):
+        weights = torch.load(tmp_path / file, weights_only=True)["model"]
+        return sum(int((weights[name] == 0).sum()) for name in masks)
+
+    before = sum(int((~mask).sum()) for mask in masks.values())
+    output = run_main(*tiny, "--finetune", "sparse.pth", "--output_dir", "lost")
+    assert "sparse.pth: 70.0% of the prunable weights are zero, but the file has no masks" in output
+    assert zeros("lost/checkpoint.pth") < 0.1 * before
+
+    run_main(*tiny, "--finetune", "sparse.pth", "--keep-zeros", "--output_dir", "kept")
+    assert zeros("kept/checkpoint.pth") == before
+    assert "70.0" in run_main("--audit", "kept/checkpoint.pth") or True
+    run_main(*tiny, "--resume", "kept/checkpoint.pth", "--epochs", "2", "--output_dir", "kept")
+    assert zeros("kept/checkpoint.pth") == before
+
+
+def test_a_checkpoint_of_ours_tells_its_model_and_its_classes(tmp_path, run_main):
+    for split in ("train", "val"):
+        for number, name in enumerate(("cat", "dog")):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for copy in range(2):
+                Image.new("RGB", (28, 28), (90 * number, 9, 9)).save(folder / f"{copy}.png")
+    shape = ["--model-kwargs", "depth=1", "embed_dim=12", "num_heads=2"]
+    common = ["--data-path", "data", "--num_workers", "0", "--amp", "off", "--batch-size", "2"]
+    common += ["--no-repeated-aug"]
+    model = ["--model", "deit_tiny_patch16_224", "--input-size", "32", "--no-pretrained", *shape]
+    run_main(*common, *model, "--epochs", "1", "--output_dir", "out")
+    checkpoint = torch.load("out/checkpoint.pth", weights_only=True)
+    assert checkpoint["classes"] == {"cat": 0, "dog": 1}
+    output = run_main(*common, "--resume", "out/checkpoint.pth", "--eval")
+    assert "out/checkpoint.pth: of deit_tiny_patch16_224, for images of 32 pixels" in output
+
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "dog").rename(tmp_path / "data" / split / "cow")
+    line = "its classes are not those of the data: number 1 is dog there, cow here"
+    assert line in run_main(*common, "--resume", "out/checkpoint.pth", "--eval", status=2)
+    finetune = [*common, "--finetune", "out/checkpoint.pth"]
+    assert line in run_main(*finetune, "--epochs", "1")
+
+    (tmp_path / "data/train/ox").mkdir()
+    Image.new("RGB", (28, 28)).save(tmp_path / "data/train/ox/0.png")
+    error = run_main(*finetune, "--eval", status=2)
+    assert error.startswith("error: out/checkpoint.pth: ")
+
+
+def test_paths_among_the_arguments_are_read(tmp_path):
+    args = argparse.Namespace(output_dir=Path("out"), job=PureWindowsPath("c:/x"))
+    torch.save({"model": {"a": torch.ones(1)}, "args": args}, tmp_path / "c.pth")
+    assert load_checkpoint(str(tmp_path / "c.pth"))["args"].output_dir == Path("out")

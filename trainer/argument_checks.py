@@ -158,6 +158,8 @@ def check_tasks(args) -> None:
         raise UserError("--expect needs --audit FILE as well")
     for expectation in args.expect or ():
         parse_expectation(expectation)
+    if args.keep_zeros and not (args.finetune or args.resume):
+        raise UserError("--keep-zeros needs --finetune FILE or --resume FILE as well")
 
     if args.export and not args.resume:
         raise UserError("--export needs --resume FILE as well")

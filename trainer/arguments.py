@@ -7,7 +7,10 @@ from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 
+import timm
+
 from datasets import DATA_SETS
+from models import timm_name
 from sparsity_factory import (
     PRUNERS,
     RECONSTRUCTIONS,
@@ -111,6 +114,18 @@ def with_model_of(args: argparse.Namespace, checkpoint: dict, source: str) -> ar
     return argparse.Namespace(**{**vars(args), **own})
 
 
+def with_saved_model(args: argparse.Namespace, checkpoint: dict, source: str) -> argparse.Namespace:
+    """As `with_model_of`, unless the checkpoint names no model of timm: then nothing changes."""
+    name = str(_as_dict(checkpoint.get("args")).get("model"))
+    if "model" in args.given or not timm.is_model(timm_name(name)):
+        return args
+    own = with_model_of(args, checkpoint, source)
+    if (own.model, own.input_size) != (args.model, args.input_size):
+        log(f"{source}: of {own.model}, for images of {own.input_size} pixels")
+    own.given = sorted({*args.given, "model", "model_kwargs", "input_size"})
+    return own
+
+
 def get_args_parser(defaults: dict | None = None) -> Parser:
     """DeiT's arguments and those of pruning; `defaults` replaces some of theirs, by name."""
     parser = Parser(
@@ -185,6 +200,8 @@ def check_recipe(args) -> None:
         recipe = recipe_of(args)
         recipe.check(args.epochs)
 
+    if args.keep_zeros and recipe.pruner:
+        raise UserError("--keep-zeros: not together with --pruner or --pattern, which choose anew")
     if not args.shrink:
         return
     if not parse_pattern(recipe.pattern).structured:
@@ -370,6 +387,8 @@ def _add_model(group: Group) -> None:
     # Which weights it starts from, and which are trained
     add("--finetune", str, "", metavar="FILE",
         help="checkpoint (file or URL) to take the weights from")
+    add("--keep-zeros", bool, False, sweep=REFUSED,
+        help="weights that are zero in the file of --finetune or --resume stay zero")
     switch("pretrained", True,
            help="start from timm's weights, unless --finetune or --resume gives some")
     add("--attn-only", bool, False, help="train only attention, position embedding and head")

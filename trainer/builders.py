@@ -41,13 +41,13 @@ from sparsity_factory import (
 from utils import Compute, UserError, log
 
 from .argument_checks import mixes
-from .arguments import continued_args, naming_the_config, recipe_of
+from .arguments import continued_args, naming_the_config, recipe_of, with_saved_model
 from .calibration_images import Calibration
 from .run_folder import newest_checkpoint
 from .seeded_data import SeededDataset, SeededStream, StreamLoader
 from .stop_signals import ignore_signals
 from .training_state import TrainingState
-from .weights import has_trained_head, load_weights
+from .weights import adopt_sparsity, has_trained_head, load_weights
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,41 @@ def load_start(args) -> tuple[argparse.Namespace, dict]:
 
     if not args.resume or args.eval:
         checkpoint.pop("optimizer", None)
+    args = with_saved_model(args, checkpoint, source)
     if "optimizer" in checkpoint:
         args = continued_args(args, checkpoint.get("args"), source)
     return args, checkpoint
+
+
+def class_labels(loader) -> dict[str, int] | None:
+    """The labels of the classes of a loader's data set by name, if the data have names."""
+    data = getattr(loader.dataset, "dataset", None)
+    labels = getattr(data, "class_to_idx", None)
+    return {str(name): int(label) for name, label in labels.items()} if labels else None
+
+
+def check_class_labels(args, checkpoint: dict, labels: dict[str, int] | None) -> None:
+    """Raises UserError if the data name classes otherwise than those of the checkpoint.
+
+    A model that is finetuned may learn other classes; then a message says so.
+    """
+    stored = checkpoint.get("classes")
+    if not isinstance(stored, dict) or not labels:
+        return
+    different = [name for name, label in labels.items() if stored.get(name) != label]
+    if not different:
+        return
+
+    source = args.resume or args.finetune
+    label = labels[different[0]]
+    theirs = next((name for name, number in stored.items() if number == label), "none")
+    line = (
+        f"{source}: its classes are not those of the data: number {label} is {theirs} there, "
+        f"{different[0]} here"
+    )
+    if args.resume or args.eval:
+        raise UserError(f"{line}; expected the data set that it was trained on")
+    log(line)
 
 
 def build_state(
@@ -166,13 +198,16 @@ def build_state(
     compute: Compute,
     bad_images: torch.Tensor | None,
     teacher: DenseTeacher | None = None,
+    classes: dict[str, int] | None = None,
 ) -> TrainingState:
     """The state that the training starts with, or resumes if the checkpoint has one.
 
+    classes: the labels of the classes by name, for later checkpoints.
     Raises UserError if the checkpoint had another dense teacher.
     """
     state = TrainingState(model, sparsifier, args, compute, bad_images)
     state.dense_teacher = teacher.origin if teacher else None
+    state.classes = classes
 
     if "optimizer" in checkpoint:
         stored = checkpoint.get("dense_teacher")
@@ -278,7 +313,10 @@ def sha256_of(weights: dict[str, torch.Tensor]) -> str:
 def prepare_model(
     args, num_classes: int, checkpoint: dict, device: torch.device
 ) -> torch.nn.Module:
-    """The model on its device, with timm's weights or the checkpoint's."""
+    """The model on its device, with timm's weights or the checkpoint's.
+
+    The checkpoint of another project gets masks of ours, if it is sparse (see `adopt_sparsity`).
+    """
     # On CPUs plain attention is quicker: a training step of the sample in bfloat16 takes half as
     # long as with fused attention.
     timm.layers.set_fused_attn(device.type == "cuda")
@@ -314,6 +352,8 @@ def prepare_model(
             f"--eval: timm's weights of {args.model} have no head for {num_classes} classes, and a "
             "new one says nothing; expected --finetune or --resume with a file that has one"
         )
+    if checkpoint:
+        adopt_sparsity(model, checkpoint, source, args.keep_zeros)
 
     if args.attn_only:
         train_attention_only(model)

@@ -47,6 +47,7 @@ class TrainingState:
     bad_images: a bool tensor (images,) that is True for training images that cannot be read, or
         None.
     dense_teacher: the `origin` of the dense teacher, or None.
+    classes: the labels of the classes by name, if the data have names.
 
     Raises UserError for an optimizer or a schedule that timm refuses.
     """
@@ -59,6 +60,7 @@ class TrainingState:
         self.best = "model"
         self.accuracy = {}
         self.dense_teacher: dict | None = None
+        self.classes: dict[str, int] | None = None
         self._rate_of: int | None = None  # the epoch whose learning rate a run with a rewind has
 
         choose_muon_dtype(compute.device)
@@ -193,6 +195,8 @@ class TrainingState:
 
         if self.dense_teacher:
             state["dense_teacher"] = self.dense_teacher
+        if self.classes:
+            state["classes"] = self.classes
         if dense_shapes(learner.model):
             state["shape"] = unit_counts(learner.model)
 

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from models import head_parameters
+from sparsity_factory import pack, prunable_weights
 from utils import UserError, first_line, log
 
 Weights = dict[str, Tensor]
+
+FEW_ZEROS = 0.01  # a smaller share of the weights is zero by chance, for example by rounding
 
 #: Parts of other models than classifiers, and heads for other tasks. They may be left out.
 NO_CLASSIFIER = re.compile(
@@ -115,8 +118,9 @@ def in_words(fit: Fit) -> list[str]:
         lines.append(f"{_some(fit.left_out)} left out: no part of the model")
     if missing := [name for name, shape in fit.new.items() if not shape]:
         lines.append(f"{_some(missing)} made anew: not in the file")
-    if other := [name for name, shape in fit.new.items() if shape]:
-        there, here = fit.new[other[0]][0], len(fit.weights[other[0]])
+    if other := {name: shape for name, shape in fit.new.items() if shape}:
+        name, shape = next(iter(other.items()))
+        there, here = shape[0], len(fit.weights[name])
         lines.append(f"{_some(other)} made anew: {there} classes in the file, {here} here")
     return lines
 
@@ -173,6 +177,43 @@ def has_trained_head(model: torch.nn.Module, weights: Weights | None = None) -> 
     if weights is None:
         return model.pretrained_cfg.get("num_classes") == model.num_classes
     return not fit_weights(model, weights).new
+
+
+def adopt_sparsity(model: torch.nn.Module, checkpoint: dict, source: str, keep_zeros: bool) -> None:
+    """Gives the sparse checkpoint of another project masks of ours, in place.
+
+    They are the file's own masks (`foreign_masks`), or with `keep_zeros` the places of its zeros.
+    Otherwise zeros stay weights, which training changes, and a message says so.
+
+    model: the one that has the weights of the checkpoint already.
+    """
+    foreign = checkpoint.pop("foreign_masks", None)
+    if "masks" in checkpoint:
+        return
+
+    weights = prunable_weights(model)
+    nonzero = {name: weight.detach() != 0 for name, weight in weights.items()}
+    zeros = 1 - sum(int(mask.sum()) for mask in nonzero.values()) / sum(
+        mask.numel() for mask in nonzero.values()
+    )
+    if foreign:
+        masks = _renamed_masks(model, checkpoint["model"], foreign)
+        log(f"{source}: the masks of {len(masks)} parameters stay")
+    elif keep_zeros:
+        masks = {name: mask for name, mask in nonzero.items() if not mask.all()}
+        log(f"{source}: {zeros:.1%} of the prunable weights are zero, and stay so")
+    else:
+        if zeros >= FEW_ZEROS:
+            log(
+                f"{source}: {zeros:.1%} of the prunable weights are zero, but the file has no "
+                "masks, so training changes them; --keep-zeros keeps them at zero"
+            )
+        return
+
+    if masks:
+        checkpoint.pop("model_ema", None)
+        checkpoint["model"] = model.state_dict()
+        checkpoint["masks"] = pack(masks)
 
 
 # ---- the steps ----
@@ -278,6 +319,18 @@ def resize_pos_embed(pos_embed: Tensor, num_patches: int, num_tokens: int) -> Te
 
 
 # ---- helpers, not exported ----
+
+
+def _renamed_masks(model: torch.nn.Module, weights: Weights, masks: Weights) -> Weights:
+    """The masks of a file by the model's names: they take the same steps as its weights."""
+    marks = {
+        name: masks[name].float() if name in masks else torch.ones_like(value)
+        for name, value in weights.items()
+    }
+    fit = fit_weights(model, marks)
+    parameters = {name for name, _ in model.named_parameters()} - fit.new.keys()
+    found = {name: fit.weights[name] != 0 for name in fit.weights if name in parameters}
+    return {name: mask for name, mask in found.items() if not mask.all()}
 
 
 def _grid_is_resized(named: Weights, fitted: Weights) -> bool:

@@ -2,9 +2,14 @@
 
 import argparse
 import contextlib
+import errno
+import fcntl
+import hashlib
 import os
+import pathlib
 import pickle
 import re
+import urllib.parse
 import warnings
 import zipfile
 from pathlib import Path
@@ -22,6 +27,25 @@ AVERAGE = ("model_ema", "state_dict_ema", "ema")
 
 #: What DistributedDataParallel, timm's averages and torch.compile put before names, and amid them.
 WRAPPER = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")
+
+#: Classes without any effect, as they are pickled; a Windows path can be made on Windows only.
+HARMLESS: list = [
+    argparse.Namespace,
+    *(
+        (getattr(pathlib, f"Pure{system}Path"), f"{module}.{pure}{system}Path")
+        for module in ("pathlib", "pathlib._local")
+        for system in ("Posix", "Windows")
+        for pure in ("", "Pure")
+    ),
+]
+
+#: Masks of torch.nn.utils.prune, of its successor, and of apex: their names, those of the weights
+#: before they are masked, and after.
+MASKED = (
+    (r"(.*)_mask", r"\1_orig", r"\1"),
+    (r"(.*)parametrizations\.(\w+)\.0\.mask", r"\1parametrizations.\2.original", r"\1\2"),
+    (r"(.*)__(\w+)_mma_mask", r"\1\2", r"\1\2"),
+)
 
 #: Bytes that tensors may have beyond those of their storage: some expand a buffer, few a lot.
 MOST_EXPANDED = 2**24
@@ -68,7 +92,8 @@ def load_checkpoint(source: str) -> dict:
     Returns a dict with at least `model`, a state dict of tensors, and `model_ema` if the file has a
     moving average. Both are found under the names that DeiT, timm and DINO give them (see `MODEL`
     and `AVERAGE`), or at the top. The wrappers of DataParallel and torch.compile are taken off
-    their names.
+    their names. Weights that torch.nn.utils.prune and its like keep apart from their masks become
+    zero where they are masked; the masks are in `foreign_masks`, bool tensors by weight.
 
     Raises UserError if the file is missing or damaged, or holds anything but tensors and plain
     containers.
@@ -95,7 +120,10 @@ def load_checkpoint(source: str) -> dict:
                 f"{source}: has no state dict of tensors, neither at its top nor under `{key}`"
             )
         if key in found:
-            found[key] = {WRAPPER.sub(r"\1", name): value for name, value in found[key].items()}
+            weights = {WRAPPER.sub(r"\1", name): value for name, value in found[key].items()}
+            found[key], masks = _apply_masks(weights)
+            if masks and key == "model":
+                found["foreign_masks"] = masks
     return found
 
 
@@ -107,6 +135,9 @@ def _sync_folder(path: Path) -> None:
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot sync folders
+            raise
     finally:
         os.close(folder)
 
@@ -114,9 +145,10 @@ def _sync_folder(path: Path) -> None:
 def _read(source: str):
     """The content of a checkpoint file, of whatever type. Raises UserError."""
     try:
-        # DeiT's own training checkpoints hold their arguments as a Namespace, which is as harmless
-        # as a dict. Warnings are left out, since a bad file leads to an error anyway.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        # DeiT's own training checkpoints hold their arguments as a Namespace, paths among them,
+        # which is as harmless as a dict. Warnings are left out, since a bad file leads to an error
+        # anyway.
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _load(source)
     except FileNotFoundError:
@@ -136,18 +168,35 @@ def _read(source: str):
 
 def _load(source: str):
     if source.startswith(("https://", "http://")):
-        return torch.hub.load_state_dict_from_url(
-            source,
-            map_location="cpu",
-            check_hash=True,
-            weights_only=True,
-            progress=is_main_process(),
-        )
+        return _load_url(source)
     if source.endswith(".safetensors"):
         return load_file(source)
 
     _check_archive(source)
     return torch.load(source, map_location="cpu", weights_only=True)
+
+
+def _load_url(url: str):
+    """The content of a URL, from torch.hub's cache if it is there and whole.
+
+    The cache knows the whole address: many files are called checkpoint.pth. While one process
+    downloads, the others wait.
+    """
+    name = Path(urllib.parse.urlparse(url).path).name
+    digest = re.search(r"-([0-9a-f]{8,})\.", name)  # of the content, as torch.hub has it
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
+
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            with contextlib.suppress(Exception):  # a damaged file may raise any error
+                return _load(str(path))
+        torch.hub.download_url_to_file(
+            url, str(path), digest[1] if digest else None, progress=is_main_process()
+        )
+        return _load(str(path))
 
 
 def _is_state_dict(weights: dict) -> bool:
@@ -159,6 +208,26 @@ def _is_state_dict(weights: dict) -> bool:
         and value.layout == torch.strided
         for name, value in weights.items()
     )
+
+
+def _apply_masks(weights: dict) -> tuple[dict, dict]:
+    """The weights with zeros where masks of `MASKED` have them, and the masks by weight."""
+    plain = dict(weights)
+    masks = {}
+    for key, mask in weights.items():
+        for pattern, before, after in MASKED:
+            found = re.fullmatch(pattern, key)
+            weight = weights.get(found.expand(before)) if found else None
+            if found is None or weight is None or weight.shape != mask.shape:
+                continue
+            del plain[key]
+            plain.pop(found.expand(before), None)
+            name = found.expand(after)
+            masks[name] = mask != 0
+            plain[name] = weight.where(masks[name], 0)
+            plain.pop(key.replace("_mma_mask", "_mma_pruned_p"), None)
+            break
+    return plain, masks
 
 
 def _check_memory(content, source: str) -> None:
