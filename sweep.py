@@ -130,7 +130,9 @@ def sweep(argv: list[str]) -> int:
         progress.close()
         table.sort(tasks)
         command = f"{_launcher(processes)} {args.command}"
-        write_results(options, bench.args.model, table, tasks, command, utils.versions(compute.device))
+        write_results(
+            options, bench.args.model, table, tasks, command, utils.versions(compute.device)
+        )
     return 0
 
 

@@ -126,6 +126,18 @@ MISTAKES = [
     (["--data-set", "CIFAR", "--data-path", "empty"], "empty", {"empty/x": ""}),
     (["--data-set", "FASHION", "--data-path", "empty"], "train-images", {"empty/x": ""}),
     (["--finetune", "missing.pth"], "missing.pth", {}),
+    (["--keep-zeros"], "--keep-zeros needs --finetune FILE or --resume FILE", {}),
+    ([*LAMP, "--finetune", "x.pth", "--keep-zeros"], "--keep-zeros: not together", {}),
+    (
+        ["--finetune", "c.pth", "--eval"],
+        "c.pth: does not fit the model",
+        {"c.pth": {"model": {"cls_token": torch.zeros(1, 1, 96)}}},
+    ),
+    (
+        ["--finetune", "c.pth"],
+        "c.pth: refused, its tensors",
+        {"c.pth": {"model": {"a": torch.zeros(1).expand(2**30)}}},
+    ),
     (["--finetune", "bad.pth"], "bad.pth", {"bad.pth": b"not a checkpoint"}),
     (["--finetune", "bad.pth"], "bad.pth", {"bad.pth": pickle.dumps(Hostile())}),
     (["--resume", "bad.pth"], "bad.pth", {"bad.pth": {"model": Hostile()}}),

@@ -39,6 +39,7 @@ from utils import UserError, WriteError, first_line, log
 
 from .arguments import with_model_of
 from .builders import evaluation_batch_size, load_start, prepare_model
+from .weights import fit_weights
 
 WEIGHTS = "model.safetensors"
 SHAPE = "shape.json"
@@ -50,7 +51,8 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 CONTENTS = {
     WEIGHTS: "the weights, by timm's names",
-    SHAPE: "timm's name of the model, and the heads and neurons that are left of each block",
+    SHAPE: "timm's name of the model, the heads and neurons that are left of each block, and the "
+    "labels of its classes if the data had names",
     LOADER: "a function that builds the model from both",
     PROGRAM: "the model as a `torch.export` program, for batches of any size",
     ONNX: "the model as ONNX, for batches of any size",
@@ -107,7 +109,7 @@ def export(args: argparse.Namespace) -> None:
         raise UserError(f"--export {args.export}: exists; expected a new folder, or an empty one")
 
     # The logits of random images, for comparison
-    args, dense, model, masks, recipe = load_model(args)
+    args, dense, model, masks, recipe, classes = load_model(args)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3, 3, args.input_size, args.input_size, generator=generator)
     with torch.inference_mode():
@@ -115,7 +117,7 @@ def export(args: argparse.Namespace) -> None:
 
     with new_folder(folder, f"--export {args.export}") as temporary:
         call = timm_call(args.model, logits.shape[1], args.input_size, args.model_kwargs)
-        exported = write_weights(temporary, model, call)
+        exported = write_weights(temporary, model, call, classes)
         with torch.inference_mode():
             compare(WEIGHTS, exported(images), logits, 1e-5)
 
@@ -139,24 +141,21 @@ def load_model(args):
 
     Returns:
         The arguments that fit the model, the dense model that it was (with any weights), the model
-        itself, the masks of weights that are still there as zeros, and the recipe.
+        itself, the masks of weights that are still there as zeros, the recipe, and the labels of
+        the classes by name, if they are known.
     """
     args, checkpoint = load_start(argparse.Namespace(**{**vars(args), "eval": True}))
     if not args.resume:
         raise UserError(f"--resume auto: no checkpoint in {args.output_dir}")
     args = with_model_of(args, checkpoint, args.resume)
 
-    try:
-        recipe, masks = read_pruning(checkpoint)
-    except PruningError as error:
-        raise UserError(f"{args.resume}: {error}") from None
-
     # The checkpoint's head tells the number of classes
     dense = build_model(args.model, 1, args.input_size, assignments=args.model_kwargs)
     head = head_parameters(dense)[0]
-    if head not in checkpoint["model"]:
+    shape = fit_weights(dense, checkpoint["model"]).new.get(head, (1,))
+    if not shape:
         raise UserError(f"{args.resume}: does not fit the model: {head} is missing")
-    classes = len(checkpoint["model"][head])
+    classes = shape[0]
     dense.reset_classifier(classes)
 
     as_it_is = {
@@ -167,15 +166,22 @@ def load_model(args):
     }
     args = argparse.Namespace(**{**vars(args), **as_it_is})
     model = prepare_model(args, classes, checkpoint, torch.device("cpu")).eval()
+    try:
+        recipe, masks = read_pruning(checkpoint)
+    except PruningError as error:
+        raise UserError(f"{args.resume}: {error}") from None
+
     if masks and parse_pattern(recipe.pattern).structured:
         model, masks = shrink(model, masks), {}
-    return args, dense.eval(), model, masks or {}, recipe
+    return args, dense.eval(), model, masks or {}, recipe, checkpoint.get("classes")
 
 
-def write_weights(folder: Path, model: nn.Module, call: tuple[str, dict]) -> nn.Module:
+def write_weights(
+    folder: Path, model: nn.Module, call: tuple[str, dict], classes: dict[str, int] | None = None
+) -> nn.Module:
     """Writes weights, shape and loader; returns the model that the loader makes of them.
 
-    call: what `timm_call` returned.
+    call: what `timm_call` returned. classes: the labels of the classes by name.
     """
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
     (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
@@ -185,6 +191,8 @@ def write_weights(folder: Path, model: nn.Module, call: tuple[str, dict]) -> nn.
         for kind in (HEADS, NEURONS)
     }
     shape = {"model": call[0], "arguments": call[1], **units}
+    if classes:
+        shape["classes"] = classes
     (folder / SHAPE).write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
     (folder / LOADER).write_text(loader_for(model), encoding="utf-8")
 
