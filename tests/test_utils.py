@@ -5,6 +5,8 @@ import http.server
 import random
 import re
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -80,6 +82,24 @@ def test_files_of_one_name_from_two_addresses_are_two_files(server):
         torch.save({"a": torch.full((1,), float(number))}, folder / f"host{number}/checkpoint.pth")
     for number in (1, 2):
         assert load_checkpoint(f"{url}/host{number}/checkpoint.pth")["model"]["a"] == number
+
+
+def test_one_of_many_readers_downloads(server, monkeypatch):
+    folder, url = server
+    torch.save({"model": WEIGHTS}, folder / "c.pth")
+    download = torch.hub.download_url_to_file
+    downloaded = []
+
+    def slowly(*args, **options):
+        time.sleep(0.2)
+        downloaded.append(args[0])
+        download(*args, **options)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", slowly)
+    with ThreadPoolExecutor(4) as readers:
+        found = list(readers.map(load_checkpoint, [f"{url}/c.pth"] * 4))
+    assert all(torch.equal(each["model"]["a"], WEIGHTS["a"]) for each in found)
+    assert downloaded == [f"{url}/c.pth"]
 
 
 def test_a_damaged_file_in_the_cache_is_fetched_again(server, tmp_path):

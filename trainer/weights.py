@@ -23,7 +23,7 @@ FEW_ZEROS = 0.01  # a smaller share of the weights is zero by chance, for exampl
 
 #: Parts of other models than classifiers, and heads for other tasks. They may be left out.
 NO_CLASSIFIER = re.compile(
-    r"(mask_token|decoder|lm_head|pooler|heads?|classifier|projector|predictor|prototypes"
+    r"(mask_token|decoder|attn_pool|lm_head|pooler|heads?|classifier|projector|predictor|prototypes"
     r"|\w+_head|n_averaged|logit_scale|logit_bias)([._]|$)|fc\."
 )
 
@@ -57,12 +57,14 @@ class Fit:
     resized: by name, the shape in the file.
     left_out: names of the file that are no part of the model.
     new: heads that the file lacks, or has for another number of classes; its shape, or None.
+    pooled_norm: whether the norm of the tokens became that of their mean.
     """
 
     weights: Weights
     resized: dict[str, tuple[int, ...]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     new: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
+    pooled_norm: bool = False
 
 
 def load_weights(
@@ -114,6 +116,8 @@ def in_words(fit: Fit) -> list[str]:
         name, shape = next(iter(fit.resized.items()))
         now = tuple(fit.weights[name].shape)
         lines.append(f"{_some(fit.resized)} resized ({shape} to {now})")
+    if fit.pooled_norm:
+        lines.append("norm is taken as fc_norm, which the file lacks")
     if fit.left_out:
         lines.append(f"{_some(fit.left_out)} left out: no part of the model")
     if missing := [name for name, shape in fit.new.items() if not shape]:
@@ -138,7 +142,7 @@ def fit_weights(model: torch.nn.Module, weights: Weights) -> Fit:
     named = with_timm_names(without_prefix(given, own), own)
 
     # Shapes, and names that timm knows.
-    fitted = with_deits_grid(named, model)
+    fitted = with_deits_grid(with_pooled_norm(named, own), model)
     backbone = {name: tuple(value.shape) for name, value in own.items() if name not in heads}
     if any(
         tuple(value.shape) != backbone.get(name)
@@ -166,7 +170,8 @@ def fit_weights(model: torch.nn.Module, weights: Weights) -> Fit:
     }
     if "register_tokens" in named and not _grid_is_resized(named, fitted):
         resized.pop("pos_embed", None)
-    return Fit(fitted, resized, _lost(given, named, fitted), new)
+    pooled_norm = "norm.weight" in named.keys() - fitted.keys()
+    return Fit(fitted, resized, _lost(given, named, fitted), new, pooled_norm)
 
 
 def has_trained_head(model: torch.nn.Module, weights: Weights | None = None) -> bool:
@@ -193,9 +198,8 @@ def adopt_sparsity(model: torch.nn.Module, checkpoint: dict, source: str, keep_z
 
     weights = prunable_weights(model)
     nonzero = {name: weight.detach() != 0 for name, weight in weights.items()}
-    zeros = 1 - sum(int(mask.sum()) for mask in nonzero.values()) / sum(
-        mask.numel() for mask in nonzero.values()
-    )
+    total = sum(mask.numel() for mask in nonzero.values())
+    zeros = 1 - sum(int(mask.sum()) for mask in nonzero.values()) / max(total, 1)
     if foreign:
         masks = _renamed_masks(model, checkpoint["model"], foreign)
         log(f"{source}: the masks of {len(masks)} parameters stay")
@@ -261,6 +265,14 @@ def without_prefix(weights: Weights, own) -> Weights:
     return kept | {
         name.removeprefix(best): value for name, value in weights.items() if name.startswith(best)
     }
+
+
+def with_pooled_norm(weights: Weights, own) -> Weights:
+    """Takes the last norm of a pretrained model for that of its pooled tokens, as timm for EVA."""
+    pooled = "fc_norm.weight" in own and "norm.weight" not in own
+    if not pooled or "fc_norm.weight" in weights:
+        return weights
+    return {re.sub(r"^norm\.", "fc_norm.", name): value for name, value in weights.items()}
 
 
 def with_deits_grid(weights: Weights, model: torch.nn.Module) -> Weights:

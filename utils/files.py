@@ -220,10 +220,12 @@ def _apply_masks(weights: dict) -> tuple[dict, dict]:
             weight = weights.get(found.expand(before)) if found else None
             if found is None or weight is None or weight.shape != mask.shape:
                 continue
+            if not weight.is_floating_point() or weight.element_size() < 2:
+                continue
             del plain[key]
             plain.pop(found.expand(before), None)
             name = found.expand(after)
-            masks[name] = mask != 0
+            masks[name] = mask.float() != 0
             plain[name] = weight.where(masks[name], 0)
             plain.pop(key.replace("_mma_mask", "_mma_pruned_p"), None)
             break
