@@ -99,7 +99,9 @@ def load_weights(
     ]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{source}: does not fit the model: {problems[0]}{more}")
+        only_heads = all(problem.split()[0] in fit.new for problem in problems)
+        hint = "; expected a trained head, as a new one says nothing" if only_heads else ""
+        raise UserError(f"{source}: does not fit the model: {problems[0]}{more}{hint}")
 
     for line in in_words(fit):
         log(f"{source}: {line}")
