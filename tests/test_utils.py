@@ -1,9 +1,12 @@
 import argparse
+import errno
 import functools
 import hashlib
 import http.server
+import os
 import random
 import re
+import stat
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +51,19 @@ def test_a_truncated_checkpoint_is_refused_in_one_line(tmp_path):
         with pytest.raises(UserError, match="c.pth") as error:
             load_checkpoint(str(tmp_path / "c.pth"))
         assert "\n" not in str(error.value)
+
+
+def test_a_file_system_that_cannot_sync_folders_keeps_checkpoints(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def files_only(number):
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    utils.save_checkpoint({"model": WEIGHTS}, tmp_path / "c.pth")
+    assert torch.equal(load_checkpoint(str(tmp_path / "c.pth"))["model"]["a"], WEIGHTS["a"])
 
 
 @pytest.fixture

@@ -317,6 +317,15 @@ def test_masks_of_other_projects_become_ours(kind, of, tmp_path):
         assert torch.equal(ours.get_parameter(name), theirs.get_parameter(name) * mask)
 
 
+def test_audit_reads_the_masks_of_other_projects(tmp_path, run_main):
+    model = build("vit_small_patch16_224")
+    content = pruned_names(model.state_dict(), random_masks(model), "prune")
+    torch.save({"model": content}, tmp_path / "theirs.pth")
+    output = run_main("--audit", "theirs.pth")
+    assert "holds masks of another project" in output
+    assert re.search(r"blocks\.0\.attn\.qkv\.weight +72 x 24 .* (69|70|71)\.\d\d%", output)
+
+
 @pytest.mark.slow
 def test_zeros_without_masks_are_said_and_kept_if_asked(tiny, tmp_path, run_main):
     model = timm.create_model("deit_sample_patch4_28", pretrained=True)
@@ -359,6 +368,9 @@ def test_a_checkpoint_of_ours_tells_its_model_and_its_classes(tmp_path, run_main
     assert checkpoint["classes"] == {"cat": 0, "dog": 1}
     output = run_main(*common, "--resume", "out/checkpoint.pth", "--eval")
     assert "out/checkpoint.pth: of deit_tiny_patch16_224, for images of 32 pixels" in output
+
+    sample = [*common, "--model", "deit_sample_patch4_28", "--input-size", "28"]
+    assert "have no head for 2 classes" in run_main(*sample, "--eval", status=2)
 
     for split in ("train", "val"):
         (tmp_path / "data" / split / "dog").rename(tmp_path / "data" / split / "cow")

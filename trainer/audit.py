@@ -45,12 +45,15 @@ def audit(path: str, expected: Sequence[str] = ()) -> int:
             print(f"error: {path}: {error}", file=sys.stderr)
             return 1
 
-    layers = masks or nonzero_weights(weights)
+    foreign = checkpoint.get("foreign_masks", {})
+    layers = masks or foreign or nonzero_weights(weights)
     if not layers:
         raise UserError(f"{path}: has no layers; expected matrices whose names end in weight")
     print(checkpoint_table(weights, layers, patterns_found(layers)))
     if recipe:
         print_recipe(checkpoint, recipe)
+    elif foreign:
+        print("holds masks of another project, which say what is kept")
     else:
         print("holds no masks: weights that are not zero count as kept")
     print_savings(weights, layers)
