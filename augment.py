@@ -75,13 +75,21 @@ class BatchTransform:
 
     erase: maps normalized images to images, or None; see `timm.data.random_erasing.RandomErasing`.
     mixup: maps images and labels to images and soft targets, or None; see `timm.data.Mixup`.
+    mean, std: three numbers each, of pixels in [0, 1].
     """
 
-    def __init__(self, device: torch.device, erase=None, mixup=None):
+    def __init__(
+        self,
+        device: torch.device,
+        erase=None,
+        mixup=None,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+    ):
         self.erase = erase
         self.mixup = mixup
-        self.mean = (255 * torch.tensor(IMAGENET_DEFAULT_MEAN)).view(3, 1, 1).to(device)
-        self.std = (255 * torch.tensor(IMAGENET_DEFAULT_STD)).view(3, 1, 1).to(device)
+        self.mean = (255 * torch.tensor(mean)).view(3, 1, 1).to(device)
+        self.std = (255 * torch.tensor(std)).view(3, 1, 1).to(device)
 
     def __call__(
         self, images: torch.Tensor, targets: torch.Tensor

@@ -125,6 +125,13 @@ def build_transform(is_train: bool, args):
     return transforms.Compose([zoom, *crop.transforms[1:], augment, transforms.PILToTensor()])
 
 
+def normalization(args) -> tuple[list[float], list[float]]:
+    """The mean and the deviation of the arguments, three numbers each; ImageNet's by default."""
+    mean = getattr(args, "mean", None) or IMAGENET_DEFAULT_MEAN
+    std = getattr(args, "std", None) or IMAGENET_DEFAULT_STD
+    return list(mean), list(std)
+
+
 def _evaluation_transform(args):
     if args.input_size <= SMALL:
         resized = args.input_size
@@ -135,7 +142,7 @@ def _evaluation_transform(args):
             transforms.Resize(resized, interpolation=BICUBIC),
             transforms.CenterCrop(args.input_size),
             transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+            transforms.Normalize(*normalization(args)),
         ]
     )
 

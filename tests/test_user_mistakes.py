@@ -74,6 +74,9 @@ MISTAKES = [
     (["--device", "cuda"], "cuda", {}),
     (["--device", "tpu"], "tpu", {}),
     (["--remode", "pixels"], "pixels", {}),
+    (["--mean", "0.5", "0.5"], "--mean [0.5, 0.5]: expected three numbers", {}),
+    (["--mean", "0.5", "nan", "0.5"], "--mean", {}),
+    (["--std", "0.5", "0", "0.5"], "--std [0.5, 0.0, 0.5]: expected three numbers above 0", {}),
     (["--decay-epochs", "0"], "--decay-epochs", {}),
     (["--opt", "adamwx"], "adamwx", {}),
     *(

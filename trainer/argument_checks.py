@@ -93,6 +93,10 @@ def check_numbers(args) -> None:
     sides = args.cutmix_minmax
     good = sides is None or len(sides) == 2 and 0 <= sides[0] < sides[1] <= 1
     expect(good, "--cutmix-minmax", "two numbers in [0, 1], the smaller first")
+    for flag, least in (("--mean", -math.inf), ("--std", 0)):
+        values = _value(args, flag)
+        good = values is None or len(values) == 3 and all(least < x < math.inf for x in values)
+        expect(good, flag, "three numbers" + (" above 0" if flag == "--std" else ""))
 
     if mixes(args) and args.batch_size % 2:
         raise UserError(

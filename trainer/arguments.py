@@ -517,5 +517,11 @@ def _add_data(group: Group) -> None:
     add("--eval-crop-ratio", float, 0.875,
         help="fraction of the resized image that evaluation sees")
 
+    # How pixels are normalized
+    add("--mean", float, None, nargs="+",
+        help="mean of red, green and blue, in [0, 1]; by default that of the weights")
+    add("--std", float, None, nargs="+",
+        help="deviation of red, green and blue; by default that of the weights")
+
 
 # fmt: on

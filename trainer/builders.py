@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import utils
 from augment import BatchTransform
-from datasets import build_dataset
+from datasets import build_dataset, normalization
 from engine import StepOptions
 from losses import CosubLoss, DenseTeacherLoss, DistillationLoss
 from models import (
@@ -43,6 +43,7 @@ from utils import Compute, UserError, log
 from .argument_checks import mixes
 from .arguments import continued_args, naming_the_config, recipe_of, with_saved_model
 from .calibration_images import Calibration
+from .data_config import teacher_inputs, with_data_config
 from .run_folder import newest_checkpoint
 from .seeded_data import SeededDataset, SeededStream, StreamLoader
 from .stop_signals import ignore_signals
@@ -143,7 +144,7 @@ def load_start(args) -> tuple[argparse.Namespace, dict]:
 
     source = args.resume or args.finetune
     if not source:
-        return args, {}
+        return with_data_config(args, {}, ""), {}
 
     checkpoint = utils.load_checkpoint(source)
     if args.use_ema:
@@ -156,7 +157,7 @@ def load_start(args) -> tuple[argparse.Namespace, dict]:
     args = with_saved_model(args, checkpoint, source)
     if "optimizer" in checkpoint:
         args = continued_args(args, checkpoint.get("args"), source)
-    return args, checkpoint
+    return with_data_config(args, checkpoint, source), checkpoint
 
 
 def class_labels(loader) -> dict[str, int] | None:
@@ -499,7 +500,7 @@ def build_batch_transform(args, num_classes: int, device: torch.device) -> Batch
             label_smoothing=0.0 if args.bce_loss else args.smoothing,
             num_classes=num_classes,
         )
-    return BatchTransform(device, erase, mixup)
+    return BatchTransform(device, erase, mixup, *normalization(args))
 
 
 def build_criterion(
@@ -535,11 +536,13 @@ def prepare_teacher(args, num_classes: int, device: torch.device) -> torch.nn.Mo
     """
     log(f"Teacher: {args.teacher_model} with the weights of {args.teacher_path}")
     teacher = build_model(args.teacher_model, num_classes, args.input_size, flag="--teacher-model")
-    load_weights(teacher, utils.load_checkpoint(args.teacher_path)["model"], args.teacher_path)
+    checkpoint = utils.load_checkpoint(args.teacher_path)
+    load_weights(teacher, checkpoint["model"], args.teacher_path)
     if args.compile:
         compile_model(teacher, args.compile_mode)
     if args.channels_last and device.type == "cuda" and is_convolutional(teacher):
         teacher.to(memory_format=torch.channels_last)
+    teacher = teacher_inputs(teacher, args, checkpoint)
     return teacher.eval().requires_grad_(False)
 
 

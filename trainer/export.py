@@ -16,10 +16,10 @@ from pathlib import Path
 import timm.layers
 import torch
 from safetensors.torch import save
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 import utils
+from datasets import normalization
 from models import build_model, head_parameters, timm_call
 from sparsity_factory import (
     KERNELS,
@@ -51,8 +51,8 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 CONTENTS = {
     WEIGHTS: "the weights, by timm's names",
-    SHAPE: "timm's name of the model, the heads and neurons that are left of each block, and the "
-    "labels of its classes if the data had names",
+    SHAPE: "timm's name of the model, its images, the heads and neurons that are left of each "
+    "block, and the labels of its classes if the data had names",
     LOADER: "a function that builds the model from both",
     PROGRAM: "the model as a `torch.export` program, for batches of any size",
     ONNX: "the model as ONNX, for batches of any size",
@@ -117,7 +117,8 @@ def export(args: argparse.Namespace) -> None:
 
     with new_folder(folder, f"--export {args.export}") as temporary:
         call = timm_call(args.model, logits.shape[1], args.input_size, args.model_kwargs)
-        exported = write_weights(temporary, model, call, classes)
+        told = {"images": images_of(args), **({"classes": classes} if classes else {})}
+        exported = write_weights(temporary, model, call, told)
         with torch.inference_mode():
             compare(WEIGHTS, exported(images), logits, 1e-5)
 
@@ -176,12 +177,16 @@ def load_model(args):
     return args, dense.eval(), model, masks or {}, recipe, checkpoint.get("classes")
 
 
-def write_weights(
-    folder: Path, model: nn.Module, call: tuple[str, dict], classes: dict[str, int] | None = None
-) -> nn.Module:
+def images_of(args) -> dict:
+    """The images that the model takes: size, mean and deviation, and the crop of an evaluation."""
+    mean, std = normalization(args)
+    return {"size": args.input_size, "mean": mean, "std": std, "crop": args.eval_crop_ratio}
+
+
+def write_weights(folder: Path, model: nn.Module, call: tuple[str, dict], told: dict) -> nn.Module:
     """Writes weights, shape and loader; returns the model that the loader makes of them.
 
-    call: what `timm_call` returned. classes: the labels of the classes by name.
+    call: what `timm_call` returned. told: what the shape file also tells, for its readers.
     """
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
     (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
@@ -190,9 +195,7 @@ def write_weights(
         kind: {group.name: group.units for group in unit_groups(model, [kind], known_only=True)}
         for kind in (HEADS, NEURONS)
     }
-    shape = {"model": call[0], "arguments": call[1], **units}
-    if classes:
-        shape["classes"] = classes
+    shape = {"model": call[0], "arguments": call[1], **units, **told}
     (folder / SHAPE).write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
     (folder / LOADER).write_text(loader_for(model), encoding="utf-8")
 
@@ -323,6 +326,7 @@ def describe(args, dense: nn.Module, model: nn.Module, masks, recipe, image: tor
     before = sum(multiply_adds(dense, image).values())
     after = sum(sparse_multiply_adds(kept, multiply_adds(model, image)).values())
     weights = f"{args.resume}{', the moving average' if args.use_ema else ''}"
+    mean, std = normalization(args)
 
     return {
         "title": f"{args.model}, {share}",
@@ -335,8 +339,7 @@ def describe(args, dense: nn.Module, model: nn.Module, masks, recipe, image: tor
         "facts": [
             f"weights: {weights}, pruned with {recipe.in_words()}",
             f"images: float32 of shape (images, 3, {args.input_size}, {args.input_size}): pixels "
-            f"in [0, 1], less the mean {IMAGENET_DEFAULT_MEAN}, over the deviation "
-            f"{IMAGENET_DEFAULT_STD}",
+            f"in [0, 1], less the mean {tuple(mean)}, over the deviation {tuple(std)}",
             f"versions: {utils.versions(torch.device('cpu'))}",
         ],
         "zeros": pruned and bool(masks),
