@@ -10,7 +10,7 @@ for weights that matter more. It looks at the statistics that it `needs`, and no
 score, write such a function and name it in `SCORES`.
 
 w_ij: the weight from input j to output i; x: the inputs of the layer over all tokens of the
-calibration images; g: the gradient of the mean loss over them, g_b: over those of batch b.
+calibration images; g: the gradient of the mean loss over them, g_i: of the loss of image i.
 """
 
 import hashlib
@@ -102,7 +102,7 @@ def taylor(weight: Tensor, layer: Layer) -> Tensor:
 
 @method("LeCun et al. 1990; Theis et al. 2018, arXiv:1801.05787", needs={"squared_gradient"})
 def fisher(weight: Tensor, layer: Layer) -> Tensor:
-    """w^2 mean_b(g_b^2)."""
+    """w^2 mean_i(g_i^2), with g_i the gradient of image i."""
     return (weight * (weight * layer.squared_gradient)).to(weight)
 
 

@@ -15,6 +15,7 @@ in every order. `removal_costs` takes 1,536 bytes a weight while it is summed.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -38,18 +39,20 @@ STATISTICS = {
     "outputs of its loss",
     "gradient": "g, over all images",
     "first_gradient": "g of the first batch alone",
-    "squared_gradient": "the mean over batches of their squared gradients",
+    "squared_gradient": "the mean over images of their squared gradients",
     "removal_costs": "what removing the weights of a block one by one costs, by the gradients of "
     "single images",
 }
 # By what they are computed from: gradients at a layer's outputs, its inputs, any gradients
-OF_OUTPUTS = frozenset({"gradient_gram", "removal_costs"})
+OF_IMAGES = frozenset({"squared_gradient", "removal_costs"})  # gradients of single images
+OF_OUTPUTS = frozenset({"gradient_gram"}) | OF_IMAGES
 OF_INPUTS = frozenset({"input_norms", "gram"}) | OF_OUTPUTS
 OF_GRADIENTS = frozenset(STATISTICS) - {"input_norms", "gram"}
 # Collected only if named, because they take many numbers for each weight
-BY_REQUEST = frozenset({"gram"}) | OF_OUTPUTS
+BY_REQUEST = frozenset({"gram", "gradient_gram", "removal_costs"})
 MEMORY = 4 * 2**30  # bytes of sums that one pass may hold
 GRAM_COLUMNS = 384  # of a part of a Gram matrix
+LAYOUT_ERROR = 0.1  # of the inputs of an image, alone and in its batch: more than rounding
 
 
 class Statistics:
@@ -72,6 +75,7 @@ class Statistics:
         self.shapes = {name: weight.shape for name, weight in weights.items()}
         self._weights = weights
         self._costs = {}
+        self._layout_errors: dict[str, Tensor] = {}
 
         # First row: images, batches, and images of the first batch. Then a row for each weight: 0,
         # batches in which its inputs were seen, and batches in which it had a gradient.
@@ -121,13 +125,8 @@ class Statistics:
         if need in ("gram", "gradient_gram"):
             return total
 
-        images, batches, images_of_first = self._counts[0].tolist()
-        counts = {
-            "gradient": images,
-            "squared_gradient": batches,
-            "first_gradient": images_of_first,
-        }
-        return total / counts[need]
+        images, _, images_of_first = self._counts[0].tolist()
+        return total / (images_of_first if need == "first_gradient" else images)
 
     def add(self, other: "Statistics") -> None:
         """Adds the sums over another share of the batches of the same model.
@@ -191,6 +190,9 @@ class Statistics:
                     "that the loss depends on"
                 )
 
+            if self._layout_errors.get(name, 0) > LAYOUT_ERROR:
+                raise _not_images_first(name)
+
             for need, total in self._sums[name].items():
                 if not total.isfinite().all():
                     raise PruningError(
@@ -206,6 +208,7 @@ class Statistics:
             whole._weights.update(part._weights)
             whole._sums.update(part._sums)
             whole._costs.update(part._costs)
+            whole._layout_errors.update(part._layout_errors)
         whole._counts = torch.cat([whole._counts, *(part._counts[1:] for part in others)])
         return whole
 
@@ -267,6 +270,8 @@ def collect_statistics(
 
         with evaluation(model), _with_gradients(group) if needs & OF_GRADIENTS else torch.no_grad():
             for index, batch in enumerate(batches if found else stream):
+                if index == 0 and needs & OF_IMAGES:
+                    statistics._layout_errors |= _layout_errors(model, group, batch)
                 _look(model, group, batch, loss, statistics, is_first=index == 0 and not share)
 
         if add_up:
@@ -416,32 +421,79 @@ def _look(
             "gradient": (gradient, len(images)),
             "first_gradient": (gradient, len(images) * is_first),
         }
-        if "squared_gradient" in statistics.needs:
-            parts["squared_gradient"] = (gradient.square(), 1)
         for need, total in statistics._sums[name].items():
             part, times = parts.get(need, (None, 0))
             if times:
                 total.add_(part, alpha=times)
+    seen.finish()
 
-    # The empirical Fisher matrices of the blocks: sums of g g^T over the gradients g of images
-    for name, of_images in seen.gradients.items():
-        # (blocks, images, size)
-        by_block = cut(of_images.double() * len(images)).transpose(0, 1)
-        statistics._sums[name]["removal_costs"].baddbmm_(by_block.mT, by_block)
+
+def _layout_errors(model: nn.Module, weights: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    """By weight, how far the inputs of the first image are from those that it has alone.
+
+    The distance is relative, and large if a layer is not given the tokens of an image together, one
+    image after the other. Nothing here waits for a GPU.
+
+    Raises:
+        PruningError: naming the first layer whose inputs have another number of rows.
+    """
+    images = images_of(batch).to(next(iter(weights.values())).device)
+    found = []
+    with torch.no_grad():
+        for part in (images[:1], images):
+            with _FirstInputs(weights) as first:
+                model.forward(part)
+            found.append(first.inputs)
+    alone, together = found
+
+    errors = {}
+    for name, inputs in together.items():
+        one = alone[name].reshape(-1, inputs.shape[-1]).float()
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        if inputs.dim() == 1 or len(rows) != len(images) * len(one):
+            raise _not_images_first(name)
+        errors[name] = (rows[: len(one)] - one).norm() / one.norm().clamp(min=1e-30)
+    return errors
+
+
+def _not_images_first(name: str) -> PruningError:
+    return PruningError(
+        f"{name} is not given the tokens of an image together, along the first dimension: "
+        "expected that for gradients of single images"
+    )
+
+
+class _FirstInputs(TorchFunctionMode):
+    """Keeps the inputs of the first use of each weight, by name."""
+
+    def __init__(self, weights: dict[str, Tensor]):
+        super().__init__()
+        self.inputs: dict[str, Tensor] = {}
+        self._names = {id(weight): name for name, weight in weights.items()}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.linear:
+            inputs, weight = linear_operands(args, kwargs)
+            if name := self._names.get(id(weight)):
+                self.inputs.setdefault(name, inputs.detach().clone())
+        return func(*args, **kwargs)
 
 
 class _Inputs(TorchFunctionMode):
     """Adds up the inputs of every linear function that uses a prunable weight.
 
-    Attributes:
-        gradients: for `removal_costs`, after the backward pass: by weight, the part of each image
-            in the gradient of the batch's loss, shape (images, outputs, inputs).
+    During the backward pass it adds up what the gradients at their outputs give. Call `finish`
+    after that.
     """
 
     def __init__(self, weights: dict[str, Tensor], statistics: Statistics, images: int):
         super().__init__()
-        self.gradients: dict[str, Tensor] = {}
         self._images = images
+        # The gradients of single images, by weight, shape (images, outputs, inputs): as long as a
+        # use of the weight is still to come
+        self._gradients: dict[str, Tensor] = {}
+        self._uses: Counter[str] = Counter()
         self._names = {id(weight): name for name, weight in weights.items()}
         self._rows = {name: row for row, name in enumerate(weights, start=1)}
         self._statistics = statistics
@@ -457,14 +509,7 @@ class _Inputs(TorchFunctionMode):
 
         outputs = func(*args, **kwargs)
         if name and self._statistics.needs & OF_OUTPUTS and outputs.requires_grad:
-            of_images = "removal_costs" in self._statistics.needs
-            if of_images and (inputs.dim() == 1 or len(inputs) % self._images):
-                raise PruningError(
-                    f"{name} is given inputs of shape {list(inputs.shape)} for {self._images} "
-                    "images: removal_costs expects those of an image together along the first "
-                    "dimension"
-                )
-
+            self._uses[name] += 1
             # A copy keeps its hook when the model changes the outputs in place
             outputs = outputs.clone()
             outputs.register_hook(partial(self._add_gradients, name, inputs.detach()))
@@ -480,10 +525,32 @@ class _Inputs(TorchFunctionMode):
                 scale = self._images * (self._images / len(rows)) ** 0.5
                 add_gram(totals["gradient_gram"], rows * scale)
 
-            if "removal_costs" in totals:
+            if totals.keys() & OF_IMAGES:
                 x = at_least_float32(inputs.reshape(self._images, -1, inputs.shape[-1]))
                 dy = at_least_float32(gradient.reshape(self._images, -1, gradient.shape[-1]))
-                self.gradients[name] = self.gradients.get(name, 0) + dy.mT @ x
+                self._gradients[name] = self._gradients.get(name, 0) + dy.mT @ x
+                self._uses[name] -= 1
+                if not self._uses[name]:
+                    self._add_images(name)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Adds up the gradients of weights one use of which the loss did not depend on."""
+        for name in list(self._gradients):
+            self._add_images(name)
+
+    def _add_images(self, name: str) -> None:
+        """Adds up the gradients of single images, and frees them: they are large."""
+        totals = self._statistics._sums[name]
+        # The batch's loss is the mean over its images
+        of_images = self._gradients.pop(name).mul_(self._images)
+
+        if "squared_gradient" in totals:
+            totals["squared_gradient"] += of_images.square().sum(0)
+        if "removal_costs" in totals:
+            # The empirical Fisher matrices of the blocks: sums of g g^T over the gradients g
+            by_block = cut(of_images.double()).transpose(0, 1)  # (blocks, images, size)
+            totals["removal_costs"].baddbmm_(by_block.mT, by_block)
 
     @torch.no_grad()
     def _add(self, name: str, inputs: Tensor) -> None:

@@ -97,11 +97,56 @@ def test_gradients_are_those_of_autograd_by_hand(model):
     assert statistics.images == 10
     of_all = gradients_by_hand(model, *(torch.cat(column) for column in zip(*data, strict=True)))
     of_batch = [gradients_by_hand(model, *batch) for batch in data]
+    of_image = [
+        gradients_by_hand(model, image[None], target[None])
+        for images, targets in data
+        for image, target in zip(images, targets, strict=True)
+    ]
     for name in of_all:
         torch.testing.assert_close(statistics.value(name, "gradient"), of_all[name])
         torch.testing.assert_close(statistics.value(name, "first_gradient"), of_batch[0][name])
-        mean_square = sum(gradients[name] ** 2 for gradients in of_batch) / 3
+        mean_square = sum(gradients[name] ** 2 for gradients in of_image) / 10
         torch.testing.assert_close(statistics.value(name, "squared_gradient"), mean_square)
+
+
+def test_squared_gradients_do_not_depend_on_the_size_of_batches(model):
+    images, targets = (torch.cat(column) for column in zip(*batches(), strict=True))
+    found = []
+    for size in (1, 3, 10):
+        data = list(zip(images.split(size), targets.split(size), strict=True))
+        found.append(collect_statistics(model, data, F.cross_entropy, {"squared_gradient"}))
+    for name in found[0].shapes:
+        one, *others = (statistics.value(name, "squared_gradient") for statistics in found)
+        assert all(torch.allclose(one, other) for other in others)
+
+
+class Layers(nn.Module):
+    """A transformer of torch that wants (tokens, images, width), as OpenAI's CLIP does."""
+
+    def __init__(self, images_first=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.images_first = images_first
+        self.layers = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6))
+
+    def forward(self, x):
+        if self.images_first:
+            return self.layers(x).mean(1)
+        return self.layers(x.transpose(0, 1).contiguous()).mean(0)
+
+
+@pytest.mark.parametrize("need", ["squared_gradient", "removal_costs"])
+@pytest.mark.parametrize("images", [5, 4], ids=["as many as tokens", "fewer than tokens"])
+def test_a_model_that_puts_tokens_first_is_refused_by_name(need, images):
+    data = batches((images,), torch.float32)
+    for loss in (F.cross_entropy,):
+        collect_statistics(Layers(images_first=True), data, loss, {need})
+        with pytest.raises(
+            PruningError, match="layers.0.weight is not given the tokens of an image"
+        ):
+            collect_statistics(Layers(), data, loss, {need})
+        # Sums over all images do not mind
+        collect_statistics(Layers(), data, loss, {"gradient", "input_norms"})
 
 
 def test_a_weight_that_two_layers_share_is_summed_over_both(model):
@@ -448,18 +493,13 @@ class Idle(Uncalled):
         self.idle = nn.Linear(8, 8)
 
 
-class TokensFirst(Uncalled):
-    def forward(self, x):
-        return super().forward(x.transpose(0, 1)).transpose(0, 1)
-
-
 @pytest.mark.parametrize(
     ("model_", "request_", "message"),
     [
         (
-            TokensFirst(),
+            Layers(),
             {"needs": {"removal_costs"}},
-            r"^first.weight is given inputs of shape \[5, 4, 6\] for 4",
+            "^layers.0.weight is not given the tokens of an image together",
         ),
         (
             Idle(),
