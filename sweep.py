@@ -56,7 +56,9 @@ from trainer.builders import (
     build_sparsifier,
     build_state,
     build_step_options,
+    check_class_labels,
     choose_compute,
+    class_labels,
     load_start,
     prepare_model,
 )
@@ -311,6 +313,7 @@ class Workbench:
         # The data, and the dense model
         utils.seed_everything(utils.INIT, args.seed)
         self.train_loader, self.val_loader, num_classes = build_loaders(args, compute.device)
+        check_class_labels(args, checkpoint, class_labels(self.train_loader))
         self.model = prepare_model(args, num_classes, checkpoint, compute.device)
         self.dense = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.statistics = {}  # of the dense model
@@ -431,6 +434,7 @@ class Workbench:
             self.compute,
             self.train_loader.dataset.bad,
             self.teacher,
+            class_labels(self.train_loader),
         )
         results = open_results(
             args,
