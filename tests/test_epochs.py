@@ -1,12 +1,17 @@
 """How often a run evaluates and writes checkpoints, and how it tells its speed."""
 
 import re
+import threading
+import time
 
 import pytest
 import torch
 
+import utils
+from benchmarks.torture import differences
+from engine import Progress
 from trainer.epochs import is_due
-from trainer.run_folder import RunFolder, read_log
+from trainer.run_folder import RunFolder, copy_on_cpu, read_log
 
 
 @pytest.fixture
@@ -62,3 +67,86 @@ def test_a_run_tells_how_many_images_it_trains_on_in_a_second(run_main, five, tm
     assert (
         f"- speed: {median:,.0f} images/s in training" in (tmp_path / "out/summary.md").read_text()
     )
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Checkpoints wait on the disk until the event is set. Returns it and what was begun."""
+    free = threading.Event()
+    begun = []
+    write = utils.save_checkpoint
+
+    def waiting(content, path):
+        begun.append(content["step"])
+        assert free.wait(60)
+        write(content, path)
+
+    monkeypatch.setattr(utils, "save_checkpoint", waiting)
+    return free, begun
+
+
+def test_the_training_continues_while_a_checkpoint_is_written_and_does_not_change_it(
+    run_main, tiny, tmp_path, slow_disk, monkeypatch
+):
+    free, begun = slow_disk
+    steps = []
+    end_step = Progress.end_step
+
+    def count(progress, images):
+        end_step(progress, images)
+        steps.append(list(begun))
+        if progress.step == 3:
+            free.set()
+
+    monkeypatch.setattr(Progress, "end_step", count)
+    run_main(*tiny, "--output_dir", "whole", "--checkpoint-every", "2")
+    assert steps == [[], [], [2]]  # the third step was made before the second one was written
+    assert begun == [2, 3]
+
+    run_main(*tiny, "--output_dir", "waits", "--no-async-save")
+    assert differences(tmp_path / "whole", tmp_path / "waits") == []
+
+
+def test_an_error_of_the_thread_ends_the_run_after_the_next_step(
+    run_main, tiny, tmp_path, monkeypatch
+):
+    reached = []
+    end_step = Progress.end_step
+
+    def note(progress, images):
+        end_step(progress, images)
+        reached.append(progress.step)
+        time.sleep(0.5)  # for the thread
+
+    def fail(content, path):
+        raise utils.WriteError(f"{path}: no room")
+
+    monkeypatch.setattr(Progress, "end_step", note)
+    monkeypatch.setattr(utils, "save_checkpoint", fail)
+    error = run_main(*tiny, "--output_dir", "out", "--checkpoint-every", "1", status=1)
+    assert error == "error: out/checkpoint.pth: no room\n"
+    assert reached == [1, 2]
+    error = run_main(*tiny, "--output_dir", "late", status=1)
+    assert error.endswith("no room\n")
+
+
+def test_a_signal_waits_for_the_checkpoint(run_main, tiny, tmp_path, stop_at, slow_disk):
+    free, _ = slow_disk
+    stop_at(2)
+    threading.Timer(1, free.set).start()
+    run_main(*tiny, "--output_dir", "out", status=143)
+    checkpoint = torch.load(tmp_path / "out/checkpoint.pth", weights_only=True)
+    assert checkpoint["step"] == 2
+
+
+def test_the_copy_of_a_checkpoint_shares_nothing_with_the_training():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    content = {"model": model.state_dict(), "args": {"epochs": 1}, "betas": [(0.9, 0.99)]}
+    copied = copy_on_cpu(content)
+    content["args"]["epochs"] = 2
+    content["betas"].append(3)
+    with torch.no_grad():
+        model[0].weight.fill_(7)
+    assert copied["args"] == {"epochs": 1} and copied["betas"] == [(0.9, 0.99)]
+    assert not (copied["model"]["0.weight"] == 7).any()
+    assert copied["model"]._metadata == content["model"]._metadata

@@ -48,6 +48,7 @@ def read(path):
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_never_stopped(tmp_path, short):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
+    short = [*short, "--epochs", "8"]  # long enough for all kills
     finish(start(whole, short), whole)
 
     def images():  # of an epoch that is not whole, in the checkpoint

@@ -256,6 +256,9 @@ def _add_run(group: Group) -> None:
     add("--save-every", int, 1, metavar="EPOCHS", sweep=FREE,
         help="epochs between checkpoints; the last epoch and one that is the best so far are "
              "always written")
+    switch("async-save", True, sweep=FREE,
+           help="write checkpoints in a thread, from a copy in the CPU's memory, while the "
+                "training continues")
     add("--eval-every", int, 1, metavar="EPOCHS",
         help="epochs between evaluations; the last epoch is always evaluated")
     add("--print-freq", int, 50, metavar="STEPS", sweep=FREE,

@@ -103,6 +103,8 @@ def train(
     def after_step():
         state.follow_schedule()
         stop.check()
+        if results.folder and utils.world_size() == 1:
+            results.folder.check()
         every = args.checkpoint_every
         if every and progress.epoch_step % every == 0 and progress.epoch_step < steps:
             save(state, results)
@@ -146,9 +148,11 @@ def train(
                 save(state, results, improved)
     except Stopped as stopped:
         save(state, results)
+        results.wait()
         stopped.add_place(progress.epoch, progress.epoch_step, args.output_dir)
         raise
 
+    results.wait()
     log(f"Training time {datetime.timedelta(seconds=int(time.time() - start))}")
     state.check_masks()
     return test_stats["test"]["acc1"] if test_stats else test(learner.model)["acc1"]
@@ -224,12 +228,21 @@ def distribute(
 def save(state: TrainingState, results: Results, best: bool = False) -> None:
     """Writes the checkpoint, if the run has an output folder.
 
-    Every process calls it, and the first one writes.
+    Every process calls it, and the first one writes; with `--async-save`, in a thread. An error of
+    that thread is raised after the next step if there is one process, or else at the next
+    checkpoint.
     """
     if state.args.output_dir:
         check_finite(state.progress, state.learner.model)
         content = state.state_dict()
-        utils.on_first_process(lambda: results.folder.save(content, best))
+
+        def write():
+            if state.args.async_save:
+                results.folder.save_later(content, best)
+            else:
+                results.folder.save(content, best)
+
+        utils.on_first_process(write)
 
 
 def epoch_metrics(state: TrainingState, metrics: dict[str, dict[str, float]]) -> dict:

@@ -150,6 +150,12 @@ class Results:
                 self._draw_training()
 
     @first_process_only
+    def wait(self) -> None:
+        """Returns when the last checkpoint is written; raises its error."""
+        if self.folder:
+            self.folder.wait()
+
+    @first_process_only
     def finish(self, accuracy: dict[str, float], kept: Kept) -> None:
         """Writes the picture of the training, the summary, and what is now kept of each layer.
 

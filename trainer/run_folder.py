@@ -1,14 +1,18 @@
 """The folder of a run: its lock, its checkpoints and its log."""
 
 import contextlib
+import copy
 import errno
 import fcntl
 import json
 import math
 import os
 import socket
+import threading
 from datetime import datetime
 from pathlib import Path
+
+import torch
 
 import utils
 from utils import UserError
@@ -27,6 +31,8 @@ class RunFolder:
 
     def __init__(self, name: str):
         self.path = Path(name)
+        self._writing: threading.Thread | None = None
+        self._failure: BaseException | None = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             # Open for as long as the process lives
@@ -78,11 +84,56 @@ class RunFolder:
         except OSError:  # file systems without hard links
             utils.save_checkpoint(content, newest)
 
+    def save_later(self, content: dict, best: bool = False) -> None:
+        """Writes as `save` does, in a thread and from a copy, so that the training continues.
+
+        One checkpoint is written after another. Raises the error of the one before.
+        """
+        self.wait()
+        copied = copy_on_cpu(content)
+
+        def write():
+            try:
+                self.save(copied, best)
+            except BaseException as error:
+                self._failure = error
+
+        self._writing = threading.Thread(target=write, name="checkpoint")
+        self._writing.start()
+
+    def wait(self) -> None:
+        """Returns when no checkpoint is being written; raises the error of the last one."""
+        if self._writing:
+            self._writing.join()
+            self._writing = None
+        self.check()
+
+    def check(self) -> None:
+        """Raises the error of a checkpoint that could not be written, without waiting for one."""
+        failure = self._failure
+        self._failure = None
+        if failure:
+            raise failure
+
     def log_epoch(self, line: dict) -> None:
         """Adds an epoch to log.txt, in place of this epoch and later ones of an earlier start."""
         earlier = [entry for entry in read_log(self.path) if entry["epoch"] < line["epoch"]]
         text = "".join(f"{json.dumps(entry)}\n" for entry in [*earlier, line])
         utils.write_atomically(self.path / LOG, lambda file: file.write(text.encode()))
+
+
+def copy_on_cpu(value):
+    """A copy of nested dicts, lists and tuples whose tensors are copies too, all on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # with the metadata of a state dict
+        for key, item in value.items():
+            copied[key] = copy_on_cpu(item)
+        return copied
+    if isinstance(value, list | tuple):
+        return type(value)(copy_on_cpu(item) for item in value)
+    return value
 
 
 def read_log(folder: Path) -> list[dict]:
