@@ -120,3 +120,14 @@ def test_a_run_keeps_them_in_its_checkpoint_and_export(tmp_path, tiny, run_main)
     images = json.loads((tmp_path / "exported/shape.json").read_text())["images"]
     assert images == {"size": 28, "mean": [0.1, 0.2, 0.3], "std": HALF, "crop": 0.875}
     assert "(0.1, 0.2, 0.3)" in (tmp_path / "exported/README.md").read_text()
+
+
+def test_a_sweep_has_them_too(tiny):
+    import sweep
+    from utils import Compute
+
+    args = parse_args([*tiny, *VIT, "--no-pretrained", "--model-kwargs", "patch_size=4", "depth=1"])
+    args.epochs = 0
+    bench = sweep.Workbench(args, Compute(torch.device("cpu")), None)
+    assert bench.args.mean == HALF
+    assert bench.val_loader.dataset.transform.transforms[-1].mean == HALF

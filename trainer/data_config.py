@@ -35,7 +35,8 @@ def with_data_config(args: argparse.Namespace, checkpoint: dict, source: str) ->
     if (chosen["mean"], chosen["std"]) != (own["mean"], own["std"]):
         log(f"{images}; those of {origin}: {_shown(own['mean'])} and {_shown(own['std'])}")
     elif own["mean"] != list(IMAGENET_DEFAULT_MEAN) or own["std"] != list(IMAGENET_DEFAULT_STD):
-        log(f"{images}, as {origin} was trained on")
+        why = f"as {origin} was trained on" if has_weights else f"as timm has them for {args.model}"
+        log(f"{images}, {why}")
 
     if has_weights:
         chosen |= _crop_and_size(args, own, saved, origin)
