@@ -65,7 +65,9 @@ def test_a_checkpoint_tells_its_own_and_an_old_one_had_imagenets():
         args = resolved(*VIT, checkpoint={"args": old}, source="x.pth")
         assert (args.mean, args.std) == IMAGENET
 
-    # Files of others without arguments, and timm's training, follow timm
+    # Files of others without arguments, of timm's training and of BEiT follow timm
+    beit = {"args": Namespace(imagenet_default_mean_and_std=False)}
+    assert resolved(*VIT, checkpoint=beit, source="x.pth").mean == HALF
     assert resolved(*VIT, checkpoint={"model": {}}, source="x.pth").mean == HALF
     timms = {"arch": "vit_tiny_patch16_224", "args": Namespace(mean=None)}
     assert resolved(*VIT, checkpoint=timms, source="x.pth").mean == HALF

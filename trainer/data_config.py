@@ -96,9 +96,11 @@ def _config(model: str, checkpoint: dict) -> dict:
         "size": config["input_size"][-1],
     }
 
-    # A run of this project before it kept them, or of DeiT, had ImageNet's; timm's have an `arch`
+    # A run of this project before it kept them, or of DeiT, had ImageNet's. Files of timm's
+    # training, which have an `arch`, and of BEiT and EVA, which have a flag, may have others.
     saved = saved_args(checkpoint)
-    if saved and "arch" not in checkpoint:
+    as_deit = "arch" not in checkpoint and saved.get("imagenet_default_mean_and_std", True)
+    if saved and as_deit:
         own |= {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
     for key in ("mean", "std"):
         if _is_triple(saved.get(key)):
