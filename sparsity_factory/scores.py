@@ -9,6 +9,10 @@ tensor of the weight's shape, dtype and device. Its values are finite and non-ne
 for weights that matter more. It looks at the statistics that it `needs`, and no others. To add a
 score, write such a function and name it in `SCORES`.
 
+A unit of several weights, such as a block or a head, scores the sum of its weights' scores. If a
+function has an attribute `signed` that is true, its values may be negative, and a unit scores the
+square of their sum: effects of opposite sign cancel out.
+
 w_ij: the weight from input j to output i; x: the inputs of the layer over all tokens of the
 calibration images; g: the gradient of the mean loss over them, g_i: of the loss of image i.
 """
@@ -28,6 +32,7 @@ from .k_largest import histogram, suffix_sums
 from .method import method
 from .patterns import Pattern, Unstructured
 from .statistics import STATISTICS, Statistics
+from .units import Group, Part
 
 
 class Layer:
@@ -100,6 +105,15 @@ def taylor(weight: Tensor, layer: Layer) -> Tensor:
     return (weight * layer.gradient).abs().to(weight)
 
 
+@method("Molchanov et al. 2019, arXiv:1906.10771", needs={"gradient"})
+def taylor_group(weight: Tensor, layer: Layer) -> Tensor:
+    """(sum over the unit of w g)^2, with g of all calibration images; of single weights (w g)^2."""
+    return (weight * layer.gradient).to(weight)
+
+
+taylor_group.signed = True
+
+
 @method("LeCun et al. 1990; Theis et al. 2018, arXiv:1801.05787", needs={"squared_gradient"})
 def fisher(weight: Tensor, layer: Layer) -> Tensor:
     """w^2 mean_i(g_i^2), with g_i the gradient of image i."""
@@ -140,8 +154,8 @@ def cap(weight: Tensor, layer: Layer) -> Tensor:
 
 
 SCORES: dict[str, Callable[[Tensor, Layer], Tensor]] = {
-    score.__name__: score
-    for score in (magnitude, random, snip, taylor, fisher, wanda, ria, obs, cap)
+    score.__name__.replace("_", "-"): score
+    for score in (magnitude, random, snip, taylor, taylor_group, fisher, wanda, ria, obs, cap)
 }
 
 
@@ -211,12 +225,10 @@ class Scores(Mapping[str, Tensor]):
         weight = self.weights[name].detach().to(self._dtype)
         score = self._score(weight, self.layer(name))
         smallest = score.new_zeros(())
-        if self._score not in NON_NEGATIVE:
+        if self._score not in NON_NEGATIVE and not self.signed:
             smallest = score.amin()
             score = score.abs()  # so that zeros have one sign: bits are compared
-        if name in self._among:
-            score = self.pattern.among(score, self._among[name])
-        score = self.pattern.score(score)
+        score = self._of_units(score, self._among.get(name))
         if name not in self._finite:
             self._unchecked[name] = torch.stack([score.amax(), smallest])
             # On a GPU every check waits, so that all layers are checked at once, by the caller
@@ -225,6 +237,33 @@ class Scores(Mapping[str, Tensor]):
 
         self._latest = (name, score)
         return score
+
+    @property
+    def signed(self) -> bool:
+        """Whether a unit scores the square of the sum of its weights' values."""
+        return getattr(self._score, "signed", False)
+
+    def of_group(self, group: Group, parts: Mapping[str, Part]) -> Tensor:
+        """The scores of the units of a group of several layers, float64 (units,), on the CPU."""
+        if not self.signed:
+            return group.sums(self.__getitem__, parts)
+
+        def values(name: str) -> Tensor:
+            return self._score(self.weight(name), self.layer(name))
+
+        return group.sums(values, parts).square()
+
+    def _of_units(self, score: Tensor, left: Tensor | None) -> Tensor:
+        """The scores of units from those of weights, of which only those in `left` may be kept."""
+        if self.signed:
+            score = self.pattern.score(score).square()
+            if left is None:
+                return score
+            return self.pattern.among(score, self.pattern.score(left.to(score.dtype)) > 0)
+
+        if left is not None:
+            score = self.pattern.among(score, left)
+        return self.pattern.score(score)
 
     def check(self) -> None:
         """Checks the scores that were computed so far; before the host uses them, and at the end.

@@ -68,10 +68,7 @@ class _Units(Pattern):
                 f"{down((sum(costs) - step.sum()) / total)}"
             )
 
-        sums = [
-            group.sums(scores.__getitem__, parts)
-            for group, parts in zip(groups, weights, strict=True)
-        ]
+        sums = [scores.of_group(group, parts) for group, parts in zip(groups, weights, strict=True)]
         scores.check()
 
         alive = []

@@ -97,6 +97,12 @@ def chosen(model, pruner, sparsity, pattern, score="magnitude"):
         model, pruner, sparsity, score=score, pattern=pattern, statistics=statistics
     )
     scores = Scores(prunable_weights(model), SCORES[score], statistics=statistics)
+    if scores.signed and pattern.startswith("block"):
+        weights = prunable_weights(model)
+        return [
+            (masks[name], SCORES[score](weights[name].detach(), scores.layer(name)))
+            for name in masks
+        ]
     return [(masks[name], scores[name]) for name in masks]
 
 
@@ -142,6 +148,8 @@ def test_blocks_are_kept_whole_and_those_of_the_largest_sums(pruner, score):
             scores[2 * r : 2 * r + 2, 4 * c : 4 * c + 4].double().sum().float().item()
             for r, c in blocks
         ]
+        if getattr(SCORES[score], "signed", False):
+            sums = [total**2 for total in sums]
         kept = {i for i, (r, c) in enumerate(blocks) if mask[2 * r, 4 * c]}
         assert mask.sum() == 8 * len(kept)
         assert all(

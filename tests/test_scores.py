@@ -16,6 +16,7 @@ from sparsity_factory import (
     PruningError,
     compute_masks,
     describe,
+    parse_pattern,
     prunable_weights,
 )
 from sparsity_factory.damping import DAMPING, damped_gram
@@ -48,6 +49,9 @@ def slow(score, weight, known) -> torch.Tensor:
     if score in ("snip", "taylor"):
         g = known("first_gradient" if score == "snip" else "gradient").tolist()
         return by_loops(lambda i, j: abs(w[i][j] * g[i][j]), weight)
+    if score == "taylor-group":
+        g = known("gradient").tolist()
+        return by_loops(lambda i, j: (w[i][j] * g[i][j]) ** 2, weight)
     if score == "fisher":
         g2 = known("squared_gradient").tolist()
         return by_loops(lambda i, j: w[i][j] ** 2 * g2[i][j], weight)
@@ -198,6 +202,19 @@ def test_a_signed_score_is_refused_by_the_name_of_its_layer(monkeypatch):
             PruningError, match=r"^1\.weight has a signed score that is -2: expected"
         ):
             compute_masks(model, pruner, 0.5, score="signed")
+
+
+def test_a_block_scores_the_square_of_its_sum_under_taylor_group():
+    model = linears([[1.0, 1.0, 3.0, -3.0], [2.0, 2.0, 5.0, -4.0]])
+    statistics = statistics_of(model, {"gradient"})
+    statistics.state_dict()["0.weight.gradient"].fill_(20)  # of 20 images
+    weights = prunable_weights(model)
+    score = SCORES["taylor-group"]
+    blocks = Scores(weights, score, parse_pattern("block:2x2"), statistics)
+    torch.testing.assert_close(blocks["0.weight"], torch.tensor([[36.0, 1.0]]))
+    left = {"0.weight": torch.tensor([[False, False, True, True]]).repeat(2, 1)}
+    blocks = Scores(weights, score, parse_pattern("block:2x2"), statistics, among=left)
+    torch.testing.assert_close(blocks["0.weight"], torch.tensor([[0.0, 1.0]]))
 
 
 def test_a_negative_zero_scores_as_zero(monkeypatch):

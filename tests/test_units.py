@@ -291,6 +291,12 @@ def test_units_are_kept_whole_and_those_of_the_largest_sums_and_no_more_than_the
     model = model_of(depth=3, mlp_ratio=1)
     statistics = statistics_of(model) if needs_of(pruner, score) else None
     scores = Scores(prunable_weights(model), SCORES[score], statistics=statistics)
+    values = scores
+    if scores.signed:
+        values = {
+            name: SCORES[score](weight.detach(), scores.layer(name))
+            for name, weight in prunable_weights(model).items()
+        }
     total = sum(weight.numel() for weight in prunable_weights(model).values())
     for pattern, sparsity in (("heads", 0.25), ("neurons", 0.2), ("heads+neurons", 0.55)):
         masks = compute_masks(
@@ -299,9 +305,11 @@ def test_units_are_kept_whole_and_those_of_the_largest_sums_and_no_more_than_the
         cheapest = []
         for units in slow_units(model, pattern).values():
             sums = [
-                sum(scores[name][where].double().sum().item() for name, where in unit.items())
+                sum(values[name][where].double().sum().item() for name, where in unit.items())
                 for unit in units
             ]
+            if scores.signed:
+                sums = [total**2 for total in sums]
             kept = [all(masks[name][where].all() for name, where in unit.items()) for unit in units]
             gone = [
                 not any(masks[name][where].any() for name, where in unit.items()) for unit in units
