@@ -199,6 +199,12 @@ def checkpoint_gradients(model: torch.nn.Module, name: str) -> None:
         ) from None
 
 
+def has_batch_norm(model: torch.nn.Module) -> bool:
+    """Whether a model keeps running statistics of batch normalization."""
+    kind = torch.nn.modules.batchnorm._BatchNorm
+    return any(isinstance(module, kind) for module in model.modules())
+
+
 def compile_model(model: torch.nn.Module, mode: str) -> None:
     """Compiles a model in place, so that parameters keep their names, and masks their parameters.
 

@@ -3,6 +3,7 @@
 import re
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import torch
 import utils
 from benchmarks.torture import differences
 from engine import Progress
-from trainer.epochs import is_due
+from trainer.builders import with_synchronized_norm
+from trainer.epochs import is_due, share_norm_statistics
 from trainer.run_folder import RunFolder, copy_on_cpu, read_log
 
 
@@ -150,3 +152,43 @@ def test_the_copy_of_a_checkpoint_shares_nothing_with_the_training():
     assert copied["args"] == {"epochs": 1} and copied["betas"] == [(0.9, 0.99)]
     assert not (copied["model"]["0.weight"] == 7).any()
     assert copied["model"]._metadata == content["model"]._metadata
+
+
+class WithNorm(torch.nn.Module):
+    """A model whose running mean is the number that it is given."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(1)
+        self.norm.running_mean.fill_(mean)
+
+
+@pytest.mark.parametrize("how, model, average", [("reduce", 2, 7), ("broadcast", 5, 7)])
+def test_processes_share_the_statistics_of_batch_norm(monkeypatch, how, model, average):
+    """Of two processes: the other one has a running mean of 3, and the first one of 5 and of 7."""
+    monkeypatch.setattr(utils, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda own, op: own.add_(3))
+    first = iter([5, 5, 7, 7] if how == "broadcast" else [7, 7])
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda own, src: own.fill_(next(first)))
+
+    learner = SimpleNamespace(model=WithNorm(1.0), ema=SimpleNamespace(module=WithNorm(2.0)))
+    share_norm_statistics(learner, how)
+    assert learner.model.norm.running_mean.item() == model
+    assert learner.ema.module.norm.running_mean.item() == average
+
+
+def test_processes_may_keep_statistics_of_their_own():
+    learner = SimpleNamespace(model=WithNorm(1.0), ema=None)
+    share_norm_statistics(learner, "none")
+    share_norm_statistics(learner, "reduce")  # the only process
+    assert learner.model.norm.running_mean.item() == 1
+
+
+def test_batch_norm_is_synchronized_on_gpus_of_several_processes(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    gpu = torch.device("cuda")
+    assert with_synchronized_norm(model, "net", gpu) is model
+    monkeypatch.setattr(utils, "world_size", lambda: 2)
+    assert isinstance(with_synchronized_norm(model, "net", gpu)[0], torch.nn.SyncBatchNorm)
+    with pytest.raises(utils.UserError, match="on GPUs only"):
+        with_synchronized_norm(model, "net", torch.device("cpu"))

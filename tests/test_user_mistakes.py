@@ -85,6 +85,8 @@ MISTAKES = [
     ),
     (["--compile-mode", "max-autotune"], "--compile-mode max-autotune needs --compile", {}),
     (["--compile", "--compile-mode", "fastest"], "fastest: expected one of default, ", {}),
+    (["--sync-bn"], "--sync-bn: deit_sample_patch4_28 has no batch norm", {}),
+    (["--dist-bn", "mean"], "mean", {}),
     (["--eval-every", "0"], "--eval-every 0", {}),
     (["--save-every", "0"], "--save-every 0", {}),
     (["--eval-every", "2", "--sched", "plateau"], "--sched plateau", {}),

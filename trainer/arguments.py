@@ -308,6 +308,11 @@ def _add_run(group: Group) -> None:
     # Several processes
     switch("dist-eval", True, sweep=FREE,
            help="share the evaluation among the processes; its figures do not depend on it")
+    add("--dist-bn", str, "reduce", choices=["reduce", "broadcast", "none"],
+        help="statistics of batch norm after each epoch: the mean of all processes, those of the "
+             "first, or of each its own")
+    add("--sync-bn", bool, False,
+        help="batch norm over the images of all processes, on GPUs")
     switch("static-graph", True, sweep=FREE,
            help="let several processes rely on it that each step uses the same weights")
     add("--dist-timeout", float, TIMEOUT, metavar="SECONDS", sweep=FREE,

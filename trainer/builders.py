@@ -25,6 +25,7 @@ from models import (
     checkpoint_gradients,
     compile_model,
     cut_pixels,
+    has_batch_norm,
     train_attention_only,
     train_both_heads,
 )
@@ -360,6 +361,8 @@ def prepare_model(
         train_attention_only(model)
     if args.distillation_type != "none":
         train_both_heads(model, args.model)
+    if args.sync_bn:
+        model = with_synchronized_norm(model, args.model, device)
     if args.grad_checkpointing:
         checkpoint_gradients(model, args.model)
     if args.compile:
@@ -370,6 +373,25 @@ def prepare_model(
 def sharing() -> Callable | None:
     """How processes share what one of them chooses; None for a single one."""
     return utils.on_first_process if utils.world_size() > 1 else None
+
+
+def with_synchronized_norm(
+    model: torch.nn.Module, name: str, device: torch.device
+) -> torch.nn.Module:
+    """The model with batch norm over the images of all processes; unchanged if there is one.
+
+    Raises UserError if the model has no batch norm, or the processes compute on CPUs.
+    """
+    if not has_batch_norm(model):
+        raise UserError(f"--sync-bn: {name} has no batch norm")
+    if utils.world_size() == 1:
+        return model
+    if device.type != "cuda":
+        raise UserError(
+            "--sync-bn: torch synchronizes batch norm on GPUs only; --dist-bn reduce averages its "
+            "statistics after each epoch"
+        )
+    return timm.layers.convert_sync_batchnorm(model)
 
 
 def build_sparsifier(

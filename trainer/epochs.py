@@ -5,10 +5,11 @@ import datetime
 import time
 
 import torch
+from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
-from engine import StepOptions, check_finite, evaluate, steps_of_epoch, train_one_epoch
+from engine import Learner, StepOptions, check_finite, evaluate, steps_of_epoch, train_one_epoch
 from sparsity_factory import sparse_kernels
 from utils import Compute, log
 
@@ -127,6 +128,8 @@ def train(
             )
             speed = images / (time.time() - began)
 
+            share_norm_statistics(learner, args.dist_bn)
+
             # Evaluate.
             test_stats = {}
             if is_due(progress.epoch, args.eval_every, args.epochs):
@@ -156,6 +159,20 @@ def train(
     log(f"Training time {datetime.timedelta(seconds=int(time.time() - start))}")
     state.check_masks()
     return test_stats["test"]["acc1"] if test_stats else test(learner.model)["acc1"]
+
+
+def share_norm_statistics(learner: Learner, how: str) -> None:
+    """Gives all processes the same statistics of batch norm: `reduce` or `broadcast`, or `none`.
+
+    Those of the moving average are always the first process's, because that is what a checkpoint
+    holds.
+    """
+    processes = utils.world_size()
+    if how == "none" or processes == 1:
+        return
+    distribute_bn(learner.model, processes, reduce=how == "reduce")
+    if learner.ema:
+        distribute_bn(learner.ema.module, processes, reduce=False)
 
 
 def is_due(epoch: int, every: int, epochs: int) -> bool:
