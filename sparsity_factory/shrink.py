@@ -1,15 +1,18 @@
 """`shrink` makes a smaller dense model without the heads and neurons that masks prune."""
 
 import copy
+import logging
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import PruningError
-from .masks import Masks, dense_shapes
+from .errors import PruningError, short
+from .masks import Masks, dense_shapes, select
 from .units import HEADS, Group, unit_groups
+
+log = logging.getLogger(__name__)
 
 
 def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
@@ -17,7 +20,8 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
     Outputs are the same up to rounding. A head or neuron is removed if the masks keep none of its
     weights, except for the last one of a block. Pruned weights of the units that stay are zero in
-    the result, and blocks of other kinds keep their size.
+    the result. Blocks of other kinds keep their size, and so do blocks that compute something else
+    without a unit than with a masked one: that is tried on random tokens, and a warning names them.
 
     The result needs nothing of this project, with one exception: CaiT's attention takes the width
     of its heads from that of the tokens, so that `ClassAttn` and `TalkingHeadAttn` of this module
@@ -36,7 +40,11 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
     for group in unit_groups(shrunk, known_only=True):
         kept = group.kept(masks)
-        if not kept.all():
+        if kept.all():
+            continue
+        if reason := _why_not(shrunk, group):
+            log.warning("%s keeps its %s: %s", group.name, group.kind, reason)
+        else:
             _take(shrunk, group, kept)
 
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -111,6 +119,58 @@ class TalkingHeadAttn(nn.Module):
 
 
 # ---- helpers, not exported ----
+
+
+@torch.no_grad()
+def _why_not(model: nn.Module, group: Group) -> str:
+    """Why units of a block cannot be removed; empty if they can.
+
+    The block is tried by itself, on random tokens, with its first unit masked and without it.
+    """
+    block = copy.deepcopy(model.get_submodule(group.name)).eval()
+    tokens = _tokens_for(block, group, model)
+    if tokens is None:
+        return "it does not run on tokens alone"
+
+    # The same group in a model that has only this block
+    parts = [
+        part._replace(parameter=f"0.{part.parameter.removeprefix(f'{group.name}.')}")
+        for part in group.parts
+    ]
+    alone = group._replace(name="0", parts=parts)
+    masked = nn.Sequential(block)
+    kept = torch.arange(group.units) > 0
+    for name, mask in alone.masks(kept, dict(masked.named_parameters())).items():
+        select(masked.get_parameter(name), mask)
+    smaller = copy.deepcopy(masked)
+    _take(smaller, alone, kept)
+
+    expected = masked(tokens)
+    try:
+        found = smaller(tokens)
+    except Exception as error:  # each architecture fails in its own way
+        return f"it does not run without one of them ({short(error)})"
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+        return "it computes something else without one of them"
+    return ""
+
+
+def _tokens_for(block: nn.Module, group: Group, model: nn.Module) -> Tensor | None:
+    """Random tokens on which a block runs; None if it wants other inputs."""
+    rows = next(part for part in group.parts if part.dim == 0 and part.parameter.endswith("weight"))
+    weight = model.get_parameter(rows.parameter)
+    width = weight.shape[1]
+    count = getattr(block, "window_area", 4)  # a window has a bias for each pair of its tokens
+
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2, count), (2, 2, count), (2, count, count)):
+        tokens = torch.randn(*shape, width, generator=generator).to(weight)
+        try:
+            if isinstance(block(tokens), Tensor):
+                return tokens
+        except Exception:  # each architecture refuses other shapes in its own way
+            continue
+    return None
 
 
 def _take(model: nn.Module, group: Group, kept: Tensor) -> None:

@@ -671,3 +671,28 @@ def test_a_masked_run_is_as_accurate_as_a_shrunk_one_and_is_not_shrunk_on_the_wa
     assert "are pruned already" in run_main(
         *tiny, *SHRINK, "--resume", "masked/checkpoint.pth", status=2
     )
+
+
+@pytest.mark.parametrize("name", ["nest_tiny", "caformer_s18", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("pattern", ["heads", "neurons"])
+def test_a_block_that_computes_something_else_without_a_unit_keeps_its_size(name, pattern, caplog):
+    """The first two take the width of their attention from the tokens, under timm's usual names."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).eval()
+    try:
+        masks = compute_masks(model, "unif", 0.1, pattern=pattern)
+    except PruningError as error:
+        assert name == "caformer_s18" and "whose neurons cannot be told apart" in str(error)
+        return
+    masked = copy.deepcopy(model)
+    Masks(masked, masks)
+    small = shrink(model, masks)
+    images = torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(small(images), masked(images), rtol=1e-3, atol=1e-4)
+
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    left = sum(parameter.numel() for parameter in small.parameters())
+    if pattern == "heads" and name != "vit_tiny_patch16_224":
+        assert left == whole and "keeps its heads: it does not run without" in caplog.text
+    else:
+        assert left < whole and not caplog.records
