@@ -270,7 +270,7 @@ def test_the_process_of_a_mistaken_run_says_only_that_line(tmp_path):
     assert listing(tmp_path) == set()
 
 
-@pytest.mark.parametrize("train, val, culprit", [("ab", "bc", "b"), ("a", "ab", "b")])
+@pytest.mark.parametrize("train, val, culprit", [("ab", "bc", "c"), ("a", "ab", "b")])
 def test_classes_of_the_evaluation_must_be_those_of_the_training(
     run_main, tmp_path, train, val, culprit
 ):
