@@ -122,6 +122,14 @@ def tiny(tiny_fashion) -> list[str]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def lines_again():
+    """A run chooses how the process shows progress; the next test has lines again."""
+    yield
+    if "utils.logs" in sys.modules:
+        sys.modules["utils.logs"]._display = "lines"
+
+
 @pytest.fixture
 def run_main(tmp_path, monkeypatch, capfd):
     """Runs the command line in this process, in an empty folder; returns what it printed."""
