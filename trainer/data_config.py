@@ -88,7 +88,8 @@ def _config(model: str, checkpoint: dict) -> dict:
     """Mean, deviation, crop and size of a checkpoint, or of timm's weights of a model."""
     name = timm_name(model)
     known = get_pretrained_cfg(name)
-    config = resolve_data_config({}, pretrained_cfg=known.to_dict() if known else {})
+    # A name that timm does not know is refused when the model is built
+    config = resolve_data_config({}, pretrained_cfg=known.to_dict() if known else {"crop_pct": 1.0})
     own = {
         "mean": list(config["mean"]),
         "std": list(config["std"]),
