@@ -104,6 +104,7 @@ def test_a_teacher_sees_images_as_it_was_trained_on():
     assert teacher_inputs(identity, student, {}) is identity
 
 
+@pytest.mark.slow
 def test_a_run_keeps_them_in_its_checkpoint_and_export(tmp_path, tiny, run_main):
     shape = ["patch_size=4", "depth=1", "embed_dim=16", "num_heads=2"]
     flags = [*tiny, *VIT, "--no-pretrained", "--model-kwargs", *shape]

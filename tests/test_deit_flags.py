@@ -91,11 +91,13 @@ def test_batch_size_is_the_images_of_a_step(run_main, tiny):
     assert "6 steps each" in run_main(*tiny, "--batch-size", "8")
 
 
+@pytest.mark.slow
 def test_epochs_and_start_epoch_bound_the_training(run_main, tiny):
     output = run_main(*tiny, "--epochs", "3", "--start_epoch", "1")
     assert sorted(set(re.findall(r"Epoch: \[(\d)\]", output))) == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_seed_changes_the_result_and_the_same_seed_does_not(run_main, tiny, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run_main(*tiny, "--no-pretrained", "--seed", seed, "--output_dir", name)
@@ -502,6 +504,7 @@ def teacher(tmp_path):
 STUDENT = ["--model", "deit_tiny_distilled_patch16_224", "--input-size", "32", "--no-pretrained"]
 
 
+@pytest.mark.slow
 def test_distillation_trains_a_student_with_two_heads(run_main, tiny, tmp_path):
     """With all of the loss from the teacher only the distillation head learns, with none of it only
     the class head.
@@ -755,6 +758,7 @@ def rates_of(run_main, monkeypatch, *argv, status=0) -> list[float]:
     return rates
 
 
+@pytest.mark.slow
 def test_after_a_rewind_each_round_trains_along_the_whole_learning_rate_schedule(
     run_main, tiny, monkeypatch, tmp_path, stop_at
 ):
@@ -797,6 +801,7 @@ def test_layer_decay_scales_the_rate_of_each_layer_and_the_log_has_that_of_the_h
     assert learning_rate(optimizer) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["one-shot", "ste"])
 def test_gradient_checkpointing_gives_the_same_weights_to_the_bit(
     run_main, tiny, tmp_path, schedule

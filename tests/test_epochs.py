@@ -15,6 +15,8 @@ from trainer.builders import with_synchronized_norm
 from trainer.epochs import is_due, share_norm_statistics
 from trainer.run_folder import RunFolder, copy_on_cpu, read_log
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def five(tiny):
