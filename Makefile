@@ -19,13 +19,13 @@ help:
 	@echo "make sweep     compares five pruners on the sample, in one picture      about ten minutes"
 	@echo "make quick     linter, types and the tests that are not slow            80 seconds"
 	@echo "make test      linter, types and all tests                              about ten minutes"
-	@echo "make test-gpu  tests and speed on a CUDA GPU, in output/gpu.md          a quarter of an hour"
+	@echo "make test-gpu  tests and speed on a CUDA GPU, in output/gpu.md          not measured; needs one"
 	@echo "make bench     measures docs/performance.md                             half an hour"
 	@echo "make compare   measures docs/comparison.md                              hours; needs Fashion-MNIST"
 	@echo "make clean     removes .venv and output"
 	@echo
 	@echo "Times are for two CPU cores. The first target that is made sets up .venv: some minutes, the network,"
-	@echo "and over 5 GB of disk, or 1 GB with TORCH_INDEX=https://download.pytorch.org/whl/cpu."
+	@echo "and over 5 GB of disk; less with TORCH_INDEX=https://download.pytorch.org/whl/cpu."
 
 demo: .venv/run
 	$(BIN)/python main.py --pruner lamp --sparsity 0.65
