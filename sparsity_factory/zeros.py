@@ -54,6 +54,7 @@ def patterns_found(masks: Mapping[str, Tensor]) -> dict[str, list[str]]:
         if block.pruned and not block.flaw
         for name in (*block.first, block.last)
     }
+
     found = {}
     for name, mask in masks.items():
         if mask.dim() != 2 or not mask.any() or mask.all():

@@ -195,6 +195,7 @@ def check_devices_and_output(args) -> None:
         raise UserError(
             f"--compile-mode {args.compile_mode}: expected one of {', '.join(compile_modes())}"
         )
+
     for flag in ("--tensorboard", "--checkpoint-every"):
         if _value(args, flag) and not args.output_dir:
             raise UserError(f"{flag} needs --output_dir as well")

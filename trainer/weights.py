@@ -122,6 +122,8 @@ def in_words(fit: Fit) -> list[str]:
         lines.append("norm is taken as fc_norm, which the file lacks")
     if fit.left_out:
         lines.append(f"{_some(fit.left_out)} left out: no part of the model")
+
+    # Heads that the model has of its own
     if missing := [name for name, shape in fit.new.items() if not shape]:
         lines.append(f"{_some(missing)} made anew: not in the file")
     if other := {name: shape for name, shape in fit.new.items() if shape}:

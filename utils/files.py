@@ -222,6 +222,8 @@ def _apply_masks(weights: dict) -> tuple[dict, dict]:
                 continue
             if not weight.is_floating_point() or weight.element_size() < 2:
                 continue
+
+            # The mask and its weight, under their own names, become one weight
             del plain[key]
             plain.pop(found.expand(before), None)
             name = found.expand(after)
@@ -245,6 +247,7 @@ def _check_memory(content, source: str) -> None:
         elif isinstance(value, torch.Tensor) and value.layout == torch.strided:
             size = value.numel() * value.element_size()
             expanded += max(size - value.untyped_storage().nbytes(), 0)
+
     if expanded > MOST_EXPANDED:
         raise UserError(
             f"{source}: refused, its tensors are {expanded} bytes larger than what is stored"
