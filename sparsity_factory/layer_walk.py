@@ -23,99 +23,116 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import PruningError
 from .masks import prunable_weights
-from .statistics import add_gram, at_least_float32, evaluation, images_of, linear_operands
+from .statistics import add_gram, evaluation, images_of, less_mean, linear_operands
 
 # Most layers of a unit. A block of a transformer has four; a pass that stops there holds the tokens
 # once, and one that stops within the block holds them three times.
 MOST_LAYERS = 4
-ROUNDING = 100  # of sums, in units of the last place
+ROUNDING = 2**-22  # of an input in float32, as a share of its mean: two units of the last place
 
 
 @dataclass
 class Inputs:
-    """Sums over the inputs x of a layer, one row of X per token of all images.
+    """The inputs x of a layer over the tokens of all images: their number, mean and Gram matrix.
 
-    With another model, y are the inputs that the same layer has there, and Y their rows. All sums
-    are float64 on a CPU, float32 on a GPU.
+    With another model, y are the inputs that the same layer has there. Gram matrices are of x and y
+    less their means, because float32 would lose small variations about a large mean. Batches and
+    processes are merged by their means: Chan, Golub and LeVeque 1983, Algorithms for computing the
+    sample variance (The American Statistician 37).
 
-    gram: X^T X, shape (inputs, inputs).
-    total: the sum of x, shape (inputs,).
-    tokens: their number, a tensor without dimensions.
-    cross: X^T Y, shape (inputs, inputs); `gram` itself without another model.
-    other: the sum of y, shape (inputs,); `total` itself without another model.
+    gram: the sum of (x - mean)(x - mean)^T, shape (inputs, inputs), float64 on a CPU and float32 on
+        a GPU.
+    mean: of x, shape (inputs,), float64.
+    tokens: their number, float64, without dimensions.
+    cross: the sum of (x - mean)(y - other_mean)^T; `gram` itself without another model.
+    other_mean: of y; `mean` itself without another model.
     """
 
     gram: Tensor
-    total: Tensor
+    mean: Tensor
     tokens: Tensor
     cross: Tensor
-    other: Tensor
+    other_mean: Tensor
 
     @classmethod
     def of(cls, weight: Tensor, with_other: bool = False) -> "Inputs":
-        """Empty sums for a weight of shape (outputs, inputs)."""
+        """No tokens yet, for a weight of shape (outputs, inputs)."""
         inputs = weight.shape[1]
         dtype = torch.float64 if weight.device.type == "cpu" else torch.float32
         gram = torch.zeros(inputs, inputs, dtype=dtype, device=weight.device)
-        total = torch.zeros(inputs, dtype=dtype, device=weight.device)
-        tokens = torch.zeros((), dtype=dtype, device=weight.device)
+        mean = torch.zeros(inputs, dtype=torch.float64, device=weight.device)
+        tokens = torch.zeros((), dtype=torch.float64, device=weight.device)
         if with_other:
-            return cls(gram, total, tokens, torch.zeros_like(gram), torch.zeros_like(total))
-        return cls(gram, total, tokens, gram, total)
-
-    @property
-    def sums(self) -> list[Tensor]:
-        """All tensors, each once, for an all-reduce in place."""
-        tensors = [self.gram, self.total, self.tokens, self.cross, self.other]
-        return list({id(tensor): tensor for tensor in tensors}.values())
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean of x, shape (inputs,)."""
-        return self.total / self.tokens
-
-    @property
-    def other_mean(self) -> Tensor:
-        """The mean of y, shape (inputs,)."""
-        return self.other / self.tokens
-
-    def centred(self) -> "Inputs":
-        """The sums over x and y less their means.
-
-        They are zero for an input that varies by no more than the rounding of its sums.
-        """
-        gram = self.gram - torch.outer(self.total, self.mean)
-        varies = gram.diagonal() > ROUNDING * torch.finfo(gram.dtype).eps * self.gram.diagonal()
-        gram.mul_(varies).mul_(varies[:, None])
-
-        cross = gram
-        if self.cross is not self.gram:
-            cross = (self.cross - torch.outer(self.total, self.other_mean)).mul_(varies[:, None])
-
-        zero = torch.zeros_like(self.total)
-        return Inputs(gram, zero, self.tokens, cross, zero)
+            return cls(gram, mean, tokens, torch.zeros_like(gram), torch.zeros_like(mean))
+        return cls(gram, mean, tokens, gram, mean)
 
     def add(self, inputs: Tensor, other: Tensor | None = None) -> None:
         """Adds inputs of shape (..., inputs), and those of the other model."""
-        rest, shift, tokens = _split(inputs)
-        rest_total = rest.sum(0).to(self.gram)
-        shift = shift.to(self.gram)
-        total = rest_total + tokens * shift
-
-        # With x = r + s: X^T X = R^T R + s h^T + h s^T, h = sum of r + tokens / 2 s
-        half = rest_total + tokens / 2 * shift
+        rest, mean = less_mean(inputs)
+        other_rest, other_mean = (rest, mean) if other is None else less_mean(other)
         add_gram(self.gram, rest)
-        self.gram.addr_(shift, half).addr_(half, shift)
-        self.total += total
-        self.tokens += tokens
-
         if other is not None:
-            other_rest, other_shift, _ = _split(other)
-            other_total = other_rest.sum(0).to(self.gram)
-            other_shift = other_shift.to(self.gram)
             self.cross += rest.T @ other_rest
-            self.cross.addr_(total, other_shift).addr_(shift, other_total)
-            self.other += other_total + tokens * other_shift
+
+        # n old tokens and m new ones: n m / (n + m) times the product of how far means are apart
+        share = len(rest) / (self.tokens + len(rest))
+        apart = mean - self.mean
+        other_apart = other_mean - self.other_mean
+        self._add_products(self.tokens * share, apart, other_apart)
+
+        self.tokens += len(rest)
+        self.mean += share * apart
+        if other is not None:
+            self.other_mean += share * other_apart
+
+    def complete(self, add_up: Callable[[Tensor], object] | None = None) -> None:
+        """Merges all processes, once each has added its tokens.
+
+        An input that varies by no more than its rounding does not vary: its products become zero.
+
+        add_up: as in `walk_layers`.
+        """
+        if add_up:
+            self._merge(add_up)
+
+        noise = self.tokens * (ROUNDING * self.mean).square()
+        varies = self.gram.diagonal() > noise
+        self.gram.mul_(varies).mul_(varies[:, None])
+        if self.cross is not self.gram:
+            self.cross.mul_(varies[:, None])
+
+    def about_zero(self) -> "Inputs":
+        """The same with X^T X and X^T Y themselves, as a layer without bias needs them."""
+        zero = torch.zeros_like(self.mean)
+        gram = self.gram.clone()
+        cross = gram if self.cross is self.gram else self.cross.clone()
+        found = Inputs(gram, zero, self.tokens, cross, zero)
+        found._add_products(self.tokens, self.mean, self.other_mean)
+        return found
+
+    def _merge(self, add_up: Callable[[Tensor], object]) -> None:
+        """Moves the products to the mean of all processes, where they add up."""
+        tokens = self.tokens.clone()
+        add_up(self.tokens)
+        means = [self.mean] if self.other_mean is self.mean else [self.mean, self.other_mean]
+        moves = []
+        for mean in means:
+            own = mean.clone()
+            add_up(mean.mul_(tokens / self.tokens))
+            moves.append(own - mean)
+
+        self._add_products(tokens, moves[0], moves[-1])
+        add_up(self.gram)
+        if self.cross is not self.gram:
+            add_up(self.cross)
+
+    def _add_products(self, times: Tensor, x: Tensor, y: Tensor) -> None:
+        """Adds a number of times x x^T to `gram` and x y^T to `cross`."""
+        root = times.sqrt()
+        x = (root * x).to(self.gram)
+        self.gram.addr_(x, x)
+        if self.cross is not self.gram:
+            self.cross.addr_(x, (root * y).to(self.gram))
 
 
 def walk_layers(
@@ -125,7 +142,7 @@ def walk_layers(
     other: nn.Module | None = None,
     add_up: Callable[[Tensor], object] | None = None,
 ) -> Generator[tuple[str, Inputs]]:
-    """Yields each prunable weight's name and the sums over its layer's inputs, in computing order.
+    """Yields each prunable weight's name and its layer's `Inputs`, in computing order.
 
         for name, inputs in walk_layers(model, batches):
             ...  # may change the layer: later layers see it in their inputs
@@ -160,16 +177,6 @@ def walk_layers(
 
 
 # ---- helpers, not exported ----
-
-
-def _split(inputs: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Inputs less their mean, shape (tokens, inputs), the mean, and the number of tokens.
-
-    Products in float32 would lose small variations about a large mean.
-    """
-    inputs = at_least_float32(inputs.reshape(-1, inputs.shape[-1]))
-    shift = inputs.mean(0)
-    return inputs - shift, shift, len(inputs)
 
 
 def _copied(value):
@@ -281,9 +288,7 @@ def _layers_of_unit(
             return  # a later call of the unit uses them
 
         name, inputs = found
-        if add_up:
-            for total in inputs.sums:
-                add_up(total)
+        inputs.complete(add_up)
         yield name, inputs
         del pending[name]
 

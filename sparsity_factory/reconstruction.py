@@ -214,7 +214,8 @@ def reconstruct_layers(
 
     Each layer is given the inputs that it has when all before it are pruned. If it has a bias, the
     Gram matrix is that of the inputs less their mean, and the bias is given what the mean outputs
-    lose: the least squares over weights and bias together.
+    lose: the least squares over weights and bias together. Without a bias, it is that of the inputs
+    themselves.
 
     Args:
         model: changed in place.
@@ -285,7 +286,7 @@ def _reconstructed(
     method: str, layer: _Layer, mask: Tensor, pattern: Pattern | None
 ) -> list[Tensor]:
     """The new weight and mask of a layer, on the CPU."""
-    inputs = layer.inputs if layer.bias is None else layer.inputs.centred()
+    inputs = layer.inputs.about_zero() if layer.bias is None else layer.inputs
     try:
         new = RECONSTRUCTIONS[method](layer.weight, inputs, mask, pattern)
     except PruningError as error:

@@ -11,7 +11,8 @@ float64. Sums of numbers of 24 bits that lie within a factor of 2**29 of each ot
 53 bits of float64. So the order of the batches, and how they are shared out among processes, change
 at most the last bits of the sums. That costs 8 bytes a weight for each of `gradient` and
 `squared_gradient`: 0.7 GB on DeiT-Base. Sums in float32, of half the size, would round differently
-in every order. `removal_costs` takes 1,536 bytes a weight while it is summed.
+in every order. `removal_costs` takes 1,536 bytes a weight while it is summed. In a Gram matrix, the
+products of a batch are in float32 about its mean, and those of the mean in float64.
 """
 
 import math
@@ -319,6 +320,17 @@ def add_gram(total: Tensor, inputs: Tensor) -> None:
                 total[slices[column], slices[row]] += product.T
 
 
+def less_mean(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs of shape (..., inputs) less their mean, shape (tokens, inputs); the mean in float64."""
+    rows = at_least_float32(inputs.reshape(-1, inputs.shape[-1]))
+    mean = rows.mean(0)
+    rest = rows - mean
+
+    # The mean was rounded, and the rest still has what that left out
+    left = rest.mean(0)
+    return rest.sub_(left), mean.double() + left
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -564,7 +576,11 @@ class _Inputs(TorchFunctionMode):
             if "input_norms" in totals:
                 totals["input_norms"] += inputs.square().sum(0)
             if "gram" in totals:
-                add_gram(totals["gram"], inputs)
+                # X^T X in float32 would lose small variations about a large mean
+                rest, mean = less_mean(inputs)
+                mean *= len(rest) ** 0.5
+                add_gram(totals["gram"], rest)
+                totals["gram"].addr_(mean, mean)
 
 
 @contextmanager

@@ -197,11 +197,12 @@ def test_layers_come_as_they_compute_each_with_the_inputs_that_the_changed_model
     for (_, sums), (_, inputs) in zip(found, expected, strict=True):
         inputs = inputs.double()
         assert sums.gram.dtype == torch.float64
-        torch.testing.assert_close(sums.gram, inputs.T @ inputs, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(sums.total, inputs.sum(0), rtol=1e-5, atol=1e-4)
         assert sums.tokens == len(inputs)
+        torch.testing.assert_close(sums.mean, inputs.mean(0), rtol=1e-5, atol=1e-6)
         centred = inputs - inputs.mean(0)
-        torch.testing.assert_close(sums.centred().gram, centred.T @ centred, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(sums.gram, centred.T @ centred, rtol=1e-4, atol=1e-3)
+        about_zero = sums.about_zero().gram
+        torch.testing.assert_close(about_zero, inputs.T @ inputs, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["deit", "cait", "shared", "plain"])
@@ -292,7 +293,7 @@ def test_under_autocast_later_layers_see_changed_weights():
         model(batches[0])  # casts, and keeps
         for layer, inputs in walk_layers(model, batches):
             assert torch.is_autocast_enabled("cpu")
-            found.append(inputs.gram)
+            found.append(inputs.about_zero().gram)
             with torch.autocast("cpu", enabled=False):
                 halve(model, layer)
         assert torch.is_autocast_enabled("cpu")
@@ -314,35 +315,68 @@ def test_under_autocast_later_layers_see_changed_weights():
         )
 
 
-def test_shares_of_the_batches_add_up():
+def test_what_processes_have_seen_is_merged():
+    """Two processes, whose shares have other means: the second adds up what the first has left."""
+    generator = torch.Generator().manual_seed(0)
+    shares = [torch.randn(n, 6, generator=generator) + shift for n, shift in ((90, 1), (40, 5))]
+    others = [3 * share - share.flip(1) for share in shares]
+
+    def merged(own: int, tensors_of_other: list[torch.Tensor]) -> tuple[Inputs, list]:
+        left = []
+        coming = iter(tensors_of_other)
+
+        def add_up(total):
+            left.append(total.clone())
+            total += next(coming, torch.zeros_like(total))
+
+        sums = Inputs.of(torch.zeros(3, 6), with_other=True)
+        for part, other in zip(shares[own].split(25), others[own].split(25), strict=True):
+            sums.add(part, other)
+        sums.complete(add_up)
+        return sums, left
+
+    # An exchange needs what came out of those before: the first tensor, then two, then all
+    tensors: list = []
+    for _ in range(5):
+        _, first = merged(0, tensors)
+        found, tensors = merged(1, first)
+
+    inputs = torch.cat(shares).double()
+    other = torch.cat(others).double()
+    centred = inputs - inputs.mean(0)
+    assert found.tokens == 130
+    torch.testing.assert_close(found.mean, inputs.mean(0))
+    torch.testing.assert_close(found.other_mean, other.mean(0))
+    torch.testing.assert_close(found.gram, centred.T @ centred, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        found.cross, centred.T @ (other - other.mean(0)), rtol=1e-5, atol=1e-4
+    )
+    torch.testing.assert_close(found.about_zero().cross, inputs.T @ other, rtol=1e-5, atol=1e-4)
+
+
+def test_the_walk_merges_processes():
     model, batches = made("deit")
-
-    def sums(share, **options):
-        return [inputs for _, inputs in walk_layers(model, share, **options)]
-
-    whole = sums(batches)
-    parts = [sums(batches[:1]), sums(batches[1:])]
-    for one, first, second in zip(whole, *parts, strict=True):
-        torch.testing.assert_close(one.gram, first.gram + second.gram, rtol=1e-5, atol=1e-4)
-
-    added = sums(batches[:1], add_up=lambda total: total.mul_(2))
-    for one, twice in zip(parts[0], added, strict=True):
-        assert torch.equal(2 * one.gram, twice.gram) and torch.equal(2 * one.total, twice.total)
-        assert 2 * one.tokens == twice.tokens and torch.equal(one.mean, twice.mean)
+    alone = [inputs for _, inputs in walk_layers(model, batches)]
+    twice = [inputs for _, inputs in walk_layers(model, batches, add_up=lambda x: x.mul_(2))]
+    for one, two in zip(alone, twice, strict=True):
+        assert torch.equal(2 * one.gram, two.gram) and torch.equal(one.mean, two.mean)
+        assert 2 * one.tokens == two.tokens
 
 
-def test_an_input_that_does_not_vary_has_a_centred_gram_matrix_of_zero_there():
+def test_an_input_that_does_not_vary_has_a_gram_matrix_of_zero_there():
     inputs = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0))
     inputs[:, 2], inputs[:, 5], inputs[:, 6] = 7.3, 0.0, 1000 + inputs[:, 6]
     sums = Inputs.of(torch.zeros(3, 8))
     for part in inputs.split(3000):
         sums.add(part)
-    assert sums.centred().gram.isfinite().all()
-    assert sums.centred().gram.diagonal().eq(0).nonzero().flatten().tolist() == [2, 5]
-    assert not sums.centred().gram[2].any() and not sums.centred().gram[:, 2].any()
+    sums.complete()
+    assert sums.gram.isfinite().all()
+    assert sums.gram.diagonal().eq(0).nonzero().flatten().tolist() == [2, 5]
+    assert not sums.gram[2].any() and not sums.gram[:, 2].any()
     centred = inputs.double() - inputs.double().mean(0)
     centred[:, 2] = 0
-    torch.testing.assert_close(sums.centred().gram, centred.T @ centred, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(sums.gram, centred.T @ centred, rtol=1e-4, atol=1e-2)
+    assert sums.about_zero().gram.diagonal().eq(0).nonzero().flatten().tolist() == [5]
 
 
 # ---- errors ----
@@ -496,7 +530,8 @@ def test_a_model_beside_sees_the_same_images(name):
     )
     plain_walk(dense, batches, lambda layer, inputs: others.append(inputs.double()))
     for (layer, inputs), other in zip(expected, others, strict=True):
-        torch.testing.assert_close(found[layer].cross, inputs.T @ other, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(found[layer].other, other.sum(0), rtol=1e-5, atol=1e-4)
+        about_zero = found[layer].about_zero().cross
+        torch.testing.assert_close(about_zero, inputs.T @ other, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(found[layer].other_mean, other.mean(0), rtol=1e-5, atol=1e-6)
         centred = (inputs - inputs.mean(0)).T @ (other - other.mean(0))
-        torch.testing.assert_close(found[layer].centred().cross, centred, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(found[layer].cross, centred, rtol=1e-4, atol=1e-3)

@@ -12,6 +12,7 @@ import timm
 import torch
 from conftest import ROOT
 from made_up import linears
+from pretend_cuda import pretend_cuda
 from torch import nn
 
 from sparsity_factory import (
@@ -376,6 +377,47 @@ def one_layer(inputs, rows=5, bias=True):
     return nn.Sequential(nn.Linear(inputs.shape[1], rows, bias=bias, dtype=torch.float64))
 
 
+def moved(inputs, mean_to_std):
+    """Inputs in float32, each with a mean of so many of its standard deviations."""
+    return (inputs / inputs.std(0) + mean_to_std * (1 + torch.rand(inputs.shape[1]))).float()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("mean_to_std", [1, 100, 400])
+def test_on_a_gpu_float32_errs_as_float64_does_also_about_large_means(caplog, mean_to_std, bias):
+    """On the pretended one, compared with the plain definition over all inputs at once."""
+    inputs = moved(layer(columns=32, tokens=4000)[1], mean_to_std)
+    model = one_layer(inputs, bias=bias).float()
+    dense = copy.deepcopy(model).double()
+    mask = torch.rand(5, 32, generator=torch.Generator().manual_seed(1)) < 0.5
+
+    with pretend_cuda():
+        on_gpu = model.to("cuda")
+        reconstruct_layers(
+            on_gpu,
+            {"0.weight": mask.to("cuda")},
+            "obs-mask",
+            as_walked(on_gpu, inputs.to("cuda").split(600)),
+            patterns=unstructured,
+        )
+        found = copy.deepcopy(on_gpu.cpu()).double()
+
+    inputs = inputs.double()
+    seen = inputs - inputs.mean(0) if bias else inputs
+    plain = copy.deepcopy(dense)
+    weight, _ = plain_obs(dense[0].weight.detach(), seen.T @ seen, 0.01, [0, 32], lambda *_: mask)
+    with torch.no_grad():
+        plain[0].weight.copy_(weight)
+        if bias:
+            plain[0].bias += (dense[0].weight - weight) @ inputs.mean(0)
+
+    def lost(pruned):
+        return (pruned(inputs) - dense(inputs)).square().sum().item()
+
+    assert "damping" not in caplog.text
+    assert lost(found) == pytest.approx(lost(plain), rel=1e-3)
+
+
 def test_with_a_bias_it_is_the_least_squares_over_weights_and_bias(monkeypatch):
     """Without damping, and with the first inputs pruned, for which all that are left make up."""
     inputs = layer(columns=12, tokens=200)[1] + torch.arange(12)
@@ -423,7 +465,7 @@ def seen(inputs, other):
     sums = Inputs.of(torch.empty(1, inputs.shape[1]), with_other=True)
     for part, beside in zip(inputs.split(25), other.split(25), strict=True):
         sums.add(part, beside)
-    return sums
+    return sums.about_zero()
 
 
 def exact(weight, inputs, other, mask):
