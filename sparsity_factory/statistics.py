@@ -321,7 +321,7 @@ def add_gram(total: Tensor, inputs: Tensor) -> None:
 
 
 def less_mean(inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs of shape (..., inputs) less their mean, shape (tokens, inputs); the mean in float64."""
+    """Inputs (..., inputs) less their mean, shape (tokens, inputs), and the mean in float64."""
     rows = at_least_float32(inputs.reshape(-1, inputs.shape[-1]))
     mean = rows.mean(0)
     rest = rows - mean
