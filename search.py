@@ -21,7 +21,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -360,9 +360,11 @@ class Bench:
 
         logger = utils.MetricLogger()
         for name in logger.log_every(list(space.levels), 12, "Layer:"):
-            for level in space.levels[name]:
-                if level not in record.losses.get(name, {}):
-                    record.add(loss=[name, level, self._measure(self.pruned(name, level))])
+            known = record.losses.get(name, {})
+            missing = [level for level in space.levels[name] if level not in known]
+            for level, pruned in zip(missing, self._at(name, missing), strict=True):
+                self._pruned[name, level] = pruned
+                record.add(loss=[name, level, self._measure(pruned)])
                 stop.check_alone()
         self.losses = {
             name: {level: record.losses[name][level] for level in levels}
@@ -372,17 +374,7 @@ class Bench:
     def pruned(self, name: str, level: str) -> Pruned:
         """A layer at a level."""
         if (name, level) not in self._pruned:
-            layer = Layer(name, statistics=self._statistics, device=self._weights[name].device)
-            mask_of = partial(mask_at, self._magnitudes, name) if self._magnitudes else None
-            (self._pruned[name, level],) = at_levels(
-                self._weights[name].detach(),
-                layer,
-                [self.space.levels[name][level]],
-                divergence=self._divergence,
-                mask_of=mask_of,
-            )
-            if self._magnitudes:
-                self._magnitudes.check()
+            (self._pruned[name, level],) = self._at(name, [level])
         return self._pruned[name, level]
 
     def divergence(self, chosen: Mapping[str, str]) -> float:
@@ -397,6 +389,20 @@ class Bench:
             }
             self.record.add(divergence=[key, self._divergence(new)])
         return self.record.divergences[key]
+
+    def _at(self, name: str, levels: Sequence[str]) -> Iterator[Pruned]:
+        """A layer at some levels."""
+        found = at_levels(
+            self._weights[name].detach(),
+            Layer(name, statistics=self._statistics, device=self._weights[name].device),
+            [self.space.levels[name][level] for level in levels],
+            divergence=self._divergence,
+            mask_of=partial(mask_at, self._magnitudes, name) if self._magnitudes else None,
+        )
+        for pruned in found:
+            if self._magnitudes:
+                self._magnitudes.check()
+            yield pruned
 
     def _collect(self, model, calibration: Calibration) -> Statistics:
         if self.record.statistics.exists():

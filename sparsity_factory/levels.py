@@ -17,6 +17,7 @@ from itertools import permutations
 import torch
 from torch import Tensor, nn
 
+from .damping import damped_gram
 from .masks import prunable_weights
 from .method import method
 from .patterns import Pattern
@@ -92,8 +93,11 @@ def at_levels(
     """Yields a layer at each level, a number of units of the pattern that are kept, or (n, m).
 
     mask_of: from a level to the mask, by which weights are pruned without compensation. By default
-        Optimal Brain Surgeon chooses the mask, and the kept weights compensate.
+        Optimal Brain Surgeon chooses the mask, and the kept weights compensate. All levels share
+        the factor of the layer's Gram matrix, which takes longer than a level.
     """
+    factor = None
+    columns = few_columns(weight)
     units = pattern.units(weight.shape) if pattern else weight.numel()
     for kept in levels:
         if kept == units or isinstance(kept, tuple) and kept[0] == kept[1]:
@@ -103,8 +107,11 @@ def at_levels(
             mask = mask_of(kept)
             new = weight * mask
         else:
-            columns = few_columns(weight)
-            new, mask = obs_prune(weight, layer.gram, kept, pattern=pattern, block_size=columns)
+            if factor is None:
+                _, factor = damped_gram(layer.gram)
+            new, mask = obs_prune(
+                weight, layer.gram, kept, pattern=pattern, block_size=columns, factor=factor
+            )
         yield Pruned(layer, weight, new, mask, divergence)
 
 

@@ -45,6 +45,7 @@ def obs_prune(
     damping: float = DAMPING,
     block_size: int = 128,
     pattern: Pattern | None = None,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Prunes a weight by Optimal Brain Surgeon; the kept weights compensate for the pruned ones.
 
@@ -69,6 +70,7 @@ def obs_prune(
         damping: raised tenfold, with a warning in the log, until the matrix can be factored.
         block_size: columns among which weights compare.
         pattern: what is removed together, if `kept` is a number; single weights by default.
+        factor: U, if it is known already; `damping` then changes nothing.
 
     Returns:
         The new weight in the dtype of the given one, zero where it is pruned; and the mask.
@@ -92,7 +94,8 @@ def obs_prune(
     width = pattern.compared_columns(block_size)
     block_size = max(block_size // width, 1) * width
 
-    _, factor = damped_gram(gram, damping)
+    if factor is None:
+        _, factor = damped_gram(gram, damping)
     diagonal = factor.diagonal()
 
     # Transposed, so that a column of W is contiguous: columns[j] is W[:, j]

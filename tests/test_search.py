@@ -20,10 +20,12 @@ from sparsity_factory import (
     PruningError,
     collect_statistics,
     compute_masks,
+    levels,
     obs_prune,
     prunable_weights,
 )
 from sparsity_factory.custom_yaml import resolve_choices, resolve_levels
+from sparsity_factory.damping import damped_gram
 from sparsity_factory.knapsack import STATES, cheapest
 from sparsity_factory.levels import MEASURES, Divergence, at_levels, exchanges
 from sparsity_factory.patterns import n_of_m
@@ -155,6 +157,22 @@ def test_a_measure_is_its_formula_and_zero_where_nothing_is_pruned(measure, mode
         assert MEASURES[measure](pruned) == pytest.approx(float(expected[measure]), rel=1e-5)
         assert torch.equal(model[2].weight, weight)
     assert MEASURES[measure](whole) == 0
+
+
+def test_the_gram_matrix_of_a_layer_is_factored_once_for_all_its_levels(model, monkeypatch):
+    factored = []
+
+    def note(gram):
+        factored.append(1)
+        return damped_gram(gram)
+
+    monkeypatch.setattr(levels, "damped_gram", note)
+    layer = Layer("2.weight", statistics=statistics_of(model, NEEDS))
+    weight = model[2].weight.detach()
+    assert len(list(at_levels(weight, layer, [(4, 4)], mask_of=lambda kept: weight > 0))) == 1
+    assert not factored
+    found = list(at_levels(weight, layer, [10, (4, 4), (2, 4), 20]))
+    assert len(factored) == 1 and not (found[0].new == found[3].new).all()
 
 
 # ---- the pruner ----
