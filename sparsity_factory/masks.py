@@ -1,6 +1,6 @@
 """Which weights of a model are prunable, and `Masks`, which keeps the chosen ones at zero."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -243,7 +243,7 @@ def pack(masks: Mapping[str, Tensor]) -> dict[str, dict]:
         significant bit first, the last byte padded with zeros. `unpack` reads it.
     """
     return {
-        name: {"bits": torch.from_numpy(np.packbits(mask.cpu().numpy())), "shape": list(mask.shape)}
+        name: {"bits": packed(mask).cpu(), "shape": list(mask.shape)}
         for name, mask in masks.items()
     }
 
@@ -269,11 +269,48 @@ def unpack(state: dict[str, dict]) -> dict[str, Tensor]:
         if problem:
             raise PruningError(f"mask {str(name)[:200]!r} of the saved masks: {problem}")
         storages.add(entry["bits"].untyped_storage().data_ptr())
-    return {name: _unpacked(entry["bits"], entry["shape"]) for name, entry in state.items()}
+    return {name: unpacked(entry["bits"].cpu(), entry["shape"]) for name, entry in state.items()}
+
+
+def packed(mask: Tensor) -> Tensor:
+    """The bits of a bool mask in a uint8 tensor on its device, as `pack` describes them."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.packbits(mask.numpy()))
+    flat = mask.flatten().view(torch.uint8)
+    eights = nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    return (eights * _powers(mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The bool mask whose bits `packed` returned, on their device."""
+    if bits.device.type == "cpu":
+        flat = np.unpackbits(bits.numpy(), count=prod(shape)).view(np.bool_)
+        return torch.from_numpy(flat).view(tuple(shape))
+    return (bits[:, None] & _powers(bits.device)).bool().flatten()[: prod(shape)].view(tuple(shape))
+
+
+def checksums(masks: Mapping[str, Tensor]) -> list[int]:
+    """A number for each mask, the same on every device. Waits for the device once.
+
+    Equal masks have equal numbers, and other masks of the same shape all but certainly others.
+    """
+
+    def checksum(mask: Tensor) -> Tensor:
+        bits = packed(mask)
+        words = nn.functional.pad(bits, (0, -len(bits) % 8)).view(torch.int64)
+        # A factor for each place, without structure, so that weights that trade places show
+        factors = torch.arange(len(words), device=mask.device) * _FACTOR + _FIRST
+        return (words * factors).sum()
+
+    sums = [checksum(mask) for mask in masks.values()]
+    return torch.stack(sums).tolist() if sums else []
 
 
 # ---- helpers, not exported ----
 
+
+# Odd and arbitrary
+_FACTOR, _FIRST = 0x1B873593CC9E2D51, 0x165667B19E3779B9
 
 _INTEGERS = {
     torch.float16: torch.int16,
@@ -314,6 +351,6 @@ def _why_not_packed(name, entry) -> str | None:
     return None
 
 
-def _unpacked(bits: Tensor, shape: list[int]) -> Tensor:
-    flat = np.unpackbits(bits.cpu().numpy(), count=prod(shape)).view(np.bool_)
-    return torch.from_numpy(flat).view(tuple(shape))
+def _powers(device: torch.device) -> Tensor:
+    """128, 64, ..., 1."""
+    return 2 ** torch.arange(7, -1, -1, dtype=torch.uint8, device=device)

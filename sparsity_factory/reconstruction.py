@@ -249,7 +249,7 @@ def reconstruct_layers(
 
             with torch.autocast(layer.weight.device.type, enabled=False):
                 compute = partial(_reconstructed, method, layer, mask, patterns(name))
-                new, found[name] = (part.to(layer.weight.device) for part in share(compute))
+                new, found[name] = share(compute)
                 if layer.bias is not None:
                     layer.bias.add_(layer.mean_loss(new).to(layer.bias))
                     layer.bias.mul_(masks.get(bias_name, 1))
@@ -287,14 +287,13 @@ class _Layer(NamedTuple):
 
 def _reconstructed(
     method: str, layer: _Layer, mask: Tensor, pattern: Pattern | None
-) -> list[Tensor]:
-    """The new weight and mask of a layer, on the CPU."""
+) -> tuple[Tensor, Tensor]:
+    """The new weight and mask of a layer."""
     inputs = layer.inputs.about_zero() if layer.bias is None else layer.inputs
     try:
-        new = RECONSTRUCTIONS[method](layer.weight, inputs, mask, pattern)
+        return RECONSTRUCTIONS[method](layer.weight, inputs, mask, pattern)
     except PruningError as error:
         raise PruningError(f"{layer.name}: {error}") from error
-    return [part.cpu() for part in new]
 
 
 class _LeastSquares:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .checkpoint import VERSION, SavedPruning
 from .errors import PruningError
 from .followers import Followers, on_cpu
-from .masks import Masks, pack, prunable_weights, unpack
+from .masks import Masks, checksums, packed, prunable_weights, unpacked
 from .patterns import Pattern, parse_pattern, regrow
 from .permutation import best_orders, reorder
 from .pruned_weights import ZeroWeights, are_finite
@@ -46,7 +46,8 @@ class Sparsifier:
     - A change that is due at a step whose gradients are not all finite is made at the next step
       with finite gradients. Only steps with a change look at them, since that waits for the device.
     - A change is a function of the seed, the step, the weights and their gradients, so that a
-      resumed run continues to the bit. All processes have what the first process chooses.
+      resumed run continues to the bit. All processes have the same masks: those that follow from
+      the weights alone are computed by each and compared, all others come from the first process.
     - `set` and `rigl` neither drop nor grow weights without a gradient.
     - Optimizers see the gradients of the kept weights only. Muon and its kin see whole gradients.
     - Whenever the recipe chooses masks, its reconstruction changes the weights and, if it chooses
@@ -66,7 +67,10 @@ class Sparsifier:
         walk: called on every process if the recipe reconstructs, with a copy of the dense model
             or None; returns what `walk_layers` does, given these as its `other`.
         share: calls a function on the first process, and returns its result on all: plain
-            containers, numbers and tensors on the CPU. Without it, each process calls the function.
+            containers, numbers and tensors on their devices. Without it, each process calls the
+            function.
+        gather: returns the list of what all processes call it with. Without it, all masks come
+            from the first process.
 
     Attributes:
         masks: the current `Masks`, the same object for the whole run.
@@ -89,6 +93,7 @@ class Sparsifier:
         statistics: Callable | None = None,
         walk: Callable | None = None,
         share: Callable | None = None,
+        gather: Callable | None = None,
     ):
         recipe.check()
         self.model = model
@@ -96,6 +101,7 @@ class Sparsifier:
         self._statistics = statistics
         self._walk = walk
         self._share = share
+        self._gather = gather
 
         # What the recipe means for the weights of this model
         weights = prunable_weights(model)
@@ -233,7 +239,15 @@ class Sparsifier:
         request = self._request(scale)
         if among_kept:
             request["among"] = self.masks
-        return self._shared_masks(lambda: compute_masks(self.model, **request))
+
+        def compute() -> dict[str, Tensor]:
+            return compute_masks(self.model, **request)
+
+        if self.recipe.needs or not self._gather:
+            return self._shared_masks(compute)
+        masks = compute()
+        self._expect_same_everywhere(masks)
+        return masks
 
     def dense(self) -> dict[str, Tensor]:
         """Masks that keep every weight."""
@@ -385,12 +399,30 @@ class Sparsifier:
         return self._share(compute) if self._share else compute()
 
     def _shared_masks(self, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The masks that `compute` returns, each on the device of its parameter."""
+        """The masks that `compute` returns on the first process, which travel as bits."""
         if not self._share:
             return compute()
-        # They travel as bits
-        masks = unpack(self._share(lambda: pack(compute())))
-        return {name: mask.to(self._parameters[name].device) for name, mask in masks.items()}
+
+        def as_bits() -> dict[str, tuple[Tensor, list[int]]]:
+            return {name: (packed(mask), list(mask.shape)) for name, mask in compute().items()}
+
+        return {name: unpacked(*entry) for name, entry in self._share(as_bits).items()}
+
+    def _expect_same_everywhere(self, masks: dict[str, Tensor]) -> None:
+        """Compares the masks of all processes, which each has computed from its weights.
+
+        Raises:
+            PruningError: on all processes, if they differ.
+        """
+        assert self._gather is not None
+        found = self._gather(checksums(masks))
+        for name, *sums in zip(masks, *found, strict=True):
+            if len(set(sums)) > 1:
+                other = next(rank for rank, value in enumerate(sums) if value != sums[0])
+                raise PruningError(
+                    f"{name}: processes 0 and {other} choose different masks, so their weights "
+                    "differ; expected the same weights on all processes"
+                )
 
     def _request(self, scale: Callable[[float], float] | None = None) -> dict:
         """The arguments of `compute_masks`, with statistics of the model as it is."""

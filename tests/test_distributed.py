@@ -151,8 +151,32 @@ def different(one: dict, two: dict) -> int:
     return sum(int((one[name] != two[name]).sum()) for name in one)
 
 
-def test_all_processes_have_the_masks_and_orders_of_the_first(pair):
-    """And its orders of channels, though their weights differ."""
+def test_tensors_of_the_first_process_reach_all_others_as_they_are(pair):
+    first, second = (read(pair / f"exchanged{rank}.pth") for rank in range(2))
+    (numbers, text), nested = first["nested"]
+    (same, other_text), other_nested = second["nested"]
+    assert text == other_text == "text" and first.keys() == second.keys()
+    assert torch.equal(numbers, same) and torch.equal(same.T, other_nested["transposed"])
+    assert torch.equal(same, other_nested["again"])
+    for name in ("bools", "half", "one", "none"):
+        assert torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype
+
+
+def test_masks_that_weights_alone_decide_must_be_the_same_everywhere(pair):
+    """The weights of the second process differ from those of the first."""
+    errors = [read(pair / f"shared{rank}.pth")["error"] for rank in range(2)]
+    assert (
+        errors[0]
+        == errors[1]
+        == (
+            "blocks.0.attn.qkv.weight: processes 0 and 1 choose different masks, so their weights "
+            "differ; expected the same weights on all processes"
+        )
+    )
+
+
+def test_masks_and_orders_that_data_decide_are_those_of_the_first_process(pair):
+    """Though the weights of the processes differ."""
     first, second = (read(pair / f"shared{rank}.pth") for rank in range(2))
     assert len(first["masks"]) == 24
     assert different(first["masks"], second["masks"]) == 0

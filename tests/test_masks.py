@@ -6,6 +6,7 @@ import io
 import pytest
 import timm
 import torch
+from pretend_cuda import pretend_cuda
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,7 +22,7 @@ from sparsity_factory import (
     prunable_weights,
     unpack,
 )
-from sparsity_factory.masks import POSITION_MLPS, select
+from sparsity_factory.masks import POSITION_MLPS, checksums, packed, select, unpacked
 
 
 def two_layers() -> nn.Module:
@@ -360,6 +361,30 @@ def test_masks_survive_a_file_that_is_read_with_weights_only():
     assert list(restored) == list(masks)
     assert all(torch.equal(restored[name], mask) for name, mask in masks.items())
     assert torch.equal(fresh[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (3, 7), (16, 8), (33, 31)])
+def test_a_gpu_packs_the_same_bits_as_a_cpu_and_has_the_same_checksum(shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    bits = packed(mask)
+    assert len(bits) == -(-mask.numel() // 8) and torch.equal(unpacked(bits, shape), mask)
+    with pretend_cuda():
+        on_gpu = mask.to("cuda")
+        assert torch.equal(packed(on_gpu).cpu(), bits)
+        assert torch.equal(unpacked(packed(on_gpu), shape).cpu(), mask)
+        assert checksums({"": on_gpu, "turned": on_gpu.T}) == checksums(
+            {"": mask, "turned": mask.T}
+        )
+
+
+def test_masks_that_keep_other_weights_have_other_checksums():
+    masks = {"": torch.zeros(400, dtype=torch.bool)}
+    for i in range(0, 400, 9):
+        for j in range(0, i, 9):
+            masks[f"{i} {j}"] = torch.zeros(400, dtype=torch.bool)
+            masks[f"{i} {j}"][[i, j]] = True
+    assert len(set(checksums(masks))) == len(masks)
+    assert checksums({}) == []
 
 
 def test_loading_replaces_the_masks_and_applies_them():

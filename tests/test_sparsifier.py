@@ -709,8 +709,7 @@ def test_the_masks_of_the_first_process_are_those_of_all(schedule):
         one, other = (run.masks() for run in runs)
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert all(
-        isinstance(answer, bool)
-        or all(set(entry) == {"bits", "shape"} for entry in answer.values())
+        isinstance(answer, bool) or all(bits.dtype == torch.uint8 for bits, _ in answer.values())
         for answer in answers
     )
 
@@ -910,7 +909,34 @@ def test_a_damaged_state_is_refused_in_one_line_and_changes_nothing(case):
 def test_masks_on_their_way_to_other_processes_are_bits():
     sent = []
     Run(recipe("one-shot"), share=lambda compute: sent.append(compute()) or sent[-1])
-    assert sum(entry["bits"].numel() for entry in sent[0].values()) == (12 * 8 + 6 * 12) // 8
+    assert sum(bits.numel() for bits, _ in sent[0].values()) == (12 * 8 + 6 * 12) // 8
+
+
+# Which grow weights by what the first process draws or sees, or take the masks that were learned
+@pytest.mark.parametrize("schedule", sorted(set(SCHEDULES) - {"set", "rigl", "maskllm"}))
+def test_masks_that_weights_alone_decide_do_not_travel(schedule):
+    alone = Run(recipe(schedule))
+    sent, compared = [], []
+
+    def gather(sums):
+        compared.append(sums)
+        return [sums, list(sums)]
+
+    run = Run(recipe(schedule), share=lambda c: sent.append(c()) or sent[-1], gather=gather)
+    for _ in range(STEPS):
+        alone.step()
+        run.step()
+    expected = alone.masks()
+    assert all(torch.equal(mask, expected[name]) for name, mask in run.masks().items())
+    assert compared and all(isinstance(answer, bool) for answer in sent)
+
+
+def test_masks_that_differ_among_processes_are_an_error_that_names_the_weight():
+    def gather(sums):
+        return [sums, sums, [sums[0], sums[1] + 1]]
+
+    with pytest.raises(PruningError, match=r"^3\.weight: processes 0 and 2 choose different masks"):
+        Run(recipe("one-shot"), share=lambda compute: compute(), gather=gather)
 
 
 class NoHostReads(TorchDispatchMode):

@@ -370,9 +370,11 @@ def prepare_model(
     return model.to(device)
 
 
-def sharing() -> Callable | None:
-    """How processes share what one of them chooses; None for a single one."""
-    return utils.on_first_process if utils.world_size() > 1 else None
+def exchanges() -> dict[str, Callable]:
+    """How the processes of a run share what one chooses and compare what each has."""
+    if utils.world_size() == 1:
+        return {}
+    return {"share": utils.on_first_process, "gather": utils.gather_objects}
 
 
 def with_synchronized_norm(
@@ -427,7 +429,7 @@ def build_sparsifier(
             total_steps=max(args.epochs - args.start_epoch, 1) * epoch_steps,
             epoch_steps=epoch_steps,
             masks=masks,
-            share=sharing(),
+            **exchanges(),
             **data,
         )
 
@@ -484,7 +486,7 @@ def shrink_before_training(
         total_steps=sparsifier.steps.total,
         epoch_steps=sparsifier.steps.epoch,
         masks=kept,
-        share=sharing(),
+        **exchanges(),
     )
     return dense, small, follower
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import io
 import math
 import os
 import pickle
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from .errors import UserError, first_line
@@ -141,7 +143,8 @@ def init_process_group(
 def on_first_process(compute):
     """Calls `compute()` on process 0, and returns its result on every process.
 
-    An error is raised on every process: on the others as one of the same class with the same text,
+    Tensors in the result travel by the backend of their device, and all else as an object. An
+    error is raised on every process: on the others as one of the same class with the same text,
     or as a RuntimeError with that text if they do not know the class. A result that cannot be
     pickled is an error as well.
     """
@@ -151,11 +154,12 @@ def on_first_process(compute):
     result = None
     error = None
     message: list[Any] = [None]
+    tensors: list[Tensor] = []
     if is_main_process():
         try:
             result = compute()
             # Pickled before the broadcast, so that the others learn of a failure.
-            message = [(pickle.dumps(result), None)]
+            message = [(_pickled(result, tensors), None)]
         except Exception as raised:
             error = raised
             message = [(None, _description(raised))]
@@ -164,12 +168,15 @@ def on_first_process(compute):
     if is_main_process():
         if error is not None:
             raise error
+        _broadcast(tensors)
         return result
 
     pickled, description = message[0]
     if description is not None:
         raise _described(*description)
-    return pickle.loads(pickled)
+    result = _unpickled(pickled, tensors)
+    _broadcast(tensors)
+    return result
 
 
 def gather_objects(value) -> list:
@@ -244,6 +251,40 @@ def end_process(work) -> NoReturn:
 
 
 # ---- helpers, not exported ----
+
+
+def _pickled(result, tensors: list[Tensor]) -> bytes:
+    """A pickle of `result` without the values of its tensors, which are appended to the list."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            if not isinstance(value, Tensor):
+                return None
+            tensors.append(value.detach().contiguous())
+            return value.shape, value.dtype, value.device.type
+
+    file = io.BytesIO()
+    Pickler(file).dump(result)
+    return file.getvalue()
+
+
+def _unpickled(pickled: bytes, tensors: list[Tensor]):
+    """What was pickled, with empty tensors, which are appended to the list."""
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, described):
+            shape, dtype, device = described
+            tensors.append(torch.empty(shape, dtype=dtype, device=device))
+            return tensors[-1]
+
+    return Unpickler(io.BytesIO(pickled)).load()
+
+
+def _broadcast(tensors: list[Tensor]) -> None:
+    """Fills contiguous tensors with the values that they have on process 0."""
+    as_bytes = [tensor.view(-1).view(torch.uint8) for tensor in tensors if tensor.numel()]
+    for work in [dist.broadcast(part, src=0, async_op=True) for part in as_bytes]:
+        work.wait()
 
 
 def _description(error: Exception) -> tuple[str, str, str, dict]:

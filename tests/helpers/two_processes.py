@@ -5,7 +5,8 @@ starting it takes longest.
 
 FOLDER/runs.json has the command lines by name. In FOLDER/NAME, each process leaves what it printed
 (printed0.txt), and every set of masks that the run has had (masks0.pth); and the weights after each
-permutation and each reconstruction (weights0.pth).
+permutation and each reconstruction (weights0.pth). FOLDER/exchanged0.pth and shared0.pth have what
+the processes told each other before.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from torch import Tensor
 import main
 import utils
 from models import build_model
-from sparsity_factory import Masks, Sparsifier
+from sparsity_factory import Masks, PruningError, Sparsifier
 from trainer.arguments import parse_args
 from trainer.builders import build_sparsifier
 
@@ -57,13 +58,39 @@ def record_weights(found: list, method):
     return recording
 
 
+def exchange_tensors(folder: Path) -> None:
+    """Saves what each process receives of the first one's tensors."""
+    torch.manual_seed(utils.rank())
+
+    def compute():
+        numbers = torch.randn(6, 5)
+        return {
+            "bools": numbers > 0,
+            "nested": [(numbers, "text"), {"transposed": numbers.T, "again": numbers}],
+            "half": numbers.bfloat16()[1:],
+            "one": torch.tensor(7),
+            "none": torch.empty(0, 3),
+        }
+
+    torch.save(utils.on_first_process(compute), folder / f"exchanged{utils.rank()}.pth")
+
+
 def share_masks(folder: Path) -> None:
     """Saves the masks of each process for weights that differ on purpose, and these before and
-    after a permutation.
+    after a permutation. If the weights alone decide, that is an error, which is saved too.
     """
-    args = parse_args(["--pattern", "2:4", "--permute"])
+    flags = ["--pattern", "2:4", "--permute", "--calibration-images", "8", "--score"]
     torch.manual_seed(utils.rank())
+    args = parse_args([*flags, "magnitude"])
     model = build_model(args.model, 10, 28)
+    sparsifier = build_sparsifier(args, model, {}, 1, utils.Compute(torch.device("cpu")))
+    try:
+        sparsifier.choose()
+        error = ""
+    except PruningError as raised:
+        error = str(raised)
+
+    args = parse_args([*flags, "wanda"])
     weights = dict(model.named_parameters())
     before = copy_of(weights)
     sparsifier = build_sparsifier(args, model, {}, 1, utils.Compute(torch.device("cpu")))
@@ -71,7 +98,7 @@ def share_masks(folder: Path) -> None:
     after = copy_of(weights)
     sparsifier.start(first)
     torch.save(
-        {"masks": dict(sparsifier.masks), "before": before, "after": after},
+        {"masks": dict(sparsifier.masks), "before": before, "after": after, "error": error},
         folder / f"shared{utils.rank()}.pth",
     )
 
@@ -81,6 +108,7 @@ def run_all(folder: Path) -> None:
     update = Masks.update
     permute, reconstruct = Sparsifier._permute, Sparsifier._reconstruct
     utils.init_process_group = lambda *_: None  # the group is there already
+    exchange_tensors(folder)
     share_masks(folder)
     for name, argv in json.loads((folder / "runs.json").read_text()).items():
         (folder / name).mkdir(exist_ok=True)
