@@ -32,6 +32,7 @@ import torch
 
 import utils
 from sparsity_factory import (
+    RECONSTRUCTIONS,
     Kept,
     LayerSparsity,
     Masks,
@@ -45,11 +46,12 @@ from sparsity_factory import (
 from sparsity_factory.custom_yaml import resolve_choices
 from sparsity_factory.knapsack import cheapest
 from sparsity_factory.levels import MEASURES, Divergence, Pruned, at_levels, exchanges
+from sparsity_factory.method import check_method_options, options_of
 from sparsity_factory.multiply_adds import ATTENTION
 from sparsity_factory.pruners import mask_at
 from sparsity_factory.scores import Layer, Scores
 from trainer import plots
-from trainer.arguments import given, parse_args, refused_flags
+from trainer.arguments import given, method_options, parse_args, refused_flags
 from trainer.builders import build_loaders, choose_compute, load_start, prepare_model
 from trainer.calibration_images import Calibration
 from trainer.exit_status import exit_status
@@ -112,6 +114,10 @@ def parse_search_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Nam
         raise UserError("search.py: expected one process, without torchrun")
 
     args = parse_args([*options.others, "--output_dir", options.output_dir], one_recipe=False)
+    numbers = method_options(args.method_options) or {}
+    known = options_of(RECONSTRUCTIONS, options.reconstruct)
+    check_method_options(numbers, known, flags=True)
+    options.of_obs = {known[name].parameter: value for name, value in numbers.items()}
     return options, args
 
 
@@ -350,6 +356,7 @@ class Bench:
         self.stop = stop
         self._weights = prunable_weights(model)
         self._measure = MEASURES[options.measure]
+        self._of_obs = options.of_obs
         self._pruned = {}
         self._magnitudes = Scores(self._weights) if options.reconstruct == "none" else None
 
@@ -398,6 +405,7 @@ class Bench:
             [self.space.levels[name][level] for level in levels],
             divergence=self._divergence,
             mask_of=partial(mask_at, self._magnitudes, name) if self._magnitudes else None,
+            **self._of_obs,
         )
         for pruned in found:
             if self._magnitudes:

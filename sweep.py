@@ -23,7 +23,6 @@ import sys
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -47,9 +46,10 @@ from sparsity_factory import (
     prunable_weights,
     sparsity_rows,
 )
+from sparsity_factory.method import check_method_options, options_of
 from sparsity_factory.recipe import timed_fields
 from trainer import plots
-from trainer.arguments import given, parse_args, recipe_of, refused_flags
+from trainer.arguments import given, method_options, parse_args, recipe_of, refused_flags
 from trainer.builders import (
     build_dense_teacher,
     build_loaders,
@@ -132,9 +132,7 @@ def sweep(argv: list[str]) -> int:
         progress.close()
         table.sort(tasks)
         command = f"{_launcher(processes)} {args.command}"
-        write_results(
-            options, bench.args.model, table, tasks, command, utils.versions(compute.device)
-        )
+        write_results(options, bench.args, table, tasks, command, utils.versions(compute.device))
     return 0
 
 
@@ -211,6 +209,14 @@ def check_options(options, args) -> None:
         raise UserError("--finetune-epochs and --seeds: expected numbers of at least 0")
     for pattern in options.patterns:
         parse_pattern(pattern)
+
+    # Options of one method are for the combinations with it
+    known = {}
+    crossed = (options.pruners, options.scores, options.schedules, options.reconstructions)
+    for registry, names in zip((PRUNERS, SCORES, SCHEDULES, RECONSTRUCTIONS), crossed, strict=True):
+        for name in names:
+            known |= options_of(registry, name)
+    check_method_options(method_options(args.method_options), known, flags=True)
 
     schedules = " ".join(options.schedules)
     if set(options.schedules) != {"one-shot"} and not options.finetune_epochs:
@@ -381,7 +387,7 @@ class Workbench:
         return Outcome(self.test(self.model)["acc1"], sparsifier.masks.sparsity())
 
     def arguments(self, task: Task) -> argparse.Namespace:
-        """The arguments of a run, with the defaults of those that its schedule does not use."""
+        """The arguments of a run, with the defaults of those that its methods do not use."""
         folder = Path(self.args.output_dir, "runs", task.run)
         values = {
             **vars(self.args),
@@ -395,6 +401,8 @@ class Workbench:
 
         recipe = recipe_of(argparse.Namespace(**values)).with_schedule(task.schedule)
         timed = {name: getattr(recipe, name) for name in timed_fields()}
+        given = recipe.method_options or {}
+        timed["method_options"] = [f"{name}={value}" for name, value in given.items()]
         return argparse.Namespace(**{**values, **timed})
 
     def sparsifier(self, args, checkpoint: dict) -> Sparsifier:
@@ -413,7 +421,7 @@ class Workbench:
         pruner = "unif" if needs_of(recipe.pruner) else recipe.pruner
         Sparsifier(
             self.model,
-            replace(recipe, score="magnitude", pruner=pruner, permute=False),
+            recipe.replaced(score="magnitude", pruner=pruner, permute=False),
             epoch_steps=self.epoch_steps,
             total_steps=max(args.epochs, 1) * self.epoch_steps,
         ).first_masks()
@@ -495,7 +503,7 @@ class Progress:
 
 
 def write_results(
-    options, model: str, table: Table, tasks: list[Task], command: str, versions: str
+    options, args, table: Table, tasks: list[Task], command: str, versions: str
 ) -> None:
     """Writes the pictures and sweep.md of the outcomes of `tasks`; prints the table."""
     wanted = set(tasks)
@@ -507,6 +515,7 @@ def write_results(
     names = labels(
         task.combination for kind in (FINETUNED, ONE_SHOT) for task in tasks if task.kind == kind
     )
+    model = args.model
     pictures = []
 
     if curves := _curves(accuracies, names):
@@ -529,7 +538,10 @@ def write_results(
         pictures.append("![Accuracy lost by pruning each layer alone](sensitivity.png)")
 
     text = "\n".join(_table(outcomes, names, dense))
-    parts = [f"# {model}, a sweep", f"    {command}", text, *pictures, f"- versions: {versions}"]
+    facts = [f"- versions: {versions}"]
+    if args.method_options:
+        facts.append(f"- method options: {' '.join(args.method_options)}")
+    parts = [f"# {model}, a sweep", f"    {command}", text, *pictures, "\n".join(facts)]
     table.folder.write("sweep.md", "\n\n".join(parts).encode() + b"\n")
 
     print(text)

@@ -10,7 +10,7 @@ from .errors import PruningError
 from .masks import bits, unpack
 from .patterns import parse_pattern
 from .recipe import LARGEST, Recipe
-from .schedules import SCHEDULES, Steps
+from .schedules import Steps
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class SavedPruning:
 
     def is_final(self, recipe: Recipe) -> bool:
         """Whether the target of the recipe is reached."""
-        schedule = SCHEDULES[recipe.prune_schedule](recipe, self.steps(recipe))
+        schedule = recipe.schedule(self.steps(recipe))
         return schedule.is_final(self.integer("changed", -1))
 
     def masks(self) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from .errors import PruningError
 log = logging.getLogger(__name__)
 
 DAMPING = 0.01  # of the mean of the Gram matrix's diagonal, as SparseGPT has it
+DAMPING_LINE = "is added to the Gram matrix's diagonal, as a share of that diagonal's mean"
 MOST_DAMPING = 1e3  # with so much, the matrix is nearly diagonal
 
 

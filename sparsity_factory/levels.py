@@ -17,7 +17,7 @@ from itertools import permutations
 import torch
 from torch import Tensor, nn
 
-from .damping import damped_gram
+from .damping import DAMPING, damped_gram
 from .masks import prunable_weights
 from .method import method
 from .patterns import Pattern
@@ -89,15 +89,19 @@ def at_levels(
     pattern: Pattern | None = None,
     divergence: Callable | None = None,
     mask_of: Callable[[int | tuple[int, int]], Tensor] | None = None,
+    *,
+    columns: int | None = None,
+    damping: float = DAMPING,
 ) -> Iterator[Pruned]:
     """Yields a layer at each level, a number of units of the pattern that are kept, or (n, m).
 
     mask_of: from a level to the mask, by which weights are pruned without compensation. By default
         Optimal Brain Surgeon chooses the mask, and the kept weights compensate. All levels share
         the factor of the layer's Gram matrix, which takes longer than a level.
+    columns, damping: as for the reconstruction `obs`.
     """
     factor = None
-    columns = few_columns(weight)
+    columns = columns or few_columns(weight)
     units = pattern.units(weight.shape) if pattern else weight.numel()
     for kept in levels:
         if kept == units or isinstance(kept, tuple) and kept[0] == kept[1]:
@@ -108,7 +112,7 @@ def at_levels(
             new = weight * mask
         else:
             if factor is None:
-                _, factor = damped_gram(layer.gram)
+                _, factor = damped_gram(layer.gram, damping)
             new, mask = obs_prune(
                 weight, layer.gram, kept, pattern=pattern, block_size=columns, factor=factor
             )

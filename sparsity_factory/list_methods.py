@@ -6,15 +6,15 @@ It is made from the registries and from `Recipe.check`.
 import re
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import combinations, product, zip_longest
 
 from .errors import PruningError, as_flag
-from .method import describe
+from .method import describe, options_of
 from .patterns import PATTERNS, parse_pattern
 from .pruners import PRUNERS
-from .recipe import Recipe
+from .recipe import METHODS, Recipe
 from .reconstruction import RECONSTRUCTIONS
 from .schedules import SCHEDULES, users_of
 from .scores import SCORES
@@ -87,6 +87,7 @@ def menu() -> str:
     parts = []
     for flag, (what, registry) in CHOICES.items():
         parts.append(f"{flag}: {what}\n\n{table(registry)}{compared(flag)}")
+    parts.append(f"--method-options: numbers of methods, such as owl.lambda=0.1\n\n{options()}")
     parts.append("Refused before any work\n\n" + "\n".join(refusals()))
     parts.append("Refused when data and model are known\n\n" + OF_THE_MODEL.strip())
     return "\n\n".join(parts)
@@ -105,20 +106,21 @@ def table(registry: Mapping) -> str:
     for name, entry in registry.items():
         line, source, needs = describe(entry)
         rows.append((name, line.rstrip("."), ", ".join(sorted(needs)), source))
-    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    return _aligned(rows)
 
-    # What a method does gets the room that the other columns leave
-    widths = [min(max(map(len, column)), 36) for column in columns]
-    others = sum(widths) - widths[1] + 2 * (len(widths) - 1)
-    widths[1] = min(max(map(len, columns[1])), WIDTH - others)
 
-    lines = []
-    for row in zip(*columns, strict=True):
-        cells = [textwrap.wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
-        for texts in zip_longest(*cells, fillvalue=""):
-            padded = map(str.ljust, texts, widths)
-            lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
+def options() -> str:
+    """A table of the options of all methods: name, what it is, its default, what is expected.
+
+    Two methods of one name share their options of one name.
+    """
+    rows = {"option": ("option", "what it is", "default", "expected")}
+    for registry in METHODS.values():
+        for name in registry:
+            for option, (_, line, default, numbers) in options_of(registry, name).items():
+                shown = "" if default is None else f"{default:g}"
+                rows[option] = (option, line, shown, numbers.words)
+    return _aligned(list(rows.values()))
 
 
 def refusals() -> list[str]:
@@ -175,6 +177,24 @@ def example(pruner: str = "unif", pattern: str | None = None, **choices) -> Reci
 
 
 # ---- helpers, not exported ----
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    """The rows in columns, without those that are empty below the first row."""
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+
+    # The second column gets the room that the other columns leave
+    widths = [min(max(map(len, column)), 36) for column in columns]
+    others = sum(widths) - widths[1] + 2 * (len(widths) - 1)
+    widths[1] = min(max(map(len, columns[1])), WIDTH - others)
+
+    lines = []
+    for row in zip(*columns, strict=True):
+        cells = [textwrap.wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
+        for texts in zip_longest(*cells, fillvalue=""):
+            padded = map(str.ljust, texts, widths)
+            lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
 
 
 def _values() -> dict[str, Iterable[str]]:

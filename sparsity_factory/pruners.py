@@ -19,39 +19,50 @@ import numbers
 from collections.abc import Callable, Mapping
 from functools import partial
 from os import PathLike
+from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .custom_yaml import resolve_levels
+from .damping import DAMPING, DAMPING_LINE
 from .errors import PruningError, as_flag, in_words, short
 from .k_largest import largest_lamp_scores_overall, largest_overall, largest_threshold
 from .knapsack import cheapest
 from .levels import at_levels, kfac
 from .masks import prunable_weights
-from .method import method
+from .method import (
+    Count,
+    Fraction,
+    NotNegative,
+    Numbers,
+    Positive,
+    check_method_options,
+    chosen,
+    describe,
+    method,
+    name_of,
+    options_of,
+)
 from .patterns import n_of_m, parse_pattern
+from .reconstruction import COLUMNS_LINE
 from .scores import SCORES, Scores, wanda
 from .statistics import Statistics
 
-# M of OWL: a weight is an outlier if its score is above this many times the mean of its layer.
-OUTLIER = 5
-# Lambda of OWL: how far the density of a layer may be from that of the model.
-OWL_RANGE = 0.08
-# Tau of AlphaPruning: the sparsity of a layer is 0.8 to 1.2 times one value for the model.
-ALPHA_RANGE = 0.2
+UpToHalf = Annotated[float, Numbers("a number in [0, 0.5]", 0, 0.5)]
 
 
 def compute_masks(
     model: nn.Module,
-    pruner: str,
+    pruner: str | Callable,
     sparsity: float | None = None,
     custom_config: str | PathLike | Mapping | None = None,
-    score: str = "magnitude",
+    score: str | Callable = "magnitude",
     *,
     pattern: str = "unstructured",
     budget: str = "weights",
+    method_options: Mapping[str, float] | None = None,
     statistics: Statistics | None = None,
     seed: int = 0,
     reconstructed: bool = False,
@@ -61,15 +72,16 @@ def compute_masks(
 
     Args:
         model: any module with linear layers; `prunable_weights` says which weights are prunable.
-        pruner: a name in `PRUNERS`: how the budget is shared among layers.
+        pruner: how the budget is shared among layers: a name in `PRUNERS`, or an allocation.
         sparsity: the fraction of the prunable weights to remove, in [0, 1); None for `custom`, and
             for a pattern such as 2:4 that has its own. With `budget="macs"`, the fraction of the
             multiply-adds of these weights and of the attention products.
         custom_config: path of a YAML file, or what such a file parses to; for `custom` only.
-        score: a name in `SCORES`: how much a weight matters.
+        score: how much a weight matters: a name in `SCORES`, or such a function.
         pattern: one of the forms in `PATTERNS`, such as `2:4`: what may be removed together.
         budget: `weights`, or with heads and neurons also `macs`; for that the model, one of timm,
             is run once.
+        method_options: numbers of pruner and score, such as `{"owl.lambda": 0.1}`.
         statistics: what `collect_statistics` returned for the model; needed unless
             `needs_of(pruner, score)` is empty.
         seed: the seed of scores that are drawn at random.
@@ -88,6 +100,7 @@ def compute_masks(
             finite.
     """
     check_request(pruner, sparsity, custom_config, score, pattern=pattern, budget=budget)
+    check_method_options(method_options, options_of(PRUNERS, pruner) | options_of(SCORES, score))
     weights = prunable_weights(model)
     if not weights:
         raise PruningError(
@@ -95,36 +108,39 @@ def compute_masks(
         )
     _check_statistics(statistics, weights, pruner, score)
 
-    chosen = parse_pattern(pattern)
-    scores = Scores(weights, SCORES[score], chosen, statistics, seed, reconstructed, among)
+    units = parse_pattern(pattern)
+    measure = chosen(SCORES, score, method_options)
+    scores = Scores(weights, measure, units, statistics, seed, reconstructed, among)
     if pruner == "custom":
         levels = custom(scores, custom_config)
         masks = {name: mask_at(scores, name, level) for name, level in levels.items()}
         scores.check()
         return masks
 
+    share_out = chosen(PRUNERS, pruner, method_options)
+
     def allocate(scores: Scores, sparsity: float) -> dict[str, int]:
-        allocation = PRUNERS[pruner](scores, sparsity)
-        for name, units in scores.sizes.items():
+        allocation = share_out(scores, sparsity)
+        for name, size in scores.sizes.items():
             kept = allocation.get(name)
-            if kept is None or not 0 <= kept <= units:
+            if kept is None or not 0 <= kept <= size:
                 raise PruningError(
-                    f"pruner {pruner} keeps {kept} of {name}: expected 0 to {units} weights"
+                    f"pruner {name_of(pruner)} keeps {kept} of {name}: expected 0 to {size} weights"
                 )
         return _within({name: allocation[name] for name in scores}, scores.most)
 
-    target = sparsity if chosen.sparsity is None else chosen.sparsity
+    target = sparsity if units.sparsity is None else units.sparsity
     assert target is not None  # `check_request` refuses that
-    masks = chosen.masks(model, scores, allocate, float(target), budget)
+    masks = units.masks(model, scores, allocate, float(target), budget)
     scores.check()
     return masks
 
 
 def check_request(
-    pruner: str,
+    pruner: str | Callable,
     sparsity: float | None = None,
     custom_config: str | PathLike | Mapping | None = None,
-    score: str = "magnitude",
+    score: str | Callable = "magnitude",
     *,
     pattern: str = "unstructured",
     budget: str = "weights",
@@ -145,14 +161,16 @@ def check_request(
             raise PruningError(f"{name(choice)} {words(value)}: expected {wanted}")
 
     # Each by itself
-    known = isinstance(pruner, str) and pruner in PRUNERS
+    known = callable(pruner) or isinstance(pruner, str) and pruner in PRUNERS
     expect(known, "pruner", pruner, f"one of {', '.join(PRUNERS)}")
-    known = isinstance(score, str) and score in SCORES
+    known = callable(score) or isinstance(score, str) and score in SCORES
     expect(known, "score", score, f"one of {', '.join(SCORES)}")
     parsed = parse_pattern(pattern)
     with_pattern = f"with {name('pattern')} {pattern}"
     budgets = " or ".join(parsed.budgets)
     expect(budget in parsed.budgets, "budget", budget, f"{budgets} {with_pattern}")
+
+    called = name_of(pruner)
 
     # A custom configuration says everything
     if pruner == "custom":
@@ -163,7 +181,7 @@ def check_request(
             raise PruningError(f"{name('pruner')} custom needs {name('custom_config')} as well")
         return
     if custom_config is not None:
-        raise PruningError(f"{name('custom_config')} needs {name('pruner')} custom, got {pruner}")
+        raise PruningError(f"{name('custom_config')} needs {name('pruner')} custom, got {called}")
 
     # Every other pruner has one sparsity to meet, that of the pattern if it has its own
     if parsed.sparsity is not None:
@@ -173,16 +191,19 @@ def check_request(
         return
     if sparsity is None:
         raise PruningError(
-            f"{name('pruner')} {pruner} needs {name('sparsity')} as well, a number in [0, 1)"
+            f"{name('pruner')} {called} needs {name('sparsity')} as well, a number in [0, 1)"
         )
     is_number = isinstance(sparsity, numbers.Real) and not isinstance(sparsity, bool)
     expect(is_number and 0 <= sparsity < 1, "sparsity", sparsity, "a number in [0, 1)")
 
 
-def needs_of(pruner: str | None = None, score: str = "magnitude") -> frozenset[str]:
+def needs_of(
+    pruner: str | Callable | None = None, score: str | Callable = "magnitude"
+) -> frozenset[str]:
     """The names in `STATISTICS` that `compute_masks` needs for these choices; often none."""
-    found: list[Callable | None] = [PRUNERS.get(pruner or ""), SCORES.get(score)]
-    return frozenset().union(*(getattr(function, "needs", ()) for function in found))
+    allocation = PRUNERS.get(pruner) if isinstance(pruner, str) else pruner
+    measure = SCORES.get(score) if isinstance(score, str) else score
+    return describe(allocation).needs | describe(measure).needs
 
 
 @method()
@@ -273,40 +294,51 @@ def lamp(scores: Scores, sparsity: float) -> dict[str, int]:
     return largest_lamp_scores_overall(scores, _budget(scores.sizes, sparsity))
 
 
-@method("Yin et al. 2024, arXiv:2310.05175", needs=wanda.needs)
-def owl(scores: Scores, sparsity: float) -> dict[str, int]:
+@method(
+    "Yin et al. 2024, arXiv:2310.05175",
+    needs=wanda.needs,
+    outlier="times the mean score of its layer, above which a weight is an outlier; the paper's M",
+    lambda_="how far the density of a layer may be from that of the model",
+)
+def owl(
+    scores: Scores, sparsity: float, *, outlier: Positive = 5.0, lambda_: Fraction = 0.08
+) -> dict[str, int]:
     """Outlier-weighed: a layer keeps more if more of its weights have an outlying Wanda score.
 
-    A weight is an outlier if abs(w_ij) norm2(x_j) is more than 5 times the mean over the layer,
-    whichever score then chooses within the layer. Let r be the fraction of outliers in a layer, R
-    that in the whole model, and D = 1 - sparsity: then the density of the layer is
-    D + 0.08 (r - R) / max over layers of abs(r - R).
+    A weight is an outlier if abs(w_ij) norm2(x_j) is more than `outlier` times the mean over the
+    layer, whichever score then chooses within the layer. Let r be the fraction of outliers in a
+    layer, R that in the whole model, and D = 1 - sparsity: then the density of the layer is
+    D + lambda (r - R) / max over layers of abs(r - R).
 
     The budget is met exactly: densities are limited to [one weight, 1], and the others shift by one
     amount. A layer is a prunable weight here, and a transformer block in the paper. The paper asks
-    for densities within 0.08 of D, as here. Its public code spreads them over 0.16 around their
-    mean, so some can be further from it.
+    for densities within lambda of D, as here. Its public code spreads them over 2 lambda around
+    their mean, so some can be further from it.
 
     Yin et al. 2024, arXiv:2310.05175.
     """
     sizes = np.array(list(scores.sizes.values()), float)
     wandas = (wanda(scores.weight(name), scores.layer(name)) for name in scores)
-    outliers = np.array([_outlier_ratio(score) for score in wandas])
+    outliers = np.array([_outlier_ratio(score, outlier) for score in wandas])
 
     deviation = outliers - outliers @ sizes / sizes.sum()
-    density = 1 - sparsity + OWL_RANGE * deviation / (np.abs(deviation).max() or 1)
+    density = 1 - sparsity + lambda_ * deviation / (np.abs(deviation).max() or 1)
     return _meet_budget(scores, sparsity, lambda share: density + 2 * share - 1)
 
 
-@method("Lu et al. 2024, arXiv:2410.10912")
-def alpha(scores: Scores, sparsity: float) -> dict[str, int]:
+@method(
+    "Lu et al. 2024, arXiv:2410.10912",
+    tau="the sparsity of a layer is 1 - tau to 1 + tau times one value for the model",
+)
+def alpha(scores: Scores, sparsity: float, *, tau: UpToHalf = 0.2) -> dict[str, int]:
     """AlphaPruning: a layer keeps more if the tail of its spectrum is heavier.
 
     A heavier tail indicates a better trained layer. The tail is the upper half of the nonzero
     eigenvalues of W^T W: e_1, the smallest, to e_k. Hill's estimate of its exponent is
     alpha = 1 + k / sum(ln(e_i / e_1)). The sparsity of a layer is
-    c (0.8 + 0.4 (alpha - min) / (max - min)), with the minimum and maximum of alpha over layers,
-    and one c for all. A layer without an exponent, such as one of zeros, is given the maximum.
+    c (1 - tau + 2 tau (alpha - min) / (max - min)), with the minimum and maximum of alpha over
+    layers, and one c for all. A layer without an exponent, such as one of zeros, is given the
+    maximum.
 
     The budget is met exactly: every layer keeps at least one weight, and c grows for the others.
     Eigenvalues are computed in float64 on the CPU, so that the counts depend on no device. As in
@@ -320,7 +352,7 @@ def alpha(scores: Scores, sparsity: float) -> dict[str, int]:
     exponents = np.minimum(exponents, largest)
 
     position = (exponents - exponents.min()) / (np.ptp(exponents) or 1)
-    relative = 1 - ALPHA_RANGE + 2 * ALPHA_RANGE * position
+    relative = 1 - tau + 2 * tau * position
     return _meet_budget(scores, sparsity, lambda share: 1 - 2 * (1 - share) * relative)
 
 
@@ -337,8 +369,15 @@ def cap(scores: Scores, sparsity: float) -> dict[str, int]:
     return glob(scores.by(SCORES["cap"]), sparsity)
 
 
-@method("this project; Martens and Grosse 2015, arXiv:1503.05671", needs=kfac.needs)
-def search(scores: Scores, sparsity: float) -> dict[str, int]:
+@method(
+    "this project; Martens and Grosse 2015, arXiv:1503.05671",
+    needs=kfac.needs,
+    columns=COLUMNS_LINE,
+    damping=DAMPING_LINE,
+)
+def search(
+    scores: Scores, sparsity: float, *, columns: Count | None = None, damping: NotNegative = DAMPING
+) -> dict[str, int]:
     """Levels found by search: the sum of what the layers lose is the smallest within the budget.
 
     Each layer is pruned by itself at each level of the pattern, by its scores or, if a
@@ -354,7 +393,13 @@ def search(scores: Scores, sparsity: float) -> dict[str, int]:
         """What a layer loses at each of its levels."""
         mask_of = None if scores.reconstructed else partial(scores.mask, name)
         found = at_levels(
-            scores.weight(name), scores.layer(name), kept, scores.pattern, mask_of=mask_of
+            scores.weight(name),
+            scores.layer(name),
+            kept,
+            scores.pattern,
+            mask_of=mask_of,
+            columns=columns,
+            damping=damping,
         )
         return [kfac(pruned) for pruned in found]
 
@@ -412,12 +457,15 @@ def mask_at(scores: Scores, name: str, level: int | tuple[int, int]) -> Tensor:
 
 
 def _check_statistics(
-    statistics: Statistics | None, weights: Mapping[str, Tensor], pruner: str, score: str
+    statistics: Statistics | None,
+    weights: Mapping[str, Tensor],
+    pruner: str | Callable,
+    score: str | Callable,
 ) -> None:
     """Refuses statistics that lack something, and says which choice needs it."""
     needs_by_choice = {
-        f"pruner {pruner}": needs_of(pruner),
-        f"score {score}": needs_of(None, score),
+        f"pruner {name_of(pruner)}": needs_of(pruner),
+        f"score {name_of(score)}": needs_of(None, score),
     }
     for choice, needs in needs_by_choice.items():
         if not needs:
@@ -501,8 +549,8 @@ def _whole(wanted: Callable[[float], np.ndarray], budget: int) -> list[int]:
     return kept.astype(int).tolist()
 
 
-def _outlier_ratio(score: Tensor) -> float:
-    return int((score > OUTLIER * score.mean(dtype=torch.float64)).count_nonzero()) / score.numel()
+def _outlier_ratio(score: Tensor, times: float) -> float:
+    return int((score > times * score.mean(dtype=torch.float64)).count_nonzero()) / score.numel()
 
 
 def _hill_exponent(weight: Tensor) -> float:

@@ -14,15 +14,16 @@ from .statistics import collect_statistics
 
 def prune(
     model: nn.Module,
-    pruner: str,
+    pruner: str | Callable,
     sparsity: float | None = None,
     custom_config: str | PathLike | Mapping | None = None,
-    score: str = "magnitude",
+    score: str | Callable = "magnitude",
     *,
     pattern: str = "unstructured",
     batches: Sequence,
     loss: Callable | None = None,
-    reconstruct: str = "obs",
+    reconstruct: str | Callable = "obs",
+    method_options: Mapping[str, float] | None = None,
     seed: int = 0,
     permute: bool = False,
 ) -> dict[str, Tensor]:
@@ -35,7 +36,8 @@ def prune(
         batches: calibration images, or images and targets, each time it is iterated over: a list,
             a loader.
         loss: from outputs and targets to the mean loss, for scores that need gradients.
-        reconstruct: a name in `RECONSTRUCTIONS`.
+        reconstruct: a name in `RECONSTRUCTIONS`, or such a function.
+        method_options: numbers of the chosen methods, such as `{"obs.columns": 128}`.
         permute: reorder inputs of layers first, so that groups of n:m keep more.
 
     Returns:
@@ -57,6 +59,7 @@ def prune(
         pattern,
         permute=permute,
         reconstruct=reconstruct,
+        method_options=method_options,
         seed=seed,
     )
 

@@ -8,21 +8,31 @@ from typing import Any, NamedTuple
 
 from .custom_yaml import level_section, parse_level, resolve_levels
 from .errors import PruningError, as_flag, in_words, short
+from .method import Option, check_method_options, chosen, name_of, options_of
 from .patterns import parse_pattern
 from .pruners import PRUNERS, check_request, needs_of
 from .reconstruction import NONE, RECONSTRUCTIONS
-from .schedules import SCHEDULES, Steps, users_of
+from .schedules import SCHEDULES, Schedule, Steps, users_of
+from .scores import SCORES
 
 LARGEST = 2**53  # integers are smaller: floats count no further, and nothing here is that large
 MOST_LEARNED = 8  # size of a group whose mask is learned: 4:8 has 70 masks, 8:16 has 12,870
 MOST_ROUNDS = 10_000  # each is a number in a list
+#: The choices whose methods may have options, by their fields of a recipe.
+METHODS: dict[str, Mapping[str, Any]] = {
+    "pruner": PRUNERS,
+    "score": SCORES,
+    "prune_schedule": SCHEDULES,
+    "reconstruct": RECONSTRUCTIONS,
+}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What prunes a model, how and when.
 
-    Fields have the names of the command line's flags, and their defaults are here.
+    Fields have the names of the command line's flags, and their defaults are here. A function may
+    stand for the name of a pruner, score or reconstruction; a checkpoint cannot hold that.
 
     Attributes:
         pruner: a name in `PRUNERS`, or None for a dense model.
@@ -46,13 +56,14 @@ class Recipe:
         mask_lr: the learning rate of the logits of `maskllm`.
         reconstruct: a name in `RECONSTRUCTIONS`: how the kept weights compensate for the pruned.
         calibration_images: how many training images score, pruner and reconstruction may look at.
+        method_options: numbers of the chosen methods, such as `{"owl.lambda": 0.1}`.
         seed: decides every random choice.
     """
 
-    pruner: str | None = None
+    pruner: str | Callable | None = None
     sparsity: float | None = None
     custom_config: Mapping | None = None
-    score: str = "magnitude"
+    score: str | Callable = "magnitude"
     pattern: str = "unstructured"
     budget: str = "weights"
     permute: bool = False
@@ -65,8 +76,9 @@ class Recipe:
     drop_fraction: float = 0.3
     sr_decay: float = 2e-4
     mask_lr: float = 1e-2
-    reconstruct: str = NONE
+    reconstruct: str | Callable = NONE
     calibration_images: int = 1024
+    method_options: Mapping[str, float] | None = None
     seed: int = 0
 
     def check(self, epochs: float | None = None) -> None:
@@ -91,6 +103,7 @@ class Recipe:
         )
         self._check_groups()
         self._check_reconstruction()
+        check_method_options(self.method_options, self.options, flags=True)
         if self.rewind is not None and epochs is not None:
             self._expect(
                 self.rewind <= self.prune_start * epochs,
@@ -100,7 +113,17 @@ class Recipe:
             )
 
     def to_dict(self) -> dict:
-        """The fields by name, in plain containers, numbers and strings: for a checkpoint."""
+        """The fields by name, in plain containers, numbers and strings: for a checkpoint.
+
+        Raises:
+            PruningError: a function stands for a name.
+        """
+        for choice, registry in METHODS.items():
+            if callable(value := getattr(self, choice)):
+                raise PruningError(
+                    f"{choice} {name_of(value)} is a function, which cannot be saved: expected one "
+                    f"of {', '.join(registry)}, to which it may be added"
+                )
         return _plain(asdict(self))
 
     @classmethod
@@ -135,7 +158,11 @@ class Recipe:
 
         recipe = cls(**values)
         recipe.check()
-        return replace(recipe, custom_config=_plain(recipe.custom_config))
+        return replace(
+            recipe,
+            custom_config=_plain(recipe.custom_config),
+            method_options=_plain(recipe.method_options),
+        )
 
     def differences(self, other: "Recipe") -> list[str]:
         """The fields in which the recipes differ, among all that at least one of them uses.
@@ -158,6 +185,22 @@ class Recipe:
         return " ".join(self._flag(name) for name in self._given() if name in used)
 
     @property
+    def options(self) -> dict[str, Option]:
+        """The options that the chosen methods have, as users write them: `owl.lambda`."""
+        found = {}
+        for choice, registry in METHODS.items():
+            found |= options_of(registry, getattr(self, choice))
+        return found
+
+    def method(self, choice: str) -> Any:
+        """The function or class of a choice, with its options."""
+        return chosen(METHODS[choice], getattr(self, choice), self.method_options)
+
+    def schedule(self, steps: Steps) -> Schedule:
+        """The schedule, with these times."""
+        return self.method("prune_schedule")(self, steps)
+
+    @property
     def needs(self) -> set[str]:
         """The statistics of the data that score and pruner need."""
         return set(needs_of(self.pruner, self.score)) if self.pruner else set()
@@ -174,10 +217,15 @@ class Recipe:
     def with_schedule(self, schedule: str) -> "Recipe":
         """The same choices under another schedule; fields that it does not use have defaults."""
         unused = timed_fields() - {*SCHEDULES[schedule].uses}
-        defaults: dict[str, Any] = {
-            field.name: field.default for field in fields(self) if field.name in unused
-        }
-        return replace(self, prune_schedule=schedule, **defaults)
+        defaults = {field.name: field.default for field in fields(self) if field.name in unused}
+        return self.replaced(prune_schedule=schedule, **defaults)
+
+    def replaced(self, **choices) -> "Recipe":
+        """The recipe with other choices, without the options of methods that these replace."""
+        recipe = replace(self, **choices)
+        given = self.method_options or {}
+        left = {name: value for name, value in given.items() if name in recipe.options}
+        return replace(recipe, method_options=left or None)
 
     def steps(self, total: int, epoch: int) -> Steps:
         """The times of the schedule in steps.
@@ -220,6 +268,11 @@ class Recipe:
         """
         names = ("pruner", "sparsity", "custom_config", "score")
         request = {name: getattr(self, name) for name in names}
+        if self.method_options:
+            options = options_of(PRUNERS, self.pruner) | options_of(SCORES, self.score)
+            request["method_options"] = {
+                name: value for name, value in self.method_options.items() if name in options
+            }
         if self.pattern != "unstructured":
             request |= {"pattern": self.pattern, "budget": self.budget}
         if scale is None:
@@ -348,7 +401,8 @@ class Recipe:
     def _check_reconstruction(self) -> None:
         """The reconstruction, and that the training begins with the weights that it leaves."""
         names = ", ".join(RECONSTRUCTIONS)
-        self._expect(_is_in(RECONSTRUCTIONS, self.reconstruct), "reconstruct", f"one of {names}")
+        known = callable(self.reconstruct) or _is_in(RECONSTRUCTIONS, self.reconstruct)
+        self._expect(known, "reconstruct", f"one of {names}")
         if self.reconstruct == NONE:
             return
 
@@ -372,9 +426,11 @@ class Recipe:
     def _flag(self, name: str) -> str:
         """A field as it is given on the command line."""
         value = getattr(self, name)
+        if name == "method_options" and isinstance(value, Mapping):
+            return " ".join([as_flag(name), *(f"{key}={in_words(value[key])}" for key in value)])
         if value is True or isinstance(value, Mapping):
             return as_flag(name)
-        return f"{as_flag(name)} {in_words(value)}"
+        return f"{as_flag(name)} {in_words(name_of(value) if callable(value) else value)}"
 
     def _given(self) -> list[str]:
         """The fields that are not at their defaults."""
@@ -397,6 +453,12 @@ class Recipe:
         """The value of a field, in one form for all equal meanings."""
         if name == "custom_config" and self.custom_config is not None:
             return self._custom_levels()
+        if name == "method_options":
+            # A default that is given says nothing
+            given = self.method_options or {}
+            return {
+                name: value for name, value in given.items() if value != self.options[name].default
+            }
         return getattr(self, name)
 
     def _custom_levels(self) -> list[tuple]:

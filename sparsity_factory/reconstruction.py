@@ -22,18 +22,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .damping import DAMPING, damped_gram
+from .damping import DAMPING, DAMPING_LINE, damped_gram
 from .errors import PruningError
 from .layer_walk import Inputs
-from .method import describe, method
+from .method import Count, NotNegative, chosen, describe, method
 from .patterns import Pattern, Unstructured, parse_pattern
 
-ROUNDS = 8  # of least-squares, each of which prunes a part of the weights
 # Of conjugate gradients, after each round and after the last. After 20 the error was that of the
 # exact solution to four digits.
 STEPS, LAST_STEPS = 5, 20
+STEPS_LINE = "of conjugate gradients"
 TINY = 1e-30
 NONE = "none"
+COLUMNS_LINE = "among which weights compare; by default a 32nd of the inputs, at least 8"
 DENSE_INPUTS = "dense_inputs"  # the inputs that a layer has in the model before pruning
 
 
@@ -143,9 +144,20 @@ def none(
     return weight * mask, mask
 
 
-@method("Frantar and Alistarh 2023, arXiv:2301.00774", needs={"gram"})
+@method(
+    "Frantar and Alistarh 2023, arXiv:2301.00774",
+    needs={"gram"},
+    columns=COLUMNS_LINE,
+    damping=DAMPING_LINE,
+)
 def obs(
-    weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern | None
+    weight: Tensor,
+    inputs: Inputs,
+    mask: Tensor,
+    pattern: Pattern | None,
+    *,
+    columns: Count | None = None,
+    damping: NotNegative = DAMPING,
 ) -> tuple[Tensor, Tensor]:
     """Optimal Brain Surgeon chooses the pruned weights of each layer and updates the others.
 
@@ -156,21 +168,42 @@ def obs(
         inputs.gram,
         _kept(mask, pattern) if pattern else mask,
         pattern=pattern,
-        block_size=few_columns(weight),
+        damping=damping,
+        block_size=columns or few_columns(weight),
     )
 
 
-@method("Frantar and Alistarh 2023, arXiv:2301.00774", needs={"gram"})
+@method("Frantar and Alistarh 2023, arXiv:2301.00774", needs={"gram"}, damping=DAMPING_LINE)
 def obs_mask(
-    weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern | None
+    weight: Tensor,
+    inputs: Inputs,
+    mask: Tensor,
+    pattern: Pattern | None,
+    *,
+    damping: NotNegative = DAMPING,
 ) -> tuple[Tensor, Tensor]:
     """Optimal Brain Surgeon only updates the kept weights; score and pruner choose the mask."""
-    return obs_prune(weight, inputs.gram, mask)
+    return obs_prune(weight, inputs.gram, mask, damping=damping)
 
 
-@method("Boža 2024, arXiv:2401.02938; this project", needs={"gram", DENSE_INPUTS})
+@method(
+    "Boža 2024, arXiv:2401.02938; this project",
+    needs={"gram", DENSE_INPUTS},
+    rounds="each of which prunes a part of the weights",
+    steps=f"{STEPS_LINE} after each round but the last",
+    last_steps=f"{STEPS_LINE} after the last round, or with a given mask",
+    damping=DAMPING_LINE,
+)
 def least_squares(
-    weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern | None
+    weight: Tensor,
+    inputs: Inputs,
+    mask: Tensor,
+    pattern: Pattern | None,
+    *,
+    rounds: Count = 8,
+    steps: Count = STEPS,
+    last_steps: Count = LAST_STEPS,
+    damping: NotNegative = DAMPING,
 ) -> tuple[Tensor, Tensor]:
     """Prunes in rounds by cost; after each, fits the kept weights to the dense outputs.
 
@@ -180,34 +213,46 @@ def least_squares(
     removal if the others stay, and if they compensate.
     """
     if pattern is None:
-        return least_squares_mask(weight, inputs, mask)
+        return least_squares_mask(weight, inputs, mask, steps=last_steps, damping=damping)
 
-    problem = _LeastSquares(weight, inputs)
+    problem = _LeastSquares(weight, inputs, damping)
     units = pattern.units(weight.shape)
     last = _kept(mask, pattern)
     mask = torch.ones_like(mask)
-    new = problem.solve(weight, mask, STEPS)
+    new = problem.solve(weight, mask, steps)
 
     # Fewer units are kept in each round, as in gradual pruning (Zhu and Gupta 2017)
-    for round_ in range(1, ROUNDS + 1):
-        kept = last + round((units - last) * (1 - round_ / ROUNDS) ** 3)
+    for round_ in range(1, rounds + 1):
+        kept = last + round((units - last) * (1 - round_ / rounds) ** 3)
         mask = pattern.mask(pattern.score(problem.costs(new) * mask), kept)
-        new = problem.solve(new, mask, STEPS if round_ < ROUNDS else LAST_STEPS)
+        new = problem.solve(new, mask, steps if round_ < rounds else last_steps)
     return new.to(weight.dtype), mask
 
 
-@method("Boža 2024, arXiv:2401.02938; this project", needs={"gram", DENSE_INPUTS})
+@method(
+    "Boža 2024, arXiv:2401.02938; this project",
+    needs={"gram", DENSE_INPUTS},
+    steps=STEPS_LINE,
+    damping=DAMPING_LINE,
+)
 def least_squares_mask(
-    weight: Tensor, inputs: Inputs, mask: Tensor, pattern: Pattern | None = None
+    weight: Tensor,
+    inputs: Inputs,
+    mask: Tensor,
+    pattern: Pattern | None = None,
+    *,
+    steps: Count = LAST_STEPS,
+    damping: NotNegative = DAMPING,
 ) -> tuple[Tensor, Tensor]:
     """As least-squares, with the mask that score and pruner choose."""
-    return _LeastSquares(weight, inputs).solve(weight, mask, LAST_STEPS).to(weight.dtype), mask
+    new = _LeastSquares(weight, inputs, damping).solve(weight, mask, steps)
+    return new.to(weight.dtype), mask
 
 
 def reconstruct_layers(
     model: nn.Module,
     masks: Mapping[str, Tensor],
-    method: str,
+    method: str | Callable,
     walk: Callable[[nn.Module | None], Generator[tuple[str, Inputs]]],
     *,
     patterns: Callable[[str], Pattern | None],
@@ -224,7 +269,7 @@ def reconstruct_layers(
         model: changed in place.
         masks: of weights and biases, on their devices; those of other parameters are left to the
             caller.
-        method: a name in `RECONSTRUCTIONS`.
+        method: a name in `RECONSTRUCTIONS`, or such a function.
         walk: from the dense model, or None if the method does not look at it, to what
             `walk_layers` returns for the model, with the dense one as the other.
         patterns: from the name of a weight to the pattern by which its mask may be chosen anew;
@@ -236,7 +281,8 @@ def reconstruct_layers(
     """
     parameters = dict(model.named_parameters())
     found = dict(masks)
-    needs_dense = DENSE_INPUTS in describe(RECONSTRUCTIONS[method]).needs
+    reconstruction = chosen(RECONSTRUCTIONS, method)
+    needs_dense = DENSE_INPUTS in describe(reconstruction).needs
     dense = copy.deepcopy(model) if needs_dense else None
 
     with torch.no_grad(), closing(walk(dense)) as layers:
@@ -248,7 +294,7 @@ def reconstruct_layers(
             layer = _Layer(name, parameters[name], parameters.get(bias_name), inputs)
 
             with torch.autocast(layer.weight.device.type, enabled=False):
-                compute = partial(_reconstructed, method, layer, mask, patterns(name))
+                compute = partial(_reconstructed, reconstruction, layer, mask, patterns(name))
                 new, found[name] = share(compute)
                 if layer.bias is not None:
                     layer.bias.add_(layer.mean_loss(new).to(layer.bias))
@@ -286,12 +332,12 @@ class _Layer(NamedTuple):
 
 
 def _reconstructed(
-    method: str, layer: _Layer, mask: Tensor, pattern: Pattern | None
+    reconstruction: Callable, layer: _Layer, mask: Tensor, pattern: Pattern | None
 ) -> tuple[Tensor, Tensor]:
     """The new weight and mask of a layer."""
     inputs = layer.inputs.about_zero() if layer.bias is None else layer.inputs
     try:
-        return RECONSTRUCTIONS[method](layer.weight, inputs, mask, pattern)
+        return reconstruction(layer.weight, inputs, mask, pattern)
     except PruningError as error:
         raise PruningError(f"{layer.name}: {error}") from error
 
@@ -299,15 +345,15 @@ def _reconstructed(
 class _LeastSquares:
     """Rows w' that minimize |X w' - Y w|^2 + damping |w' - w|^2, by conjugate gradients."""
 
-    def __init__(self, weight: Tensor, inputs: Inputs):
-        self.damped, self.factor = damped_gram(inputs.gram)
+    def __init__(self, weight: Tensor, inputs: Inputs, damping: float):
+        self.damped, self.factor = damped_gram(inputs.gram, damping)
         self.diagonal = self.damped.diagonal()
 
         # An input that is always zero here may vary in the dense model
         self.alive = inputs.gram.diagonal() != 0
-        damping = (self.diagonal - inputs.gram.diagonal()) * self.alive
+        added = (self.diagonal - inputs.gram.diagonal()) * self.alive
         weight = weight.to(self.damped)
-        self.wanted = weight @ inputs.cross.T + weight * damping
+        self.wanted = weight @ inputs.cross.T + weight * added
 
     def costs(self, weight: Tensor) -> Tensor:
         """What it costs to remove each weight."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .method import method
+from .method import Positive, method
 from .pruned_weights import FrozenWeights, HiddenWeights, ZeroWeights
 
 
@@ -112,12 +112,19 @@ class OneShot(Schedule):
     """Masks are chosen before the training."""
 
 
-@method("Zhu and Gupta 2017, arXiv:1710.01878")
+@method(
+    "Zhu and Gupta 2017, arXiv:1710.01878",
+    exponent="of 1 - t: the larger, the more is pruned early",
+)
 class Gradual(Schedule):
     """Sparsity s (1 - (1 - t)^3) from --prune-start to --prune-end; what is pruned stays so."""
 
     uses = ("prune_start", "prune_end", "prune_every")
     starts_sparse = False
+
+    def __init__(self, recipe, steps, *, exponent: Positive = 3.0):
+        super().__init__(recipe, steps)
+        self.exponent = exponent
 
     def changes_at(self, step):
         return self.every(step) or step == self.steps.end
@@ -126,7 +133,7 @@ class Gradual(Schedule):
         left = 1 - self.progress(step) if step < self.steps.end else 0
 
         def so_far(sparsity: float) -> float:
-            return sparsity * (1 - left**3)
+            return sparsity * (1 - left**self.exponent)
 
         return network.choose(so_far, among_kept=True)
 

@@ -20,16 +20,15 @@ calibration images; g: the gradient of the mean loss over them, g_i: of the loss
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .damping import damped_gram
+from .damping import DAMPING, DAMPING_LINE, damped_gram
 from .errors import PruningError
 from .k_largest import histogram, suffix_sums
-from .method import method
+from .method import NotNegative, method, name_of, unbound
 from .patterns import Pattern, Unstructured
 from .statistics import STATISTICS, Statistics
 from .units import Group, Part
@@ -54,6 +53,7 @@ class Layer:
         self.seed = seed
         self._statistics = statistics
         self._device = device
+        self._diagonals: dict[float, Tensor] = {}
 
     @property
     def images(self) -> int:
@@ -69,11 +69,13 @@ class Layer:
             raise PruningError(message)
         return self._statistics.value(self.name, need).to(self._device)
 
-    @cached_property
-    def inverse_gram_diagonal(self) -> Tensor:
+    def inverse_gram_diagonal(self, damping: float = DAMPING) -> Tensor:
         """The diagonal of the damped Gram matrix's inverse; infinite for dead inputs."""
-        _, factor = damped_gram(self.gram)
-        return factor.square().sum(0).masked_fill(self.gram.diagonal() == 0, torch.inf)
+        if damping not in self._diagonals:
+            _, factor = damped_gram(self.gram, damping)
+            diagonal = factor.square().sum(0).masked_fill(self.gram.diagonal() == 0, torch.inf)
+            self._diagonals[damping] = diagonal
+        return self._diagonals[damping]
 
 
 @method()
@@ -126,25 +128,33 @@ def wanda(weight: Tensor, layer: Layer) -> Tensor:
     return weight.abs() * layer.input_norms.to(weight)
 
 
-@method("Zhang et al. 2024, Plug-and-Play (ICLR)", needs={"input_norms"})
-def ria(weight: Tensor, layer: Layer) -> Tensor:
+@method(
+    "Zhang et al. 2024, Plug-and-Play (ICLR)",
+    needs={"input_norms"},
+    power="of norm2(x_j); the paper's a",
+)
+def ria(weight: Tensor, layer: Layer, *, power: NotNegative = 0.5) -> Tensor:
     """(abs(w_ij) / sum_i abs(w_ij) + abs(w_ij) / sum_j abs(w_ij)) norm2(x_j)^0.5.
 
-    A row or column of zeros adds 0.
+    A row or column of zeros adds 0. `power` takes the place of 0.5.
     """
     size = weight.abs()
     sums = [size.sum(dim, keepdim=True, dtype=torch.float64) for dim in (0, 1)]
     relative = sum(size / total.masked_fill(total == 0, 1) for total in sums)
-    return (relative * layer.input_norms.sqrt()).to(weight)
+    return (relative * layer.input_norms**power).to(weight)
 
 
-@method("Hassibi and Stork 1993; Frantar and Alistarh 2023, arXiv:2301.00774", needs={"gram"})
-def obs(weight: Tensor, layer: Layer) -> Tensor:
+@method(
+    "Hassibi and Stork 1993; Frantar and Alistarh 2023, arXiv:2301.00774",
+    needs={"gram"},
+    damping=DAMPING_LINE,
+)
+def obs(weight: Tensor, layer: Layer, *, damping: NotNegative = DAMPING) -> Tensor:
     """w_ij^2 / [(X^T X + damping)^-1]_jj: cost of removal if the other weights compensate.
 
     It is 0 if x_j is always 0.
     """
-    return (weight * (weight / layer.inverse_gram_diagonal)).to(weight)
+    return (weight * (weight / layer.inverse_gram_diagonal(damping))).to(weight)
 
 
 @method("Kuznedelev et al. 2023, arXiv:2210.09223", needs={"removal_costs"})
@@ -241,7 +251,7 @@ class Scores(Mapping[str, Tensor]):
     @property
     def signed(self) -> bool:
         """Whether a unit scores the square of the sum of its weights' values."""
-        return getattr(self._score, "signed", False)
+        return getattr(unbound(self._score), "signed", False)
 
     def of_group(self, group: Group, parts: Mapping[str, Part]) -> Tensor:
         """The scores of the units of a group of several layers, float64 (units,), on the CPU."""
@@ -275,7 +285,7 @@ class Scores(Mapping[str, Tensor]):
             return
         extremes = torch.stack(list(self._unchecked.values())).tolist()
         for name, (largest, smallest) in zip(self._unchecked, extremes, strict=True):
-            kind = f"{name} has a {_name_of(self._score)} score that is"
+            kind = f"{name} has a {name_of(self._score)} score that is"
             if not math.isfinite(largest):
                 self.weight(name)  # raises if the weight itself is the cause
                 raise PruningError(f"{kind} NaN or infinite in {self._dtype}")
@@ -346,11 +356,3 @@ class Scores(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.weights)
-
-
-# ---- helpers, not exported ----
-
-
-def _name_of(score: Callable) -> str:
-    """The name of a function; a `partial` or an object has none of its own."""
-    return getattr(score, "__name__", type(score).__name__)

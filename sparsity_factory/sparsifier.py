@@ -11,14 +11,15 @@ from .checkpoint import VERSION, SavedPruning
 from .errors import PruningError
 from .followers import Followers, on_cpu
 from .masks import Masks, checksums, packed, prunable_weights, unpacked
+from .method import name_of
 from .patterns import Pattern, parse_pattern, regrow
 from .permutation import best_orders, reorder
 from .pruned_weights import ZeroWeights, are_finite
 from .pruners import compute_masks
 from .recipe import Recipe
 from .reconstruction import NONE, reconstruct_layers
-from .schedules import SCHEDULES, Schedule, Steps
-from .scores import SCORES, Scores
+from .schedules import Schedule, Steps
+from .scores import Scores
 
 
 class Sparsifier:
@@ -344,7 +345,7 @@ class Sparsifier:
     # ---- helpers, not exported ----
 
     def _scheduled(self, steps: Steps) -> Schedule:
-        return SCHEDULES[self.recipe.prune_schedule](self.recipe, steps)
+        return self.recipe.schedule(steps)
 
     def _pruned_weights_after(self, changed: int, schedule: Schedule) -> ZeroWeights:
         """What treats the pruned weights after a change of the masks at step `changed`."""
@@ -446,7 +447,7 @@ class Sparsifier:
             masks = compute_masks(self.model, **request)
             scores = Scores(
                 prunable_weights(self.model),
-                SCORES[self.recipe.score],
+                self.recipe.method("score"),
                 statistics=request.get("statistics"),
                 seed=self.recipe.seed,
             )
@@ -464,8 +465,8 @@ class Sparsifier:
             return masks
         if self._walk is None:
             raise PruningError(
-                f"reconstruct {self.recipe.reconstruct} looks at data: expected a walk over the "
-                "layers"
+                f"reconstruct {name_of(self.recipe.reconstruct)} looks at data: expected a walk "
+                "over the layers"
             )
 
         def no_pattern(name: str) -> None:
@@ -474,7 +475,7 @@ class Sparsifier:
         masks = reconstruct_layers(
             self.model,
             masks,
-            self.recipe.reconstruct,
+            self.recipe.method("reconstruct"),
             self._walk,
             patterns=no_pattern if self._pruned_weights.learns else self._pattern,
             share=self._shared,

@@ -124,6 +124,27 @@ def test_resume_continues_to_the_bit_and_knows_its_masks(run_main, tiny, tmp_pat
     assert parts["pruner"]["name"] == "lamp"
 
 
+def test_options_are_in_the_checkpoint_and_in_the_summary_and_a_resumed_run_has_them(
+    run_main, tiny, tmp_path
+):
+    recipe = [*tiny, "--pruner", "alpha", "--sparsity", "0.8", "--output_dir", "out"]
+    (tmp_path / "run.yaml").write_text("method-options: [alpha.tau=0.1]\n")
+    options = ["--config", "run.yaml", "--method-options", "alpha.tau=0.4"]
+    run_main(*recipe, *options)
+
+    saved = read(tmp_path / "out/checkpoint.pth")
+    assert saved["pruning"]["recipe"]["method_options"] == {"alpha.tau": 0.4}
+    told = "- recipe: --pruner alpha --sparsity 0.8 --method-options alpha.tau=0.4\n"
+    assert told in (tmp_path / "out/summary.md").read_text()
+
+    resume = ["--resume", "out/checkpoint.pth", "--epochs", "2"]
+    error = run_main(*recipe, *resume, "--method-options", "alpha.tau=0.3", status=2)
+    assert "alpha.tau=0.3: out/checkpoint.pth is of a run with" in error
+    assert "alpha.tau=0.4" in error
+    run_main(*recipe, *options, *resume)
+    assert told in (tmp_path / "out/summary.md").read_text()
+
+
 @pytest.fixture
 def pruned(run_main, tiny, tmp_path, once):
     """A checkpoint of a pruned run, from the one folder for all tests."""

@@ -162,9 +162,9 @@ def test_a_measure_is_its_formula_and_zero_where_nothing_is_pruned(measure, mode
 def test_the_gram_matrix_of_a_layer_is_factored_once_for_all_its_levels(model, monkeypatch):
     factored = []
 
-    def note(gram):
+    def note(gram, damping):
         factored.append(1)
-        return damped_gram(gram)
+        return damped_gram(gram, damping)
 
     monkeypatch.setattr(levels, "damped_gram", note)
     layer = Layer("2.weight", statistics=statistics_of(model, NEEDS))
@@ -466,6 +466,10 @@ def test_where_nothing_makes_up_levels_are_measured_by_magnitude_alone(
         (["--budget", "0.5", "--space", "missing.yaml"], "missing.yaml"),
         (["--budget", "0.5", "--pruner", "lamp"], "--pruner: not with a search"),
         (["--budget", "0.5", "--exchanges", "-1"], "--exchanges"),
+        (
+            ["--budget", "0.5", "--method-options", "owl.lambda=0.1"],
+            "owl.lambda: expected an option",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_before_any_work(run_search, tmp_path, argv, told):

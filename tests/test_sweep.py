@@ -287,6 +287,29 @@ def test_a_finetuning_goes_on_from_its_checkpoint(run_sweep, monkeypatch):
     assert [line["epoch"] for line in read_log(Path("parts", name))] == [0, 1]
 
 
+def test_options_are_for_the_combinations_that_have_them_and_are_shown(run_sweep, run_main, tiny):
+    options = ["--method-options", "alpha.tau=0.5"]
+    flags = ["--pruner", "alpha", "--sparsity", "0.9", "--lr", "0.02", "--no-model-ema"]
+    single = run_main(*tiny, *flags, *options, "--epochs", "1")
+    run_sweep("--pruners", "unif", "alpha", "--sparsities", "0.9", *options, "--finetune-epochs", 1)
+
+    found = {key(row): float(row["accuracy"]) for row in rows()}
+    pruned, finetuned = map(float, re.findall(r"(?:pruned|finetuned) ([\d.]+) %", single))
+    assert found["one-shot", "alpha", "0.9", ""] == pytest.approx(pruned, abs=0.006)
+    assert found["finetuned", "alpha", "0.9", "0"] == pytest.approx(finetuned, abs=0.006)
+    assert "- method options: alpha.tau=0.5\n" in Path("output/sweep/sweep.md").read_text()
+
+    recipes = {
+        name: load_checkpoint(f"output/sweep/runs/{name}_0.9_seed0/checkpoint.pth")["pruning"]
+        for name in ("unif", "alpha")
+    }
+    assert recipes["unif"]["recipe"]["method_options"] is None
+    assert recipes["alpha"]["recipe"]["method_options"] == {"alpha.tau": 0.5}
+    again = ["--pruners", "alpha", "--finetune-epochs", 1, "--method-options", "alpha.tau=0.4"]
+    other = run_sweep(*again, status=2)
+    assert "holds a sweep with --method-options" in other
+
+
 def test_a_sweep_trains_by_a_schedule_as_single_runs_do(run_sweep, run_main, tiny):
     flags = ["--lr", "0.02", "--no-model-ema", "--prune-every", "2", "--calibration-images", "32"]
     single = run_main(
@@ -658,6 +681,9 @@ def test_all_processes_share_one_run(tmp_path, tiny):
         (["--reconstruct", "obs"], "--reconstructions"),
         (["--reconstructions", "sgd"], "sgd"),
         (["--reconstructions", "obs", "--calibration-images", "49"], "images 49"),
+        (["--method-options", "gradual.exponent=2"], "gradual.exponent: expected an option"),
+        (["--pruners", "lamp", "--method-options", "owl.lambda=0.1"], "owl.lambda: expected none"),
+        (["--method-options", "owl.lambda=2"], "owl.lambda=2: expected a number in [0, 1]"),
         (["--prune-every", "5"], "--prune-every: not with --schedules one-shot"),
         (
             ["--prune-start", "2", "--schedules", "gradual", "--finetune-epochs", "1"],

@@ -14,6 +14,7 @@ from conftest import ROOT, start_main, write_idx
 from PIL import Image
 
 LAMP = ["--pruner", "lamp", "--sparsity", "0.5"]
+OWL = ["--pruner", "owl", "--sparsity", "0.5"]
 CUSTOM = ["--pruner", "custom", "--custom-config"]
 
 
@@ -197,6 +198,14 @@ MISTAKES = [
     ([*LAMP, "--prune-schedule", "rigl", "--drop-fraction", "1.5"], "--drop-fraction 1.5", {}),
     ([*LAMP, "--prune-schedule", "sr-ste", "--sr-decay", "-1"], "--sr-decay -1", {}),
     ([*LAMP, "--sr-decay", "1e-3"], "--sr-decay", {}),
+    ([*LAMP, "--method-options", "owl.lambda=0.1"], "owl.lambda: expected none, as the", {}),
+    ([*OWL, "--method-options", "owl.lambdas=0.1"], "one of owl.outlier, owl.lambda", {}),
+    ([*OWL, "--method-options", "owl.lambda=2"], "owl.lambda=2: expected a number in [0, 1]", {}),
+    ([*OWL, "--method-options", "owl.lambda"], "expected NAME=VALUE with a number", {}),
+    ([*OWL, "--method-options", "owl.lambda="], "expected NAME=VALUE with a number", {}),
+    ([*OWL, "--method-options", "gradual.exponent=2"], "gradual.exponent: expected an option", {}),
+    (["--method-options", "owl.lambda=0.1"], "owl.lambda=0.1 needs --pruner", {}),
+    (["--config", "r.yaml"], "r.yaml: method-options", {"r.yaml": "method-options: {a: 1}\n"}),
     ([*LAMP, "--dist-timeout", "0"], "--dist-timeout", {}),
     *(
         ([*LAMP, "--dense-teacher", weight], f"--dense-teacher {weight}", {})

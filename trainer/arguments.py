@@ -22,6 +22,7 @@ from sparsity_factory import (
     read_yaml,
 )
 from sparsity_factory.custom_yaml import level_section
+from sparsity_factory.errors import short
 from utils import TIMEOUT, UserError, available_cores, log, processes_here
 
 from .argument_checks import check_args
@@ -189,9 +190,30 @@ def recipe_of(args) -> Recipe:
         choices["custom_config"] = read_yaml(args.custom_config)
         # An error names the file if it is no configuration
         level_section(choices["custom_config"], args.custom_config)
+    choices["method_options"] = method_options(args.method_options)
     if args.pruner is None and parse_pattern(args.pattern).sparsity is not None:
         choices["pruner"] = "unif"  # n:m says how much every layer keeps
     return Recipe(**choices)
+
+
+def method_options(texts: list[str] | None) -> dict[str, float] | None:
+    """The options of `--method-options` by name; of one that is given twice, the later value.
+
+    Raises UserError for a text that is not NAME=VALUE.
+    """
+    found = {}
+    for text in texts or ():
+        name, _, value = text.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise UserError(
+                f"--method-options {short(text)}: expected NAME=VALUE with a number, such as "
+                "owl.lambda=0.1"
+            ) from None
+        with contextlib.suppress(ValueError):
+            found[name] = int(value)
+    return found or None
 
 
 def check_recipe(args) -> None:
@@ -381,6 +403,9 @@ def _add_pruning(group: Group) -> None:
         help="how the kept weights of a layer make up for the pruned ones")
     add("--calibration-images", int, Recipe.calibration_images, metavar="N",
         help="training images for the scores, pruners and reconstructions that look at images")
+    add("--method-options", str, None, nargs="+", action=Extend, metavar="NAME=VALUE",
+        help="numbers of the chosen methods, such as owl.lambda=0.1 obs.columns=128; "
+             "--list-methods lists them")
 
 
 def _add_model(group: Group) -> None:

@@ -51,6 +51,9 @@ def open_results(
         "versions": utils.versions(compute.device),
     }
 
+    if recipe.pruner:
+        facts["recipe"] = recipe.in_words()
+
     target = recipe.sparsity
     title = f"{args.model}, {recipe.pruner or 'dense'}"
     if target is not None:
