@@ -214,22 +214,34 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float:
 
 
 @torch.no_grad()
-def evaluate(loader, model, compute: Compute, *, shared=False, after_batch=None, print_freq=50):
+def evaluate(
+    loader,
+    model,
+    compute: Compute,
+    *,
+    shared=False,
+    after_batch=None,
+    print_freq=50,
+    criterion: Callable | None = torch.nn.functional.cross_entropy,
+) -> dict[str, float]:
     """Evaluates `model` on the images of `loader`, each counted once.
 
     shared: each process has a part of the images, and the counts of all are added up. Otherwise
         each process has all images, and the figures are those of the first process, so that
         rounding cannot make processes decide differently.
     after_batch: called after each batch.
+    criterion: called with logits and targets; returns their mean loss. None if what the model
+        returns are no logits.
     Returns `acc1` and `acc5` in percent (`acc5` over all classes if there are fewer than five)
-    and the mean cross-entropy `loss`; the same on every process.
+    and, with a criterion, the mean `loss`; the same on every process.
     """
     model.eval()
     logger = MetricLogger()
 
-    # The top-1 hits, the top-5 hits, the sum of the losses, and the images. They stay on the device
-    # until the end: reading one of them would wait for it.
-    totals = torch.zeros(4, dtype=torch.float64, device=compute.device)
+    # The sum over images of each figure, and the images. They stay on the device until the end:
+    # reading one of them would wait for it.
+    names = ["loss", "acc1", "acc5"] if criterion else ["acc1", "acc5"]
+    totals = torch.zeros(len(names) + 1, dtype=torch.float64, device=compute.device)
 
     processes = utils.world_size() if shared else 1
     for images, targets in logger.log_every(loader, print_freq, "Test:", processes=processes):
@@ -238,25 +250,24 @@ def evaluate(loader, model, compute: Compute, *, shared=False, after_batch=None,
         with compute.autocast():
             logits = model(images).float()
 
-        loss = torch.nn.functional.cross_entropy(logits, targets)
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         count = len(images)
-        sums = [hits[:, 0].sum(), hits.sum(), loss * count, loss.new_full((), count)]
+        sums = [100 * hits[:, 0].sum(), 100 * hits.sum(), logits.new_full((), count)]
+        if criterion:
+            sums = [criterion(logits, targets) * count, *sums]
         batch = torch.stack(sums).double()
         totals += batch
 
-        logger.update(loss=loss, acc1=100 * batch[0] / count, acc5=100 * batch[1] / count, n=count)
+        logger.update(n=count, **dict(zip(names, batch[:-1] / count, strict=True)))
         if after_batch is not None:
             after_batch()
 
     totals = totals.tolist()
     counts = shared or utils.is_main_process()
-    top1, top5, loss, count = utils.sum_over_processes(totals if counts else [0.0] * 4)
-    stats = {"acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "loss": loss / count}
-    utils.log(
-        f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}",
-        only=utils.LINES,
-    )
+    *sums, count = utils.sum_over_processes(totals if counts else [0.0] * len(totals))
+    stats = {name: total / count for name, total in zip(names, sums, strict=True)}
+    loss = f" loss {stats['loss']:.3f}" if criterion else ""
+    utils.log(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f}{loss}", only=utils.LINES)
     return stats
 
 

@@ -1,4 +1,4 @@
-"""Losses on top of a plain criterion: distillation, the dense model as teacher, co-distillation.
+"""Losses beyond a plain criterion: distillation, the dense model as teacher, co-distillation.
 
 Each is called as `loss(images, outputs, targets)` with the model's outputs for the images.
 """
@@ -96,6 +96,27 @@ class DenseTeacherLoss(nn.Module):
 
         heads = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
         return sum(loss(logits.float()) for logits in heads) / len(heads)
+
+
+class DenseFeaturesLoss(nn.Module):
+    """How far features point away from those of the model before it was pruned; no targets.
+
+    The mean over images of 1 - cos(features, dense features), as AM-RADIO (Ranzinger et al. 2024,
+    arXiv:2312.06709) has it for the one vector of an image.
+
+    teacher: maps the images to features (batch, dim). It runs without gradients, in the precision
+    of the student.
+    outputs: features (batch, dim).
+    """
+
+    def __init__(self, teacher: nn.Module):
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, images, outputs, targets):
+        with torch.no_grad():
+            wanted = self.teacher(images).float()
+        return 1 - F.cosine_similarity(outputs.float(), wanted, dim=1).mean()
 
 
 class CosubLoss(nn.Module):

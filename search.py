@@ -114,6 +114,8 @@ def parse_search_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Nam
         raise UserError("search.py: expected one process, without torchrun")
 
     args = parse_args([*options.others, "--output_dir", options.output_dir], one_recipe=False)
+    if args.num_classes == 0:
+        raise UserError("--num-classes 0: not with a search, which compares predictions of classes")
     numbers = method_options(args.method_options) or {}
     known = options_of(RECONSTRUCTIONS, options.reconstruct)
     check_method_options(numbers, known, flags=True)

@@ -49,7 +49,14 @@ from sparsity_factory import (
 from sparsity_factory.method import check_method_options, options_of
 from sparsity_factory.recipe import timed_fields
 from trainer import plots
-from trainer.arguments import given, method_options, parse_args, recipe_of, refused_flags
+from trainer.arguments import (
+    check_recipe,
+    given,
+    method_options,
+    parse_args,
+    recipe_of,
+    refused_flags,
+)
 from trainer.builders import (
     build_dense_teacher,
     build_loaders,
@@ -341,9 +348,7 @@ class Workbench:
     def check(self, tasks: Sequence[Task]) -> None:
         """Raises PruningError if every recipe is refused, UserError without calibration images."""
         runs = [self.arguments(task) for task in tasks if task.kind in (ONE_SHOT, FINETUNED)]
-        reasons = [
-            _why_not(lambda run=run: recipe_of(run).check(run.epochs or None)) for run in runs
-        ]
+        reasons = [_why_not(lambda run=run: check_recipe(run)) for run in runs]
         if runs and all(reasons):
             raise PruningError(reasons[0])
 
@@ -416,8 +421,8 @@ class Workbench:
 
         Scores decide nothing here, so none is computed from images.
         """
+        check_recipe(args)
         recipe = recipe_of(args)
-        recipe.check(args.epochs or None)
         pruner = "unif" if needs_of(recipe.pruner) else recipe.pruner
         Sparsifier(
             self.model,

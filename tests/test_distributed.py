@@ -51,6 +51,10 @@ SAME_STEPS = {
         ["--batch-size", "16", *DENSE_TEACHER],
         ["--batch-size", "8", *DENSE_TEACHER],
     ),
+    "features": (
+        ["--batch-size", "16", "--pretrained", "--num-classes", "0"],
+        ["--batch-size", "8", "--pretrained", "--num-classes", "0"],
+    ),
     "co-distillation": (["--batch-size", "16", "--cosub"], ["--batch-size", "8", "--cosub"]),
     "attn-only": (["--batch-size", "16", "--attn-only"], ["--batch-size", "8", "--attn-only"]),
     **{
@@ -124,6 +128,7 @@ def pair(once, tiny):
         }
         runs["permuted"] = [*tiny, *PERMUTED, "--eval"]
         runs["evaluation"] = [*tiny, *LAMP, "--eval", "--dist-eval"]
+        runs["neighbours"] = [*runs["evaluation"], "--num-classes", "0"]
         (folder / "runs.json").write_text(json.dumps(runs))
         result = start_main(
             folder, cwd=folder, processes=2, script=ROOT / "tests" / "helpers" / "two_processes.py"
@@ -265,10 +270,13 @@ def test_two_processes_permute_as_one(pair, tiny, run_main, had, monkeypatch):
         assert [different(*both) for both in zip(permuted, weights, strict=True)] == [0]
 
 
-def test_shared_evaluation_counts_each_image_once(pair, tiny, run_main):
+@pytest.mark.parametrize(
+    "name, flags", [("evaluation", []), ("neighbours", ["--num-classes", "0"])]
+)
+def test_shared_evaluation_counts_each_image_once(pair, tiny, run_main, name, flags):
     """61 images in batches of 24 give three: one process has a batch more, and the last is smaller."""
-    alone = run_main(*tiny, *LAMP, "--eval", "--dist-eval")
-    shared = (pair / "evaluation" / "printed0.txt").read_text()
+    alone = run_main(*tiny, *LAMP, "--eval", "--dist-eval", *flags)
+    shared = (pair / name / "printed0.txt").read_text()
     assert "/3]" in alone
     assert "/2]" in shared
     counts = [re.findall(r"\* Acc@1 .*", output) for output in (alone, shared)]

@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import CosubLoss, DenseTeacherLoss, DistillationLoss
+from losses import CosubLoss, DenseFeaturesLoss, DenseTeacherLoss, DistillationLoss
 
 torch.manual_seed(0)
 IMAGES, LABELS = torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
@@ -77,6 +79,20 @@ def test_a_dense_teacher_with_all_of_the_loss_needs_no_targets():
 
     torch.testing.assert_close(dense_taught(1, 2.0, criterion=none), divergence(CLASS, 2.0))
     torch.testing.assert_close(dense_taught(1, outputs=TEACHER(IMAGES)), torch.zeros(()))
+
+
+def test_features_learn_the_direction_of_the_dense_ones():
+    features = CLASS.detach().clone().requires_grad_()
+    loss = DenseFeaturesLoss(TEACHER)(IMAGES, features, None)
+    wanted = TEACHER(IMAGES).tolist()
+    cosines = [
+        sum(a * b for a, b in zip(one, other, strict=True)) / math.hypot(*one) / math.hypot(*other)
+        for one, other in zip(CLASS.tolist(), wanted, strict=True)
+    ]
+    assert loss.item() == pytest.approx(1 - sum(cosines) / len(cosines), abs=1e-6)
+    loss.backward()
+    assert features.grad.any()
+    assert all(parameter.grad is None for parameter in TEACHER.parameters())
 
 
 def test_each_of_two_heads_learns_from_the_dense_teacher_and_the_targets():

@@ -229,6 +229,11 @@ def test_a_dense_teacher_runs(on_cuda, dense):
     on_cuda("--resume out/checkpoint.pth --dense-teacher 0.5 --epochs 2 --output_dir out")
 
 
+def test_a_model_without_a_head_runs(on_cuda, dense):
+    on_cuda(f"--finetune {dense} --num-classes 0 {LAMP} --output_dir out")
+    on_cuda("--resume out/checkpoint.pth --eval")
+
+
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_distillation_runs(on_cuda, kind):
     teacher = "--teacher-model resnet10t --teacher-path"

@@ -367,6 +367,19 @@ def test_a_sweep_learns_from_the_dense_model_as_single_runs_do_and_goes_on(
     run_main(*tiny, "--resume", "output/sweep/runs/lamp_0.9_seed0/checkpoint.pth", "--epochs", "2")
 
 
+def test_a_sweep_without_a_head_measures_as_single_runs_and_refuses_scores_that_need_labels(
+    run_sweep, run_main, tiny
+):
+    flags = ["--num-classes", "0", "--lr", "0.02", "--no-model-ema"]
+    run_main(*tiny, *flags, "--pruner", "lamp", "--sparsity", "0.9", "--output_dir", "single")
+    sweep = ["--pruners", "lamp", "--scores", "magnitude", "taylor", "--sparsities", "0.9"]
+    run_sweep(*flags[:2], *sweep, "--finetune-epochs", "1")
+    assert_same_weights("single", "output/sweep/runs/lamp_0.9_seed0")
+    found = {(row["kind"], row["score"]): row["error"] for row in rows()}
+    assert not found["finetuned", "magnitude"]
+    assert "needs the gradient of a loss" in found["finetuned", "taylor"]
+
+
 def test_runs_share_the_statistics_of_the_dense_model_and_of_no_other(run_sweep, monkeypatch):
     command = [
         "--pruners",

@@ -219,6 +219,22 @@ MISTAKES = [
         {},
     ),
     ([*LAMP, "--dense-teacher", "0.5", "--no-pretrained"], "random weights teach nothing", {}),
+    *(
+        ([*flags, "--num-classes", "0"], named, {})
+        for flags, named in (
+            ([*LAMP, "--score", "taylor"], "--score taylor: needs the gradient of a loss"),
+            (["--pruner", "cap", "--sparsity", "0.5"], "--pruner cap"),
+            ([*LAMP, "--dense-teacher", "0.5"], "--dense-teacher"),
+            ([*LAMP, "--cosub"], "--cosub"),
+            ([*LAMP, "--bce-loss"], "--bce-loss"),
+            (
+                [*LAMP, "--distillation-type", "soft", "--teacher-path", "t.pth"],
+                "--distillation-type",
+            ),
+            ([*LAMP, "--no-pretrained"], "--num-classes 0: random weights teach nothing"),
+            (["--data-path", ".", "--data-set", "timm:wds/x"], "timm:wds/x"),
+        )
+    ),
     ([*LAMP, "--reconstruct", "sgd"], "sgd", {}),
     (["--reconstruct", "obs"], "--pruner", {}),
     ([*LAMP, "--reconstruct", "obs", "--prune-schedule", "ste"], "--reconstruct obs", {}),

@@ -27,6 +27,12 @@ MODELS = {
     "xcit_nano_12_p16_224": TINY,
     "swin_tiny_patch4_window7_224": {"embed_dim": 12, "depths": (2, 2), "num_heads": (2, 2)},
 }
+#: Others, whose files transformers writes.
+OTHERS = {
+    "vit_small_patch16_dinov3": TINY,
+    "vit_small_plus_patch16_dinov3_qkvb": TINY,
+    "swinv2_tiny_window8_256": {"embed_dim": 12, "depths": (2, 2), "num_heads": (2, 2)},
+}
 
 
 def build(name, seed=0, img_size=56, num_classes=5, **options):
@@ -34,7 +40,7 @@ def build(name, seed=0, img_size=56, num_classes=5, **options):
     torch.manual_seed(seed)
     if not name.startswith("xcit"):
         options["img_size"] = img_size
-    options = {**MODELS[name], **options, "num_classes": num_classes}
+    options = {**(MODELS | OTHERS)[name], **options, "num_classes": num_classes}
     if name.startswith("swin"):
         options["window_size"] = img_size // 8
     model = timm.create_model(name, **options)
@@ -256,6 +262,111 @@ def test_names_of_transformers_are_timms(name, kind, tmp_path):
     theirs = build(name)
     ours = fitted(build(name, 1), transformers_names(theirs.state_dict(), kind), tmp_path)
     assert torch.equal(logits(ours), logits(theirs))
+
+
+#: How transformers' conversion scripts name the parts of a model, from timm's names.
+BEIT_NAMES = (
+    (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"),
+    (r"^cls_token", "embeddings.cls_token"),
+    (r"^blocks\.", "encoder.layer."),
+    (r"attn\.proj", "attention.output.dense"),
+    (r"attn\.relative", "attention.attention.relative_position_bias.relative"),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"mlp\.fc1", "intermediate.dense"),
+    (r"mlp\.fc2", "output.dense"),
+    (r"gamma_", "lambda_"),
+    (r"^fc_norm\.", "pooler.layernorm."),
+)
+SWIN_NAMES = (
+    (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"),
+    (r"^patch_embed\.norm", "embeddings.norm"),
+    # timm has a downsampling at the start of a stage, the others at its end
+    (r"^layers\.1\.downsample", "layers.0.downsample"),
+    (r"^layers\.", "encoder.layers."),
+    (r"attn\.proj", "attention.output.dense"),
+    (r"attn\.cpb_mlp", "attention.self.continuous_position_bias_mlp"),
+    (r"attn\.(relative|logit)", r"attention.self.\1"),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"mlp\.fc1", "intermediate.dense"),
+    (r"mlp\.fc2", "output.dense"),
+    (r"^norm\.", "layernorm."),
+)
+DINOV3_NAMES = (
+    (r"^patch_embed\.proj", "embeddings.patch_embeddings"),
+    (r"^cls_token", "embeddings.cls_token"),
+    (r"^reg_token", "embeddings.register_tokens"),
+    (r"^blocks\.", "layer."),
+    (r"attn\.proj", "attention.o_proj"),
+    (r"mlp\.fc1_g", "mlp.gate_proj"),
+    (r"mlp\.fc1(_x)?\.", "mlp.up_proj."),
+    (r"mlp\.fc2", "mlp.down_proj"),
+    (r"gamma_([12])$", r"layer_scale\1.lambda1"),
+)
+
+
+def named(weights, names, prefix, attention, parts):
+    """A state dict with the names of transformers; query, key and value are apart.
+
+    attention: the module that has them, by the names `parts`.
+    """
+    out = {}
+    for key, value in weights.items():
+        if key.startswith("head."):
+            out[f"classifier.{key.rpartition('.')[2]}"] = value
+            continue
+        for pattern, replacement in names:
+            key = re.sub(pattern, replacement, key)
+        key = prefix + key
+        if "attn.qkv" in key:
+            for part, rows in zip(parts, value.chunk(3), strict=True):
+                out[key.replace("attn.qkv", f"{attention}.{part}")] = rows.clone()
+        elif key.endswith("_bias"):
+            part = parts[0 if key.endswith("q_bias") else 2]
+            out[f"{key[: -len('attn.q_bias')]}{attention}.{part}.bias"] = value
+        else:
+            out[key] = value
+    return out
+
+
+@pytest.mark.parametrize(
+    "name, names, prefix, attention",
+    [
+        ("beit_base_patch16_224", BEIT_NAMES, "beit.", "attention.attention"),
+        ("swin_tiny_patch4_window7_224", SWIN_NAMES, "swin.", "attention.self"),
+        ("swinv2_tiny_window8_256", SWIN_NAMES, "swinv2.", "attention.self"),
+        ("vit_small_patch16_dinov3", DINOV3_NAMES, "", "attention"),
+        ("vit_small_plus_patch16_dinov3_qkvb", DINOV3_NAMES, "", "attention"),
+    ],
+)
+def test_names_of_transformers_newer_models_are_timms(name, names, prefix, attention, tmp_path):
+    is_dinov3 = names is DINOV3_NAMES
+    options = {"img_size": 64, "num_classes": 0} if is_dinov3 else {}
+    parts = ("q_proj", "k_proj", "v_proj") if is_dinov3 else ("query", "key", "value")
+    theirs = build(name, **options)
+    weights = named(theirs.state_dict(), names, prefix, attention, parts)
+    assert not weights.keys() & theirs.state_dict().keys() - {"norm.weight", "norm.bias"}
+
+    ours = fitted(build(name, 1, **options), weights, tmp_path)
+    expected = theirs.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in ours.state_dict().items())
+
+
+def test_zero_biases_of_dinov3_are_left_out_and_others_are_an_error(tmp_path):
+    name = "vit_small_patch16_dinov3"
+    theirs = build(name, img_size=64, num_classes=0)
+    parts = ("q_proj", "k_proj", "v_proj")
+    weights = named(theirs.state_dict(), DINOV3_NAMES, "", "attention", parts)
+    for block in range(2):
+        for part in ("q_proj", "v_proj"):
+            weights[f"layer.{block}.attention.{part}.bias"] = torch.zeros(24)
+    ours = fitted(build(name, 1, img_size=64, num_classes=0), weights, tmp_path)
+    assert torch.equal(logits(ours, 64), logits(theirs, 64))
+
+    weights["layer.1.attention.q_proj.bias"][3] = 1
+    with pytest.raises(UserError, match="q_bias is not in the model"):
+        fitted(ours, weights, tmp_path)
 
 
 def test_a_small_file_of_large_tensors_is_refused(tmp_path):

@@ -20,7 +20,6 @@ AT_LEAST_1 = (
     "--print-freq",
     "--eval-every",
     "--save-every",
-    "--num-classes",
 )
 AT_LEAST_0 = (
     "--num_workers",
@@ -46,6 +45,7 @@ AT_LEAST_0 = (
     "--lr-noise-pct",
     "--lr-noise-std",
     "--opt-eps",
+    "--num-classes",
 )
 ABOVE_0 = ("--decay-epochs", "--dist-timeout")
 BELOW_1 = ("--drop", "--drop-path", "--smoothing", "--model-ema-decay")
@@ -60,6 +60,7 @@ def check_args(args) -> None:
     check_tasks(args)
     check_devices_and_output(args)
     check_distillation(args)
+    check_headless(args)
 
 
 def check_numbers(args) -> None:
@@ -226,6 +227,22 @@ def check_distillation(args) -> None:
     if not 0 <= args.distillation_alpha <= 1:
         raise UserError(
             f"--distillation-alpha {args.distillation_alpha}: expected a number in [0, 1]"
+        )
+
+
+def check_headless(args) -> None:
+    """Raises UserError for flags that need a head, or labels, if the model has none."""
+    if args.num_classes != 0:
+        return
+    for flag in ("--dense-teacher", "--cosub", "--bce-loss"):
+        if _value(args, flag):
+            raise UserError(f"{flag}: not with --num-classes 0, which has a loss of its own")
+    if args.distillation_type != "none":
+        raise UserError("--distillation-type: not with --num-classes 0, a model without a head")
+    if args.data_set.startswith(f"{TIMM}wds/"):
+        raise UserError(
+            f"--data-set {args.data_set}: not with --num-classes 0, which looks at each training "
+            "image by its number; shards are a stream"
         )
 
 

@@ -23,9 +23,10 @@ from sparsity_factory import (
 )
 from sparsity_factory.custom_yaml import level_section
 from sparsity_factory.errors import short
+from sparsity_factory.statistics import OF_GRADIENTS
 from utils import TIMEOUT, UserError, available_cores, log, processes_here
 
-from .argument_checks import check_args
+from .argument_checks import check_args, check_headless
 from .parser import FREE, REFUSED, Extend, Flag, Group, Help, Parser
 
 SAMPLE_PRESET = Path(__file__).resolve().parent.parent / "configs" / "run" / "sample.yaml"
@@ -127,6 +128,20 @@ def with_saved_model(args: argparse.Namespace, checkpoint: dict, source: str) ->
     return own
 
 
+def without_head(args: argparse.Namespace, checkpoint: dict) -> argparse.Namespace:
+    """The arguments with `--num-classes 0` if the checkpoint is of a run with that.
+
+    Raises UserError or PruningError for arguments that no such run can have.
+    """
+    saved = _as_dict(checkpoint.get("args"))
+    if "num_classes" in args.given or saved.get("num_classes") != 0:
+        return args
+    args = argparse.Namespace(**{**vars(args), "num_classes": 0})
+    check_headless(args)
+    check_recipe(args)
+    return args
+
+
 def get_args_parser(defaults: dict | None = None) -> Parser:
     """DeiT's arguments and those of pruning; `defaults` replaces some of theirs, by name."""
     parser = Parser(
@@ -220,8 +235,13 @@ def check_recipe(args) -> None:
     """Raises PruningError or UserError for pruning arguments that make no sense."""
     with naming_the_config(args.custom_config):
         recipe = recipe_of(args)
-        recipe.check(args.epochs)
+        recipe.check(args.epochs or None)
 
+    if args.num_classes == 0 and recipe.needs & OF_GRADIENTS:
+        raise PruningError(
+            f"{recipe.in_words()}: needs the gradient of a loss, so labels, and --num-classes 0 "
+            "uses none"
+        )
     if args.keep_zeros and recipe.pruner:
         raise UserError("--keep-zeros: not together with --pruner or --pattern, which choose anew")
     if not args.shrink:
@@ -504,7 +524,9 @@ def _add_data(group: Group) -> None:
     add("--train-split", str, "train", help="with --data-set timm:..., the split to train on")
     add("--val-split", str, "validation", help="with --data-set timm:..., the split to evaluate on")
     add("--num-classes", int, None,
-        help="with --data-set timm:..., the number of classes, if the data do not tell")
+        help="with --data-set timm:..., the number of classes, if the data do not tell; 0, with "
+             "any data set: a model without a head, which learns the features of the dense one "
+             "and is evaluated by its nearest training images")
     ranks = ["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"]
     add("--inat-category", str, "name", choices=ranks,
         help="rank of the taxonomy that labels iNaturalist's images")

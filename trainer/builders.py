@@ -19,7 +19,7 @@ import utils
 from augment import BatchTransform
 from datasets import build_dataset, normalization
 from engine import StepOptions
-from losses import CosubLoss, DenseTeacherLoss, DistillationLoss
+from losses import CosubLoss, DenseFeaturesLoss, DenseTeacherLoss, DistillationLoss
 from models import (
     build_model,
     checkpoint_gradients,
@@ -42,11 +42,11 @@ from sparsity_factory import (
 from utils import Compute, UserError, log
 
 from .argument_checks import mixes
-from .arguments import continued_args, naming_the_config, recipe_of, with_saved_model
+from .arguments import continued_args, naming_the_config, recipe_of, with_saved_model, without_head
 from .calibration_images import Calibration
 from .data_config import teacher_inputs, with_data_config
 from .run_folder import newest_checkpoint
-from .seeded_data import SeededDataset, SeededStream, StreamLoader
+from .seeded_data import SeededDataset, SeededStream, StreamLoader, WithoutLabels
 from .stop_signals import ignore_signals
 from .training_state import TrainingState
 from .weights import adopt_sparsity, has_trained_head, load_weights
@@ -80,13 +80,19 @@ def evaluation_batch_size(args) -> int:
 
 
 def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
-    """The loaders of the training and the validation images, and the number of classes."""
+    """The loaders of the training and the validation images, and the number of classes.
+
+    With `--num-classes 0` that is 0, and the training images have no labels.
+    """
     train_set, num_classes = build_dataset(True, args)
     classes = getattr(train_set, "class_to_idx", None)
     val_set, _ = build_dataset(False, args, classes=classes)
     check_classes(train_set, val_set, args.data_path)
     for note in (*getattr(train_set, "notes", ()), *getattr(val_set, "notes", ())):
         log(note)
+    if args.num_classes == 0:
+        num_classes = 0
+        train_set = WithoutLabels(train_set)
 
     process = utils.rank(), utils.world_size()
     share = process if args.dist_eval else (0, 1)  # of the validation images
@@ -156,6 +162,8 @@ def load_start(args) -> tuple[argparse.Namespace, dict]:
     if not args.resume or args.eval:
         checkpoint.pop("optimizer", None)
     args = with_saved_model(args, checkpoint, source)
+    if args.resume:
+        args = without_head(args, checkpoint)
     if "optimizer" in checkpoint:
         args = continued_args(args, checkpoint.get("args"), source)
     return with_data_config(args, checkpoint, source), checkpoint
@@ -228,14 +236,22 @@ def build_dense_teacher(
 ) -> DenseTeacher | None:
     """What `--dense-teacher` learns from: a copy of `model` before it is pruned. None without it.
 
+    A model without a head always has one, as nothing else says what it should learn.
+
     A resumed run has no dense model. It loads one again from where the first run had it, or from
     `--finetune`.
 
     Raises UserError if there are no dense weights that a training could learn from.
     """
-    if args.eval or not args.dense_teacher:
+    if args.eval or (num_classes and not args.dense_teacher):
         return None
-    log(f"Teacher: the dense model, with {args.dense_teacher:g} of the loss")
+    if num_classes:
+        flag = f"--dense-teacher {args.dense_teacher:g}"
+        log(f"Teacher: the dense model, with {args.dense_teacher:g} of the loss")
+    else:
+        flag = "--num-classes 0"
+        log("Teacher: the features of the dense model; no label is used")
+
     if "optimizer" in checkpoint:
         args, checkpoint, teacher = load_dense(args, num_classes, checkpoint, device)
     else:
@@ -245,7 +261,6 @@ def build_dense_teacher(
         if args.compile:
             compile_model(teacher, args.compile_mode)
 
-    flag = f"--dense-teacher {args.dense_teacher:g}"
     source = args.resume or args.finetune
     if "masks" in checkpoint:
         raise UserError(
@@ -352,7 +367,8 @@ def prepare_model(
     elif pretrained and args.eval and not has_trained_head(model):
         raise UserError(
             f"--eval: timm's weights of {args.model} have no head for {num_classes} classes, and a "
-            "new one says nothing; expected --finetune or --resume with a file that has one"
+            "new one says nothing; expected --finetune or --resume with a file that has one, or "
+            "--num-classes 0, which does without"
         )
     if checkpoint:
         adopt_sparsity(model, checkpoint, source, args.keep_zeros)
@@ -522,7 +538,7 @@ def build_batch_transform(args, num_classes: int, device: torch.device) -> Batch
             args.mixup_switch_prob,
             args.mixup_mode,
             label_smoothing=0.0 if args.bce_loss else args.smoothing,
-            num_classes=num_classes,
+            num_classes=max(num_classes, 1),
         )
     return BatchTransform(device, erase, mixup, *normalization(args))
 
@@ -531,6 +547,8 @@ def build_criterion(
     args, num_classes: int, device: torch.device, dense_teacher: DenseTeacher | None = None
 ):
     """The training loss, called with images, outputs and targets."""
+    if not num_classes:
+        return DenseFeaturesLoss(dense_teacher.model)
     if args.cosub:
         return CosubLoss(binary=args.bce_loss)
 

@@ -13,6 +13,8 @@ from engine import Learner, StepOptions, check_finite, evaluate, steps_of_epoch,
 from sparsity_factory import sparse_kernels
 from utils import Compute, log
 
+from .builders import evaluation_batch_size
+from .nearest_neighbours import Neighbourhood
 from .results import Results
 from .stop_signals import Stopped, StopSignals
 from .training_state import TrainingState
@@ -21,7 +23,8 @@ from .training_state import TrainingState
 class Evaluator:
     """Evaluates models on the validation images of a run.
 
-    Called with a model, it returns what `engine.evaluate` does.
+    Called with a model, it returns what `engine.evaluate` does. A backbone without a head is
+    evaluated by its nearest training images.
 
     accuracy: takes what `measure` measures, top-1 in percent by name.
     """
@@ -36,11 +39,19 @@ class Evaluator:
         self.shared = args.dist_eval
         self.print_freq = args.print_freq
         self.sparse_kernels = args.sparse_kernels
+        self.neighbourhood = None
+        if args.num_classes == 0:
+            self.neighbourhood = Neighbourhood(args, evaluation_batch_size(args), compute)
 
     def __call__(self, model: torch.nn.Module) -> dict[str, float]:
         # A moving average may live in the CPU's memory.
         if next(model.parameters()).device != self.compute.device:
             model = copy.deepcopy(model).to(self.compute.device)
+
+        criterion = torch.nn.functional.cross_entropy
+        if self.neighbourhood:
+            model = self.neighbourhood(model, self.stop)
+            criterion = None  # votes are no logits
         return evaluate(
             self.loader,
             model,
@@ -48,6 +59,7 @@ class Evaluator:
             shared=self.shared,
             after_batch=self.stop.checks(self._common_batches()),
             print_freq=self.print_freq,
+            criterion=criterion,
         )
 
     def measure(self, name: str, model: torch.nn.Module) -> None:
@@ -279,7 +291,9 @@ def epoch_in_words(line: dict[str, float]) -> str:
     """An epoch as a terminal shows it."""
     parts = [f"epoch {line['epoch']}: training loss {line['train_loss']:.4f}"]
     if "test_loss" in line:
-        parts += [f"validation loss {line['test_loss']:.4f}", f"top-1 {line['test_acc1']:.2f} %"]
+        parts.append(f"validation loss {line['test_loss']:.4f}")
+    if "test_acc1" in line:
+        parts.append(f"top-1 {line['test_acc1']:.2f} %")
     if "test_ema_acc1" in line:
         parts.append(f"moving average {line['test_ema_acc1']:.2f} %")
     parts.append(f"learning rate {line['train_lr']:.2g}")

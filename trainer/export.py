@@ -116,7 +116,7 @@ def export(args: argparse.Namespace) -> None:
         logits = model(images)
 
     with new_folder(folder, f"--export {args.export}") as temporary:
-        call = timm_call(args.model, logits.shape[1], args.input_size, args.model_kwargs)
+        call = timm_call(args.model, model.num_classes, args.input_size, args.model_kwargs)
         told = {"images": images_of(args), **({"classes": classes} if classes else {})}
         exported = write_weights(temporary, model, call, told)
         with torch.inference_mode():
@@ -150,13 +150,8 @@ def load_model(args):
         raise UserError(f"--resume auto: no checkpoint in {args.output_dir}")
     args = with_model_of(args, checkpoint, args.resume)
 
-    # The checkpoint's head tells the number of classes
     dense = build_model(args.model, 1, args.input_size, assignments=args.model_kwargs)
-    head = head_parameters(dense)[0]
-    shape = fit_weights(dense, checkpoint["model"]).new.get(head, (1,))
-    if not shape:
-        raise UserError(f"{args.resume}: does not fit the model: {head} is missing")
-    classes = shape[0]
+    classes = 0 if args.num_classes == 0 else classes_of(dense, checkpoint["model"], args.resume)
     dense.reset_classifier(classes)
 
     as_it_is = {
@@ -175,6 +170,21 @@ def load_model(args):
     if masks and parse_pattern(recipe.pattern).structured:
         model, masks = shrink(model, masks), {}
     return args, dense.eval(), model, masks or {}, recipe, checkpoint.get("classes")
+
+
+def classes_of(model: nn.Module, weights: Mapping, source: str) -> int:
+    """The number of classes of the head in a file. model: one with one class.
+
+    Raises UserError if there is no head.
+    """
+    head = head_parameters(model)[0]
+    shape = fit_weights(model, weights).new.get(head, (1,))
+    if not shape:
+        raise UserError(
+            f"{source}: does not fit the model: {head} is missing; --num-classes 0 exports a model "
+            "without a head"
+        )
+    return shape[0]
 
 
 def images_of(args) -> dict:
@@ -283,6 +293,7 @@ def write_programs(
     folder: Path, model: nn.Module, images: torch.Tensor, logits: torch.Tensor
 ) -> list[str]:
     """Writes the `torch.export` program and the ONNX file; returns messages on files left out."""
+    outputs = outputs_of(model)
     try:
         # Traced with another number of images than it is compared with
         program = torch.export.export(
@@ -304,7 +315,7 @@ def write_programs(
         return [f"{ONNX} is left out: it needs pip install {' '.join(missing)}"]
     try:
         onnx = torch.onnx.export(
-            program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
+            program, dynamo=True, verbose=False, input_names=["images"], output_names=[outputs]
         )
     except Exception as error:  # ONNX lacks some operations
         return [f"{ONNX} is left out: torch.onnx cannot translate the model ({first_line(error)})"]
@@ -312,7 +323,7 @@ def write_programs(
 
     onnx.save(folder / ONNX)
     session = onnxruntime.InferenceSession(folder / ONNX, providers=["CPUExecutionProvider"])
-    found = session.run(["logits"], {"images": images.numpy()})[0]
+    found = session.run([outputs], {"images": images.numpy()})[0]
     compare(ONNX, torch.from_numpy(found), logits, 1e-4)
     return []
 
@@ -340,8 +351,10 @@ def describe(args, dense: nn.Module, model: nn.Module, masks, recipe, image: tor
             f"weights: {weights}, pruned with {recipe.in_words()}",
             f"images: float32 of shape (images, 3, {args.input_size}, {args.input_size}): pixels "
             f"in [0, 1], less the mean {tuple(mean)}, over the deviation {tuple(std)}",
+            f"outputs: {outputs_of(model)}",
             f"versions: {utils.versions(torch.device('cpu'))}",
         ],
+        "outputs": outputs_of(model),
         "zeros": pruned and bool(masks),
     }
 
@@ -399,7 +412,7 @@ def readme(folder: Path, facts: dict, left_out: list[str]) -> str:
         lines += [
             "",
             f'ONNX: `onnxruntime.InferenceSession("{ONNX}")'
-            '.run(["logits"], {"images": images})`.',
+            f'.run(["{facts["outputs"]}"], {{"images": images}})`.',
         ]
     return "\n".join(lines) + "\n"
 
@@ -430,6 +443,11 @@ def new_folder(folder: Path, flag: str):
             reason = error.strerror or first_line(error)
             raise WriteError(f"{flag}: cannot be written ({reason})") from None
         raise
+
+
+def outputs_of(model: nn.Module) -> str:
+    """What a model returns: `logits`, or `features` of a model without a head."""
+    return "logits" if model.num_classes else "features"
 
 
 def compare(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:

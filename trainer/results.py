@@ -21,6 +21,7 @@ from sparsity_factory.multiply_adds import ATTENTION
 from utils import Compute
 
 from . import plots
+from .nearest_neighbours import NEIGHBOURS
 from .run_folder import CHECKPOINT, RunFolder, read_log
 from .trackers import Tracker, build_trackers
 
@@ -53,6 +54,8 @@ def open_results(
 
     if recipe.pruner:
         facts["recipe"] = recipe.in_words()
+    if args.num_classes == 0:
+        facts["accuracy"] = f"that of the {NEIGHBOURS} nearest training images, weighted"
 
     target = recipe.sparsity
     title = f"{args.model}, {recipe.pruner or 'dense'}"

@@ -59,6 +59,19 @@ class SeededDataset(Dataset):
         print(note, file=sys.stderr, flush=True)
 
 
+class WithoutLabels(Dataset):
+    """Images that all have the label 0, for a training that uses no label."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        return self.dataset[index][0], 0
+
+
 class SeededStream(IterableDataset):
     """Makes the random choices of each image of a stream of timm (`IterableImageDataset`).
 

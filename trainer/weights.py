@@ -27,15 +27,20 @@ NO_CLASSIFIER = re.compile(
     r"|\w+_head|n_averaged|logit_scale|logit_bias)([._]|$)|fc\."
 )
 
-#: From the names of transformers' ViT, DeiT and Dinov2 to those of their authors.
+#: From transformers' names for ViT, DeiT, BEiT, Swin, SwinV2 and DINOv2 to those of their authors.
 TRANSFORMERS = (
-    (r"^(vit|deit|dinov2\w*)\.", ""),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(vit|deit|beit|data2vec_vision|swin\w*|dinov[23]\w*|model)\.", ""),
+    (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
+    (r"^embeddings\.norm\.", "patch_embed.norm."),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.distillation_token$", "dist_token"),
     (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
-    (r"^encoder\.layer\.", "blocks."),
+    (r"^(encoder\.)?layer\.", "blocks."),
+    (r"^encoder\.layers\.", "layers."),
+    (r"^encoder\.relative_position_bias\.", "rel_pos_bias."),
     (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.attention\.(attention|self)\.(relative_position_bias\.)?", ".attn."),
+    (r"\.continuous_position_bias_mlp\.", ".cpb_mlp."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
     (r"\.mlp\.weights_in\.", ".mlp.w12."),
@@ -43,9 +48,26 @@ TRANSFORMERS = (
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.lambda_([12])$", r".gamma_\1"),
+    (r"^pooler\.layernorm\.", "fc_norm."),
     (r"^layernorm\.", "norm."),
     (r"^(cls_)?classifier\.", "head."),
     (r"^distillation_classifier\.", "head_dist."),
+)
+#: The same for DINOv3, before the others. A gated MLP has a third layer.
+DINOV3 = (
+    (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"\.attention\.q_proj\.", ".attn.query."),
+    (r"\.attention\.k_proj\.", ".attn.key."),
+    (r"\.attention\.v_proj\.", ".attn.value."),
+    (r"register_tokens$", "storage_tokens"),
+    (r"embeddings\.storage_tokens$", "storage_tokens"),
+)
+PLAIN_MLP = ((r"\.mlp\.up_proj\.", ".mlp.fc1."), (r"\.mlp\.down_proj\.", ".mlp.fc2."))
+GATED_MLP = (
+    (r"\.mlp\.gate_proj\.", ".mlp.w1."),
+    (r"\.mlp\.up_proj\.", ".mlp.w2."),
+    (r"\.mlp\.down_proj\.", ".mlp.w3."),
 )
 
 
@@ -100,7 +122,12 @@ def load_weights(
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         only_heads = all(problem.split()[0] in fit.new for problem in problems)
-        hint = "; expected a trained head, as a new one says nothing" if only_heads else ""
+        hint = ""
+        if only_heads:
+            hint = (
+                "; expected a trained head, as a new one says nothing, or --num-classes 0, which "
+                "does without"
+            )
         raise UserError(f"{source}: does not fit the model: {problems[0]}{more}{hint}")
 
     for line in in_words(fit):
@@ -142,7 +169,7 @@ def fit_weights(model: torch.nn.Module, weights: Weights) -> Fit:
     heads = set(head_parameters(model))
 
     # Names. The weights in `named` have the file's own shapes.
-    given = from_transformers(weights)
+    given = from_transformers(weights, own)
     named = with_timm_names(without_prefix(given, own), own)
 
     # Shapes, and names that timm knows.
@@ -181,8 +208,12 @@ def fit_weights(model: torch.nn.Module, weights: Weights) -> Fit:
 def has_trained_head(model: torch.nn.Module, weights: Weights | None = None) -> bool:
     """Whether the model's head is a trained one, and not a new one for its number of classes.
 
+    A model without a head lacks none.
+
     weights: those of the file; None for timm's pretrained ones.
     """
+    if not head_parameters(model):
+        return True
     if weights is None:
         return model.pretrained_cfg.get("num_classes") == model.num_classes
     return not fit_weights(model, weights).new
@@ -227,22 +258,42 @@ def adopt_sparsity(model: torch.nn.Module, checkpoint: dict, source: str, keep_z
 # ---- the steps ----
 
 
-def from_transformers(weights: Weights) -> Weights:
-    """Converts the names of transformers' ViT, DeiT and Dinov2; joins query, key and value."""
-    if not any("embeddings.patch_embeddings.projection." in name for name in weights):
+def from_transformers(weights: Weights, own) -> Weights:
+    """Converts transformers' names to those of the models' authors; joins query, key and value."""
+    if not any("embeddings.patch_embeddings." in name for name in weights):
         return weights
 
+    patterns = TRANSFORMERS
+    if any(".attention.o_proj." in name for name in weights):
+        is_gated = any(".mlp.gate_proj." in name for name in weights)
+        patterns = (*DINOV3, *(GATED_MLP if is_gated else PLAIN_MLP), *TRANSFORMERS)
     converted = {}
     for name, value in weights.items():
-        for pattern, replacement in TRANSFORMERS:
+        for pattern, replacement in patterns:
             name = re.sub(pattern, replacement, name)
         converted[name] = value
+    return with_joined_qkv(converted, own)
 
-    for name in [name for name in converted if ".attention.attention.query." in name]:
-        parts = [name.replace("query", part) for part in ("query", "key", "value")]
-        joined = torch.cat([converted.pop(part) for part in parts])
-        converted[name.replace("attention.attention.query", "attn.qkv")] = joined
-    return converted
+
+def with_joined_qkv(weights: Weights, own) -> Weights:
+    """Joins query, key and value of each attention, as the models' authors have them.
+
+    Without a bias of the key, the others are named `q_bias` and `v_bias`. If the model has none,
+    and they are zero, as in DINOv3's distilled models, they are left out.
+    """
+    joined = dict(weights)
+    for query in [name for name in weights if ".attn.query." in name]:
+        key, value = (query.replace("query", part) for part in ("key", "value"))
+        if key in joined:
+            parts = [joined.pop(name) for name in (query, key, value)]
+            joined[query.replace("query", "qkv")] = torch.cat(parts)
+            continue
+        for name, short in ((query, "query.bias"), (value, "value.bias")):
+            bias = joined.pop(name)
+            name = name.replace(short, f"{short[0]}_bias")
+            if name in own or bias.any():
+                joined[name] = bias
+    return joined
 
 
 def without_prefix(weights: Weights, own) -> Weights:
