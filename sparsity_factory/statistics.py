@@ -1,7 +1,8 @@
 """Sums over calibration images, for scores, allocations and reconstruction.
 
-One pass over the images collects all sums. If they would take too much memory at once, there are
-more passes, each for some of the layers.
+One pass over the images collects all sums. If those that a pass can free would take too much memory
+at once, there are more passes, each for some of the layers: the sums for `removal_costs` become
+costs, which are small, and on a GPU all others move to the CPU.
 
 A weight's inputs are read from the linear function that uses the weight, not from its layer's call,
 because some architectures use a layer's weight without calling the layer.
@@ -11,8 +12,9 @@ float64. Sums of numbers of 24 bits that lie within a factor of 2**29 of each ot
 53 bits of float64. So the order of the batches, and how they are shared out among processes, change
 at most the last bits of the sums. That costs 8 bytes a weight for each of `gradient` and
 `squared_gradient`: 0.7 GB on DeiT-Base. Sums in float32, of half the size, would round differently
-in every order. `removal_costs` takes 1,536 bytes a weight while it is summed. In a Gram matrix, the
-products of a batch are in float32 about its mean, and those of the mean in float64.
+in every order. Those for `removal_costs` do: they are too large for float64, and take 386 bytes a
+weight as the halves of symmetric matrices. In a Gram matrix, the products of a batch are in float32
+about its mean, and those of the mean in float64.
 """
 
 import math
@@ -29,7 +31,9 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import PruningError
 from .masks import prunable_weights
-from .removal_costs import blocks_of, cut, removal_costs
+from .memory import free_memory
+from .processes import Processes
+from .removal_costs import add_squares, halves, removal_costs
 
 # x: the inputs of the layer over all tokens of all images; g: the gradient of the mean loss over
 # all images.
@@ -51,8 +55,9 @@ OF_INPUTS = frozenset({"input_norms", "gram"}) | OF_OUTPUTS
 OF_GRADIENTS = frozenset(STATISTICS) - {"input_norms", "gram"}
 # Collected only if named, because they take many numbers for each weight
 BY_REQUEST = frozenset({"gram", "gradient_gram", "removal_costs"})
-MEMORY = 4 * 2**30  # bytes of sums that one pass may hold
+MEMORY = 0.5  # of the free memory, for the sums of a pass; a batch needs the rest
 GRAM_COLUMNS = 384  # of a part of a Gram matrix
+COSTS = ".costs"  # in the place of the sums for removal costs
 LAYOUT_ERROR = 0.1  # of the inputs of an image, alone and in its batch: more than rounding
 
 
@@ -84,11 +89,7 @@ class Statistics:
         self._counts = torch.zeros(len(weights) + 1, 3, dtype=torch.int64, device=device)
 
         self._sums = {
-            name: {
-                need: torch.zeros(_shape(need, weight), dtype=torch.float64, device=weight.device)
-                for need in STATISTICS
-                if need in self.needs
-            }
+            name: {need: _zeros(need, weight) for need in STATISTICS if need in self.needs}
             for name, weight in weights.items()
         }
 
@@ -98,9 +99,10 @@ class Statistics:
         return int(self._counts[0, 0])
 
     def value(self, name: str, need: str) -> Tensor:
-        """One of the `STATISTICS` of a weight, float64, on the device where it was collected.
+        """One of the `STATISTICS` of a weight, float64.
 
-        The first call for the removal costs computes them from the weight as it is then, and frees
+        It is on the device where it was collected, or on the CPU if that took several passes. The
+        first call for the removal costs computes them from the weight as it is then, and frees
         their sums, which are large.
 
         Raises:
@@ -116,8 +118,8 @@ class Statistics:
 
         if need == "removal_costs":
             if name not in self._costs:
-                fisher = self._sums[name].pop(need) / self.images
-                self._costs[name] = removal_costs(self._weights[name], fisher)
+                squares = self._sums[name].pop(need)
+                self._costs[name] = removal_costs(self._weights[name], squares, self.images)
             return self._costs[name]
 
         total = self._sums[name][need]
@@ -158,10 +160,16 @@ class Statistics:
         for name, totals in self._sums.items():
             for need, total in totals.items():
                 state[f"{name}.{need}"] = total
+        for name, costs in self._costs.items():
+            state[f"{name}{COSTS}"] = costs
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copies a `state_dict` of the same statistics of the same weights."""
+        for name, weight in self._weights.items():
+            if f"{name}{COSTS}" in state:
+                self._sums[name].pop("removal_costs", None)
+                self._costs[name] = torch.zeros_like(weight, dtype=torch.float64)
         for key, total in self.state_dict().items():
             total.copy_(state[key])
 
@@ -213,6 +221,27 @@ class Statistics:
         whole._counts = torch.cat([whole._counts, *(part._counts[1:] for part in others)])
         return whole
 
+    def _share_costs(self, processes: Processes) -> None:
+        """Computes the removal costs of all weights, each on one of the processes."""
+        owners = processes.owners({name: math.prod(shape) for name, shape in self.shapes.items()})
+        for name, owner in owners.items():
+            if owner == processes.rank:
+                self.value(name, "removal_costs")
+        if processes.add_up is None:
+            return
+
+        for name, weight in self._weights.items():
+            self._sums[name].pop("removal_costs", None)
+            if name not in self._costs:
+                self._costs[name] = torch.zeros_like(weight, dtype=torch.float64)
+            processes.add_up(self._costs[name])
+
+    def _leave_device(self) -> None:
+        """Moves what was collected to the CPU."""
+        for totals in (*self._sums.values(), self._costs):
+            for key, total in totals.items():
+                totals[key] = total.cpu()
+
 
 def collect_statistics(
     model: nn.Module,
@@ -222,7 +251,7 @@ def collect_statistics(
     *,
     share: int | None = None,
     add_up: Callable[[Tensor], object] | None = None,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> Statistics:
     """Runs a model on calibration images, and returns sums for each prunable weight.
 
@@ -244,7 +273,11 @@ def collect_statistics(
             add the shares up, and call `Statistics.check`.
         add_up: called on every process with the same sums in the same order; adds up the sums of
             all processes in place, as `torch.distributed.all_reduce` does.
-        memory: how many bytes the sums of one pass may take; a pass has one layer at least.
+        memory: how many bytes the sums of one pass may take, of those that it can free: on a CPU
+            the sums for the removal costs, on a GPU all. A pass has one layer at least. By default
+            half of what is free on the model's device, where that is least of all processes;
+            processes on CPUs share it. With `add_up`, each process computes the removal costs of
+            some layers.
 
     Raises:
         PruningError: an unknown name, no batches, no loss or targets for gradients, and, naming the
@@ -263,8 +296,17 @@ def collect_statistics(
     is_iterator = stream is batches  # which can be read only once
     stream = chain([] if first is None else [first], stream)
 
-    in_one_pass = is_iterator or (share is not None and add_up is None)
-    groups = _groups(weights, needs, math.inf if in_one_pass else memory)
+    device = next(iter(weights.values())).device
+    freed = needs & {"removal_costs"} if device.type == "cpu" else needs
+    processes = Processes.meet(share, add_up, device) if freed else Processes()
+    in_one_pass = is_iterator or (share is not None and add_up is None) or not freed
+
+    if in_one_pass:
+        groups = [weights]
+    else:
+        limit = _memory(device, processes) if memory is None else memory
+        groups = _groups(weights, freed, limit)
+
     found = []
     for group in groups:
         statistics = Statistics(group, needs)
@@ -281,10 +323,11 @@ def collect_statistics(
         if share is None or add_up:
             statistics.check()
 
-        # Costs in the place of their sums make room for the next group
-        if len(groups) > 1 and "removal_costs" in needs:
-            for name in group:
-                statistics.value(name, "removal_costs")
+        # Make room for the next group
+        if "removal_costs" in needs and (add_up or len(groups) > 1):
+            statistics._share_costs(processes)
+        if len(groups) > 1:
+            statistics._leave_device()
         found.append(statistics)
     return Statistics._joined(found)
 
@@ -352,14 +395,29 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 def _shape(need: str, weight: Tensor) -> tuple[int, ...]:
     outputs, inputs = weight.shape
-    blocks, size = blocks_of(weight.numel())
     shapes = {
         "input_norms": (inputs,),
         "gram": (inputs, inputs),
         "gradient_gram": (outputs, outputs),
-        "removal_costs": (blocks, size, size),
+        "removal_costs": halves(weight.numel()),
     }
     return shapes.get(need, tuple(weight.shape))
+
+
+def _dtype(need: str, weight: Tensor) -> torch.dtype:
+    of_gradients = torch.promote_types(weight.dtype, torch.float32)
+    return of_gradients if need == "removal_costs" else torch.float64
+
+
+def _zeros(need: str, weight: Tensor) -> Tensor:
+    return torch.zeros(_shape(need, weight), dtype=_dtype(need, weight), device=weight.device)
+
+
+def _memory(device: torch.device, processes: Processes) -> float:
+    """The bytes that the sums of a pass may take, the same for all processes."""
+    free = MEMORY * processes.least(free_memory(device), device)
+    # They may be on one machine, where each has a GPU of its own
+    return free / processes.count if device.type == "cpu" else free
 
 
 def _groups(
@@ -369,7 +427,9 @@ def _groups(
     groups = [{}]
     left = memory
     for name, weight in weights.items():
-        size = 8 * sum(math.prod(_shape(need, weight)) for need in needs)
+        size = sum(
+            math.prod(_shape(need, weight)) * _dtype(need, weight).itemsize for need in needs
+        )
         if size > left and groups[-1]:
             groups.append({})
             left = memory
@@ -560,9 +620,7 @@ class _Inputs(TorchFunctionMode):
         if "squared_gradient" in totals:
             totals["squared_gradient"] += of_images.square().sum(0)
         if "removal_costs" in totals:
-            # The empirical Fisher matrices of the blocks: sums of g g^T over the gradients g
-            by_block = cut(of_images.double()).transpose(0, 1)  # (blocks, images, size)
-            totals["removal_costs"].baddbmm_(by_block.mT, by_block)
+            add_squares(totals["removal_costs"], of_images)
 
     @torch.no_grad()
     def _add(self, name: str, inputs: Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sparsity_factory import SCHEDULES, STATISTICS, Statistics, prunable_weights
-from sparsity_factory.removal_costs import cut
+from sparsity_factory.removal_costs import add_squares
 
 
 def linears(*weights) -> nn.Module:
@@ -49,10 +49,9 @@ def statistics_of(model: nn.Module, needs=STATISTICS, seed=0) -> Statistics:
         )
         sums["gradient_gram"] = at_outputs.T @ at_outputs
         if "removal_costs" in statistics.needs:
-            of_images = cut(
-                torch.randn(20, *shape, generator=generator, dtype=torch.float64)
-            ).transpose(0, 1)
-            sums["removal_costs"] = of_images.mT @ of_images
+            of_images = torch.randn(20, *shape, generator=generator, dtype=torch.float64)
+            sums["removal_costs"] = torch.zeros_like(state[f"{name}.removal_costs"]).double()
+            add_squares(sums["removal_costs"], of_images)
         for need in statistics.needs:
             state[f"{name}.{need}"].copy_(sums[need])
     return statistics

@@ -444,6 +444,9 @@ def _stand_ins() -> list[tuple[Any, dict[str, Any]]]:
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
         "max_memory_allocated": lambda device=None: 0,
+        "mem_get_info": lambda device=None: (2**40, 2**40),
+        "memory_allocated": lambda device=None: 0,
+        "memory_reserved": lambda device=None: 0,
         "set_device": lambda device: None,
         "synchronize": lambda device=None: _wait("synchronize"),
     }
