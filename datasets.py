@@ -5,6 +5,7 @@ the process, timm's reader `hfds/` among it.
 """
 
 import contextlib
+import copy
 import gzip
 import json
 import os
@@ -31,6 +32,7 @@ from torch.utils.data import Dataset
 from torchvision import io, transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 
+import utils
 from augment import RandomResizedCrop, repair_posterize, three_augment
 from utils import (
     EXTENSIONS,
@@ -73,7 +75,9 @@ def build_dataset(
 
     transform: maps an image to the model's input; by default DeiT's transform.
     classes: the names of the training classes, which number those of the validation images; by
-        default they are read from the training folder.
+        default they are read from the training folder, which is not listed whole for that. If
+        there is none, the validation images number the classes, and a note says so.
+    With several processes, each calls it; the first lists folders and tar files for all.
     Raises UserError if files are missing or damaged.
     """
     if args.data_path:
@@ -83,10 +87,16 @@ def build_dataset(
     if not path.is_dir():
         raise UserError(f"--data-path {path}: no such folder")
     build = _timm if name.startswith(TIMM) else DATA_SETS[name]
-    transform = transform or build_transform(is_train, args)
-    if build in (_timm, _image_folder):
-        return build(path, is_train, transform, args, classes)
-    return build(path, is_train, transform, args)
+    return build(path, is_train, transform or build_transform(is_train, args), args, classes)
+
+
+def with_transform(data: Dataset, transform) -> Dataset:
+    """The same images under another transform; nothing is listed or read again."""
+    same = copy.copy(data)
+    same.transform = transform
+    if hasattr(data, "loader"):
+        same.loader = loader_for(transform)
+    return same
 
 
 def build_transform(is_train: bool, args):
@@ -228,28 +238,39 @@ class INaturalist(Dataset):
     root: has `train{year}.json` and `val{year}.json` (COCO's form: images, annotations),
         `categories.json` (for each category id, in order, its name in every rank) and the images at
         `train_val{year}/{category id}/{file}`.
-    category: kingdom, phylum, class, order, supercategory, family, genus or name; classes are
-        numbered as they first appear among the training annotations, as in DeiT.
+    category: kingdom, phylum, class, order, supercategory, family, genus or name.
+    classes: the names of the classes in the order of their numbers; by default the one in which
+        they first appear among the training annotations, as in DeiT.
     """
 
     def __init__(
-        self, root: Path, year: int, is_train: bool, category: str = "name", transform=None
+        self,
+        root: Path,
+        year: int,
+        is_train: bool,
+        category: str = "name",
+        transform=None,
+        classes: Iterable[str] | None = None,
     ):
         self.transform = transform or (lambda image: image)
         self.loader = loader_for(transform)
-        split = "train" if is_train else "val"
         try:
             # The name of each category in the rank that was asked for
             categories = _read_json(root / "categories.json")
             ranks = dict(enumerate(entry[category] for entry in categories))
 
             # The training annotations number the classes, for validation as well
-            annotations = _read_json(root / f"train{year}.json")["annotations"]
-            classes = dict.fromkeys(ranks[int(entry["category_id"])] for entry in annotations)
+            train = {}
+            if is_train or classes is None:
+                train = _read_json(root / f"train{year}.json")
+                classes = dict.fromkeys(
+                    ranks[int(entry["category_id"])] for entry in train["annotations"]
+                )
             labels = {name: label for label, name in enumerate(classes)}
 
             self.samples = []
-            for entry in _read_json(root / f"{split}{year}.json")["images"]:
+            split = train if is_train else _read_json(root / f"val{year}.json")
+            for entry in split["images"]:
                 top, _, number, file = entry["file_name"].split("/")
                 self.samples.append((root / top / number / file, labels[ranks[int(number)]]))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -258,7 +279,7 @@ class INaturalist(Dataset):
                 f"({type(error).__name__}: {first_line(error)})"
             ) from None
 
-        self.num_classes = len(labels)
+        self.class_to_idx = labels
         if not self.samples:
             raise UserError(
                 f"--data-path {root}: no images in the annotations of iNaturalist {year}"
@@ -310,17 +331,25 @@ def loader_for(transform):
 class ClassImages(Dataset):
     """The images of a split with a folder, or a folder in a tar file, for each class.
 
-    samples: for each image, what `read` takes, and its label.
-    read: returns the image of a sample.
+    samples: for each image its path, or its number in the tar file, and its label.
+    tar: timm's reader of the tar file, or None.
     notes: lines about what is unusual in the split.
     """
 
-    def __init__(self, samples: list, numbering: "Numbering", transform, read, notes: list[str]):
+    def __init__(
+        self,
+        samples: list,
+        numbering: "Numbering",
+        transform,
+        tar: ReaderImageInTar | None,
+        notes: list[str],
+    ):
         self.samples = samples
         self.class_to_idx = numbering.labels
         self.classes = list(numbering.labels)
         self.transform = transform
-        self.read = read
+        self.loader = loader_for(transform)
+        self.tar = tar
         self.notes = notes
 
     def __len__(self) -> int:
@@ -328,19 +357,12 @@ class ClassImages(Dataset):
 
     def __getitem__(self, index: int):
         sample, label = self.samples[index]
-        return self.transform(self.read(sample)), label
-
-
-class ImagesInTar:
-    """Reads images of a tar file by their number in timm's reader."""
-
-    def __init__(self, reader: ReaderImageInTar, transform):
-        self.reader = reader
-        self.loader = loader_for(transform)
-
-    def __call__(self, number: int):
-        file, _ = self.reader[number]
-        return self.loader(self.reader.filename(number, absolute=True), file=file)
+        if self.tar is None:
+            image = self.loader(sample)
+        else:
+            file, _ = self.tar[sample]
+            image = self.loader(self.tar.filename(sample, absolute=True), file=file)
+        return self.transform(image), label
 
 
 @dataclass(frozen=True)
@@ -402,24 +424,28 @@ def _class_images(
     """
     train, val = roots
     root = train if is_train else val
-    annotations = root / "val_annotations.txt"
-    if root.is_file():
-        found, read = _in_tar(root, transform, classes)
-    elif not is_train and annotations.is_file():
-        found, read = _tiny_imagenet(root, annotations), loader_for(transform)
-    else:
-        found, read = read_class_folders(root), loader_for(transform)
+    numbers_itself = is_train or classes is None
+
+    def listed() -> tuple[ClassFolders, ReaderImageInTar | None, list[str] | None]:
+        """What is in the split, and the names of the training classes if they are there."""
+        names = classes
+        if names is None and not is_train:
+            names = _training_classes(train)
+        annotations = root / "val_annotations.txt"
+        if root.is_file():
+            return *_in_tar(root, names), names
+        if not is_train and annotations.is_file():
+            return _tiny_imagenet(root, annotations), None, names
+        return read_class_folders(root), None, names
+
+    found, tar, classes = utils.on_first_process(listed)
 
     empty = [name for name, images in found.images.items() if not images]
     _check_folders(path, root, found, [] if skip_empty or not is_train else empty)
     filled = {name: images for name, images in found.images.items() if images}
 
     # The training folder numbers the classes of both splits
-    if is_train:
-        classes = list(filled)
-    elif classes is None:
-        classes = class_names(train) if train.is_dir() else list(filled)
-    numbering = number_classes(classes, args.num_classes)
+    numbering = number_classes(filled if classes is None else classes, args.num_classes)
     labels = numbering.labels
     for name in filled:
         if name not in labels:
@@ -429,10 +455,20 @@ def _class_images(
             )
 
     samples = [(image, labels[name]) for name in sorted(filled) for image in filled[name]]
-    notes = [f"--data-path {path}: {note}" for note in _notes(root, found, empty, labels, is_train)]
-    if is_train:
-        notes += [f"--data-path {path}: {note}" for note in numbering.notes]
-    return ClassImages(samples, numbering, transform, read, notes), numbering.count
+    notes = [*_notes(root, found, empty, labels, is_train)]
+    if numbers_itself:
+        notes += numbering.notes
+    if classes is None and not is_train:
+        notes.append(f"has no {train.name}/, so {val.name}/ numbers the classes")
+    notes = [f"--data-path {path}: {note}" for note in notes]
+    return ClassImages(samples, numbering, transform, tar, notes), numbering.count
+
+
+def _training_classes(train: Path) -> list[str] | None:
+    """The classes of the training folder or tar file; None if there is no such thing."""
+    if train.is_dir():
+        return class_names(train)
+    return list(_in_tar(train)[0].images) if train.exists() else None
 
 
 def _check_folders(path: Path, root: Path, found: ClassFolders, empty: list[str]) -> None:
@@ -504,9 +540,9 @@ def _tiny_imagenet(root: Path, annotations: Path) -> ClassFolders:
 
 
 def _in_tar(
-    root: Path, transform, classes: Iterable[str] | None
-) -> tuple[ClassFolders, ImagesInTar]:
-    """The images of a tar file by class, as numbers for what reads them, and that.
+    root: Path, classes: Iterable[str] | None = None
+) -> tuple[ClassFolders, ReaderImageInTar]:
+    """The images of a tar file by class, as their numbers in timm's reader, and the reader.
 
     A class is the first folder in the archive, or the name of a tar file in it. An archive of one
     folder, which holds all others, has its classes in that.
@@ -535,7 +571,7 @@ def _in_tar(
             found.loose.append(parts[0])
         else:
             found.images.setdefault(parts[0], []).append(number)
-    return found, ImagesInTar(reader, transform)
+    return found, reader
 
 
 def _timm(path, is_train, transform, args, classes=None):
@@ -652,7 +688,7 @@ def _image_folder(path, is_train, transform, args, classes=None):
 
 
 def _cifar(kind, num_classes):
-    def build(path, is_train, transform, args):
+    def build(path, is_train, transform, args, classes=None):
         try:
             return kind(path, train=is_train, transform=transform), num_classes
         except RuntimeError:
@@ -663,14 +699,14 @@ def _cifar(kind, num_classes):
     return build
 
 
-def _fashion(path, is_train, transform, args):
+def _fashion(path, is_train, transform, args, classes=None):
     return FashionMNIST(path, is_train, transform), FashionMNIST.num_classes
 
 
 def _inaturalist(year):
-    def build(path, is_train, transform, args):
-        data = INaturalist(path, year, is_train, args.inat_category, transform)
-        return data, data.num_classes
+    def build(path, is_train, transform, args, classes=None):
+        data = INaturalist(path, year, is_train, args.inat_category, transform, classes)
+        return data, len(data.class_to_idx)
 
     return build
 

@@ -14,7 +14,6 @@ import sys
 import torch
 
 import utils
-from engine import steps_of_epoch
 from sparsity_factory import Kept, Sparsifier, sparsity_rows, sparsity_table
 from sparsity_factory.list_methods import menu
 from trainer.arguments import parse_args
@@ -27,7 +26,6 @@ from trainer.builders import (
     build_step_options,
     check_class_labels,
     choose_compute,
-    class_labels,
     load_start,
     prepare_model,
     shrink_before_training,
@@ -53,15 +51,17 @@ def main(args) -> dict[str, float]:
         # Data and model. The model is still dense here, so a dense teacher is copied now.
         args, checkpoint = load_start(args)
         describe_device(args, compute)
-        train_loader, val_loader, num_classes = build_loaders(args, compute.device)
-        classes = class_labels(train_loader)
-        check_class_labels(args, checkpoint, classes)
+        loaders = build_loaders(args, compute.device)
+        num_classes = loaders.num_classes
+        check_class_labels(args, checkpoint, loaders.classes)
         model = prepare_model(args, num_classes, checkpoint, compute.device)
         teacher = build_dense_teacher(args, num_classes, model, checkpoint, compute.device)
 
         # Masks are chosen, but not applied yet.
-        epoch_steps = steps_of_epoch(train_loader, args.accum_iter)
-        sparsifier = build_sparsifier(args, model, checkpoint, epoch_steps, compute)
+        epoch_steps = loaders.steps_of_epoch(args.accum_iter)
+        sparsifier = build_sparsifier(
+            args, model, checkpoint, epoch_steps, compute, training_images=loaders.training_images
+        )
         first_masks = {} if sparsifier.masks else sparsifier.first_masks()
         dense = model
         if args.shrink and (first_masks or "shape" not in checkpoint):
@@ -71,13 +71,14 @@ def main(args) -> dict[str, float]:
         state = options = None
         if not args.eval:
             options = build_step_options(args, num_classes, compute, teacher)
-            bad_images = train_loader.dataset.bad
+            bad_images = loaders.train.dataset.bad
             state = build_state(
-                args, model, sparsifier, checkpoint, compute, bad_images, teacher, classes
+                args, model, sparsifier, checkpoint, compute, bad_images, teacher, loaders.classes
             )
         epoch = state.progress.epoch if state else 0
-        results = open_results(args, sparsifier.recipe, epoch, train_loader, val_loader, compute)
-        test = Evaluator(val_loader, args, compute, stop, state.accuracy if state else {})
+        results = open_results(args, sparsifier.recipe, epoch, loaders.train, loaders.val, compute)
+        accuracy = state.accuracy if state else {}
+        test = Evaluator(loaders.val, args, compute, stop, accuracy, loaders.training_images)
 
         # Prune, and measure before and after.
         before = "before pruning" if "masks" in checkpoint else "dense"
@@ -90,7 +91,7 @@ def main(args) -> dict[str, float]:
         # Finetune.
         accuracy = test.accuracy
         if state:
-            trained = train(state, options, train_loader, test, stop, results)
+            trained = train(state, options, loaders.train, test, stop, results)
             accuracy = {**accuracy, "finetuned" if sparsifier.masks else "trained": trained}
 
     results.finish(accuracy, sparsity_rows(model, sparsifier.masks))

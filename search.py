@@ -75,12 +75,12 @@ def search(argv: list[str]) -> int:
     with StopSignals() as stop:
         try:
             args, checkpoint = load_start(args)
-            *_, num_classes = build_loaders(args, compute.device)
-            model = prepare_model(args, num_classes, checkpoint, compute.device).eval()
+            loaders = build_loaders(args, compute.device)
+            model = prepare_model(args, loaders.num_classes, checkpoint, compute.device).eval()
 
             space = Space.of(options, model)
             record = Record(options, args, space)
-            calibration = Calibration(args, model, compute)
+            calibration = Calibration(args, model, compute, training_images=loaders.training_images)
             prices = price(options, args, space, model, calibration, record)
             record.open()
             bench = Bench(options, space, model, calibration, record, stop)

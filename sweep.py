@@ -30,7 +30,6 @@ import torch
 from tqdm import tqdm
 
 import utils
-from engine import steps_of_epoch
 from sparsity_factory import (
     PRUNERS,
     RECONSTRUCTIONS,
@@ -65,7 +64,6 @@ from trainer.builders import (
     build_step_options,
     check_class_labels,
     choose_compute,
-    class_labels,
     load_start,
     prepare_model,
 )
@@ -325,13 +323,16 @@ class Workbench:
 
         # The data, and the dense model
         utils.seed_everything(utils.INIT, args.seed)
-        self.train_loader, self.val_loader, num_classes = build_loaders(args, compute.device)
-        check_class_labels(args, checkpoint, class_labels(self.train_loader))
+        self.loaders = build_loaders(args, compute.device)
+        num_classes = self.loaders.num_classes
+        check_class_labels(args, checkpoint, self.loaders.classes)
         self.model = prepare_model(args, num_classes, checkpoint, compute.device)
         self.dense = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.statistics = {}  # of the dense model
-        self.test = Evaluator(self.val_loader, args, compute, stop, {})
-        self.epoch_steps = steps_of_epoch(self.train_loader, args.accum_iter)
+        self.test = Evaluator(
+            self.loaders.val, args, compute, stop, {}, self.loaders.training_images
+        )
+        self.epoch_steps = self.loaders.steps_of_epoch(args.accum_iter)
         if not args.epochs:
             return
 
@@ -356,7 +357,9 @@ class Workbench:
         allowed = [run for run, reason in zip(runs, reasons, strict=True) if not reason]
         looking = [run for run in allowed if recipe_of(run).looks_at_data]
         if looking:
-            Calibration(looking[0], self.model, self.compute)
+            Calibration(
+                looking[0], self.model, self.compute, training_images=self.loaders.training_images
+            )
 
     def outcome(self, task: Task) -> Outcome:
         """Measures the accuracy of a task; an error becomes its outcome, as others may succeed."""
@@ -413,7 +416,13 @@ class Workbench:
     def sparsifier(self, args, checkpoint: dict) -> Sparsifier:
         """Prunes the model in a run with these arguments, which may resume from a checkpoint."""
         return build_sparsifier(
-            args, self.model, checkpoint, self.epoch_steps, self.compute, self.statistics
+            args,
+            self.model,
+            checkpoint,
+            self.epoch_steps,
+            self.compute,
+            self.statistics,
+            self.loaders.training_images,
         )
 
     def _try(self, args) -> None:
@@ -445,16 +454,16 @@ class Workbench:
             sparsifier,
             checkpoint,
             self.compute,
-            self.train_loader.dataset.bad,
+            self.loaders.train.dataset.bad,
             self.teacher,
-            class_labels(self.train_loader),
+            self.loaders.classes,
         )
         results = open_results(
             args,
             sparsifier.recipe,
             state.progress.epoch,
-            self.train_loader,
-            self.val_loader,
+            self.loaders.train,
+            self.loaders.val,
             self.compute,
         )
 
@@ -464,8 +473,8 @@ class Workbench:
         image = torch.zeros(1, 3, args.input_size, args.input_size, device=self.compute.device)
         results.start(self.model, sparsity_rows(self.model, sparsifier.masks), {}, image)
 
-        self.train_loader.sampler.set_seed(args.seed)
-        accuracy = train(state, self.options, self.train_loader, self.test, self.stop, results)
+        self.loaders.train.sampler.set_seed(args.seed)
+        accuracy = train(state, self.options, self.loaders.train, self.test, self.stop, results)
         results.finish({"finetuned": accuracy}, sparsity_rows(self.model, sparsifier.masks))
         return Outcome(accuracy, sparsifier.masks.sparsity())
 

@@ -111,7 +111,7 @@ def accuracy(model: nn.Module, size: int, args, compute: utils.Compute) -> str:
     data = ["--data-path", args.data_path, "--data-set", args.data_set]
     data_args = parse_args([*data, "--input-size", str(size), "--eval"])
     with contextlib.redirect_stdout(io.StringIO()):
-        _, loader, _ = build_loaders(data_args, compute.device)
+        loader = build_loaders(data_args, compute.device).val
         found = evaluate(loader, model, compute)
     return f"{found['acc1']:.2f} %"
 

@@ -62,6 +62,7 @@ from sparsity_factory import (
 from sparsity_factory import prune as prune_and_reconstruct
 from trainer.arguments import parse_args
 from trainer.builders import build_batch_transform, build_loaders, prepare_model
+from trainer.calibration_images import Calibration
 from trainer.training_state import NEWTON_SCHULZ, TrainingState
 
 RESULTS = ROOT / "output" / "benchmarks.json"
@@ -503,9 +504,10 @@ def evaluation() -> list[dict]:
     for amp in ("auto", "off"):
         args = parse_args(["--amp", amp])
         with contextlib.redirect_stdout(io.StringIO()):
-            _, loader, classes = build_loaders(args, CPU)
-            sample = prepare_model(args, classes, {}, CPU)
-            accuracy.append(evaluate(loader, sample, utils.Compute.choose("cpu", amp))["acc1"])
+            loaders = build_loaders(args, CPU)
+            sample = prepare_model(args, loaders.num_classes, {}, CPU)
+            compute = utils.Compute.choose("cpu", amp)
+            accuracy.append(evaluate(loaders.val, sample, compute)["acc1"])
 
     quick, plain = taken["quick"], taken["plain"]
     apart = abs(accuracy[0] - accuracy[1])
@@ -530,7 +532,7 @@ def inputs() -> list[dict]:
         args = parse_args([*data, "--no-repeated-aug", "--mixup", "0", "--cutmix", "0"])
 
         # Ours is made first, because that repairs timm's posterize for both.
-        loaders = {"ours": build_loaders(args, CPU)[0]}
+        loaders = {"ours": build_loaders(args, CPU).train}
         loaders["workers"] = loaders["ours"]
         loaders["plain"] = plain_loader(folder, args)
         transform = build_batch_transform(args, 1, CPU)
@@ -557,6 +559,62 @@ def inputs() -> list[dict]:
             under(quick / plain, 1.4),
         )
     ]
+
+
+def startup() -> list[dict]:
+    """Listing 200,000 small files: for a sweep of four recipes by images, and for an evaluation."""
+    compute = utils.Compute(CPU)
+    with tempfile.TemporaryDirectory() as folder:
+        make_small_files(Path(folder), classes=1000, images=200)
+        sample = ["--model", "deit_sample_patch4_28", "--input-size", "28", "--num_workers", "0"]
+        args = parse_args(["--data-path", folder, *sample])
+        model = random_model("deit_tiny_patch16_224")
+
+        def plain():
+            for split in ("train", "val"):
+                ImageFolder(f"{folder}/{split}")
+
+        def recipes():
+            loaders = build_loaders(args, CPU)
+            for _ in range(4):
+                Calibration(args, model, compute, training_images=loaders.training_images)
+
+        evaluation = argparse.Namespace(**{**vars(args), "eval": True})
+        with contextlib.redirect_stdout(io.StringIO()):
+            taken = in_turns(
+                {
+                    "plain": plain,
+                    "recipes": recipes,
+                    "evaluation": lambda: build_loaders(evaluation, CPU),
+                },
+                4,
+            )
+
+    unit = taken["plain"]
+    return [
+        row(
+            f"listing 200,000 images of 1000 classes {what}",
+            f"at most {limit:g} times two `ImageFolder`, of both splits",
+            f"{taken[kind] / unit:.2f} times ({taken[kind]:.2f} s, {unit:.2f} s)",
+            over(taken[kind] / unit, limit, "times"),
+        )
+        for kind, what, limit in (
+            ("recipes", "for training and four recipes by images", 1.5),
+            ("evaluation", "for `--eval`", 0.25),
+        )
+    ]
+
+
+def make_small_files(folder: Path, classes: int, images: int) -> None:
+    """Fills a folder with training images of a pixel, and one validation image of each class."""
+    first = folder / "first.png"
+    Image.new("RGB", (1, 1)).save(first)
+    for split, count in (("train", images), ("val", 1)):
+        for name in range(classes):
+            place = folder / split / f"class{name}"
+            place.mkdir(parents=True)
+            for number in range(count):
+                (place / f"{number}.png").hardlink_to(first)
 
 
 def make_images(folder: str) -> None:
@@ -619,6 +677,7 @@ GROUPS = {
         structured,
         kernels,
         inputs,
+        startup,
         sample,
         growth,
     )

@@ -133,4 +133,4 @@ def test_a_sweep_has_them_too(tiny):
     args.epochs = 0
     bench = sweep.Workbench(args, Compute(torch.device("cpu")), None)
     assert bench.args.mean == HALF
-    assert bench.val_loader.dataset.transform.transforms[-1].mean == HALF
+    assert bench.loaders.val.dataset.transform.transforms[-1].mean == HALF

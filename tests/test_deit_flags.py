@@ -127,7 +127,8 @@ def test_eval_does_not_train(run_main, tiny):
 
 def test_num_workers_and_pin_mem_reach_the_loader(tiny):
     for flags, workers, pinned in ((["--num_workers", "2"], 2, True), (["--no-pin-mem"], 0, False)):
-        loader, _, _ = builders.build_loaders(parse_args([*tiny, *flags]), torch.device("cuda"))
+        arguments = parse_args([*tiny, *flags])
+        loader = builders.build_loaders(arguments, torch.device("cuda")).train
         assert loader.num_workers == workers
         assert loader.pin_memory == pinned
 
@@ -729,7 +730,7 @@ def test_eval_crop_ratio_is_the_part_of_the_image_that_is_seen():
 
 def test_repeated_aug_shows_an_image_three_times(tiny):
     for flags, repeats in (([], 1), (["--repeated-aug"], 3)):
-        loader, _, _ = builders.build_loaders(parse_args([*tiny, *flags]), CPU)
+        loader = builders.build_loaders(parse_args([*tiny, *flags]), CPU).train
         indices = [index for index, _ in loader.sampler]
         assert len(set(indices)) == len(indices) / repeats
 

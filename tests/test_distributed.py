@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, start_main
+from test_folders import pictures, write_tar
 from two_processes import record, record_weights
 
 from sparsity_factory import Masks, Sparsifier, unpack
@@ -130,6 +131,8 @@ def pair(once, tiny):
         runs["evaluation"] = [*tiny, *LAMP, "--eval", "--dist-eval"]
         runs["neighbours"] = [*runs["evaluation"], "--num-classes", "0"]
         (folder / "runs.json").write_text(json.dumps(runs))
+        pictures(folder / "images", "train/a/1.png", "train/b/1.png", "val/b/1.png")
+        write_tar(folder / "images" / "train.tar", ["a/1.png", "b/1.png"])
         result = start_main(
             folder, cwd=folder, processes=2, script=ROOT / "tests" / "helpers" / "two_processes.py"
         )
@@ -154,6 +157,13 @@ def different(one: dict, two: dict) -> int:
     """How many entries of two sets of masks or weights differ."""
     assert one.keys() == two.keys()
     return sum(int((one[name] != two[name]).sum()) for name in one)
+
+
+def test_the_first_process_lists_the_images_for_all(pair):
+    first, second = (json.loads((pair / f"listed{rank}.json").read_text()) for rank in range(2))
+    assert first["samples"] == second["samples"]
+    assert [label for *_, label in first["samples"]] == [1, 1]
+    assert (first["listed"], second["listed"]) == (3 + 2 + 2, 0)
 
 
 def test_tensors_of_the_first_process_reach_all_others_as_they_are(pair):

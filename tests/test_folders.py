@@ -2,16 +2,26 @@
 
 import io
 import os
+import shutil
 import tarfile
 from argparse import Namespace
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import build_dataset, number_classes
-from utils import UserError
+import sweep
+from datasets import build_dataset, number_classes, with_transform
+from utils import UserError, class_names
 
+SMALL = "--model deit_sample_patch4_28 --model-kwargs depth=1 embed_dim=16 num_heads=2"
+SHORT = "--input-size 28 --no-pretrained --num_workers 0 --no-repeated-aug --batch-size 4"
+TINY = [*SMALL.split(), *SHORT.split(), "--amp", "off"]
+IMAGES = ["--calibration-images", "4"]
+BY_IMAGES = ["--pruner", "unif", "--sparsity", "0.5", "--score", "wanda", *IMAGES]
+EVAL_BY_IMAGES = [*BY_IMAGES, "--eval"]
 READERS = ["IMNET", "timm:folder", "timm:torch/image_folder"]
 
 
@@ -224,13 +234,106 @@ def test_tar_files_follow_the_same_rules(tmp_path, before):
     assert (train.class_to_idx, count) == ({"10": 0, "9": 1, "a": 2, "b": 3}, 4)
     assert sorted(labels(train)) == [0, 1, 2, 2, 3]
     assert labels(val) == [3]
+    small = with_transform(train, lambda image: image.resize((1, 1)))
+    assert small[0][0].size == (1, 1) and train[0][0].size == (8, 8)
+
+    # The same without the training images, whose archive has the names of the classes
+    alone, count = build_dataset(False, options(tmp_path, "timm:folder", **splits))
+    assert (labels(alone), count) == ([3], 4)
 
 
 def test_what_is_unusual_is_a_line_of_the_log(tmp_path, run_main):
     data = tmp_path / "data"
     pictures(data, *(f"train/{name}/{i}.png" for name in ("a", "b", ".git") for i in range(4)))
     pictures(data, "val/b/1.png")
-    flags = "--model deit_sample_patch4_28 --input-size 28 --no-pretrained --num_workers 0 --eval"
-    output = run_main("--data-path", data, *flags.split())
+    output = run_main("--data-path", data, *TINY, *EVAL_BY_IMAGES)
     assert "train/: hidden, so neither classes nor images: .git" in output
     assert "val/ has no image of 1 of 2 classes: a" in output
+
+
+# ---- how often folders are listed ----
+
+
+@pytest.fixture
+def listed(monkeypatch) -> Counter:
+    """How often each folder below data/ was listed, by its path there."""
+    found = Counter()
+    scandir = os.scandir
+
+    def counting(path):
+        parts = Path(path).parts if isinstance(path, str | Path) else ()
+        if "data" in parts:
+            found["/".join(parts[parts.index("data") + 1 :])] += 1
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", counting)
+    return found
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of two classes, eight images to train on and two to validate on."""
+    train = [f"train/{name}/{number}.png" for name in "ab" for number in range(4)]
+    pictures(tmp_path / "data", *train, "val/a/1.png", "val/b/1.png")
+    return tmp_path / "data"
+
+
+ONCE = dict.fromkeys(("train", "train/a", "train/b", "val", "val/a", "val/b"), 1)
+
+
+@pytest.mark.parametrize("data_set", READERS)
+def test_a_run_lists_each_folder_once_for_training_validation_and_calibration(
+    data, data_set, run_main, listed
+):
+    run_main("--data-path", data, "--data-set", data_set, *TINY, *BY_IMAGES, "--epochs", "1")
+    assert listed == ONCE
+
+
+@pytest.mark.slow
+def test_a_sweep_lists_each_folder_once_for_all_of_its_runs(data, listed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "--pruners unif lamp --scores wanda taylor --sparsities 0.5 --finetune-epochs 1"
+    assert sweep.sweep(["--data-path", str(data), *TINY, *IMAGES, *flags.split()]) == 0
+    assert listed == ONCE
+
+
+def test_an_evaluation_reads_only_the_names_of_the_training_classes(data, run_main, listed):
+    """And those up to their first image."""
+    pictures(data, "train/a/deep/1.png")
+    run_main("--data-path", data, *TINY, "--eval")
+    assert listed == ONCE
+    listed.clear()
+    assert class_names(data / "train") == ["a", "b"]
+    assert listed.total() == 3
+
+
+def test_an_evaluation_lists_training_images_once_however_many_look_at_them(data, run_main, listed):
+    """Nearest neighbours vote, and a score is computed from images."""
+    run_main("--data-path", data, *TINY, *EVAL_BY_IMAGES, "--num-classes", "0")
+    names = ("train", "train/a", "train/b")  # once for the names of the classes
+    assert listed == {**ONCE, **dict.fromkeys(names, 2)}
+
+
+def test_an_evaluation_needs_training_images_only_if_they_calibrate(data, run_main, listed):
+    with_them = run_main("--data-path", data, *TINY, "--eval").splitlines()
+    shutil.rmtree(data / "train")
+    without = run_main("--data-path", data, *TINY, "--eval").splitlines()
+    assert without[-1] == with_them[-1]
+    assert f"--data-path {data}: has no train/, so val/ numbers the classes" in without
+    line = run_main("--data-path", data, *TINY, *EVAL_BY_IMAGES, status=2)
+    assert "has no folder train/" in line
+
+
+def test_a_training_needs_training_images(data, run_main):
+    shutil.rmtree(data / "train")
+    assert "has no folder train/" in run_main("--data-path", data, *TINY, status=2)
+
+
+@pytest.mark.parametrize("data_set", READERS)
+def test_another_transform_shows_the_same_images(data, data_set):
+    args = options(data, data_set)
+    train, _ = build_dataset(True, args, lambda image: image)
+    small = with_transform(train, lambda image: image.resize((1, 1)))
+    assert [image.size for image, _ in small] == [(1, 1)] * 8
+    assert [image.size for image, _ in train] == [(16, 16)] * 8
+    assert small.samples is train.samples

@@ -39,6 +39,28 @@ def test_a_model_that_cannot_be_built_is_told_in_one_line(name, size, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("meta", [True, False], ids=["on meta", "not on meta"])
+def test_the_size_is_checked_on_the_meta_device_if_the_architecture_runs_there(meta, monkeypatch):
+    create = timm.create_model
+    devices = []
+
+    def noting(*args, **kwargs):
+        devices.append(torch.get_default_device().type)
+        if devices[-1] == "meta" and not meta:
+            raise NotImplementedError
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", noting)
+    torch.manual_seed(0)
+    model = build_model("deit_sample_patch4_28", 10, 28)
+    assert devices == (["meta", "cpu"] if meta else ["meta", "cpu", "cpu"])
+
+    # The random numbers are those of timm alone
+    torch.manual_seed(0)
+    for name, weight in create("deit_sample_patch4_28").state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+
+
 def test_arguments_of_the_architecture_make_another_shape():
     model = build_model(
         "deit_sample_patch4_28",

@@ -412,7 +412,7 @@ def test_runs_share_the_statistics_of_the_dense_model_and_of_no_other(run_sweep,
     assert looked.count(False) == 2  # at the second and the third step of the gradual one
 
     shared, build = rows(), sweeping.build_sparsifier
-    monkeypatch.setattr(sweeping, "build_sparsifier", lambda *args: build(*args[:-1]))
+    monkeypatch.setattr(sweeping, "build_sparsifier", lambda *args: build(*args[:-2]))
     run_sweep(*command, "--output_dir", "alone")
     assert rows("alone") == shared
 

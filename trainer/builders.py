@@ -4,6 +4,7 @@ batch transform.
 
 import argparse
 import copy
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +14,12 @@ import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import utils
 from augment import BatchTransform
 from datasets import build_dataset, normalization
-from engine import StepOptions
+from engine import StepOptions, steps_of_epoch
 from losses import CosubLoss, DenseFeaturesLoss, DenseTeacherLoss, DistillationLoss
 from models import (
     build_model,
@@ -79,49 +80,137 @@ def evaluation_batch_size(args) -> int:
     return int(1.5 * args.batch_size)
 
 
-def build_loaders(args, device) -> tuple[DataLoader, DataLoader, int]:
-    """The loaders of the training and the validation images, and the number of classes.
+@dataclass(frozen=True)
+class Loaders:
+    """The images of a run.
 
-    With `--num-classes 0` that is 0, and the training images have no labels.
+    train: the loader of the training images; None in an evaluation.
+    val: that of the validation images.
+    num_classes: the number of classes; 0 for a model without a head.
+    classes: the labels of the classes by name, if the data have names.
+    training_images: returns the training images, for what else looks at them. They are listed once,
+        when they are first asked for.
     """
-    train_set, num_classes = build_dataset(True, args)
-    classes = getattr(train_set, "class_to_idx", None)
-    val_set, _ = build_dataset(False, args, classes=classes)
-    check_classes(train_set, val_set, args.data_path)
-    for note in (*getattr(train_set, "notes", ()), *getattr(val_set, "notes", ())):
-        log(note)
+
+    train: DataLoader | StreamLoader | None
+    val: DataLoader | StreamLoader
+    num_classes: int
+    classes: dict[str, int] | None
+    training_images: Callable[[], Dataset]
+
+    def steps_of_epoch(self, accum_iter: int) -> int:
+        """Optimizer steps of an epoch; 1 in an evaluation."""
+        return 1 if self.train is None else steps_of_epoch(self.train, accum_iter)
+
+
+def build_loaders(args, device) -> Loaders:
+    """The images that the arguments ask for.
+
+    An evaluation needs no training images, and a training folder only for the names of its classes.
+    With `--num-classes 0`, the images of the training have no labels.
+    Raises UserError for classes that differ between the two, and for too few training images.
+    """
+
+    @functools.cache
+    def training() -> tuple[Dataset, int]:
+        found = build_dataset(True, args)
+        log_notes(found[0])
+        return found
+
+    train_set = None
+    classes = None
+    if not args.eval:
+        train_set, num_classes = training()
+        classes = getattr(train_set, "class_to_idx", None)
+    val_set, val_classes = build_dataset(False, args, classes=classes)
+    log_notes(val_set)
+    if args.eval:
+        num_classes = val_classes
+        classes = getattr(val_set, "class_to_idx", None)
+    else:
+        check_classes(train_set, val_set, args.data_path)
     if args.num_classes == 0:
         num_classes = 0
-        train_set = WithoutLabels(train_set)
+        classes = None
 
+    pin_memory = args.pin_mem and device.type == "cuda"
+    return Loaders(
+        train=None if args.eval else train_loader(args, train_set, num_classes, pin_memory),
+        val=val_loader(args, val_set, num_classes, pin_memory),
+        num_classes=num_classes,
+        classes={str(name): int(classes[name]) for name in classes} if classes else None,
+        training_images=lambda: training()[0],
+    )
+
+
+def log_notes(data: Dataset) -> None:
+    for note in getattr(data, "notes", ()):
+        log(note)
+
+
+def train_loader(
+    args, images: Dataset, num_classes: int, pin_memory: bool
+) -> DataLoader | StreamLoader:
+    """This process's batches of the training images, without labels if there are no classes.
+
+    Raises UserError if there is none.
+    """
+    images = images if num_classes else WithoutLabels(images)
     process = utils.rank(), utils.world_size()
-    share = process if args.dist_eval else (0, 1)  # of the validation images
-    options = {
-        "num_workers": args.num_workers,
-        "pin_memory": args.pin_mem and device.type == "cuda",
-        "worker_init_fn": ignore_signals,
-    }
-    if isinstance(train_set, IterableDataset):
-        train = SeededStream(train_set, args.seed, num_classes)
-        train_loader = StreamLoader(train, args.batch_size, share=process, **options)
-        val = SeededStream(val_set, args.seed, num_classes)
-        val_loader = StreamLoader(val, evaluation_batch_size(args), share=share, **options)
-    else:
-        options["persistent_workers"] = args.num_workers > 0
-        repeats = 3 if args.repeated_aug else 1
-        sampler = TrainSampler(len(train_set), args.seed, repeats, *process)
-        train = SeededDataset(train_set, args.skip_bad_images)
-        train_loader = DataLoader(
-            train, args.batch_size, sampler=sampler, drop_last=True, **options
+    if isinstance(images, IterableDataset):
+        stream = SeededStream(images, args.seed, num_classes)
+        loader = StreamLoader(
+            stream,
+            args.batch_size,
+            args.num_workers,
+            process,
+            pin_memory=pin_memory,
+            worker_init_fn=ignore_signals,
         )
-        batches = EvalBatchSampler(len(val_set), evaluation_batch_size(args), *share)
-        val_loader = DataLoader(val_set, batch_sampler=batches, **options)
+    else:
+        repeats = 3 if args.repeated_aug else 1
+        loader = DataLoader(
+            SeededDataset(images, args.skip_bad_images),
+            args.batch_size,
+            sampler=TrainSampler(len(images), args.seed, repeats, *process),
+            drop_last=True,
+            num_workers=args.num_workers,
+            persistent_workers=args.num_workers > 0,
+            pin_memory=pin_memory,
+            worker_init_fn=ignore_signals,
+        )
 
-    if not len(train_loader) and not args.eval:
+    if not len(loader):
         raise UserError(
             f"--batch-size {args.batch_size}: more than the training images of each process"
         )
-    return train_loader, val_loader, num_classes
+    return loader
+
+
+def val_loader(
+    args, images: Dataset, num_classes: int, pin_memory: bool
+) -> DataLoader | StreamLoader:
+    """The batches of the validation images: this process's share with `--dist-eval`, or all."""
+    share = (utils.rank(), utils.world_size()) if args.dist_eval else (0, 1)
+    size = evaluation_batch_size(args)
+    if isinstance(images, IterableDataset):
+        stream = SeededStream(images, args.seed, num_classes)
+        return StreamLoader(
+            stream,
+            size,
+            args.num_workers,
+            share,
+            pin_memory=pin_memory,
+            worker_init_fn=ignore_signals,
+        )
+    return DataLoader(
+        images,
+        batch_sampler=EvalBatchSampler(len(images), size, *share),
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_signals,
+    )
 
 
 def check_classes(train_set, val_set, data_path: str) -> None:
@@ -167,13 +256,6 @@ def load_start(args) -> tuple[argparse.Namespace, dict]:
     if "optimizer" in checkpoint:
         args = continued_args(args, checkpoint.get("args"), source)
     return with_data_config(args, checkpoint, source), checkpoint
-
-
-def class_labels(loader) -> dict[str, int] | None:
-    """The labels of the classes of a loader's data set by name, if the data have names."""
-    data = getattr(loader.dataset, "dataset", None)
-    labels = getattr(data, "class_to_idx", None)
-    return {str(name): int(label) for name, label in labels.items()} if labels else None
 
 
 def check_class_labels(args, checkpoint: dict, labels: dict[str, int] | None) -> None:
@@ -419,6 +501,7 @@ def build_sparsifier(
     epoch_steps: int,
     compute: Compute,
     known: dict | None = None,
+    training_images: Callable[[], Dataset] | None = None,
 ) -> Sparsifier:
     """What prunes the model: by the masks of the checkpoint, or by a recipe that has yet to choose.
 
@@ -427,7 +510,7 @@ def build_sparsifier(
     checkpoint stay.
 
     epoch_steps: optimizer steps an epoch.
-    known: statistics of the dense model, as `Calibration` shares them.
+    known, training_images: as `Calibration` shares them.
     Raises UserError for a recipe that the model or the checkpoint does not fit.
     """
     source = args.resume or args.finetune
@@ -437,7 +520,8 @@ def build_sparsifier(
     def sparsifier(recipe: Recipe, masks=None) -> Sparsifier:
         data = {}
         if recipe.looks_at_data and (resumes or not masks):
-            calibration = Calibration(args, model, compute, None if resumes else known)
+            shared = None if resumes else known
+            calibration = Calibration(args, model, compute, shared, training_images)
             data = {"statistics": calibration, "walk": calibration.walk}
         return Sparsifier(
             model,

@@ -6,10 +6,10 @@ from contextlib import closing
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 import utils
-from datasets import build_dataset, build_transform
+from datasets import build_dataset, build_transform, with_transform
 from models import without_checkpointing
 from samplers import EvalBatchSampler
 from sparsity_factory import Inputs, Statistics, collect_statistics, prunable_weights, walk_layers
@@ -21,6 +21,15 @@ from .stop_signals import ignore_signals
 BATCH_SIZE = 32
 
 
+def as_evaluated(args, training_images: Callable[[], Dataset] | None = None) -> Dataset:
+    """The training images under the evaluation transform.
+
+    training_images: returns them; by default they are listed as the arguments say.
+    """
+    images = training_images() if training_images else build_dataset(True, args)[0]
+    return with_transform(images, build_transform(False, args))
+
+
 class Calibration:
     """The calibration images: `--calibration-images` training images, drawn by the seed.
 
@@ -30,12 +39,20 @@ class Calibration:
 
     known: if runs share a dense model, its latest statistics, by seed and needs. The first call,
         when the model is still dense, takes them from there or leaves its own.
+    training_images: returns the images of the training, so that they are not listed again.
 
     Raises UserError for more images than there are or less than one for each process, and for a
     stream of images, out of which none can be drawn.
     """
 
-    def __init__(self, args, model: torch.nn.Module, compute: Compute, known: dict | None = None):
+    def __init__(
+        self,
+        args,
+        model: torch.nn.Module,
+        compute: Compute,
+        known: dict | None = None,
+        training_images: Callable[[], Dataset] | None = None,
+    ):
         self.model = model
         self.images = args.calibration_images
         self._seed = args.seed
@@ -43,7 +60,7 @@ class Calibration:
         # In float16 the gradients of an unscaled loss vanish
         self.compute = Compute(compute.device) if compute.dtype == torch.float16 else compute
 
-        data, _ = build_dataset(True, args, build_transform(False, args))
+        data = as_evaluated(args, training_images)
         if isinstance(data, IterableDataset):
             raise UserError(
                 f"--data-set {args.data_set}: calibration images cannot be drawn out of a stream"

@@ -3,10 +3,12 @@
 import copy
 import datetime
 import time
+from collections.abc import Callable
 
 import torch
 from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
 
 import utils
 from engine import Learner, StepOptions, check_finite, evaluate, steps_of_epoch, train_one_epoch
@@ -27,10 +29,17 @@ class Evaluator:
     evaluated by its nearest training images.
 
     accuracy: takes what `measure` measures, top-1 in percent by name.
+    training_images: returns the images of the training, so that they are not listed again.
     """
 
     def __init__(
-        self, loader, args, compute: Compute, stop: StopSignals, accuracy: dict[str, float]
+        self,
+        loader,
+        args,
+        compute: Compute,
+        stop: StopSignals,
+        accuracy: dict[str, float],
+        training_images: Callable[[], Dataset] | None = None,
     ):
         self.loader = loader
         self.compute = compute
@@ -41,7 +50,9 @@ class Evaluator:
         self.sparse_kernels = args.sparse_kernels
         self.neighbourhood = None
         if args.num_classes == 0:
-            self.neighbourhood = Neighbourhood(args, evaluation_batch_size(args), compute)
+            self.neighbourhood = Neighbourhood(
+                args, evaluation_batch_size(args), compute, training_images
+            )
 
     def __call__(self, model: torch.nn.Module) -> dict[str, float]:
         # A moving average may live in the CPU's memory.

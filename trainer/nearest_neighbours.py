@@ -4,6 +4,7 @@ The protocol is that of DINO (Caron et al. 2021, arXiv:2104.14294). Labels decid
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import utils
-from datasets import build_dataset, build_transform
 from samplers import EvalBatchSampler
 from utils import Compute, UserError, log
 
+from .calibration_images import as_evaluated
 from .seeded_data import SeededDataset
 from .stop_signals import StopSignals, ignore_signals
 
@@ -64,8 +65,10 @@ class TrainingImages(Dataset):
     Up to `--skip-bad-images` images that cannot be read are replaced, each by the next one.
     """
 
-    def __init__(self, args: argparse.Namespace):
-        images, _ = build_dataset(True, args, build_transform(False, args))
+    def __init__(
+        self, args: argparse.Namespace, training_images: Callable[[], Dataset] | None = None
+    ):
+        images = as_evaluated(args, training_images)
         self.images = SeededDataset(images, args.skip_bad_images)
         self.seed = args.seed
 
@@ -82,11 +85,18 @@ class Neighbourhood:
     Every process calls it, computes its share of the features, and has those of all in the end.
 
     batch_size: images for which features are computed at once.
+    training_images: returns the images of the training, so that they are not listed again.
     Raises UserError for fewer training images than processes.
     """
 
-    def __init__(self, args: argparse.Namespace, batch_size: int, compute: Compute):
-        images = TrainingImages(args)
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        batch_size: int,
+        compute: Compute,
+        training_images: Callable[[], Dataset] | None = None,
+    ):
+        images = TrainingImages(args, training_images)
         processes = utils.world_size()
         if len(images) < processes:
             raise UserError(

@@ -39,11 +39,13 @@ def open_results(
 ) -> "Results":
     """The results of a run: its folder, locked, and its trackers, both on the first process only.
 
-    epoch: the one that the run starts with.
+    epoch: the one that the run starts with. train_loader: None in an evaluation.
     Raises UserError if the folder cannot be written to, or another run uses it.
     """
     processes = utils.world_size()
-    images = f"{images_in(train_loader):,} training and {images_in(val_loader):,} validation images"
+    images = f"{images_in(val_loader):,} validation images"
+    if train_loader is not None:
+        images = f"{images_in(train_loader):,} training and {images}"
     facts = {
         "command": f"{utils.launcher(processes)} {args.command}",
         "model": f"{args.model}, {args.input_size} x {args.input_size}",

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from .errors import UserError, first_line
@@ -58,7 +58,7 @@ def is_image(name: str) -> bool:
 def read_class_folders(root) -> ClassFolders:
     """What a folder of classes holds. Raises UserError for pipes, devices and endless folders."""
     found = ClassFolders()
-    for entry in _entries(root, found.hidden):
+    for entry in sorted(_entries(root, found.hidden), key=lambda entry: entry.name):
         if entry.is_dir():
             found.images[entry.name] = _images_below(entry.path, found.hidden)
         elif is_image(entry.name):
@@ -67,10 +67,10 @@ def read_class_folders(root) -> ClassFolders:
 
 
 def class_names(root) -> list[str]:
-    """The folders of classes that hold an image, without reading on when one is found."""
+    """The folders of classes that hold an image, by name; each is read up to its first image."""
     hidden: set[str] = set()
     folders = [entry for entry in _entries(root, hidden) if entry.is_dir()]
-    return [folder.name for folder in folders if next(_walk(folder.path, hidden), None)]
+    return sorted(folder.name for folder in folders if next(_walk(folder.path, hidden), None))
 
 
 def differently_ordered(names: Iterable[str], key) -> str:
@@ -105,22 +105,19 @@ def _walk(folder: str, hidden: set[str], above: tuple[str, ...] = ()):
             yield entry.path
 
 
-def _entries(folder, hidden: set[str]) -> list[os.DirEntry]:
-    """What is in a folder, by name, without hidden names, which are added to `hidden`."""
+def _entries(folder, hidden: set[str]) -> Iterator[os.DirEntry]:
+    """What is in a folder, in any order, without hidden names, which are added to `hidden`."""
     try:
         with os.scandir(folder) as entries:
-            found = sorted(entries, key=_name)
+            for entry in entries:
+                if is_hidden(entry.name):
+                    hidden.add(entry.name)
+                else:
+                    yield entry
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be read ({first_line(error.strerror or error)})"
         ) from None
-
-    hidden.update(entry.name for entry in found if is_hidden(entry.name))
-    return [entry for entry in found if not is_hidden(entry.name)]
-
-
-def _name(entry: os.DirEntry) -> str:
-    return entry.name
 
 
 def _check_kind(entry: os.DirEntry) -> None:

@@ -6,11 +6,13 @@ starting it takes longest.
 FOLDER/runs.json has the command lines by name. In FOLDER/NAME, each process leaves what it printed
 (printed0.txt), and every set of masks that the run has had (masks0.pth); and the weights after each
 permutation and each reconstruction (weights0.pth). FOLDER/exchanged0.pth and shared0.pth have what
-the processes told each other before.
+the processes told each other before, and listed0.json the images in FOLDER/images and how many
+folders it listed.
 """
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch import Tensor
 
 import main
 import utils
+from datasets import build_dataset
 from models import build_model
 from sparsity_factory import Masks, PruningError, Sparsifier
 from trainer.arguments import parse_args
@@ -103,8 +106,27 @@ def share_masks(folder: Path) -> None:
     )
 
 
+def list_images(folder: Path) -> None:
+    """Builds both splits of a folder, and those of two tar files with the same images."""
+    scandir = os.scandir
+    listed = []
+    os.scandir = lambda path: listed.append(path) or scandir(path)
+    samples = []
+    for flags in ([], ["--data-set", "timm:folder", "--train-split", "train.tar"]):
+        args = parse_args(["--data-path", str(folder / "images"), "--input-size", "28", *flags])
+        train, _ = build_dataset(True, args)
+        val, _ = build_dataset(False, args, classes=train.class_to_idx)
+        image, label = train[len(train) - 1]
+        samples.append([train.samples, val.samples, list(image.shape), label])
+    os.scandir = scandir
+
+    content = json.dumps({"samples": samples, "listed": len(listed)})
+    (folder / f"listed{utils.rank()}.json").write_text(content)
+
+
 def run_all(folder: Path) -> None:
     utils.init_process_group(torch.device("cpu"))
+    list_images(folder)
     update = Masks.update
     permute, reconstruct = Sparsifier._permute, Sparsifier._reconstruct
     utils.init_process_group = lambda *_: None  # the group is there already
