@@ -32,6 +32,8 @@ class MaskLearner:
         masks: the first masks, by name.
         sizes: m, by the names of the weights that are pruned n:m.
         seed: of the noise.
+        prior: added to a logit for each weight that its mask shares with the first one.
+        temperatures, scales: at the beginning and at the end of the learning.
 
     Attributes:
         states: by name a tensor (3, groups, masks): the logits, and Adam's two moments of their
@@ -45,9 +47,15 @@ class MaskLearner:
         masks: Mapping[str, Tensor],
         sizes: Mapping[str, int],
         seed: int,
+        *,
+        prior: float = PRIOR,
+        temperatures: tuple[float, float] = TEMPERATURES,
+        scales: tuple[float, float] = SCALES,
     ):
         self._weights = weights
         self._seed = seed
+        self._temperatures = temperatures
+        self._scales = scales
         self._choices: dict[str, Tensor] = {}
         self._shares: dict[str, Tensor] = {}
         self._factor = 1.0
@@ -60,7 +68,7 @@ class MaskLearner:
                 continue
             # The more weights a mask shares with the first one, the larger is its logit
             shared = groups.to(choices) @ choices.T
-            logits = PRIOR * (shared - shared.mean(1, keepdim=True))
+            logits = prior * (shared - shared.mean(1, keepdim=True))
             moment = torch.zeros_like(logits)
             self._choices[name] = choices
             self.states[name] = torch.stack([logits, moment, moment])
@@ -75,8 +83,8 @@ class MaskLearner:
             step: decides the noise, with the seed and the number of the weight.
             progress: 0 at the beginning of the learning, 1 at its end.
         """
-        scale = _between(SCALES, progress)
-        temperature = _between(TEMPERATURES, progress)
+        scale = _between(self._scales, progress)
+        temperature = _between(self._temperatures, progress)
         self._factor = scale / temperature
 
         for layer, (name, (logits, _, _)) in enumerate(self.states.items()):

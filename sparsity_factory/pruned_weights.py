@@ -233,7 +233,8 @@ class FrozenWeights(HiddenWeights):
         masks = {name: mask.to(self._parameters[name].device) for name, mask in masks.items()}
         # A layer of a custom configuration may be dense
         sizes = {name: self._group_sizes[name] for name in masks if name in self._group_sizes}
-        return MaskLearner(self._parameters, masks, sizes, self._schedule.recipe.seed)
+        seed = self._schedule.recipe.seed
+        return MaskLearner(self._parameters, masks, sizes, seed, **self._schedule.learning)
 
 
 def are_finite(parameters: Mapping[str, Tensor]) -> Tensor:

@@ -9,13 +9,15 @@ made before the training begins.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .method import Positive, method
+from .learned_masks import PRIOR, SCALES, TEMPERATURES
+from .method import NotNegative, Positive, method
 from .pruned_weights import FrozenWeights, HiddenWeights, ZeroWeights
 
 
@@ -50,6 +52,7 @@ class Schedule:
         decay: such weights, times this, are added to their gradients.
         learns_masks: until its one change of masks, all weights stand still while groups learn
             their masks.
+        learning: how they do, as arguments of a `MaskLearner`.
     """
 
     uses: tuple[str, ...] = ()
@@ -60,6 +63,7 @@ class Schedule:
     trains_pruned = False
     decay = 0.0
     learns_masks = False
+    learning: Mapping = {}
 
     def __init__(self, recipe, steps: Steps):
         self.recipe = recipe
@@ -283,12 +287,37 @@ class SRSTE(STE):
         self.decay = recipe.sr_decay
 
 
-@method("Fang et al. 2024, arXiv:2409.17481")
+@method(
+    "Fang et al. 2024, arXiv:2409.17481",
+    prior="is added to a logit for each weight that its mask shares with the first mask",
+    first_scale="of the logits, when the learning begins",
+    last_scale="of the logits, when it ends",
+    first_temperature="of the softmax, when the learning begins",
+    last_temperature="of the softmax, when it ends",
+)
 class MaskLLM(Schedule):
     """Until --prune-end weights stand still and n:m groups learn masks; then weights train."""
 
     uses = ("prune_end", "mask_lr", "seed")
     learns_masks = True
+
+    def __init__(
+        self,
+        recipe,
+        steps,
+        *,
+        prior: NotNegative = PRIOR,
+        first_scale: Positive = SCALES[0],
+        last_scale: Positive = SCALES[1],
+        first_temperature: Positive = TEMPERATURES[0],
+        last_temperature: Positive = TEMPERATURES[1],
+    ):
+        super().__init__(recipe, steps)
+        self.learning = {
+            "prior": prior,
+            "scales": (first_scale, last_scale),
+            "temperatures": (first_temperature, last_temperature),
+        }
 
     def changes_at(self, step):
         return step == self.steps.end

@@ -11,7 +11,8 @@ score, write such a function and name it in `SCORES`.
 
 A unit of several weights, such as a block or a head, scores the sum of its weights' scores. If a
 function has an attribute `signed` that is true, its values may be negative, and a unit scores the
-square of their sum: effects of opposite sign cancel out.
+square of their sum: effects of opposite sign cancel out. If `of_columns` is true, a head or neuron
+scores the sum over the weights that read it, without those that compute it.
 
 w_ij: the weight from input j to output i; x: the inputs of the layer over all tokens of the
 calibration images; g: the gradient of the mean loss over them, g_i: of the loss of image i.
@@ -31,7 +32,7 @@ from .k_largest import histogram, suffix_sums
 from .method import NotNegative, method, name_of, unbound
 from .patterns import Pattern, Unstructured
 from .statistics import STATISTICS, Statistics
-from .units import Group, Part
+from .units import COLUMNS, Group, Part
 
 
 class Layer:
@@ -41,8 +42,9 @@ class Layer:
         name: the name of the weight.
         seed: the seed of scores that are drawn at random.
         images: the number of images that the statistics were collected from.
-        input_norms, gram, gradient_gram, gradient, first_gradient, squared_gradient, removal_costs:
-            the statistics of these names in `STATISTICS`, float64, on the device of the weight.
+        input_norms, gram, gradient_gram, gradient, first_gradient, squared_gradient, gate_gradient,
+            removal_costs: the statistics of these names in `STATISTICS`, float64, on the device of
+            the weight.
 
     Raises:
         PruningError: on access to a statistic, if no statistics were given.
@@ -122,6 +124,22 @@ def fisher(weight: Tensor, layer: Layer) -> Tensor:
     return (weight * (weight * layer.squared_gradient)).to(weight)
 
 
+@method("Michel et al. 2019, arXiv:1905.10650", needs={"gate_gradient"})
+def gate(weight: Tensor, layer: Layer) -> Tensor:
+    """Mean over images of abs(gradient of a gate at the head or neuron that a weight reads).
+
+    The gate is a factor of 1 for what a layer reads from one unit; other layers have a gate at each
+    input. The weights share the gradient out by their size, so that a head or neuron scores what
+    its gate does.
+    """
+    size = weight.abs()
+    total = size.sum(0, dtype=torch.float64)
+    return (size * (layer.gate_gradient / total.masked_fill(total == 0, 1))).to(weight)
+
+
+gate.of_columns = True
+
+
 @method("Sun et al. 2024, arXiv:2306.11695", needs={"input_norms"})
 def wanda(weight: Tensor, layer: Layer) -> Tensor:
     """abs(w_ij) norm2(x_j)."""
@@ -165,7 +183,7 @@ def cap(weight: Tensor, layer: Layer) -> Tensor:
 
 SCORES: dict[str, Callable[[Tensor, Layer], Tensor]] = {
     score.__name__.replace("_", "-"): score
-    for score in (magnitude, random, snip, taylor, taylor_group, fisher, wanda, ria, obs, cap)
+    for score in (magnitude, random, snip, taylor, taylor_group, fisher, gate, wanda, ria, obs, cap)
 }
 
 
@@ -255,6 +273,8 @@ class Scores(Mapping[str, Tensor]):
 
     def of_group(self, group: Group, parts: Mapping[str, Part]) -> Tensor:
         """The scores of the units of a group of several layers, float64 (units,), on the CPU."""
+        if getattr(unbound(self._score), "of_columns", False):
+            parts = {name: part for name, part in parts.items() if part.dim == COLUMNS}
         if not self.signed:
             return group.sums(self.__getitem__, parts)
 

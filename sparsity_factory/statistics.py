@@ -19,7 +19,7 @@ about its mean, and those of the mean in float64.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
@@ -34,6 +34,7 @@ from .masks import prunable_weights
 from .memory import free_memory
 from .processes import Processes
 from .removal_costs import add_squares, halves, removal_costs
+from .units import COLUMNS, unit_groups
 
 # x: the inputs of the layer over all tokens of all images; g: the gradient of the mean loss over
 # all images.
@@ -45,11 +46,14 @@ STATISTICS = {
     "gradient": "g, over all images",
     "first_gradient": "g of the first batch alone",
     "squared_gradient": "the mean over images of their squared gradients",
+    "gate_gradient": "the mean over images of the absolute gradient of a gate, a factor of 1 for "
+    "the inputs from a head or neuron, or for a single input, divided by their number",
     "removal_costs": "what removing the weights of a block one by one costs, by the gradients of "
     "single images",
 }
-# By what they are computed from: gradients at a layer's outputs, its inputs, any gradients
-OF_IMAGES = frozenset({"squared_gradient", "removal_costs"})  # gradients of single images
+# By what they are computed from: gradients of single images, gradients at a layer's outputs, its
+# inputs, any gradients
+OF_IMAGES = frozenset({"squared_gradient", "gate_gradient", "removal_costs"})
 OF_OUTPUTS = frozenset({"gradient_gram"}) | OF_IMAGES
 OF_INPUTS = frozenset({"input_norms", "gram"}) | OF_OUTPUTS
 OF_GRADIENTS = frozenset(STATISTICS) - {"input_norms", "gram"}
@@ -76,7 +80,13 @@ class Statistics:
         shapes: the shape of each weight by parameter name.
     """
 
-    def __init__(self, weights: dict[str, Tensor], needs: Iterable[str]):
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        needs: Iterable[str],
+        gates: Mapping[str, Tensor] | None = None,
+    ):
+        self._gates = gates or {}
         self.needs = frozenset(needs)
         self.shapes = {name: weight.shape for name, weight in weights.items()}
         self._weights = weights
@@ -307,9 +317,10 @@ def collect_statistics(
         limit = _memory(device, processes) if memory is None else memory
         groups = _groups(weights, freed, limit)
 
+    gates = _gates(model) if "gate_gradient" in needs else {}
     found = []
     for group in groups:
-        statistics = Statistics(group, needs)
+        statistics = Statistics(group, needs, gates)
 
         with evaluation(model), _with_gradients(group) if needs & OF_GRADIENTS else torch.no_grad():
             for index, batch in enumerate(batches if found else stream):
@@ -397,6 +408,7 @@ def _shape(need: str, weight: Tensor) -> tuple[int, ...]:
     outputs, inputs = weight.shape
     shapes = {
         "input_norms": (inputs,),
+        "gate_gradient": (inputs,),
         "gram": (inputs, inputs),
         "gradient_gram": (outputs, outputs),
         "removal_costs": halves(weight.numel()),
@@ -418,6 +430,17 @@ def _memory(device: torch.device, processes: Processes) -> float:
     free = MEMORY * processes.least(free_memory(device), device)
     # They may be on one machine, where each has a GPU of its own
     return free / processes.count if device.type == "cpu" else free
+
+
+def _gates(model: nn.Module) -> dict[str, Tensor]:
+    """Of layers that read heads or neurons: the inputs of each, int64 (units, inputs of a unit)."""
+    weights = prunable_weights(model)
+    return {
+        name: part.unit.argsort(stable=True).view(group.units, -1).to(weights[name].device)
+        for group in unit_groups(model, known_only=True)
+        for name, part in group.weights(weights).items()
+        if part.dim == COLUMNS
+    }
 
 
 def _groups(
@@ -614,6 +637,7 @@ class _Inputs(TorchFunctionMode):
     def _add_images(self, name: str) -> None:
         """Adds up the gradients of single images, and frees them: they are large."""
         totals = self._statistics._sums[name]
+        weight = self._statistics._weights[name]
         # The batch's loss is the mean over its images
         of_images = self._gradients.pop(name).mul_(self._images)
 
@@ -621,6 +645,13 @@ class _Inputs(TorchFunctionMode):
             totals["squared_gradient"] += of_images.square().sum(0)
         if "removal_costs" in totals:
             add_squares(totals["removal_costs"], of_images)
+        if "gate_gradient" in totals:
+            # A gate z is 1, and its layer computes W (z x): its gradient is the sum of W * dW
+            of_inputs = torch.einsum("noi,oi->ni", of_images, weight.to(of_images)).double()
+            each = torch.arange(weight.shape[1], device=weight.device)[:, None]
+            gates = self._statistics._gates.get(name, each)
+            of_gates = of_inputs[:, gates].sum(2).abs().sum(0)
+            totals["gate_gradient"][gates] += of_gates[:, None] / gates.shape[1]
 
     @torch.no_grad()
     def _add(self, name: str, inputs: Tensor) -> None:

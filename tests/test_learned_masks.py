@@ -13,6 +13,7 @@ from sparsity_factory import PruningError, Recipe, Sparsifier, check_masks, walk
 from sparsity_factory.learned_masks import PRIOR, SCALES, TEMPERATURES, MaskLearner, adam
 
 STEPS = 12
+DEFAULTS = (PRIOR, SCALES, TEMPERATURES)
 
 
 def recipe(**fields) -> Recipe:
@@ -74,8 +75,17 @@ def noise(step: int, layer: int, shape) -> torch.Tensor:
     return learner._shares[str(layer)].log() * TEMPERATURES[0]
 
 
-def test_logits_learn_as_by_autograd_through_a_soft_mask():
-    dense, run = network(), Run(recipe(prune_end=1.0))
+@pytest.mark.parametrize("prior, scales, temperatures", [DEFAULTS, (0.2, (3.0, 7.0), (2.0, 0.5))])
+def test_logits_learn_as_by_autograd_through_a_soft_mask(prior, scales, temperatures):
+    options = {
+        "maskllm.prior": prior,
+        "maskllm.first-scale": scales[0],
+        "maskllm.last-scale": scales[1],
+        "maskllm.first-temperature": temperatures[0],
+        "maskllm.last-temperature": temperatures[1],
+    }
+    given = {} if prior == PRIOR else {"method_options": options}
+    dense, run = network(), Run(recipe(prune_end=1.0, **given))
     choices = torch.tensor(
         [[float(i in kept) for i in range(4)] for kept in combinations(range(4), 2)]
     )
@@ -84,14 +94,14 @@ def test_logits_learn_as_by_autograd_through_a_soft_mask():
         groups = weight.detach().abs().view(-1, 4)
         first = (groups >= groups.topk(2, 1).values[:, 1:]).float()
         shared = torch.stack([(first * choice).sum(1) for choice in choices], 1)
-        logits.append((PRIOR * (shared - shared.mean(1, keepdim=True))).requires_grad_())
+        logits.append((prior * (shared - shared.mean(1, keepdim=True))).requires_grad_())
     optimizer = torch.optim.Adam(logits, lr=0.1)
     for step in range(STEPS - 1):
         torch.testing.assert_close(
             run.logits(), [values.detach() for values in logits], rtol=1e-3, atol=1e-4
         )
         share = step / (STEPS - 1)
-        scale, temperature = (a + (b - a) * share for a, b in (SCALES, TEMPERATURES))
+        scale, temperature = (a + (b - a) * share for a, b in (scales, temperatures))
         masks = [
             ((scale * values + noise(step, layer, values.shape)) / temperature).softmax(1) @ choices
             for layer, values in enumerate(logits)

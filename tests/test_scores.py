@@ -55,6 +55,10 @@ def slow(score, weight, known) -> torch.Tensor:
     if score == "fisher":
         g2 = known("squared_gradient").tolist()
         return by_loops(lambda i, j: w[i][j] ** 2 * g2[i][j], weight)
+    if score == "gate":
+        column = [sum(map(abs, weights)) for weights in zip(*w, strict=True)]
+        of_gate = known("gate_gradient").tolist()
+        return by_loops(lambda i, j: abs(w[i][j]) / column[j] * of_gate[j], weight)
     if score == "wanda":
         norm = known("input_norms").tolist()
         return by_loops(lambda i, j: abs(w[i][j]) * norm[j], weight)
@@ -141,7 +145,8 @@ def test_scores_lie_where_the_weights_do(score):
 
         def value(self, name, need):
             return torch.empty(
-                {"input_norms": (6,), "gram": (6, 6)}.get(need, (4, 6)), dtype=torch.float64
+                {"input_norms": (6,), "gate_gradient": (6,), "gram": (6, 6)}.get(need, (4, 6)),
+                dtype=torch.float64,
             )
 
     with FakeTensorMode():

@@ -16,6 +16,7 @@ from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 import main
 from benchmarks.torture import content
@@ -27,6 +28,7 @@ from sparsity_factory import (
     Recipe,
     Sparsifier,
     checkpoint_table,
+    collect_statistics,
     compute_masks,
     multiply_adds,
     needs_of,
@@ -75,6 +77,7 @@ MODELS = {
     ),
 }
 PATTERNS = ["heads", "neurons", "heads+neurons"]
+READERS = ("proj.weight", "fc2.weight")  # of what a unit has computed
 AUTOMATIC = [name for name in PRUNERS if name != "custom"]
 
 
@@ -305,7 +308,11 @@ def test_units_are_kept_whole_and_those_of_the_largest_sums_and_no_more_than_the
         cheapest = []
         for units in slow_units(model, pattern).values():
             sums = [
-                sum(values[name][where].double().sum().item() for name, where in unit.items())
+                sum(
+                    values[name][where].double().sum().item()
+                    for name, where in unit.items()
+                    if score != "gate" or name.endswith(READERS)
+                )
                 for unit in units
             ]
             if scores.signed:
@@ -321,6 +328,63 @@ def test_units_are_kept_whole_and_those_of_the_largest_sums_and_no_more_than_the
                 cheapest.append(sum(int(where.sum()) for where in units[0].values()))
         left = sum(int(masks[name].sum()) for name in scores)
         assert round(total * (1 - sparsity)) - min(cheapest) < left <= round(total * (1 - sparsity))
+
+
+@pytest.mark.parametrize("kind", ["vit", "vit with SwiGLU", "cait", "swin"])
+def test_a_unit_scores_the_mean_absolute_gradient_of_a_real_gate(kind):
+    """By the score `gate`. The gate is a factor of 1 for what the next layer reads from the unit."""
+    model = model_of(kind)
+    images = images_for(model, count=5)
+    targets = torch.arange(5)
+    statistics = collect_statistics(
+        model,
+        [(images[:2], targets[:2]), (images[2:], targets[2:])],
+        nn.functional.cross_entropy,
+        {"gate_gradient"},
+    )
+    weights = prunable_weights(model)
+    scores = Scores(weights, SCORES["gate"], statistics=statistics)
+
+    groups = unit_groups(model)
+    gates = []
+    for group in groups:
+        gate = torch.ones(group.units, requires_grad=True)
+        (reader,) = (name for name, dim, _ in group.parts if dim == 1 and name.endswith(READERS))
+        unit = next(part.unit for part in group.parts if part.parameter == reader)
+        model.get_submodule(reader.removesuffix(".weight")).register_forward_pre_hook(
+            lambda module, inputs, gate=gate, unit=unit: (inputs[0] * gate[unit],)
+        )
+        gates.append(gate)
+    total = [torch.zeros(group.units) for group in groups]
+    for image, target in zip(images, targets, strict=True):
+        loss = nn.functional.cross_entropy(model(image[None]), target[None])
+        for sums, gradient in zip(total, torch.autograd.grad(loss, gates), strict=True):
+            sums += gradient.abs() / len(images)
+
+    assert len(groups) >= 4
+    for group, expected in zip(groups, total, strict=True):
+        found = scores.of_group(group, group.weights(weights))
+        torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-7)
+
+
+def test_heads_and_neurons_of_the_least_gradient_at_their_gates_go():
+    model = model_of()
+    statistics = statistics_of(model, {"gate_gradient"})
+    of_heads = torch.tensor([3.0, 1.0, 4.0, 2.0]).repeat_interleave(6)
+    state = statistics.state_dict()
+    for block in range(2):
+        state[f"blocks.{block}.attn.proj.weight.gate_gradient"].copy_(of_heads)
+        state[f"blocks.{block}.mlp.fc2.weight.gate_gradient"].copy_(torch.arange(96))
+        # A large gradient at the gates of what computes a unit says nothing of it
+        state[f"blocks.{block}.attn.qkv.weight.gate_gradient"].fill_(1e6)
+    for pattern, sparsity in (("heads", 0.15), ("neurons", 0.3)):
+        masks = compute_masks(
+            model, "unif", sparsity, pattern=pattern, score="gate", statistics=statistics
+        )
+        for group in unit_groups(model, [pattern]):
+            kept = group.kept(masks).tolist()
+            assert kept == ([True, False, True, False] if pattern == "heads" else sorted(kept))
+            assert any(kept) and not all(kept)
 
 
 def test_glob_keeps_the_units_of_the_largest_means_as_nearly_as_whole_ones_allow():

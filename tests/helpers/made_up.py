@@ -43,6 +43,7 @@ def statistics_of(model: nn.Module, needs=STATISTICS, seed=0) -> Statistics:
             "gradient": 10 * gradients.sum(0),
             "first_gradient": 10 * gradients[0],
             "squared_gradient": gradients.square().sum(0),
+            "gate_gradient": gradients.sum((0, 1)).abs(),
         }
         at_outputs = torch.randn(
             50, shape[0], generator=torch.Generator().manual_seed(seed), dtype=torch.float64
