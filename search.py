@@ -37,6 +37,7 @@ from sparsity_factory import (
     LayerSparsity,
     Masks,
     Statistics,
+    choose_layers,
     compute_masks,
     multiply_adds,
     prunable_weights,
@@ -77,6 +78,8 @@ def search(argv: list[str]) -> int:
             args, checkpoint = load_start(args)
             loaders = build_loaders(args, compute.device)
             model = prepare_model(args, loaders.num_classes, checkpoint, compute.device).eval()
+            if args.layers:
+                choose_layers(model, args.layers)
 
             space = Space.of(options, model)
             record = Record(options, args, space)

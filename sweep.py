@@ -39,6 +39,7 @@ from sparsity_factory import (
     PruningError,
     Recipe,
     Sparsifier,
+    choose_layers,
     compute_masks,
     needs_of,
     parse_pattern,
@@ -327,6 +328,8 @@ class Workbench:
         num_classes = self.loaders.num_classes
         check_class_labels(args, checkpoint, self.loaders.classes)
         self.model = prepare_model(args, num_classes, checkpoint, compute.device)
+        if args.layers:
+            choose_layers(self.model, args.layers)
         self.dense = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.statistics = {}  # of the dense model
         self.test = Evaluator(

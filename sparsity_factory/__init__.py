@@ -12,7 +12,7 @@ from .checkpoint import check_masks, has_reached_target, read_pruning
 from .custom_yaml import read_yaml
 from .errors import PruningError
 from .layer_walk import Inputs, walk_layers
-from .masks import Masks, pack, prunable_weights, unpack
+from .masks import Masks, choose_layers, pack, prunable_weights, unpack
 from .method import Description, describe
 from .multiply_adds import multiply_adds
 from .patterns import PATTERNS, parse_pattern, regrow
@@ -61,6 +61,7 @@ __all__ = [
     "check_masks",
     "check_request",
     "checkpoint_table",
+    "choose_layers",
     "collect_statistics",
     "compute_masks",
     "describe",

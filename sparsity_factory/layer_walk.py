@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .errors import PruningError
-from .masks import prunable_weights
-from .statistics import add_gram, evaluation, images_of, less_mean, linear_operands
+from .masks import Layers, prunable_weights
+from .statistics import add_gram, evaluation, expect_used, images_of, less_mean, linear_operands
 
 # Most layers of a unit. A block of a transformer has four; a pass that stops there holds the tokens
 # once, and one that stops within the block holds them three times.
@@ -141,6 +141,7 @@ def walk_layers(
     *,
     other: nn.Module | None = None,
     add_up: Callable[[Tensor], object] | None = None,
+    layers: Layers | None = None,
 ) -> Generator[tuple[str, Inputs]]:
     """Yields each prunable weight's name and its layer's `Inputs`, in computing order.
 
@@ -159,6 +160,7 @@ def walk_layers(
             same images.
         add_up: adds up a tensor of all processes, in place, if each has some of the batches, at
             least one.
+        layers: which layers, as in `prunable_weights`.
 
     Raises:
         PruningError: no batches, an order that differs, and, naming the weight, one that no image
@@ -173,7 +175,8 @@ def walk_layers(
         cache_enabled=False,  # a cache would hold weights from before a change
     )
     models = [model] if other is None else [model, other]
-    return _walk(models, batches, autocast, add_up)
+    names = list(prunable_weights(model, layers))
+    return _walk(models, names, batches, autocast, add_up)
 
 
 # ---- helpers, not exported ----
@@ -219,7 +222,11 @@ class _Lane(NamedTuple):
 
 @torch.no_grad()  # not in the body of the caller's loop
 def _walk(
-    models: list[nn.Module], batches: Iterable, autocast: Callable, add_up: Callable | None
+    models: list[nn.Module],
+    names: list[str],
+    batches: Iterable,
+    autocast: Callable,
+    add_up: Callable | None,
 ) -> Generator[tuple[str, Inputs]]:
     device = next(models[0].parameters()).device
     batches = [images_of(batch).to(device) for batch in batches]
@@ -227,7 +234,7 @@ def _walk(
         raise PruningError("no calibration images: expected at least one batch")
 
     with ExitStack() as stack:
-        lanes = [stack.enter_context(_lane(model, batches[0], autocast)) for model in models]
+        lanes = [stack.enter_context(_lane(model, names, batches[0], autocast)) for model in models]
 
         # A pass keeps only what it still needs of its images, so the list gives them up
         while batches:
@@ -248,13 +255,15 @@ def _walk(
                         result = lane.call(pass_)()
                     pass_.resume(result)
                     del result
-        _expect_none(pending)
+        expect_used(list(pending))
 
 
 @contextmanager
-def _lane(model: nn.Module, images: Tensor, autocast: Callable) -> Iterator[_Lane]:
+def _lane(
+    model: nn.Module, names: list[str], images: Tensor, autocast: Callable
+) -> Iterator[_Lane]:
     """A model in evaluation mode whose units stop; closes its passes at the end."""
-    weights = prunable_weights(model)
+    weights = {name: model.get_parameter(name) for name in names}
     passes = []
     with evaluation(model):
         with autocast():
@@ -436,13 +445,6 @@ class _Linears(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _expect_none(unused: Iterable[str]) -> None:
-    for name in unused:
-        raise PruningError(
-            f"{name} was used on none of the calibration images: expected a layer that runs"
-        )
-
-
 def _next_layer(
     compute: Callable[[], object], pending: dict[str, Tensor]
 ) -> tuple[str | None, Tensor | None]:
@@ -493,7 +495,7 @@ def _units(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> dict
     finally:
         for hook in hooks:
             hook.remove()
-    _expect_none(name for name in weights if name not in calls_of)
+    expect_used([name for name in weights if name not in calls_of])
 
     # A unit for each weight; then the outermost unit around each, as units lie in other units
     layers = Counter(module for modules in calls_of.values() for module in dict.fromkeys(modules))

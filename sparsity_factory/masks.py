@@ -1,6 +1,7 @@
 """Which weights of a model are prunable, and `Masks`, which keeps the chosen ones at zero."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from math import prod
 from typing import NamedTuple
 
@@ -8,44 +9,67 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import PruningError
+from .errors import PruningError, short
 
 #: Modules that turn coordinates into position biases, by their names in timm: Swin V2's
 #: and MaxViT's. They are small and see no tokens.
 POSITION_MLPS = {"cpb_mlp", "meta_mlp", "rel_pos"}
 
+#: Chooses layers: patterns of names, or a function of name and module.
+Layers = Sequence[str] | Callable[[str, nn.Module], bool]
 
-def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weight of every `nn.Linear` except the classifier's, by parameter name, in model order.
 
-    The classifier is what `get_classifier()` returns, of the model or of a model in it: a module,
-    or a list or tuple of them. A weight that several modules share appears once, under its first
-    name; a weight shared with the classifier does not appear. Left out are linear layers whose
-    weight is not a plain parameter (`torch.nn.utils.prune`, parametrizations), and those of
-    `POSITION_MLPS`.
+def prunable_weights(model: nn.Module, layers: Layers | None = None) -> dict[str, nn.Parameter]:
+    """The prunable weights of a model, by parameter name, in model order.
+
+    By default these are the weights of every `nn.Linear`, except the classifier's and those of
+    `POSITION_MLPS`. The classifier is what `get_classifier()` returns, of the model or of a model
+    in it: a module, or a list or tuple of them. A weight that several modules share appears once,
+    under its first name. Linear layers whose weight is not a plain parameter
+    (`torch.nn.utils.prune`, parametrizations) cannot be pruned.
+
+    Args:
+        layers: which of them. Patterns such as `blocks.*` are matched with the names of layers and
+            of weights, one after the other: each adds the layers that it matches, or takes them
+            away if it begins with `!`. If the first one does, all layers are there before it. A
+            pattern that matches only layers that are not prunable by default adds these. A
+            function is called with the name of each default layer and with the layer itself. None:
+            those of `choose_layers`, or all.
 
     Raises:
-        PruningError: the model is in a wrapper such as DDP's, which renames its parameters.
+        PruningError: the model is in a wrapper such as DDP's, which renames its parameters; a
+            pattern that matches nothing.
     """
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise PruningError(f"the model is in {type(model).__name__}: expected its `.module`")
+    owned = _owned_weights(model)
+    by_default = _by_default(model, owned)
+    chosen: Collection[str] = getattr(model, "prunable_names", by_default)
+    if layers is not None:
+        chosen = _chosen(layers, owned, by_default)
+    return {name: weight for name, (_, weight) in owned.items() if name in chosen}
 
-    seen = set()
-    for module in model.modules():
-        if hasattr(module, "get_classifier"):
-            layers = _modules(module.get_classifier())
-            seen |= {id(layer.weight) for layer in layers if isinstance(layer, nn.Linear)}
 
-    weights = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or not isinstance(module.weight, nn.Parameter):
-            continue
-        if POSITION_MLPS & {*name.split(".")}:
-            continue
-        if module.weight.numel() and id(module.weight) not in seen:
-            seen.add(id(module.weight))
-            weights[f"{name}.weight" if name else "weight"] = module.weight
-    return weights
+def default_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that are prunable by default, whatever `choose_layers` has chosen."""
+    owned = _owned_weights(model)
+    return {name: owned[name].weight for name in _by_default(model, owned)}
+
+
+def choose_layers(model: nn.Module, layers: Layers) -> None:
+    """Makes `layers`, as in `prunable_weights`, the prunable ones of this model and its copies."""
+    model.prunable_names = list(prunable_weights(model, layers))
+
+
+def why_no_layers(patterns) -> str:
+    """Why these are no patterns for `prunable_weights`, empty if they are."""
+    is_list = isinstance(patterns, list | tuple) and len(patterns) > 0
+    if is_list and all(isinstance(pattern, str) and pattern.strip("!") for pattern in patterns):
+        return ""
+    return f"expected a list of patterns such as 'blocks.*', got {short(patterns)}"
+
+
+def layer_name(weight: str) -> str:
+    """The name of the layer that has a weight of this name."""
+    return weight.removesuffix(".weight")
 
 
 def dense_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
@@ -318,6 +342,70 @@ _INTEGERS = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
+
+
+class _Owned(NamedTuple):
+    """A weight that can be pruned, and the layer that owns it."""
+
+    layer: nn.Module
+    weight: nn.Parameter
+
+
+def _owned_weights(model: nn.Module) -> dict[str, _Owned]:
+    """By name, each weight that can be pruned; in model order."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise PruningError(f"the model is in {type(model).__name__}: expected its `.module`")
+
+    seen = set()
+    owned = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or not isinstance(module.weight, nn.Parameter):
+            continue
+        if module.weight.numel() and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            owned[f"{path}.weight".lstrip(".")] = _Owned(module, module.weight)
+    return owned
+
+
+def _by_default(model: nn.Module, owned: Mapping[str, _Owned]) -> list[str]:
+    """The names of the weights that are prunable by default."""
+    of_classifiers = set()
+    for module in model.modules():
+        if hasattr(module, "get_classifier"):
+            layers = _modules(module.get_classifier())
+            of_classifiers |= {id(layer.weight) for layer in layers if isinstance(layer, nn.Linear)}
+    return [
+        name
+        for name, (_, weight) in owned.items()
+        if id(weight) not in of_classifiers and not POSITION_MLPS & {*name.split(".")}
+    ]
+
+
+def _chosen(layers: Layers, owned: Mapping[str, _Owned], by_default: Sequence[str]) -> set[str]:
+    """The names of the weights that `layers` chooses, as in `prunable_weights`."""
+    if callable(layers):
+        return {name for name in by_default if layers(layer_name(name), owned[name].layer)}
+    if why := why_no_layers(layers):
+        raise PruningError(f"layers: {why}")
+
+    chosen = {*by_default} if layers[0].startswith("!") else set()
+    for pattern in layers:
+        wanted = pattern.removeprefix("!")
+        matched = {
+            name
+            for name in owned
+            if fnmatchcase(name, wanted) or fnmatchcase(layer_name(name), wanted)
+        }
+        if not matched:
+            example = layer_name(next(iter([*by_default, *owned]), "blocks.*"))
+            raise PruningError(
+                f"layers {short(pattern)} matches no layer: expected a pattern such as {example}"
+            )
+        if pattern.startswith("!"):
+            chosen -= matched
+        else:
+            chosen |= matched.intersection(by_default) or matched
+    return chosen
 
 
 def _modules(found) -> Iterator[nn.Module]:

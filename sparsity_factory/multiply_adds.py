@@ -1,7 +1,7 @@
 """Counts the multiply-adds of a model by weight while it runs, with torch's FlopCounterMode."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
@@ -34,8 +34,8 @@ def multiply_adds(model: nn.Module, images: Tensor) -> dict[str, int]:
         activations with activations (queries with keys, attention with values), and `other layers`
         (patch embedding, classifier).
     """
-    counts = _run(model, images)
     weights = prunable_weights(model)
+    counts = _run(model, images, weights)
     found = {name: counts.flops[name] // 2 for name in [*weights, ATTENTION, OTHERS]}
 
     dense = dense_shapes(model)
@@ -46,14 +46,14 @@ def multiply_adds(model: nn.Module, images: Tensor) -> dict[str, int]:
 
 
 def multiply_adds_of_modules(
-    model: nn.Module, names: Sequence[str], images: Tensor
+    model: nn.Module, names: Sequence[str], images: Tensor, weights: Mapping[str, Tensor]
 ) -> tuple[list[int], int]:
     """The multiply-adds of each named module, and the total without other layers.
 
-    The total is that of all prunable weights and attention products. Arguments are as for
-    `multiply_adds`.
+    The total is that of `weights`, the prunable ones by name, and of attention products. Other
+    arguments are as for `multiply_adds`.
     """
-    counts = _run(model, images, names)
+    counts = _run(model, images, weights, names)
     total = sum(counts.flops.values()) // 2 - counts.flops[OTHERS] // 2
     return [counts.modules[name] // 2 for name in names], total
 
@@ -80,7 +80,9 @@ def image_of(model: nn.Module) -> Tensor:
 
 # FlopCounterMode needs gradients if a parameter is a module's input, as a class token is
 @torch.enable_grad()
-def _run(model: nn.Module, images: Tensor, names: Sequence[str] = ()) -> "_ByWeight":
+def _run(
+    model: nn.Module, images: Tensor, weights: Mapping[str, Tensor], names: Sequence[str] = ()
+) -> "_ByWeight":
     """Runs a model once in evaluation mode, and counts."""
     hooks = []
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -91,7 +93,7 @@ def _run(model: nn.Module, images: Tensor, names: Sequence[str] = ()) -> "_ByWei
         with (
             evaluation(model),
             FlopCounterMode(display=False) as flops,
-            _ByWeight(model, flops) as counts,
+            _ByWeight(model, weights, flops) as counts,
             sdpa_kernel(SDPBackend.MATH),
         ):
             for name in names:
@@ -111,12 +113,12 @@ class _ByWeight(TorchFunctionMode):
     calling the layer.
     """
 
-    def __init__(self, model: nn.Module, counter: FlopCounterMode):
+    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor], counter: FlopCounterMode):
         super().__init__()
         self.flops = Counter()
         self.modules = Counter()
         self.counter = counter
-        names = {id(weight): name for name, weight in prunable_weights(model).items()}
+        names = {id(weight): name for name, weight in weights.items()}
         self.parameters = [
             (parameter, names.get(id(parameter), OTHERS)) for parameter in model.parameters()
         ]

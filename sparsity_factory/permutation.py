@@ -71,6 +71,8 @@ def best_orders(
     orders = {}
     for channels in _channels(model):
         name = channels.weight
+        if name not in kept:
+            continue
         m = getattr(pattern_of(name), "m", None)
         outputs, inputs = masks[name].shape
         if not m or inputs // channels.sets % m or kept[name] == outputs * inputs:

@@ -31,7 +31,7 @@ from .errors import PruningError, as_flag, in_words, short
 from .k_largest import largest_lamp_scores_overall, largest_overall, largest_threshold
 from .knapsack import cheapest
 from .levels import at_levels, kfac
-from .masks import prunable_weights
+from .masks import Layers, prunable_weights
 from .method import (
     Count,
     Fraction,
@@ -63,6 +63,7 @@ def compute_masks(
     pattern: str = "unstructured",
     budget: str = "weights",
     method_options: Mapping[str, float] | None = None,
+    layers: Layers | None = None,
     statistics: Statistics | None = None,
     seed: int = 0,
     reconstructed: bool = False,
@@ -82,6 +83,7 @@ def compute_masks(
         budget: `weights`, or with heads and neurons also `macs`; for that the model, one of timm,
             is run once.
         method_options: numbers of pruner and score, such as `{"owl.lambda": 0.1}`.
+        layers: which layers are prunable: patterns or a function, as in `prunable_weights`.
         statistics: what `collect_statistics` returned for the model; needed unless
             `needs_of(pruner, score)` is empty.
         seed: the seed of scores that are drawn at random.
@@ -101,7 +103,7 @@ def compute_masks(
     """
     check_request(pruner, sparsity, custom_config, score, pattern=pattern, budget=budget)
     check_method_options(method_options, options_of(PRUNERS, pruner) | options_of(SCORES, score))
-    weights = prunable_weights(model)
+    weights = prunable_weights(model, layers)
     if not weights:
         raise PruningError(
             f"{type(model).__name__} has no prunable weights: no nn.Linear besides the classifier"

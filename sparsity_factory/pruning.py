@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .custom_yaml import read_yaml
 from .layer_walk import walk_layers
+from .masks import Layers, layer_name, prunable_weights
 from .recipe import Recipe
 from .sparsifier import Sparsifier
 from .statistics import collect_statistics
@@ -26,6 +27,7 @@ def prune(
     method_options: Mapping[str, float] | None = None,
     seed: int = 0,
     permute: bool = False,
+    layers: Layers | None = None,
 ) -> dict[str, Tensor]:
     """Prunes a model in place, and lets the kept weights compensate for the pruned ones.
 
@@ -39,6 +41,7 @@ def prune(
         reconstruct: a name in `RECONSTRUCTIONS`, or such a function.
         method_options: numbers of the chosen methods, such as `{"obs.columns": 128}`.
         permute: reorder inputs of layers first, so that groups of n:m keep more.
+        layers: which layers are prunable, as in `prunable_weights`. The model remembers them.
 
     Returns:
         Parameter name to bool mask, for `Masks(model, masks)`.
@@ -51,6 +54,8 @@ def prune(
         config = read_yaml(str(custom_config))
     else:
         config = custom_config
+    if callable(layers):
+        layers = [layer_name(name) for name in prunable_weights(model, layers)]
     recipe = Recipe(
         pruner,
         sparsity,
@@ -60,6 +65,7 @@ def prune(
         permute=permute,
         reconstruct=reconstruct,
         method_options=method_options,
+        layers=layers,
         seed=seed,
     )
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from .custom_yaml import level_section, parse_level, resolve_levels
 from .errors import PruningError, as_flag, in_words, short
+from .masks import why_no_layers
 from .method import Option, check_method_options, chosen, name_of, options_of
 from .patterns import parse_pattern
 from .pruners import PRUNERS, check_request, needs_of
@@ -57,6 +58,7 @@ class Recipe:
         reconstruct: a name in `RECONSTRUCTIONS`: how the kept weights compensate for the pruned.
         calibration_images: how many training images score, pruner and reconstruction may look at.
         method_options: numbers of the chosen methods, such as `{"owl.lambda": 0.1}`.
+        layers: patterns of the layers that are prunable, as in `prunable_weights`; None: all.
         seed: decides every random choice.
     """
 
@@ -79,6 +81,7 @@ class Recipe:
     reconstruct: str | Callable = NONE
     calibration_images: int = 1024
     method_options: Mapping[str, float] | None = None
+    layers: Sequence[str] | None = None
     seed: int = 0
 
     def check(self, epochs: float | None = None) -> None:
@@ -143,7 +146,8 @@ class Recipe:
             values["pruner"] = values.pop("name")
 
         for name, value in values.items():
-            if not isinstance(value, str | int | float | Mapping | None):
+            is_list = name == "layers" and isinstance(value, list)
+            if not is_list and not isinstance(value, str | int | float | Mapping | None):
                 raise PruningError(
                     f"the recipe's {short(name)} is {short(value)}: expected a number or a word"
                 )
@@ -322,6 +326,8 @@ class Recipe:
         self._expect(good, "mask_lr", "a number above 0")
 
         self._expect(isinstance(self.permute, bool), "permute", "true or false")
+        if self.layers is not None and (why := why_no_layers(self.layers)):
+            raise PruningError(f"--layers: {why}")
 
     def _check_schedule(self) -> None:
         """The schedule, and that it uses the times and numbers that are given."""
@@ -430,6 +436,8 @@ class Recipe:
             return " ".join([as_flag(name), *(f"{key}={in_words(value[key])}" for key in value)])
         if value is True or isinstance(value, Mapping):
             return as_flag(name)
+        if name == "layers":
+            return " ".join([as_flag(name), *value])
         return f"{as_flag(name)} {in_words(name_of(value) if callable(value) else value)}"
 
     def _given(self) -> list[str]:
@@ -459,7 +467,8 @@ class Recipe:
             return {
                 name: value for name, value in given.items() if value != self.options[name].default
             }
-        return getattr(self, name)
+        value = getattr(self, name)
+        return list(value) if isinstance(value, tuple) else value
 
     def _custom_levels(self) -> list[tuple]:
         """(place or pattern, sparsity or (n, m)) for each entry of the custom configuration."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .checkpoint import VERSION, SavedPruning
 from .errors import PruningError
 from .followers import Followers, on_cpu
-from .masks import Masks, checksums, packed, prunable_weights, unpacked
+from .masks import Masks, checksums, choose_layers, packed, prunable_weights, unpacked
 from .method import name_of
 from .patterns import Pattern, parse_pattern, regrow
 from .permutation import best_orders, reorder
@@ -58,7 +58,7 @@ class Sparsifier:
 
     Args:
         model: on its device, without DDP's wrapper. It is changed by `start` and, if masks are
-            given, at once.
+            given, at once. It remembers the layers of the recipe.
         recipe: checked here.
         total_steps: optimizer steps of the whole training.
         epoch_steps: optimizer steps of an epoch.
@@ -105,6 +105,8 @@ class Sparsifier:
         self._gather = gather
 
         # What the recipe means for the weights of this model
+        if recipe.layers is not None:
+            choose_layers(model, recipe.layers)
         weights = prunable_weights(model)
         self._shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         self._levels = recipe.levels(self._shapes)

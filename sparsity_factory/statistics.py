@@ -19,7 +19,7 @@ about its mean, and those of the mean in float64.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .errors import PruningError
-from .masks import prunable_weights
+from .masks import Layers, layer_name, prunable_weights
 from .memory import free_memory
 from .processes import Processes
 from .removal_costs import add_squares, halves, removal_costs
@@ -198,15 +198,14 @@ class Statistics:
                 "no share has the first batch of calibration images: expected one with share 0"
             )
 
-        for name, (_, with_inputs, with_gradient) in zip(self.shapes, seen, strict=True):
-            if self.needs & OF_INPUTS and not with_inputs:
-                raise PruningError(
-                    f"{name} was used on none of the calibration images: expected a layer that runs"
-                )
+        if self.needs & OF_INPUTS:
+            counts = zip(self.shapes, seen, strict=True)
+            expect_used([name for name, (_, with_inputs, _) in counts if not with_inputs])
+        for name, (_, _, with_gradient) in zip(self.shapes, seen, strict=True):
             if self.needs & OF_GRADIENTS and not with_gradient:
                 raise PruningError(
                     f"{name} has no gradient on any of the calibration images: expected a layer "
-                    "that the loss depends on"
+                    f"that the loss depends on, or layers '!{layer_name(name)}' to leave it out"
                 )
 
             if self._layout_errors.get(name, 0) > LAYOUT_ERROR:
@@ -262,6 +261,7 @@ def collect_statistics(
     share: int | None = None,
     add_up: Callable[[Tensor], object] | None = None,
     memory: int | None = None,
+    layers: Layers | None = None,
 ) -> Statistics:
     """Runs a model on calibration images, and returns sums for each prunable weight.
 
@@ -288,12 +288,13 @@ def collect_statistics(
             half of what is free on the model's device, where that is least of all processes;
             processes on CPUs share it. With `add_up`, each process computes the removal costs of
             some layers.
+        layers: of which layers, as in `prunable_weights`.
 
     Raises:
         PruningError: an unknown name, no batches, no loss or targets for gradients, and, naming the
             weight, one that no image reached or whose sums are not finite.
     """
-    weights = prunable_weights(model)
+    weights = prunable_weights(model, layers)
     if not weights:
         raise PruningError(
             f"{type(model).__name__} has no prunable weights: no nn.Linear besides the classifier"
@@ -349,6 +350,17 @@ def collect_statistics(
 def images_of(batch) -> Tensor:
     """The images of a batch, which may have targets as well."""
     return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+def expect_used(unused: Sequence[str]) -> None:
+    """Raises a PruningError that names the weights that no image reached, if there are any."""
+    if unused:
+        left_out = " ".join(f"'!{layer_name(name)}'" for name in unused)
+        were = "were" if len(unused) > 1 else "was"
+        raise PruningError(
+            f"{', '.join(unused)} {were} used on none of the calibration images: expected layers "
+            f"that run, or layers {left_out} to leave out what does not"
+        )
 
 
 def linear_operands(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ class _Units(Pattern):
         Units of zeros alone, such as those that are pruned already, are never kept, unless no other
         is left.
         """
-        groups = unit_groups(model, self.kinds)
+        groups = unit_groups(model, self.kinds, weights=scores.weights)
         if not groups:
             raise PruningError(
                 f"pattern {self.name}: {type(model).__name__} has none that are known: expected a "
@@ -56,7 +56,7 @@ class _Units(Pattern):
         total = sum(numel.values())
         if budget == "macs":
             names = [group.name for group in groups]
-            costs, total = multiply_adds_of_modules(model, names, image_of(model))
+            costs, total = multiply_adds_of_modules(model, names, image_of(model), scores.weights)
 
         # The cost of one unit, rounded up, and what the units of all groups may cost together
         step = np.array([-(-cost // count) for cost, count in zip(costs, units, strict=True)])

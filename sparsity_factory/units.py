@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PruningError
-from .masks import prunable_weights
+from .masks import default_weights
 
 ROWS, COLUMNS = 0, 1
 HEADS, NEURONS = "heads", "neurons"
@@ -114,18 +114,22 @@ class Group(NamedTuple):
 
 
 def unit_groups(
-    model: nn.Module, kinds: Collection[str] = (HEADS, NEURONS), known_only: bool = False
+    model: nn.Module,
+    kinds: Collection[str] = (HEADS, NEURONS),
+    known_only: bool = False,
+    weights: Collection[str] | None = None,
 ) -> list[Group]:
     """The groups of units of a model, in model order.
 
     kinds: the kinds to return, of `heads` and `neurons`.
     known_only: skip blocks that cannot be handled.
+    weights: the names of the prunable weights; by default those that are prunable by default.
 
     Raises:
         PruningError: naming the first block that looks as if it had such units and cannot be
             handled.
     """
-    weights = prunable_weights(model)
+    weights = default_weights(model) if weights is None else weights
     groups = []
     for name, module in model.named_modules():
         kind = _kind(module)

@@ -11,7 +11,14 @@ from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 from torch.nn import functional as F
 
-from sparsity_factory import Inputs, PruningError, prunable_weights, walk_layers
+from sparsity_factory import (
+    Inputs,
+    PruningError,
+    collect_statistics,
+    prunable_weights,
+    prune,
+    walk_layers,
+)
 
 
 class Direct(nn.Module):
@@ -535,3 +542,29 @@ def test_a_model_beside_sees_the_same_images(name):
         torch.testing.assert_close(found[layer].other_mean, other.mean(0), rtol=1e-5, atol=1e-6)
         centred = (inputs - inputs.mean(0)).T @ (other - other.mean(0))
         torch.testing.assert_close(found[layer].cross, centred, rtol=1e-4, atol=1e-3)
+
+
+def test_a_layer_that_no_image_reaches_is_named_and_can_be_left_out():
+    class Idle(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(4, 4), nn.Linear(4, 2))
+            self.one = nn.Linear(4, 4)
+            self.two = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self[1](self[0](x))
+
+    torch.manual_seed(0)
+    model = Idle()
+    batches = [torch.randn(8, 4)]
+    named = "^one.weight, two.weight were used on none .* layers '!one' '!two' to leave out"
+    with pytest.raises(PruningError, match=named):
+        collect_statistics(model, batches, needs={"gram"})
+    with pytest.raises(PruningError, match=named):
+        prune(model, "unif", 0.5, batches=batches)
+
+    masks = prune(model, "unif", 0.5, score="wanda", batches=batches, layers=["!one", "!two"])
+    assert list(masks) == list(prunable_weights(model)) == ["0.weight", "1.weight"]
+    model = Idle()
+    masks = prune(model, "unif", 0.5, batches=batches, layers=lambda name, layer: name == "1")
+    assert list(masks) == ["1.weight"] and masks["1.weight"].sum() == 4

@@ -145,6 +145,25 @@ def test_options_are_in_the_checkpoint_and_in_the_summary_and_a_resumed_run_has_
     assert told in (tmp_path / "out/summary.md").read_text()
 
 
+def test_the_choice_of_layers_is_kept_by_checkpoints_and_resumed_runs(run_main, tiny, tmp_path):
+    layers = ["--layers", "blocks.*", "!blocks.0.*", "--layers", "!*.fc2"]
+    output = run_main(*tiny, *LAMP, *layers, "--output_dir", "out")
+    table = output[output.index("layer  ") :]
+    assert "blocks.1.attn.qkv" in table and "blocks.0." not in table and ".fc2" not in table
+
+    saved = read(tmp_path / "out" / "checkpoint.pth")
+    assert saved["pruning"]["recipe"]["layers"] == ["blocks.*", "!blocks.0.*", "!*.fc2"]
+    assert not [name for name in saved["masks"] if "blocks.0." in name or ".fc2." in name]
+
+    again = ["--resume", "out/checkpoint.pth", "--epochs", "2"]
+    error = run_main(*tiny, *LAMP, "--layers", "blocks.*", *again, status=2)
+    assert "--layers blocks.* !blocks.0.* !*.fc2" in error
+    output = run_main(*tiny, *again, "--output_dir", "out")
+    sparsity = re.search(r"prunable weights .* (\S+)%", output)[1]
+    assert float(sparsity) == pytest.approx(65, abs=0.01)
+    assert "kept" in run_main("--audit", "out/checkpoint.pth")
+
+
 @pytest.fixture
 def pruned(run_main, tiny, tmp_path, once):
     """A checkpoint of a pruned run, from the one folder for all tests."""

@@ -18,6 +18,7 @@ from sparsity_factory import (
     Masks,
     PruningError,
     check_masks,
+    choose_layers,
     compute_masks,
     prunable_weights,
     unpack,
@@ -108,6 +109,50 @@ def test_mlps_of_position_biases_are_not_prunable(name):
 )
 def test_whatever_the_model_calls_its_classifier_is_not_prunable(classifier, expected):
     assert list(prunable_weights(WithClassifier(classifier))) == expected
+
+
+def layers_of(model, layers):
+    return [name.removesuffix(".weight") for name in prunable_weights(model, layers)]
+
+
+BLOCKS = nn.ModuleDict(
+    {
+        "a": nn.ModuleDict({"fc1": nn.Linear(4, 4), "fc2": nn.Linear(4, 4)}),
+        "b": nn.ModuleDict({"fc1": nn.Linear(4, 4), "cpb_mlp": nn.Linear(2, 4)}),
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (["a.*"], ["a.fc1", "a.fc2"]),
+        (["*", "!a.*"], ["b.fc1"]),
+        (["!a.*"], ["b.fc1"]),
+        (["!*.fc1", "b.fc1.weight"], ["a.fc2", "b.fc1"]),
+        (["*"], ["a.fc1", "a.fc2", "b.fc1"]),
+        (["*", "b.cpb_*"], ["a.fc1", "a.fc2", "b.fc1", "b.cpb_mlp"]),
+        (lambda name, layer: name == "a.fc1" or layer is BLOCKS["b"]["fc1"], ["a.fc1", "b.fc1"]),
+    ],
+)
+def test_patterns_or_a_function_say_which_layers_are_prunable(layers, expected):
+    assert layers_of(BLOCKS, layers) == expected
+    model = copy.deepcopy(BLOCKS)
+    if not callable(layers):
+        choose_layers(model, layers)
+        assert layers_of(copy.deepcopy(model), None) == expected
+
+
+@pytest.mark.parametrize("layers", [["a.*", "c.*"], ["*", "!c.*"], [], [""], ["!"], [3], "a.*"])
+def test_layers_that_do_not_exist_are_an_error_in_one_line(layers):
+    with pytest.raises(PruningError, match="^layers"):
+        prunable_weights(BLOCKS, layers)
+
+
+def test_a_classifier_is_prunable_if_a_pattern_asks_for_it_alone():
+    model = WithClassifier(lambda model: model.head)
+    assert layers_of(model, ["*"]) == ["body", "head_dist"]
+    assert layers_of(model, ["*", "head"]) == ["body", "head", "head_dist"]
 
 
 def test_a_shared_linear_or_weight_counts_once_under_its_first_name():

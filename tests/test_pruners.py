@@ -622,3 +622,20 @@ def test_a_pruner_that_keeps_more_or_less_than_there_is_is_refused(monkeypatch):
         )
         with pytest.raises(PruningError, match="pruner mine keeps .* of 0.weight"):
             compute_masks(model, "mine", 0.5)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "x:4", "heads+neurons"])
+def test_only_the_chosen_layers_have_masks_and_the_sparsity_is_theirs(pattern):
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "deit_tiny_patch16_224", img_size=32, embed_dim=24, depth=3, num_heads=3, num_classes=5
+    )
+    masks = compute_masks(model, "unif", 0.5, pattern=pattern, layers=["blocks.*", "!blocks.0.*"])
+    weights = {name: mask for name, mask in masks.items() if mask.dim() == 2}
+    assert [name for name in weights if name in prunable_weights(model)] == [
+        f"blocks.{block}.{layer}.weight"
+        for block in (1, 2)
+        for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    ]
+    total = sum(mask.numel() for mask in weights.values())
+    assert sum(int(mask.sum()) for mask in weights.values()) <= round(0.5 * total)

@@ -249,6 +249,9 @@ MISTAKES = [
         {},
     ),
     ([*LAMP, "--reconstruct", "obs", "--calibration-images", "9000"], "there are 6000", {}),
+    ([*LAMP, "--layers", "blocks.*", "blocks.9.*"], "layers 'blocks.9.*' matches no layer", {}),
+    ([*LAMP, "--layers", "!"], "--layers: expected a list of patterns", {}),
+    (["--layers", "blocks.*"], "--layers blocks.* needs --pruner", {}),
     ([*LAMP, "--sparse-kernels"], "--sparse-kernels needs --eval or --export as well", {}),
     (
         [*LAMP, "--sparse-kernels", "--eval", "--compile"],

@@ -397,6 +397,11 @@ def _add_pruning(group: Group) -> None:
     add("--custom-config", str, None, metavar="FILE", sweep=REFUSED, instead="--custom-configs",
         help="YAML file with the sparsity of each layer, for --pruner custom")
 
+    # Of which layers
+    add("--layers", str, None, nargs="+", action=Extend, metavar="PATTERN",
+        help="prunable layers, such as 'blocks.*' '!blocks.0.*'; by default all linear layers but "
+             "the classifier")
+
     # When
     add("--prune-schedule", str, Recipe.prune_schedule, choices=list(SCHEDULES),
         sweep=REFUSED, instead="--schedules", help="when masks are chosen and changed")
