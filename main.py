@@ -34,6 +34,7 @@ from trainer.epochs import Evaluator, train
 from trainer.exit_status import exit_status
 from trainer.export import export
 from trainer.results import open_results
+from trainer.run_folder import check_same_run, with_own_folder
 from trainer.stop_signals import StopSignals
 from utils import Compute, log
 
@@ -44,12 +45,16 @@ def main(args) -> dict[str, float]:
     utils.init_process_group(
         compute.device, args.dist_url, args.distributed, args.world_size, args.dist_timeout
     )
-    describe(args)
-    utils.seed_everything(utils.INIT, args.seed)  # fresh weights are the same on every process
+    utils.show_progress(args.quiet)
 
     with StopSignals() as stop:
-        # Data and model. The model is still dense here, so a dense teacher is copied now.
+        # Folder, data and model. The model is still dense here, so a dense teacher is copied now.
+        args = utils.on_first_process(lambda: with_own_folder(args))
         args, checkpoint = load_start(args)
+        compute = choose_compute(args)  # the precision may be the checkpoint's
+        utils.seed_everything(utils.INIT, args.seed)  # fresh weights are the same on every process
+        utils.on_first_process(lambda: check_same_run(args, checkpoint))
+        describe(args)
         describe_device(args, compute)
         loaders = build_loaders(args, compute.device)
         num_classes = loaders.num_classes
@@ -75,8 +80,7 @@ def main(args) -> dict[str, float]:
             state = build_state(
                 args, model, sparsifier, checkpoint, compute, bad_images, teacher, loaders.classes
             )
-        epoch = state.progress.epoch if state else 0
-        results = open_results(args, sparsifier.recipe, epoch, loaders.train, loaders.val, compute)
+        results = open_results(args, sparsifier.recipe, state, loaders.train, loaders.val, compute)
         accuracy = state.accuracy if state else {}
         test = Evaluator(loaders.val, args, compute, stop, accuracy, loaders.training_images)
 
@@ -132,7 +136,6 @@ def prune(
 
 def describe(args) -> None:
     """Prints the first lines of a run: its arguments, or that it uses the sample."""
-    utils.show_progress(args.quiet)
     if args.data_path:
         log(f"Arguments: {vars(args)}", only=utils.LINES)
     else:

@@ -52,10 +52,11 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 class Trainer:
     """One process of the job."""
 
-    def __init__(self, argv: list[str], job_dir: Path):
-        """argv: for main.py."""
+    def __init__(self, argv: list[str], job_dir: Path, restarted: bool = False):
+        """argv: for main.py. restarted: whether the job ran before, and was queued again."""
         self.argv = argv
         self.job_dir = job_dir
+        self.restarted = restarted
         self.meeting = job_dir.resolve() / f".meet_{uuid.uuid4().hex}"
 
     def __call__(self) -> None:
@@ -70,8 +71,8 @@ class Trainer:
         dist_url = self.meeting.with_name(f"{self.meeting.name}_{start}").as_uri()
 
         argv = [*self.argv, "--output_dir", str(self.job_dir), "--dist_url", dist_url]
-        if (self.job_dir / "checkpoint.pth").exists():
-            argv += ["--resume", "auto"]
+        if self.restarted or start != "0":
+            argv = resuming(argv, self.job_dir)
         run = runpy.run_path(str(Path(__file__).with_name("main.py")))["run"]
         status = run(argv)
 
@@ -84,12 +85,27 @@ class Trainer:
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """submitit calls this before the job is stopped, and queues what it returns."""
-        return submitit.helpers.DelayedSubmission(Trainer(self.argv, self.job_dir))
+        return submitit.helpers.DelayedSubmission(Trainer(self.argv, self.job_dir, restarted=True))
+
+
+def resuming(argv: list[str], job_dir: Path) -> list[str]:
+    """The arguments of a job that starts again, and may not have written a checkpoint yet."""
+    first = [argument for argument in argv if argument != "--overwrite"]
+    if (job_dir / "checkpoint.pth").exists():
+        return [*first, "--resume", "auto"]
+    resumes = any(argument.startswith("--resume") for argument in first)
+    return first if resumes else [*first, "--overwrite"]
 
 
 def submit(argv: list[str]) -> submitit.Job:
     """Queues the job."""
     args, main_argv = parse_args(argv)
+    decided = any(argument.startswith(("--resume", "--overwrite")) for argument in main_argv)
+    if (args.job_dir / "checkpoint.pth").exists() and not decided:
+        sys.exit(
+            f"error: --job_dir {args.job_dir}: holds a run; --resume auto continues it, "
+            "--overwrite replaces it, or choose another folder"
+        )
     args.job_dir.mkdir(parents=True, exist_ok=True)
 
     wishes = {}

@@ -462,12 +462,7 @@ class Workbench:
             self.loaders.classes,
         )
         results = open_results(
-            args,
-            sparsifier.recipe,
-            state.progress.epoch,
-            self.loaders.train,
-            self.loaders.val,
-            self.compute,
+            args, sparsifier.recipe, state, self.loaders.train, self.loaders.val, self.compute
         )
 
         # Weights change only after all that may be refused was refused

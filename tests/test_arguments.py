@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.arguments import get_args_parser, parse_args
+from trainer.arguments import continued_args, get_args_parser, parse_args
 from utils import UserError
 
 
@@ -27,6 +27,22 @@ def test_with_a_data_path_the_defaults_are_deits():
     for flag in reference:
         if flag["dest"] in args and flag["dest"] not in differs:
             assert args[flag["dest"]] == flag["default"], flag
+
+
+def test_a_resumed_run_takes_everything_that_changes_results_from_its_checkpoint():
+    first = "--data-path data --model vit_tiny_patch16_224 --input-size 64 --seed 7 --lr 0.25"
+    first += " --mixup 0 --aa none --ThreeAugment --bce-loss --no-train-mode --batch-size 2"
+    first += " --sync-bn --amp off --eval-every 2 --skip-bad-images 3 --model-kwargs depth=3"
+    saved = vars(parse_args([*first.split(), "--output_dir", "out", "--num_workers", "1"]))
+    resumed = parse_args(["--resume", "out/checkpoint.pth", "--mixup", "0.5", "--device", "cpu"])
+    continued = vars(continued_args(resumed, saved, "out/checkpoint.pth"))
+
+    different = {name for name in saved if continued[name] != saved[name]}
+    of_this_start = {"resume", "device", "num_workers", "output_dir"}
+    of_this_start |= {"given", "command", "default_folder"}
+    assert different == of_this_start | {"mixup"}
+    # The sample's defaults are not for other data
+    assert continued["output_dir"] == "" and continued["num_workers"] > 0
 
 
 def test_flags_are_spelt_as_in_deit():

@@ -316,6 +316,7 @@ def test_clip_grad_bounds_the_step(run_main, tiny, tmp_path):
             "0",
             "--output_dir",
             "out",
+            "--overwrite",
             *flags,
         )
         moved.append((read(tmp_path / "out")["model"]["head.weight"] - start).norm())
@@ -329,6 +330,18 @@ def test_sched_warms_up_and_ends_at_min_lr():
     assert cosine[2] == max(cosine)
     assert cosine[9] == min(cosine[2:]) >= 0.2
     assert rates("--sched", "tanh", "--warmup-epochs", "0") != rates("--warmup-epochs", "0")
+
+
+def test_a_schedule_that_timm_does_not_know_is_an_error_also_if_timm_says_nothing(
+    run_main, tiny, monkeypatch
+):
+    def create(args, optimizer):  # as timm 1.0.24
+        return None, args.epochs
+
+    monkeypatch.setattr("trainer.training_state.create_scheduler", create)
+    error = run_main(*tiny, "--sched", "cosin", status=2)
+    assert error == f"error: --sched cosin: timm {timm.__version__} has no such schedule\n"
+    run_main(*tiny, "--sched", "none")
 
 
 def test_step_schedule_decays_by_its_rate_at_its_interval():
@@ -820,7 +833,7 @@ def test_gradient_checkpointing_gives_the_same_weights_to_the_bit(
     recipe += ["--prune-schedule", schedule, "--drop-path", "0.3"]
     kept = {}
     for flags in ([], ["--grad-checkpointing"]):
-        run_main(*tiny, *recipe, *flags, "--output_dir", tmp_path / "run")
+        run_main(*tiny, *recipe, *flags, "--output_dir", tmp_path / "run", "--overwrite")
         kept[len(flags)] = read(tmp_path / "run")["model"]
     assert all(weight.equal(kept[1][name]) for name, weight in kept[0].items())
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -503,6 +504,27 @@ def test_a_resumed_run_has_the_schedule_of_its_checkpoint_unless_flags_say_other
     assert "Training epochs 4 to 3" in run_main(*bare, "--resume", "longer/checkpoint.pth")
 
 
+def test_a_resumed_run_continues_its_whole_recipe_and_tells_what_is_given_instead(
+    run_main, tiny, tmp_path, stop_at
+):
+    recipe = [*tiny, *LAMP, "--prune-schedule", "gradual", "--prune-every", "1"]
+    changes = "--seed 3 --batch-size 6 --accum-iter 2 --mixup 0.5 --drop-path 0.3 --reprob 0.5"
+    changes += " --aa rand-m5-n1 --opt-betas 0.8 0.9 --model-ema-decay 0.5 --warmup-epochs 1"
+    recipe += changes.split()
+    run_main(*recipe, "--output_dir", "whole")
+    stop_at(2)
+    run_main(*recipe, "--output_dir", "parts", status=128 + signal.SIGTERM)
+    shutil.copytree("parts", "told")
+
+    resumed = ["--num_workers", "0", "--resume", "auto", "--output_dir"]
+    output = run_main(*resumed, "parts")
+    assert differences(tmp_path / "whole", tmp_path / "parts") == []
+    assert "The run resumes with" not in output and "built-in sample" not in output
+
+    output = run_main(*resumed, "told", "--mixup", "0", "--seed", "4", "--reprob", "0.5")
+    assert "The run resumes with --seed 4 instead of 3, --mixup 0.0 instead of 0.5\n" in output
+
+
 def test_flags_of_a_resumed_run_change_rate_decay_and_lowest_rate(run_main, bare, tmp_path):
     common = ["--epochs", "3", "--warmup-epochs", "0", "--unscale-lr"]
     run_main(
@@ -537,6 +559,14 @@ def test_a_resumed_run_with_other_batches_has_the_rate_for_its_images_a_step(
     )
     assert "The learning rate is 0.0015625 instead of 0.003125, for 8 images a step" in output
     assert learning_rates(tmp_path / "out")[1:] == learning_rates(tmp_path / "whole")[1:]
+
+
+def test_a_long_warm_up_is_told(run_main, tiny):
+    assert "rate rises" not in run_main(*tiny, "--epochs", "3", "--warmup-epochs", "1")
+    half = "--warmup-epochs 1: the learning rate rises in 1 of 2 epochs\n"
+    assert half in run_main(*tiny, "--epochs", "2", "--warmup-epochs", "1")
+    whole = "the learning rate rises in 1 of 1 epochs, and never reaches its highest value\n"
+    assert whole in run_main(*tiny, "--warmup-epochs", "5")
 
 
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")

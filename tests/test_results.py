@@ -192,3 +192,16 @@ def test_wandb_gets_numbers_layers_and_pictures(run_main, tiny, tmp_path, monkey
     assert len([name for name in values if name.startswith("sparsity/blocks.")]) == 24
     for name in ("sparsity", "training"):
         assert list((tmp_path / "out").glob(f"wandb/offline-run-*/files/media/images/{name}_*.png"))
+
+
+def test_layers_that_keep_no_weight_are_named(run_main, tiny):
+    few = ["--eval", "--pruner", "glob", "--score", "random", "--sparsity"]
+    assert "No weight is kept" not in run_main(*tiny, *few, "0.9")
+    output = run_main(*tiny, *few, "0.99999")
+    line = next(line for line in output.splitlines() if line.startswith("No weight is kept of "))
+    empty = [
+        row.split()[0]
+        for row in output.splitlines()
+        if row.endswith("100.00%") and row.split()[-3] == "0"
+    ]
+    assert line.removeprefix("No weight is kept of ").split(":")[0].split(", ") == empty

@@ -81,6 +81,23 @@ def test_a_stopped_job_queues_itself_again_and_resumes(submit, tmp_path):
     )
 
 
+def test_a_new_job_in_a_folder_that_holds_a_run_is_refused_unless_it_says_what_becomes_of_it(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "checkpoint.pth").touch()
+    monkeypatch.setattr(run_with_submitit.submitit.AutoExecutor, "submit", lambda *_: "submitted")
+    job = [*LOCAL, "--job_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="holds a run; --resume auto continues it, --overwrite"):
+        run_with_submitit.submit(job)
+    for flags in (["--resume", "auto"], ["--overwrite"]):
+        assert run_with_submitit.submit([*job, *flags]) == "submitted"
+
+    first = run_with_submitit.Trainer(["--overwrite", "--lr", "1"], tmp_path)
+    again = first.checkpoint().function
+    assert again.restarted and not first.restarted
+    assert run_with_submitit.resuming(again.argv, tmp_path) == ["--lr", "1", "--resume", "auto"]
+
+
 def test_a_job_that_slurm_starts_again_meets_at_another_file(tmp_path, monkeypatch):
     """SLURM starts the same command again, whose processes were killed and left their file."""
     urls = []
@@ -95,6 +112,10 @@ def test_a_job_that_slurm_starts_again_meets_at_another_file(tmp_path, monkeypat
     for count in (None, "1", "2"):
         if count:
             monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+        if count == "2":
+            (tmp_path / "checkpoint.pth").touch()
         trainer()
+    # The first start begins a run, and the others have that one, whether it has a checkpoint yet
+    assert [argv[4:] for argv in urls] == [[], ["--overwrite"], ["--resume", "auto"]]
     found = [argv[argv.index("--dist_url") + 1] for argv in urls]
     assert len({*found}) == 3 and all(url.startswith(tmp_path.as_uri()) for url in found)

@@ -79,6 +79,14 @@ MISTAKES = [
     (["--mean", "0.5", "nan", "0.5"], "--mean", {}),
     (["--std", "0.5", "0", "0.5"], "--std [0.5, 0.0, 0.5]: expected three numbers above 0", {}),
     (["--decay-epochs", "0"], "--decay-epochs", {}),
+    (["--clip-grad", "0"], "--clip-grad 0.0: expected a number above 0", {}),
+    (["--overwrite", "--eval"], "--overwrite: not together with --eval", {}),
+    (["--overwrite", "--resume", "auto"], "--overwrite: not together with --resume auto", {}),
+    (
+        ["--eval", "--resume", "auto", "--output_dir", "empty"],
+        "--resume auto: no checkpoint in empty",
+        {"empty/x": ""},
+    ),
     (["--opt", "adamwx"], "adamwx", {}),
     *(
         (["--layer-decay", factor], f"--layer-decay {factor}", {})

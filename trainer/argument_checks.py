@@ -34,7 +34,6 @@ AT_LEAST_0 = (
     "--min-lr",
     "--warmup-lr",
     "--weight-decay",
-    "--clip-grad",
     "--mixup",
     "--cutmix",
     "--color-jitter",
@@ -47,7 +46,7 @@ AT_LEAST_0 = (
     "--opt-eps",
     "--num-classes",
 )
-ABOVE_0 = ("--decay-epochs", "--dist-timeout")
+ABOVE_0 = ("--decay-epochs", "--dist-timeout", "--clip-grad")
 BELOW_1 = ("--drop", "--drop-path", "--smoothing", "--model-ema-decay")
 ABOVE_0_TO_1 = ("--eval-crop-ratio", "--layer-decay")
 AT_MOST_1 = ("--reprob", "--mixup-prob", "--mixup-switch-prob")
@@ -79,7 +78,8 @@ def check_numbers(args) -> None:
         good = all(number is None or 0 <= number < math.inf for number in values)
         expect(good, flag, "a number of at least 0")
     for flag in ABOVE_0:
-        expect(0 < _value(args, flag) < math.inf, flag, "a number above 0")
+        value = _value(args, flag)
+        expect(value is None or 0 < value < math.inf, flag, "a number above 0")
     for flag in BELOW_1:
         expect(0 <= _value(args, flag) < 1, flag, "a number in [0, 1)")
     for flag in AT_MOST_1:
@@ -140,6 +140,9 @@ def check_tasks(args) -> None:
         raise UserError("--src needs --ThreeAugment as well")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto needs --output_dir as well")
+    if args.overwrite and (args.eval or args.resume == "auto"):
+        other = "--eval" if args.eval else "--resume auto"
+        raise UserError(f"--overwrite: not together with {other}")
     if args.use_ema and not (args.finetune or args.resume and (args.eval or args.export)):
         raise UserError(
             "--use-ema needs --finetune FILE, or --resume FILE and --eval or --export, as well"
@@ -197,7 +200,7 @@ def check_devices_and_output(args) -> None:
             f"--compile-mode {args.compile_mode}: expected one of {', '.join(compile_modes())}"
         )
 
-    for flag in ("--tensorboard", "--checkpoint-every"):
+    for flag in ("--tensorboard", "--checkpoint-every", "--overwrite"):
         if _value(args, flag) and not args.output_dir:
             raise UserError(f"{flag} needs --output_dir as well")
     for package in ("tensorboard", "wandb"):

@@ -35,8 +35,8 @@ SAMPLE_PRESET = Path(__file__).resolve().parent.parent / "configs" / "run" / "sa
 def parse_args(argv: list[str], one_recipe: bool = True) -> argparse.Namespace:
     """The arguments of `argv`, with defaults from `--config` and, without a data set, the sample's.
 
-    `given` in the result lists the arguments that `argv` or `--config` set, and `command` is the
-    command line.
+    `given` in the result lists the arguments that `argv` or `--config` set, `command` is the
+    command line, and `default_folder` is whether `argv` leaves the output folder open.
     one_recipe: the pruning arguments belong to one run. A sweep makes many recipes of them, and
     checks each itself. Raises UserError for any mistake that shows before a file of the data set
     or a model is read.
@@ -57,21 +57,33 @@ def parse_args(argv: list[str], one_recipe: bool = True) -> argparse.Namespace:
         check_recipe(args)
 
     args.command = shlex.join(["main.py", *argv])
-    args.given = sorted(given(argv) | config.keys())
+    typed = given(argv)
+    args.given = sorted(typed | config.keys())
+    args.default_folder = "output_dir" not in typed
     if "num_workers" not in args.given:
-        args.num_workers = min(args.num_workers, max(1, available_cores() // processes_here()))
+        args.num_workers = fitting_workers(args.num_workers)
     return args
+
+
+def fitting_workers(wanted: int) -> int:
+    """How many data workers a process has: those that are wanted, or one for each of its cores."""
+    return min(wanted, max(1, available_cores() // processes_here()))
 
 
 def continued_args(args: argparse.Namespace, saved, source: str) -> argparse.Namespace:
     """The arguments of a run that resumes from the checkpoint `source`, written with `saved`.
 
-    Epochs, optimizer and schedule come from the checkpoint. Those that are given replace them,
-    and a message says what changed. Raises UserError for another optimizer or schedule, and for
-    saved values that no run can have.
+    All that changes results comes from the checkpoint. Arguments that are given replace it, and a
+    message says what changed. Raises UserError for another optimizer or schedule, and for saved
+    values that no run can have.
     """
-    saved = _as_dict(saved)
+    saved = dict(_as_dict(saved))
+    if not timm.is_model(timm_name(str(saved.get("model")))):
+        saved.pop("model", None)
+
     continued = dict(vars(args))
+    if saved.get("data_path") and not args.data_path:
+        continued |= _without_sample(args)
     changed = []
     for flag in get_args_parser().flags:
         name = flag.name
@@ -150,9 +162,10 @@ def get_args_parser(defaults: dict | None = None) -> Parser:
         formatter_class=Help,
     )
     _add_run(Group(parser, "run"))
-    _add_pruning(Group(parser, "pruning"))
+    # A resumed run has the recipe in its checkpoint, and others are refused
+    _add_pruning(Group(parser, "pruning", continues=False))
     _add_model(Group(parser, "model"))
-    _add_optimizer(Group(parser, "optimizer and schedule", continues=True))
+    _add_optimizer(Group(parser, "optimizer and schedule"))
     _add_distillation(Group(parser, "distillation"))
     _add_data(Group(parser, "data and augmentation"))
     parser.set_defaults(**(defaults or {}))
@@ -266,6 +279,13 @@ def naming_the_config(path: str | None):
 # ---- helpers, not exported ----
 
 
+def _without_sample(args: argparse.Namespace) -> dict:
+    """The defaults of the arguments that are not given, for data that are not the sample's."""
+    defaults = vars(get_args_parser().parse_args([]))
+    defaults["num_workers"] = fitting_workers(defaults["num_workers"])
+    return {name: value for name, value in defaults.items() if name not in args.given}
+
+
 def _as_dict(saved) -> dict:
     """The arguments of a checkpoint; DeiT's own checkpoints hold a Namespace."""
     return saved if isinstance(saved, dict) else getattr(saved, "__dict__", {})
@@ -311,6 +331,9 @@ def _add_run(group: Group) -> None:
         help="log to tensorboard/ in --output_dir as well; needs its package")
     add("--wandb", bool, False, sweep=REFUSED,
         help="log to Weights & Biases as well; needs its package")
+
+    add("--overwrite", bool, False, sweep=REFUSED,
+        help="replace the run that --output_dir holds; without it, a new run there is refused")
 
     # What is done with a checkpoint
     add("--resume", str, "", metavar="FILE", sweep=REFUSED,
@@ -443,11 +466,11 @@ def _add_model(group: Group) -> None:
     add("--drop-path", float, 0.1, help="drop path rate")
 
     # Which weights it starts from, and which are trained
-    add("--finetune", str, "", metavar="FILE",
+    add("--finetune", str, "", metavar="FILE", continues=False,
         help="checkpoint (file or URL) to take the weights from")
     add("--keep-zeros", bool, False, sweep=REFUSED,
         help="weights that are zero in the file of --finetune or --resume stay zero")
-    switch("pretrained", True,
+    switch("pretrained", True, continues=False,
            help="start from timm's weights, unless --finetune or --resume gives some")
     add("--attn-only", bool, False, help="train only attention, position embedding and head")
     switch("train-mode", True, help="train with drop path and dropout on")
@@ -457,7 +480,7 @@ def _add_model(group: Group) -> None:
 
     # The moving average
     switch("model-ema", True, help="keep a moving average of the weights")
-    add("--use-ema", bool, False,
+    add("--use-ema", bool, False, continues=False,
         help="with --finetune, or with --resume and --eval or --export: take the moving average "
              "of the checkpoint")
     add("--model-ema-decay", float, 0.99996, help="decay of the moving average")
@@ -508,11 +531,11 @@ def _add_distillation(group: Group) -> None:
     switch("channels-last", True,
            help="on a GPU, lay out a convolutional teacher as channels last")
     add("--distillation-alpha", float, 0.5, help="share of the teacher in the loss")
-    add("--distillation-tau", float, 1.0, continues=True,
+    add("--distillation-tau", float, 1.0,
         help="temperature of soft distillation and of --dense-teacher")
 
     # Without a teacher of another architecture
-    add("--dense-teacher", float, 0.0, metavar="WEIGHT", continues=True,
+    add("--dense-teacher", float, 0.0, metavar="WEIGHT",
         help="share of the loss, in [0, 1], that is the divergence from the model before it was "
              "pruned")
     add("--cosub", bool, False,

@@ -6,6 +6,7 @@ import argparse
 import copy
 import functools
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -234,6 +235,8 @@ def load_start(args) -> tuple[argparse.Namespace, dict]:
     if args.resume == "auto":
         args.resume = utils.on_first_process(lambda: newest_checkpoint(args.output_dir))
         none = f"no checkpoint in {args.output_dir}, so the run starts from the beginning"
+        if args.eval and not args.resume:
+            raise UserError(f"--resume auto: no checkpoint in {args.output_dir}")
         log(f"--resume auto: {args.resume or none}")
     if args.resume and not args.eval:
         args.use_ema = False  # it was for the file that the run began with
@@ -255,6 +258,9 @@ def load_start(args) -> tuple[argparse.Namespace, dict]:
         args = without_head(args, checkpoint)
     if "optimizer" in checkpoint:
         args = continued_args(args, checkpoint.get("args"), source)
+        by_default = args.default_folder and (args.output_dir or "data_path" not in args.given)
+        if by_default and "run" in checkpoint and os.path.isfile(source):
+            args.output_dir = os.path.dirname(source) or "."
     return with_data_config(args, checkpoint, source), checkpoint
 
 

@@ -166,6 +166,7 @@ def train(
             improved = state.end_epoch([stats["acc1"] for stats in test_stats.values()])
             line = epoch_metrics(state, {"train": train_stats, **test_stats})
             line["images_per_second"] = round(speed, 1)
+            line["run"] = state.run
             if test_stats:
                 log(f"Max accuracy: {state.max_accuracy:.2f}% ({state.best})", only=utils.LINES)
             log(epoch_in_words(line), only=utils.BARS)
@@ -204,7 +205,7 @@ def is_due(epoch: int, every: int, epochs: int) -> bool:
 
 
 def announce(state: TrainingState, steps: int) -> None:
-    """Says which epochs follow, of `steps` steps each, and if the target is out of reach."""
+    """Says which epochs follow, of `steps` steps each, and what they are too few for."""
     epochs = state.args.epochs
     progress = state.progress
     sparsifier = state.learner.sparsifier
@@ -213,6 +214,14 @@ def announce(state: TrainingState, steps: int) -> None:
     if progress.epoch_step:
         text += f"; resuming after step {progress.epoch_step} of epoch {progress.epoch}"
     log(text)
+
+    warmup = state.args.warmup_epochs
+    if state.lr_scheduler and 2 * warmup >= epochs:
+        reached = ", and never reaches its highest value" if warmup >= epochs else ""
+        log(
+            f"--warmup-epochs {warmup}: the learning rate rises in {min(warmup, epochs)} of "
+            f"{epochs} epochs{reached}"
+        )
 
     due = sparsifier.steps.end
     last = sparsifier.step + (epochs - progress.epoch) * steps - progress.epoch_step - 1

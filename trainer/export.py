@@ -146,8 +146,6 @@ def load_model(args):
         the classes by name, if they are known.
     """
     args, checkpoint = load_start(argparse.Namespace(**{**vars(args), "eval": True}))
-    if not args.resume:
-        raise UserError(f"--resume auto: no checkpoint in {args.output_dir}")
     args = with_model_of(args, checkpoint, args.resume)
 
     dense = build_model(args.model, 1, args.input_size, assignments=args.model_kwargs)

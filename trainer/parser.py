@@ -46,7 +46,8 @@ class Flag:
 
     options: how it is typed, with the opposite of a switch. sweep: SHARED, FREE or REFUSED.
     instead: the flag of a sweep that replaces it. continues: a resumed run takes the value from
-    its checkpoint, unless the flag is given.
+    its checkpoint, unless the flag is given; by default those do that sweeps share, because they
+    change results.
     """
 
     action: argparse.Action
@@ -111,7 +112,8 @@ class Flag:
 class Group:
     """A titled group of flags in the help of main.py; the parser lists them in `flags`."""
 
-    def __init__(self, parser: Parser, title: str, continues: bool = False):
+    def __init__(self, parser: Parser, title: str, continues: bool = True):
+        """continues: whether a resumed run takes those that sweeps share from its checkpoint."""
         self._parser = parser
         self._group = parser.add_argument_group(title)
         self._continues = continues
@@ -127,7 +129,7 @@ class Group:
             action = self._group.add_argument(*names, type=type, default=default, **options)
         self._list(action, names, sweep, instead, continues)
 
-    def switch(self, name, default: bool, *, help, sweep=SHARED) -> None:
+    def switch(self, name, default: bool, *, help, sweep=SHARED, continues=None) -> None:
         """Adds `--name` and `--no-name`."""
         dest = name.replace("-", "_")
         names = (f"--{name}", f"--no-{name}")
@@ -137,8 +139,9 @@ class Group:
         self._group.add_argument(
             names[1], action="store_false", dest=dest, default=default, help="the opposite"
         )
-        self._list(action, names, sweep)
+        self._list(action, names, sweep, continues=continues)
 
     def _list(self, action, names, sweep, instead="", continues=None) -> None:
-        continues = self._continues if continues is None else continues
+        if continues is None:
+            continues = self._continues and sweep == SHARED
         self._parser.flags.append(Flag(action, names, sweep, instead, continues))

@@ -4,7 +4,6 @@ import functools
 import re
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
@@ -22,8 +21,9 @@ from utils import Compute
 
 from . import plots
 from .nearest_neighbours import NEIGHBOURS
-from .run_folder import CHECKPOINT, RunFolder, read_log
+from .run_folder import RunFolder, holds_run, read_log
 from .trackers import Tracker, build_trackers
+from .training_state import TrainingState
 
 SPARSITY_CSV = "sparsity.csv"
 SPARSITY_YAML = "sparsity.yaml"
@@ -35,11 +35,12 @@ REDRAW_AFTER = 60
 
 
 def open_results(
-    args, recipe: Recipe, epoch: int, train_loader, val_loader, compute: Compute
+    args, recipe: Recipe, state: TrainingState | None, train_loader, val_loader, compute: Compute
 ) -> "Results":
     """The results of a run: its folder, locked, and its trackers, both on the first process only.
 
-    epoch: the one that the run starts with. train_loader: None in an evaluation.
+    state: of the training, resumed if it is; None for an evaluation. train_loader: None in an
+        evaluation.
     Raises UserError if the folder cannot be written to, or another run uses it.
     """
     processes = utils.world_size()
@@ -63,16 +64,19 @@ def open_results(
     title = f"{args.model}, {recipe.pruner or 'dense'}"
     if target is not None:
         title += f" at {100 * target:g} %"
+    epoch = state.progress.epoch if state else 0
     results = Results(title, facts, target, epoch)
 
     def open_both():
-        if args.output_dir and args.eval and Path(args.output_dir, CHECKPOINT).exists():
+        if args.output_dir and args.eval and holds_run(args.output_dir):
             utils.log(
                 f"{args.output_dir} holds a training run: the results of this evaluation are not "
                 "written"
             )
         elif args.output_dir:
             results.folder = RunFolder(args.output_dir)
+            if state and (args.overwrite or not state.resumed):
+                results.folder.begin(args.overwrite)
         results.trackers = build_trackers(args, epoch)
 
     utils.on_first_process(open_both)
@@ -82,6 +86,13 @@ def open_results(
 def images_in(loader) -> int:
     stream = getattr(loader.dataset, "stream", None)
     return stream.reader.num_samples if stream else len(loader.dataset)
+
+
+def tell_emptied(kept: Kept) -> None:
+    """Logs the layers that keep no weight at all."""
+    names = [row.name for row in kept.layers if row.total and not row.kept]
+    if names:
+        utils.log(f"No weight is kept of {', '.join(names)}: nothing passes through")
 
 
 def first_process_only(method):
@@ -129,6 +140,7 @@ class Results:
         self.kept = kept
         self.accuracy = accuracy
         pruned = kept.prunable.kept < kept.prunable.total
+        tell_emptied(kept)
 
         if self.folder:
             self.multiply_adds = multiply_adds(model, image)
@@ -145,11 +157,12 @@ class Results:
         self._track(values, self.epoch)
 
     @first_process_only
-    def log_epoch(self, line: dict[str, float]) -> None:
+    def log_epoch(self, line: dict) -> None:
         """Adds an epoch to log.txt, and reports it to the trackers."""
         values = {
             re.sub("^(train|test|test_ema)_(?!ema_)", r"\1/", name): value
             for name, value in line.items()
+            if name != "run"
         }
         self._track(values, values.pop("epoch"))
         if self.folder:
@@ -171,6 +184,8 @@ class Results:
         """
         changed = kept != self.kept
         self.kept = kept
+        if changed:
+            tell_emptied(kept)
 
         captions = {
             SPARSITY_PNG: "Sparsity of each layer",

@@ -1,5 +1,6 @@
-"""The folder of a run: its lock, its checkpoints and its log."""
+"""The folder of a run: its lock, its checkpoints and its log; which folder a run may write to."""
 
+import argparse
 import contextlib
 import copy
 import errno
@@ -67,6 +68,11 @@ class RunFolder:
                 f"process {os.getpid()} on {socket.gethostname()}, started {started}\n"
             )
             self._lock.flush()
+
+    def begin(self, overwrite: bool) -> None:
+        """Removes the log of an earlier start, and with `overwrite` its checkpoints, too."""
+        for file in (CHECKPOINT, BEST, LOG) if overwrite else (LOG,):
+            (self.path / file).unlink(missing_ok=True)
 
     def save(self, content: dict, best: bool = False) -> None:
         """Writes checkpoint.pth; the best so far is best_checkpoint.pth too, by a hard link."""
@@ -153,11 +159,73 @@ def read_log(folder: Path) -> list[dict]:
     return entries
 
 
+def holds_run(folder: str | Path) -> bool:
+    """Whether a training run has written to the folder."""
+    return any(os.path.exists(Path(folder, file)) for file in (CHECKPOINT, BEST, LOG))
+
+
+def with_own_folder(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with the folder that this run writes to.
+
+    If the folder of `--output_dir` is a default and holds a run, a new run takes the next of
+    `output/sample-2`, `output/sample-3`, ..., and `--resume auto` the last one that holds a run.
+    Raises UserError for a new run in a folder that was asked for and holds one.
+    """
+    folder = args.output_dir
+    begins = not (args.resume or args.eval)
+    if not folder or args.overwrite or not holds_run(folder):
+        return args
+    if begins and not args.default_folder:
+        raise UserError(
+            f"--output_dir {folder}: holds a run; --resume auto continues it, --overwrite replaces "
+            "it, or choose another folder"
+        )
+    if not args.default_folder or not (begins or args.resume == "auto"):
+        return args
+
+    last, free = folder, f"{folder}-2"
+    while holds_run(free):
+        last, free = free, f"{folder}-{int(free.rpartition('-')[2]) + 1}"
+    if begins:
+        utils.log(f"{last} holds a run; this one writes to {free}")
+    return argparse.Namespace(**{**vars(args), "output_dir": free if begins else last})
+
+
+def check_same_run(args: argparse.Namespace, checkpoint: dict) -> None:
+    """Raises UserError if `--resume` names a checkpoint of another run than `--output_dir` holds.
+
+    The folder's own checkpoints are of its run, and so are those that have the id in its log.
+    """
+    folder = args.output_dir
+    if args.eval or not (args.resume and folder and holds_run(folder)):
+        return
+    own = Path(args.resume).resolve().parent == Path(folder).resolve()
+    if own and args.overwrite:
+        raise UserError(f"--overwrite: {args.resume} is of the run that would be replaced")
+    if own or args.overwrite:
+        return
+
+    run = run_in_log(Path(folder))
+    if run is None or run != checkpoint.get("run"):
+        raise UserError(
+            f"--output_dir {folder}: holds another run than {args.resume}; --overwrite "
+            "replaces it, or choose another folder"
+        )
+
+
+def run_in_log(folder: Path) -> str | None:
+    """The id of the run whose log.txt is in a folder; None without one."""
+    entries = read_log(folder)
+    return entries[-1].get("run") if entries else None
+
+
 def newest_checkpoint(folder: str) -> str:
     """The whole checkpoint in `folder` that got furthest, for `--resume auto`; empty if none.
 
-    The times of the files do not count, as copies have other ones.
+    The times of the files do not count, as copies have other ones. A checkpoint of another run than
+    log.txt is passed over, and a message says so.
     """
+    run = run_in_log(Path(folder))
     newest = Path(folder, CHECKPOINT)
     best = Path(folder, BEST)
     paths = [path for path in (newest, best) if path.is_file()]
@@ -169,6 +237,10 @@ def newest_checkpoint(folder: str) -> str:
     for path in map(str, paths):
         try:
             checkpoint = utils.load_checkpoint(path)
+            own = checkpoint.get("run")
+            if run and own and own != run:
+                utils.log(f"--resume auto: passing over {path}: of another run than {LOG}")
+                continue
             reached = int(checkpoint.get("epoch", -1)), int(checkpoint.get("images", 0))
         except (TypeError, ValueError, RuntimeError):
             reached = -1, 0  # the resumed run will say what is wrong

@@ -3,7 +3,9 @@
 import argparse
 import functools
 import math
+import uuid
 
+import timm
 import torch
 from timm.optim import create_optimizer, muon
 from timm.scheduler import create_scheduler
@@ -41,6 +43,9 @@ class TrainingState:
     """What is trained, where the training stands, and the learning-rate schedule.
 
     learner, progress: see `engine`.
+    run: the id of the run, which stays the same when it is resumed; the first process writes its
+        own.
+    resumed: whether the state is that of a checkpoint.
     max_accuracy, best: the best top-1 so far in percent, and the weights that had it: `model` or
         `model_ema`.
     accuracy: top-1 in percent by name (dense, pruned).
@@ -55,6 +60,8 @@ class TrainingState:
     def __init__(self, model, sparsifier: Sparsifier, args, compute: Compute, bad_images=None):
         self.args = args
         self.bad_images = bad_images
+        self.run = uuid.uuid4().hex[:8]
+        self.resumed = False
         self.progress = Progress(args.seed, args.start_epoch)
         self.max_accuracy = -1.0
         self.best = "model"
@@ -94,6 +101,10 @@ class TrainingState:
             dropped = args.opt.rpartition("_")[2] in DROPPED_OPTIMIZERS
             reason = "timm no longer has this optimizer" if dropped else first_line(error)
             raise UserError(f"--opt {args.opt} --sched {args.sched}: {reason}") from None
+
+        # Older releases of timm take an unknown name for a constant rate
+        if self.lr_scheduler is None and args.sched != "none":
+            raise UserError(f"--sched {args.sched}: timm {timm.__version__} has no such schedule")
         return optimizer
 
     def share_bad_images(self) -> list[int]:
@@ -178,6 +189,7 @@ class TrainingState:
         metrics = utils.gather_objects(progress.logger.state_dict()) if progress.epoch_step else []
         state = {
             "version": __version__,
+            "run": self.run,
             **self.weights(),
             "optimizer": learner.optimizer.state_dict(),
             "lr_scheduler": self._scheduler_state(),
@@ -225,6 +237,8 @@ class TrainingState:
             self._load_optimizer(checkpoint["optimizer"])
             self._load_progress(checkpoint)
             self._load_rest(checkpoint)
+            self.run = str(checkpoint.get("run", self.run))
+            self.resumed = True
         except DAMAGED as error:
             raise UserError(
                 f"{source}: its training state does not fit this run ({first_line(error)})"
