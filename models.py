@@ -32,6 +32,9 @@ default_cfgs = generate_default_cfgs(
 #: `--model-kwargs` refuses names that begin so: other arguments set them, or they load files.
 FIXED = ("num_classes", "img_size", "pretrained", "checkpoint", "cache")
 
+#: Options that not every architecture of timm has.
+OPTIONAL = ("img_size", "drop_rate", "drop_path_rate")
+
 SAMPLE_SHAPE = {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
 
 
@@ -113,10 +116,7 @@ def build_model(
             "drop_path_rate": drop_path,
             **shape,
         }
-        try:
-            return timm.create_model(name, img_size=input_size, **options)
-        except TypeError:  # convolutional teachers take any size and have no img_size
-            return timm.create_model(name, **options)
+        return create_accepting(name, {"img_size": input_size, **options})[0]
 
     def check(device: str) -> None:
         # Some architectures notice a wrong size only when they run
@@ -147,6 +147,22 @@ def build_model(
         ) from None
 
 
+def create_accepting(name: str, options: dict) -> tuple[torch.nn.Module, dict]:
+    """timm's model with the options that its architecture has, and these options.
+
+    Left out are the image size, which convolutional models lack because they take any, and rates of
+    dropout and drop path that are 0. Raises TypeError for any other option that it lacks.
+    """
+    while True:
+        try:
+            return timm.create_model(name, **options), options
+        except TypeError as error:
+            lacks = [option for option in OPTIONAL if f"'{option}'" in str(error)]
+            if not lacks or lacks[0] not in options or lacks[0] != "img_size" and options[lacks[0]]:
+                raise
+            options = {option: value for option, value in options.items() if option != lacks[0]}
+
+
 def cut_pixels(model: torch.nn.Module, input_size: int) -> str:
     """What the patches of a model leave out of images of a size they do not divide, in a line.
 
@@ -173,12 +189,8 @@ def timm_call(
     arguments = {"num_classes": num_classes, "img_size": input_size, **shape}
     if name == deit_sample_patch4_28.__name__:
         return "deit_tiny_patch16_224", {**arguments, **SAMPLE_SHAPE, **shape}
-    try:
-        with torch.device("meta"):
-            timm.create_model(name, **arguments)
-    except TypeError:  # the model takes any size and has no img_size
-        del arguments["img_size"]
-    return name, arguments
+    with torch.device("meta"):
+        return name, create_accepting(name, arguments)[1]
 
 
 def train_attention_only(model: torch.nn.Module) -> None:

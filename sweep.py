@@ -120,13 +120,9 @@ def sweep(argv: list[str]) -> int:
             bench.check(tasks)
             utils.on_first_process(lambda: table.folder.open(first=rank == 0))
             progress = Progress(tasks, table, shown=rank == 0 and not args.quiet)
-            measure(tasks, mine, bench, table, progress)
-
-            # The other processes may still be at work
-            while rank == 0 and not set(tasks) <= set(table.outcomes()):
-                time.sleep(0.5)
-                stop.check_alone()
-                progress.show()
+            measured = measure(tasks, mine, bench, table, progress)
+            if rank == 0 or options.processes_per_run == "1":
+                wait_for_all(tasks, measured, table, progress, stop)
         except Stopped as stopped:
             stopped.args = (
                 f"stopped by {stopped.name}; the same command does what is missing in "
@@ -301,15 +297,38 @@ def of_custom_configs(options, model: torch.nn.Module) -> list[tuple[Combination
 
 def measure(
     tasks: list[Task], mine: slice, bench: "Workbench", table: Table, progress: "Progress"
-) -> None:
-    """Measures the tasks of this process, `tasks[mine]`, that the table lacks."""
+) -> dict[Task, Outcome]:
+    """Measures the tasks of this process, `tasks[mine]`, that the table lacks; returns these."""
     # What is done is left out only here: processes see it at different times, and must share alike
     done = utils.on_first_process(table.outcomes)
+    measured = {}
     for task in tasks[mine]:
         if task in done:
             continue
         outcome = bench.outcome(task)
+        measured[task] = outcome
         utils.on_first_process(lambda task=task, outcome=outcome: table.add(task, outcome))
+        progress.show()
+    return measured
+
+
+def wait_for_all(
+    tasks: list[Task],
+    measured: dict[Task, Outcome],
+    table: Table,
+    progress: "Progress",
+    stop: StopSignals,
+) -> None:
+    """Returns when the table has all tasks; the other processes may still be at work.
+
+    A line that is lost, as may happen on NFS without locks, is written again by its process, the
+    only one that knows it.
+    """
+    while missing := set(tasks) - set(table.outcomes()):
+        for task in missing & measured.keys():
+            table.add(task, measured[task])
+        time.sleep(0.5)
+        stop.check_alone()
         progress.show()
 
 

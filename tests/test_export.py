@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from made_up import Clock
 
 import main
+from models import build_model
 from sparsity_factory import Recipe, Sparsifier, multiply_adds, shrink, sparse_kernels
 from trainer import export as exporting
 
@@ -56,7 +56,7 @@ assert not ours, ours
 def save_checkpoint(path, name=SAMPLE, size=28, classes=10, **recipe):
     """A checkpoint as a pruned run writes it, of random weights; returns its model and masks."""
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=classes, img_size=size).eval()
+    model = build_model(name, classes, size).eval()
     for parameter in model.parameters():  # biases too, so that it shows where one is lost
         parameter.data += 0.05 * torch.randn_like(parameter)
     sparsifier = Sparsifier(model, Recipe(**recipe), total_steps=1, epoch_steps=1)
@@ -97,6 +97,18 @@ def test_arguments_of_the_architecture_travel_from_the_run_to_the_export(
     run_main("--resume", "run/checkpoint.pth", "--export", "out")
     shape = json.loads(Path("out", "shape.json").read_text())
     assert shape["arguments"]["embed_dim"] == 32 and shape["heads"] == {"blocks.0.attn": 2}
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "caformer_s18", "repvit_m0_9", "iformer_t"])
+def test_an_architecture_whose_head_is_more_than_one_layer_is_exported(
+    run_main, tmp_path, weights_only, name
+):
+    save_checkpoint(tmp_path / "c.pth", name, 224 if name == "levit_128s" else 64, classes=5)
+    output = run_main("--resume", "c.pth", "--export", "out")
+    assert "are zero" not in output  # convnets have no prunable weight that could be
+    shape = json.loads(Path("out", "shape.json").read_text())
+    assert (shape["model"], shape["arguments"]["num_classes"]) == (name, 5)
+    assert loaded(tmp_path / "out").num_classes == 5
 
 
 def loaded(folder, **options):

@@ -207,3 +207,11 @@ def test_pretrained_weights_that_cannot_be_had_are_told_in_one_line_with_what_to
     with pytest.raises(UserError, match="--finetune FILE.*--no-pretrained") as error:
         build_model("deit_tiny_patch16_224", 10, 224, pretrained=True)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["ghostnet_050", "hrnet_w18_small", "repvit_m1_0"])
+def test_an_architecture_without_drop_path_is_built_unless_drop_path_is_asked_for(name):
+    model = build_model(name, 3, 64, flag="--teacher-model")
+    assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+    with pytest.raises(UserError, match=f"--model {name} cannot be built.*drop_path_rate"):
+        build_model(name, 3, 64, drop_path=0.1)

@@ -55,7 +55,8 @@ def test_a_replaced_run_is_never_resumed(run_main, tiny, tmp_path, stop_at):
     assert run_of(out) == first
 
     stop_at(2)
-    run_main(*tiny, "--output_dir", "out", "--overwrite", status=128 + signal.SIGTERM)
+    error = run_main(*tiny, "--output_dir", "out", "--overwrite", status=128 + signal.SIGTERM)
+    assert "the same command, less --overwrite, and --resume out/checkpoint.pth" in error
     second = run_of(out)
     assert second != first and read_log(out) == []
     run_main(*tiny, "--output_dir", "out", "--resume", "auto")

@@ -5,6 +5,9 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,8 +20,9 @@ from engine import Progress
 from sparsity_factory import PRUNERS, prunable_weights
 from trainer import builders, calibration_images
 from trainer.exit_status import exit_status
+from trainer.job_folder import JobFolder
 from trainer.run_folder import read_log
-from trainer.sweep_table import Outcome
+from trainer.sweep_table import Outcome, Table
 from utils import UserError, load_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -514,6 +518,44 @@ def test_started_again_it_does_what_is_missing_only(run_sweep, tmp_path, monkeyp
     assert done == ["erk", "unif"]
     assert [row["name"] for row in rows()] == ["", "lamp", "erk", "unif"]
     assert all(row["accuracy"] for row in rows())
+
+
+def test_a_line_that_the_file_system_lost_is_written_again(run_sweep, monkeypatch):
+    add = Table.add
+    lost = []
+
+    def lose_one(table, task, outcome):
+        if task.name == "lamp" and not lost:
+            lost.append(task)
+        else:
+            add(table, task, outcome)
+
+    monkeypatch.setattr(Table, "add", lose_one)
+    run_sweep("--pruners", "lamp", "unif", "--sparsities", "0.5")
+    assert lost and [row["name"] for row in rows()] == ["", "lamp", "unif"]
+
+
+HOLDS_THE_LOCK = """
+import fcntl, sys
+file = open("results", "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+file.write("theirs\\n")
+"""
+
+
+def test_a_line_is_added_after_that_of_a_process_that_has_the_lock(tmp_path):
+    command = [sys.executable, "-c", HOLDS_THE_LOCK]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, text=True, **pipes) as other:
+        other.stdout.readline()
+        adding = threading.Thread(target=JobFolder(tmp_path, "results").add, args=("ours",))
+        adding.start()
+        adding.join(0.3)
+        other.stdin.close()
+        adding.join()
+    assert (tmp_path / "results").read_text() == "theirs\nours\n"
 
 
 def test_a_signal_ends_a_sweep_that_goes_on_where_it_stopped(run_sweep, monkeypatch):

@@ -176,7 +176,7 @@ def train(
     except Stopped as stopped:
         save(state, results)
         results.wait()
-        stopped.add_place(progress.epoch, progress.epoch_step, args.output_dir)
+        stopped.add_place(progress.epoch, progress.epoch_step, args.output_dir, args.overwrite)
         raise
 
     results.wait()

@@ -20,7 +20,7 @@ from torch import nn
 
 import utils
 from datasets import normalization
-from models import build_model, head_parameters, timm_call
+from models import build_model, timm_call
 from sparsity_factory import (
     KERNELS,
     PruningError,
@@ -150,7 +150,7 @@ def load_model(args):
 
     dense = build_model(args.model, 1, args.input_size, assignments=args.model_kwargs)
     classes = 0 if args.num_classes == 0 else classes_of(dense, checkpoint["model"], args.resume)
-    dense.reset_classifier(classes)
+    dense = build_model(args.model, classes, args.input_size, assignments=args.model_kwargs)
 
     as_it_is = {
         "compile": False,
@@ -175,14 +175,15 @@ def classes_of(model: nn.Module, weights: Mapping, source: str) -> int:
 
     Raises UserError if there is no head.
     """
-    head = head_parameters(model)[0]
-    shape = fit_weights(model, weights).new.get(head, (1,))
-    if not shape:
-        raise UserError(
-            f"{source}: does not fit the model: {head} is missing; --num-classes 0 exports a model "
-            "without a head"
-        )
-    return shape[0]
+    # What differs from a head for one class does so in the number of classes
+    heads = fit_weights(model, weights).new
+    for name, shape in heads.items():
+        if not shape:
+            raise UserError(
+                f"{source}: does not fit the model: {name} is missing; --num-classes 0 exports a "
+                "model without a head"
+            )
+    return next((shape[0] for shape in heads.values() if shape), 1)
 
 
 def images_of(args) -> dict:

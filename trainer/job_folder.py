@@ -1,6 +1,9 @@
 """The folder of a job of many measurements: its settings, and a line for each result."""
 
 import argparse
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import time
@@ -83,14 +86,7 @@ class JobFolder:
 
         These are the header and, after a process was killed, a line that was not written whole.
         """
-        try:
-            content = self.results.read_bytes()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise UserError(f"{self.results}: cannot be read ({error.strerror})") from None
-
-        for line in content.decode("utf-8", errors="replace").split("\n"):
+        for line in self._content().decode("utf-8", errors="replace").split("\n"):
             try:
                 result = parse(line)
             except ValueError:
@@ -101,6 +97,11 @@ class JobFolder:
         """Adds a line to the results, so that it outlives a power failure. Raises WriteError."""
         try:
             with open(self.results, "ab+", buffering=0) as file:
+                # On NFS, two machines may append at one place: with a lock, each sees the other's
+                # line first. There are file systems without locks.
+                with contextlib.suppress(OSError):
+                    fcntl.lockf(file, fcntl.LOCK_EX)
+
                 lines = [line]
                 if _is_torn(file):
                     lines = ["", line]
@@ -117,6 +118,20 @@ class JobFolder:
     def write(self, name: str, content: bytes) -> None:
         """Writes a file of the folder, whole or not at all. Raises WriteError."""
         utils.write_atomically(self.path / name, lambda file: file.write(content))
+
+    def _content(self) -> bytes:
+        """The results as they are in the file; nothing if there is none."""
+        for may_be_replaced in (True, False):
+            try:
+                return self.results.read_bytes()
+            except FileNotFoundError:
+                break
+            except OSError as error:
+                # NFS says so if another machine has just put a new file in its place
+                if error.errno == errno.ESTALE and may_be_replaced:
+                    continue
+                raise UserError(f"{self.results}: cannot be read ({error.strerror})") from None
+        return b""
 
     def _read_settings(self) -> dict:
         path = self._settings_path

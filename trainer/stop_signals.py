@@ -34,13 +34,16 @@ class Stopped(Exception):
             f"stopped by {self.name} before the first step; start the same command again"
         )
 
-    def add_place(self, epoch: int, steps: int, output_dir: str) -> None:
-        """Adds to the message where the training stopped, and how to resume it."""
+    def add_place(self, epoch: int, steps: int, output_dir: str, overwrites: bool) -> None:
+        """Adds to the message where the training stopped, and how to resume it.
+
+        overwrites: whether the run was told to replace another one, as the resumed one must not be.
+        """
         way = "nothing was written, as there is no --output_dir"
         if output_dir:
+            command = "the same command" + (", less --overwrite," if overwrites else "")
             way = (
-                f"resume with the same command and --resume {output_dir}/checkpoint.pth, or "
-                "--resume auto"
+                f"resume with {command} and --resume {output_dir}/checkpoint.pth, or --resume auto"
             )
         self.args = (f"stopped by {self.name} in epoch {epoch} after step {steps}; {way}",)
 

@@ -234,7 +234,7 @@ def adopt_sparsity(model: torch.nn.Module, checkpoint: dict, source: str, keep_z
     weights = prunable_weights(model)
     nonzero = {name: weight.detach() != 0 for name, weight in weights.items()}
     total = sum(mask.numel() for mask in nonzero.values())
-    zeros = 1 - sum(int(mask.sum()) for mask in nonzero.values()) / max(total, 1)
+    zeros = 1 - sum(int(mask.sum()) for mask in nonzero.values()) / total if total else 0.0
     if foreign:
         masks = _renamed_masks(model, checkpoint["model"], foreign)
         log(f"{source}: the masks of {len(masks)} parameters stay")
