@@ -40,6 +40,7 @@ class Pattern:
         m: the size of a group, if there are groups; n: how many of it are kept, if that is fixed.
         sparsity: the sparsity that the pattern fixes, or None.
         budgets: what a sparsity can be a fraction of.
+        by_row: whether the mask of a row depends on no other row of the layer.
         transposable: whether the pattern holds along the outputs as well as along the inputs.
         structured: whether a block without its pruned units is a smaller block. Both sides of a
             pruned unit are zero, so it has no gradient.
@@ -51,6 +52,7 @@ class Pattern:
     m: Any = None
     sparsity: float | None = None
     budgets: tuple[str, ...] = ("weights",)
+    by_row = False
     transposable = False
     structured = False
 
@@ -89,6 +91,10 @@ class Pattern:
     def units(self, shape: Sequence[int]) -> int:
         """How many units a weight of this shape has."""
         return prod(shape)
+
+    def kept(self, mask: Tensor) -> int:
+        """How many units a mask of this pattern keeps."""
+        return self.units(mask.shape) * int(mask.count_nonzero()) // mask.numel()
 
     def score(self, score: Tensor) -> Tensor:
         """The scores of the units, from those of the weights, shape (outputs, inputs)."""

@@ -49,6 +49,8 @@ class _Groups(Pattern):
     m: the size of a group; None for whole rows.
     """
 
+    by_row = True
+
     def __init__(self, name: str, m: int | None):
         self.name = name
         self.m = m
@@ -178,6 +180,7 @@ class Transposable(NOfM):
 
     form = "n:mt"
     suffix = "t"
+    by_row = False
     transposable = True
 
     def __init__(self, name: str, n: int, m: int):

@@ -43,6 +43,25 @@ class Processes:
         self.add_up(values)
         return float(values.min())
 
+    def rows(self, count: int) -> slice:
+        """Of so many rows those of this process; all if there are too few for each to have one."""
+        if count < self.count:
+            return slice(0, count)
+        return slice(count * self.rank // self.count, count * (self.rank + 1) // self.count)
+
+    def joined(self, own: Tensor, count: int) -> Tensor:
+        """All `count` rows, of which each process calls this with its own."""
+        if self.add_up is None:
+            return own
+        dtype = torch.uint8 if own.dtype == torch.bool else own.dtype
+        whole = torch.zeros(count, *own.shape[1:], dtype=dtype, device=own.device)
+
+        # Where each has all rows, those of the first process count
+        if len(own) < count or self.rank == 0:
+            whole[self.rows(count)] = own
+        self.add_up(whole)
+        return whole.to(own.dtype)
+
     def owners(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """The process that handles each piece of work, the largest first."""
         loads = [0] * self.count
@@ -51,3 +70,6 @@ class Processes:
             found[name] = loads.index(min(loads))
             loads[found[name]] += sizes[name]
         return found
+
+
+ALONE = Processes()

@@ -10,13 +10,16 @@ It is given a weight of shape (outputs, inputs), the sums over its layer's input
 score and allocation have chosen, and the weight's pattern. It returns the new weight, zero where it
 is pruned, and its mask, which keeps as many weights. Without a pattern the mask stays. To add one,
 write such a function and name it in `RECONSTRUCTIONS`.
+
+Several processes share out the rows of a layer: each is given the weight and mask of some of them,
+as if it had only these outputs, and the pattern compares units over all rows. So a row may depend
+on others through the pattern alone.
 """
 
 import copy
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,6 +30,7 @@ from .errors import PruningError
 from .layer_walk import Inputs
 from .method import Count, NotNegative, chosen, describe, method
 from .patterns import Pattern, Unstructured, parse_pattern
+from .processes import ALONE, Processes
 
 # Of conjugate gradients, after each round and after the last. After 20 the error was that of the
 # exact solution to four digits.
@@ -166,7 +170,7 @@ def obs(
     return obs_prune(
         weight,
         inputs.gram,
-        _kept(mask, pattern) if pattern else mask,
+        pattern.kept(mask) if pattern else mask,
         pattern=pattern,
         damping=damping,
         block_size=columns or few_columns(weight),
@@ -217,7 +221,7 @@ def least_squares(
 
     problem = _LeastSquares(weight, inputs, damping)
     units = pattern.units(weight.shape)
-    last = _kept(mask, pattern)
+    last = pattern.kept(mask)
     mask = torch.ones_like(mask)
     new = problem.solve(weight, mask, steps)
 
@@ -256,7 +260,7 @@ def reconstruct_layers(
     walk: Callable[[nn.Module | None], Generator[tuple[str, Inputs]]],
     *,
     patterns: Callable[[str], Pattern | None],
-    share: Callable = lambda compute: compute(),
+    processes: Processes = ALONE,
 ) -> dict[str, Tensor]:
     """Prunes the weights of a model by masks, layer after layer, and reconstructs each.
 
@@ -274,7 +278,7 @@ def reconstruct_layers(
             `walk_layers` returns for the model, with the dense one as the other.
         patterns: from the name of a weight to the pattern by which its mask may be chosen anew;
             None if it stays.
-        share: calls a function on one process, and returns its result on all.
+        processes: share out the rows of each layer.
 
     Returns:
         The masks of the pruned model, in the order of those given.
@@ -294,8 +298,9 @@ def reconstruct_layers(
             layer = _Layer(name, parameters[name], parameters.get(bias_name), inputs)
 
             with torch.autocast(layer.weight.device.type, enabled=False):
-                compute = partial(_reconstructed, reconstruction, layer, mask, patterns(name))
-                new, found[name] = share(compute)
+                new, found[name] = _reconstructed(
+                    reconstruction, layer, mask, patterns(name), processes
+                )
                 if layer.bias is not None:
                     layer.bias.add_(layer.mean_loss(new).to(layer.bias))
                     layer.bias.mul_(masks.get(bias_name, 1))
@@ -312,11 +317,6 @@ RECONSTRUCTIONS: dict[str, Callable] = {
 # ---- helpers, not exported ----
 
 
-def _kept(mask: Tensor, pattern: Pattern) -> int:
-    """How many units a mask keeps."""
-    return pattern.units(mask.shape) * int(mask.count_nonzero()) // mask.numel()
-
-
 class _Layer(NamedTuple):
     """A layer in its turn, with the sums over its inputs."""
 
@@ -331,15 +331,62 @@ class _Layer(NamedTuple):
         return self.weight.to(mean) @ self.inputs.other_mean - new.to(mean) @ mean
 
 
+class _OverAllRows(Pattern):
+    """The pattern of a layer as a process sees it that has some of the rows.
+
+    Scores of weights, masks and shapes are those of its rows; scores and numbers of units are those
+    of all rows.
+    """
+
+    def __init__(self, pattern: Pattern, processes: Processes, outputs: int):
+        self._pattern = pattern
+        self._processes = processes
+        self._outputs = outputs
+
+    def _whole(self, shape: Sequence[int]) -> tuple[int, int]:
+        return self._outputs, shape[1]
+
+    def check(self, shapes):
+        self._pattern.check({name: self._whole(shape) for name, shape in shapes.items()})
+
+    def units(self, shape):
+        return self._pattern.units(self._whole(shape))
+
+    def kept(self, mask):
+        return self._pattern.kept(self._processes.joined(mask, self._outputs))
+
+    def score(self, score):
+        return self._pattern.score(self._processes.joined(score, self._outputs))
+
+    def compared_columns(self, block_size):
+        return self._pattern.compared_columns(block_size)
+
+    def share(self, kept, shape, start, end):
+        return self._pattern.share(kept, self._whole(shape), start, end)
+
+    def mask(self, score, kept, at_least=None):
+        return self._pattern.mask(score, kept, at_least)[self._processes.rows(self._outputs)]
+
+
 def _reconstructed(
-    reconstruction: Callable, layer: _Layer, mask: Tensor, pattern: Pattern | None
+    reconstruction: Callable,
+    layer: _Layer,
+    mask: Tensor,
+    pattern: Pattern | None,
+    processes: Processes,
 ) -> tuple[Tensor, Tensor]:
-    """The new weight and mask of a layer."""
+    """The new weight and mask of a layer, on all processes."""
+    outputs = len(mask)
+    own = processes.rows(outputs)
     inputs = layer.inputs.about_zero() if layer.bias is None else layer.inputs
+    if processes.count > 1 and pattern and not pattern.by_row:
+        pattern = _OverAllRows(pattern, processes, outputs)
+
     try:
-        return reconstruction(layer.weight, inputs, mask, pattern)
+        new, mask = reconstruction(layer.weight[own], inputs, mask[own], pattern)
     except PruningError as error:
         raise PruningError(f"{layer.name}: {error}") from error
+    return processes.joined(new, outputs), processes.joined(mask, outputs)
 
 
 class _LeastSquares:

@@ -14,6 +14,7 @@ from .masks import Masks, checksums, choose_layers, packed, prunable_weights, un
 from .method import name_of
 from .patterns import Pattern, parse_pattern, regrow
 from .permutation import best_orders, reorder
+from .processes import ALONE, Processes
 from .pruned_weights import ZeroWeights, are_finite
 from .pruners import compute_masks
 from .recipe import Recipe
@@ -72,6 +73,8 @@ class Sparsifier:
             function.
         gather: returns the list of what all processes call it with. Without it, all masks come
             from the first process.
+        processes: share out the rows of a layer that is reconstructed. Without it, each process
+            reconstructs all rows.
 
     Attributes:
         masks: the current `Masks`, the same object for the whole run.
@@ -95,6 +98,7 @@ class Sparsifier:
         walk: Callable | None = None,
         share: Callable | None = None,
         gather: Callable | None = None,
+        processes: Processes = ALONE,
     ):
         recipe.check()
         self.model = model
@@ -103,6 +107,7 @@ class Sparsifier:
         self._walk = walk
         self._share = share
         self._gather = gather
+        self._processes = processes
 
         # What the recipe means for the weights of this model
         if recipe.layers is not None:
@@ -480,7 +485,7 @@ class Sparsifier:
             self.recipe.method("reconstruct"),
             self._walk,
             patterns=no_pattern if self._pruned_weights.learns else self._pattern,
-            share=self._shared,
+            processes=self._processes,
         )
         self._followers.renew_averages()
         return masks

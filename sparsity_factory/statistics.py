@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from .errors import PruningError
 from .masks import Layers, layer_name, prunable_weights
 from .memory import free_memory
-from .processes import Processes
+from .processes import ALONE, Processes
 from .removal_costs import add_squares, halves, removal_costs
 from .units import COLUMNS, unit_groups
 
@@ -309,7 +309,7 @@ def collect_statistics(
 
     device = next(iter(weights.values())).device
     freed = needs & {"removal_costs"} if device.type == "cpu" else needs
-    processes = Processes.meet(share, add_up, device) if freed else Processes()
+    processes = Processes.meet(share, add_up, device) if freed else ALONE
     in_one_pass = is_iterator or (share is not None and add_up is None) or not freed
 
     if in_one_pass:

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 from made_up import linears
 from pretend_cuda import pretend_cuda
+from together import together
 from torch import nn
 
 from sparsity_factory import (
@@ -30,6 +31,7 @@ from sparsity_factory import (
     prune,
     walk_layers,
 )
+from sparsity_factory.processes import ALONE, Processes
 from sparsity_factory.reconstruction import reconstruct_layers
 
 CASES = json.loads((ROOT / "tests/reference/obs_update.json").read_text())
@@ -635,6 +637,67 @@ def test_a_weight_that_is_not_finite_is_named():
             as_walked(model, [torch.randn(40, 8)]),
             patterns=unstructured,
         )
+
+
+# ---- rows of a layer on several processes ----
+
+
+def on_processes(count, method, pattern, bias=False):
+    """Weight, bias and mask of a layer that as many processes have reconstructed, one after another."""
+    weight, inputs = layer(rows=8, columns=16, tokens=200)
+    pattern = parse_pattern(pattern)
+    kept = pattern.units(weight.shape) * (pattern.n if pattern.name == "2:4t" else 2) // 4
+    mask = pattern.mask(pattern.score(weight.abs()), kept)
+
+    sums = Inputs.of(weight, with_other=True)
+    sums.add(inputs + 1, inputs + 1.1)
+    sums.complete()
+
+    def walk(dense):
+        yield "0.weight", sums
+
+    def reconstructed(rank, add_up):
+        model = one_layer(inputs, rows=8, bias=bias)
+        with torch.no_grad():
+            model[0].weight.copy_(weight)
+        found = reconstruct_layers(
+            model,
+            {"0.weight": mask},
+            method,
+            walk,
+            patterns=lambda name: pattern,
+            processes=Processes(rank, count, add_up) if count > 1 else ALONE,
+        )
+        return model.state_dict() | {"mask": found["0.weight"]}
+
+    return together(count, reconstructed)
+
+
+@pytest.mark.parametrize("count", [2, 3, 9])  # of nine, not each has a row
+@pytest.mark.parametrize("pattern", ["unstructured", "row", "2:4", "2:4t", "x:4", "block:2x2"])
+@pytest.mark.parametrize("method", RECONSTRUCTIONS)
+def test_processes_that_share_out_the_rows_of_a_layer_have_the_result_of_one(
+    method, pattern, count
+):
+    (whole,) = on_processes(1, method, pattern)
+    first, *others = on_processes(count, method, pattern)
+    assert first["mask"].sum() == 64
+    assert torch.equal(first["mask"], whole["mask"])
+    for name, value in whole.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-9, atol=1e-12)
+        assert all(torch.equal(first[name], other[name]) for other in others)
+
+
+def test_each_process_is_given_its_rows_alone(monkeypatch):
+    given = []
+
+    def noted(weight, inputs, mask, pattern):
+        given.append((len(weight), len(mask)))
+        return weight * mask, mask
+
+    monkeypatch.setitem(RECONSTRUCTIONS, "noted", noted)
+    on_processes(3, "noted", "unstructured", bias=True)
+    assert sorted(given) == [(2, 2), (3, 3), (3, 3)]
 
 
 # ---- `prune` of a model ----

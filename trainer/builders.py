@@ -9,9 +9,11 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import timm.layers
 import torch
+import torch.distributed as dist
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -41,6 +43,7 @@ from sparsity_factory import (
     shrink,
     with_units,
 )
+from sparsity_factory.processes import Processes
 from utils import Compute, UserError, log
 
 from .argument_checks import mixes
@@ -474,11 +477,12 @@ def prepare_model(
     return model.to(device)
 
 
-def exchanges() -> dict[str, Callable]:
-    """How the processes of a run share what one chooses and compare what each has."""
+def exchanges() -> dict[str, Any]:
+    """How the processes of a run share what one chooses, compare what each has, and add up."""
     if utils.world_size() == 1:
         return {}
-    return {"share": utils.on_first_process, "gather": utils.gather_objects}
+    processes = Processes(utils.rank(), utils.world_size(), dist.all_reduce)
+    return {"share": utils.on_first_process, "gather": utils.gather_objects, "processes": processes}
 
 
 def with_synchronized_norm(

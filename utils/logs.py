@@ -49,8 +49,9 @@ def log(*message, only: str = "") -> None:
 def quiet_libraries() -> None:
     """Shortens warnings of other libraries to a line, shown once, on the first process only.
 
-    Warnings of this project and errors in logs are shown whole. With `-W` or PYTHONWARNINGS, Python
-    shows its warnings as usual.
+    Warnings of this project and errors in logs are shown whole. What this project logs is the same
+    on all processes, and the first one shows it. With `-W` or PYTHONWARNINGS, Python shows its
+    warnings as usual.
     """
     if not sys.warnoptions:
         warnings.showwarning = _show_warning
@@ -250,8 +251,10 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
 
 def _shorten_record(record: logging.LogRecord) -> bool:
     """A filter of log records: shortens those of other libraries, and drops repeated ones."""
-    if record.levelno >= logging.ERROR or _is_ours(record.pathname):
+    if record.levelno >= logging.ERROR:
         return True
+    if _is_ours(record.pathname):
+        return is_main_process()
 
     text = _short(record.getMessage(), record.pathname, record.lineno)
     record.msg = f"warning: {text} ({record.name})"
