@@ -18,7 +18,7 @@ from models import build_model
 from sparsity_factory import KERNELS, Masks, compute_masks, prunable_weights, sparse_kernels
 from sparsity_factory.sparse_kernels import Bsr, Csr, in_turns
 
-CPU_KERNELS = ["csr-mkl", "csr", "bsr", "compact"]
+CPU_KERNELS = ["tiles", "csr-mkl", "csr", "bsr", "compact"]
 RNG = torch.Generator().manual_seed(0)
 
 

@@ -1,6 +1,7 @@
 """`--export`: writes the model of a checkpoint for use without this project."""
 
 import argparse
+import ast
 import contextlib
 import importlib
 import inspect
@@ -8,6 +9,7 @@ import io
 import json
 import os
 import platform
+import re
 import runpy
 import shutil
 from collections.abc import Iterable, Mapping
@@ -33,7 +35,8 @@ from sparsity_factory import (
     sparsity_rows,
 )
 from sparsity_factory.shrink import ClassAttn, TalkingHeadAttn
-from sparsity_factory.sparse_kernels import SparseLinear
+from sparsity_factory.sparse_layers import SparseLinear
+from sparsity_factory.tiles import Tiles, TilesMlp, join_mlps
 from sparsity_factory.units import HEADS, NEURONS, unit_groups
 from utils import UserError, WriteError, first_line, log
 
@@ -54,12 +57,11 @@ CONTENTS = {
     SHAPE: "timm's name of the model, its images, the heads and neurons that are left of each "
     "block, and the labels of its classes if the data had names",
     LOADER: "a function that builds the model from both",
+    Tiles.source.name: "sparse products; the loader compiles them at first use with `CXX` or `g++`",
     PROGRAM: "the model as a `torch.export` program, for batches of any size",
     ONNX: "the model as ONNX, for batches of any size",
 }
 
-#: The imports that this project's classes need in a loader.
-IMPORTS = "from torch import Tensor, nn\nfrom torch.nn import functional as F\n"
 #: How the exported function begins, and its line before which `OWN_ATTENTION` is put if timm's
 #: attention cannot have fewer heads.
 FUNCTION = "\n\ndef load("
@@ -69,6 +71,7 @@ OWN_ATTENTION = """\
     for module in model.modules():
         module.__class__ = globals().get(type(module).__name__, type(module))
 """
+RETURN = "    return model.eval()\n"
 #: Lines of the exported function, and what takes their place if there are sparse kernels.
 WITH_KERNELS = {
     "import json\n": "import json\nimport warnings\n",
@@ -81,15 +84,21 @@ in evaluation mode.
         For inference on CPUs only.
     \"""
 """,
-    "    return model.eval()\n": """\
+    RETURN: """\
     if sparse_kernels:
         for name, kernel in shape["sparse_kernels"].items():
-            layer = KERNELS[kernel["name"]](model.get_submodule(name), torch.float32)
+            layer, sparse = model.get_submodule(name), KERNELS[kernel["name"]]
+            if reason := sparse.why_not(layer.weight, torch.float32):
+                warnings.warn(f"{name} stays dense: {reason}")
+                continue
+            layer = sparse(layer, torch.float32)
             layer.hands_on = kernel["hands_on"]
             model.set_submodule(name, layer)
     return model.eval()
 """,
 }
+#: The line before `RETURN` if layers are `Tiles`.
+JOIN_MLPS = "        join_mlps(model)\n"
 
 
 def export(args: argparse.Namespace) -> None:
@@ -254,6 +263,8 @@ def write_kernels(
     used = {name: kernel for name, kernel in KERNELS.items() if name in chosen.values()}
     source = loader_with(used, (folder / LOADER).read_text(encoding="utf-8"))
     (folder / LOADER).write_text(source, encoding="utf-8")
+    if Tiles in used.values():
+        shutil.copy(Tiles.source, folder)
     with torch.inference_mode():
         found = runpy.run_path(str(folder / LOADER))["load"](folder, sparse_kernels=True)(images)
     compare(f"{LOADER} with sparse kernels", found, logits, 1e-4)
@@ -267,25 +278,40 @@ def write_kernels(
 
 def loader_with(kernels: Mapping[str, type[SparseLinear]], source: str) -> str:
     """The source of a loader with the keyword `sparse_kernels` and these kernels, by name."""
-    bases = dict.fromkeys(
-        kind
-        for kernel in kernels.values()
-        for kind in reversed(kernel.__mro__)
-        if issubclass(kind, SparseLinear)
-    )
-    source = with_classes(source, bases)
+    needed = {}
+    for kernel in kernels.values():
+        classes = [kind for kind in reversed(kernel.__mro__) if issubclass(kind, SparseLinear)]
+        needed.update(dict.fromkeys([*kernel.needs, *classes]))
+
+    joined = ""
+    if Tiles in needed:
+        needed.update(dict.fromkeys([TilesMlp, join_mlps]))
+        joined = JOIN_MLPS
+
+    source = with_classes(source, needed)
     names = ", ".join(f'"{name}": {kernel.__name__}' for name, kernel in kernels.items())
     for before, after in WITH_KERNELS.items():
         source = source.replace(before, after)
+    source = source.replace(RETURN, joined + RETURN)
     return source.replace(FUNCTION, f"\n\nKERNELS = {{{names}}}\n{FUNCTION}")
 
 
-def with_classes(source: str, classes: Iterable[type]) -> str:
-    """The source of a loader with these classes before its function."""
-    imports = [] if IMPORTS in source else [IMPORTS]
-    return source.replace(
-        FUNCTION, "\n\n".join([*imports, *map(inspect.getsource, classes)]) + FUNCTION
-    )
+def with_classes(source: str, needed: Iterable) -> str:
+    """The source of a loader with these classes and functions before its function."""
+    body = "\n\n".join(map(inspect.getsource, needed))
+
+    # What they need of the imports of their files
+    imports = {}
+    for file in dict.fromkeys(map(inspect.getmodule, needed)):
+        for node in ast.parse(inspect.getsource(file)).body:
+            if not isinstance(node, ast.Import | ast.ImportFrom) or getattr(node, "level", 0):
+                continue
+            for name in node.names:
+                if re.search(rf"\b{name.asname or name.name}\b", body):
+                    node.names = [name]
+                    imports[ast.unparse(node)] = None
+    lines = "".join(f"{line}\n" for line in imports if f"{line}\n" not in source)
+    return source.replace(FUNCTION, "\n\n".join([f"\n{lines}", body]) + FUNCTION)
 
 
 def write_programs(

@@ -1,0 +1,398 @@
+// Products of sparse weights with tiles of activations. tiles.py compiles this file at first use.
+//
+// A tile has the activations of T tokens as (inputs, T). A kept weight, or a column of R kept weights
+// of neighbouring outputs, is multiplied with T tokens of its input at once, and the sums of an
+// output's tokens stay in registers. Inputs are taken in parts whose tile fits the first-level cache.
+//
+// With AVX512_BF16, bfloat16 layers multiply two inputs at once: any two kept columns of an output
+// are a pair, and the activations of both are interleaved as they are loaded.
+
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num() { return 0; }
+static int omp_get_max_threads() { return 1; }
+#endif
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// Floats in a register, and registers for sums
+#if defined(__AVX512F__)
+constexpr int L = 16, SUMS = 16;
+#elif defined(__AVX__)
+constexpr int L = 8, SUMS = 8;
+#else
+constexpr int L = 4, SUMS = 16;
+#endif
+
+constexpr int T = 32;     // tokens of a tile
+constexpr int V = T / L;  // registers for the tokens of a tile
+constexpr int STRIP = 16;  // outputs whose sums are made one after the other, a multiple of all R
+
+typedef uint16_t bfloat;
+typedef float Lanes __attribute__((vector_size(4 * L)));
+typedef int32_t Ints __attribute__((vector_size(4 * L)));
+typedef uint16_t Halves __attribute__((vector_size(2 * L)));
+
+// A sparse weight (outputs, inputs). The entries of part p and block b, of R outputs, are
+// start[p * blocks + b] up to the next start.
+struct Layer {
+    int32_t inputs, outputs, R, parts, in_bfloat, gelu;
+    const int32_t* start;
+    const uint32_t* entries;
+    const float* bias;
+};
+
+// Memory that begins with a line of the cache, so that no register is loaded from two lines.
+template <class Value>
+struct Buffer {
+    explicit Buffer(int64_t size) : memory(::operator new(size * sizeof(Value), line)) {}
+    ~Buffer() { ::operator delete(memory, line); }
+    Buffer(const Buffer&) = delete;
+    Value* at(int64_t place) { return static_cast<Value*>(memory) + place; }
+
+    static constexpr std::align_val_t line{64};
+    void* memory;
+};
+
+// ---- registers ----
+
+Lanes all(float x) { return x - Lanes{}; }
+
+Lanes load(const float* from) {
+    Lanes x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+Lanes load(const bfloat* from) {
+    Halves x;
+    std::memcpy(&x, from, sizeof x);
+    return (Lanes)(__builtin_convertvector(x, Ints) << 16);
+}
+
+void store(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
+
+void store(bfloat* to, Lanes x) {
+#ifdef __AVX512BF16__
+    __m256bh y = _mm512_cvtneps_pbh(x);
+#else  // rounds to nearest, ties to even
+    Ints bits = (Ints)x;
+    Halves y = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+#endif
+    std::memcpy(to, &y, sizeof y);
+}
+
+// Two rows of a matrix with their blocks of `bit` x `bit` off the diagonal exchanged, one row of them.
+template <int bit, bool upper, int... j>
+Lanes exchanged(Lanes a, Lanes b, std::integer_sequence<int, j...>) {
+    if (upper) return __builtin_shufflevector(a, b, ((j & bit) ? L + j : j + bit)...);
+    return __builtin_shufflevector(a, b, ((j & bit) ? L + j - bit : j)...);
+}
+
+// x[i][j] becomes x[j][i], for L rows of L.
+template <int bit = 1>
+void transpose(Lanes* x) {
+    using Places = std::make_integer_sequence<int, L>;
+    for (int i = 0; i < L; i++) {
+        if (i & bit) continue;
+        Lanes a = x[i], b = x[i + bit];
+        x[i] = exchanged<bit, false>(a, b, Places());
+        x[i + bit] = exchanged<bit, true>(a, b, Places());
+    }
+    if constexpr (2 * bit < L) transpose<2 * bit>(x);
+}
+
+// x P(x^2) / Q(x^2) up to 4, from where on erf is 1 in float32. The coefficients are those of Eigen's
+// generic_fast_erf_float; the largest error is that of a float32 near 1.
+Lanes erf(Lanes x) {
+    x = x > 4.0f ? all(4) : x;
+    x = x < -4.0f ? all(-4) : x;
+    Lanes s = x * x;
+
+    Lanes p = s * -2.72614225801306e-10f + 2.77068142495902e-08f;
+    p = p * s - 2.10102402082508e-06f;
+    p = p * s - 5.69250639462346e-05f;
+    p = p * s - 7.34990630326855e-04f;
+    p = p * s - 2.95459980854025e-03f;
+    p = p * s - 1.60960333262415e-02f;
+
+    Lanes q = s * -1.45660718464996e-05f - 2.13374055278905e-04f;
+    q = q * s - 1.68282697438203e-03f;
+    q = q * s - 7.37332916720468e-03f;
+    q = q * s - 1.42647390514189e-02f;
+    return x * p / q;
+}
+
+Lanes gelu(Lanes x) { return 0.5f * x * (1.0f + erf(x * 0.70710678f)); }
+
+// ---- rows to tiles, and back ----
+
+// Rows (tokens, inputs) to a tile (inputs, T); tokens that are missing are zeros.
+template <class In, class Tile>
+void to_tile(const In* rows, int tokens, int inputs, Tile* tile) {
+    for (int first = 0; first < T; first += L)
+        for (int at = 0; at < inputs; at += L) {
+            Lanes x[L] = {};
+            int width = inputs - at < L ? inputs - at : L;
+            for (int i = 0; i < L && first + i < tokens; i++) {
+                const In* row = rows + int64_t(first + i) * inputs + at;
+                if (width == L) {
+                    x[i] = load(row);
+                } else {
+                    In last[L] = {};
+                    std::memcpy(last, row, width * sizeof(In));
+                    x[i] = load(last);
+                }
+            }
+
+            transpose(x);
+            for (int i = 0; i < width; i++) store(tile + (at + i) * T + first, x[i]);
+        }
+}
+
+// The sums (count, T) of the outputs from `at` on, to rows (tokens, outputs).
+template <class Out>
+void to_rows(const float* sums, int count, int at, int tokens, int outputs, Out* rows) {
+    for (int o = 0; o < count; o += L)
+        for (int first = 0; first < tokens; first += L) {
+            Lanes x[L] = {};
+            int width = count - o < L ? count - o : L;
+            for (int i = 0; i < width; i++) x[i] = load(sums + (o + i) * T + first);
+
+            transpose(x);
+            for (int i = 0; i < L && first + i < tokens; i++) {
+                Out* row = rows + int64_t(first + i) * outputs + at + o;
+                if (width == L) {
+                    store(row, x[i]);
+                } else {
+                    Out last[L];
+                    store(last, x[i]);
+                    std::memcpy(row, last, width * sizeof(Out));
+                }
+            }
+        }
+}
+
+// ---- products ----
+
+// Makes the sums (R, T) of a block from its bias, or adds to them if that is null. An entry: where the
+// tile has its input, and R weights. Some tokens at a time if the sums of all need too many registers;
+// several sets of sums if they need few, since an addition waits for the one before.
+template <int R>
+void block_sums(const float* tile, const uint32_t* entry, int count, const float* bias, float* sums) {
+    constexpr int W = R * V <= SUMS ? V : SUMS / R;
+    constexpr int sets = R * W >= 8 ? 1 : 8 / (R * W) < 4 ? 8 / (R * W) : 4;
+    constexpr int width = R + 1;
+
+    for (int from = 0; from < T; from += W * L) {
+        Lanes sum[sets][R][W] = {};
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < W; v++)
+                sum[0][r][v] = bias ? all(bias[r]) : load(sums + r * T + from + v * L);
+
+        auto add = [&](Lanes (&into)[R][W], const uint32_t* e) {
+            Lanes x[W];
+            for (int v = 0; v < W; v++) x[v] = load(tile + e[0] + from + v * L);
+            for (int r = 0; r < R; r++) {
+                float w;
+                std::memcpy(&w, e + 1 + r, 4);
+                for (int v = 0; v < W; v++) into[r][v] += w * x[v];
+            }
+        };
+        int i = 0;
+        for (; i + sets <= count; i += sets)
+#pragma GCC unroll 4
+            for (int s = 0; s < sets; s++) add(sum[s], entry + (i + s) * width);
+        for (; i < count; i++) add(sum[0], entry + i * width);
+
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < W; v++) {
+                for (int s = 1; s < sets; s++) sum[0][r][v] += sum[s][r][v];
+                store(sums + r * T + from + v * L, sum[0][r][v]);
+            }
+    }
+}
+
+#ifdef __AVX512BF16__
+// The same in bfloat16. An entry: where the tile has its two inputs, and R pairs of weights.
+template <int R>
+void block_sums(const bfloat* tile, const uint32_t* entry, int count, const float* bias, float* sums) {
+    constexpr int sets = R >= 4 ? 1 : 4 / R;
+    constexpr int width = R + 2;
+    Lanes low[sets][R] = {}, high[sets][R] = {};
+
+    auto add = [&](Lanes (&low)[R], Lanes (&high)[R], const uint32_t* e) {
+        __m512i a = _mm512_loadu_si512(tile + e[0]);
+        __m512i b = _mm512_loadu_si512(tile + e[1]);
+        __m512bh first = (__m512bh)_mm512_unpacklo_epi16(a, b);
+        __m512bh second = (__m512bh)_mm512_unpackhi_epi16(a, b);
+        for (int r = 0; r < R; r++) {
+            __m512bh w = (__m512bh)_mm512_set1_epi32(e[2 + r]);
+            low[r] = _mm512_dpbf16_ps(low[r], first, w);
+            high[r] = _mm512_dpbf16_ps(high[r], second, w);
+        }
+    };
+    int i = 0;
+    for (; i + sets <= count; i += sets)
+#pragma GCC unroll 4
+        for (int s = 0; s < sets; s++) add(low[s], high[s], entry + (i + s) * width);
+    for (; i < count; i++) add(low[0], high[0], entry + i * width);
+
+    // Of each eight tokens, four are in `low` and the next four in `high`
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    for (int r = 0; r < R; r++) {
+        for (int s = 1; s < sets; s++) {
+            low[0][r] += low[s][r];
+            high[0][r] += high[s][r];
+        }
+        __m512d a = (__m512d)low[0][r], b = (__m512d)high[0][r];
+        float* to = sums + r * T;
+        store(to, (bias ? all(bias[r]) : load(to)) + (Lanes)_mm512_permutex2var_pd(a, first, b));
+        to += L;
+        store(to, (bias ? all(bias[r]) : load(to)) + (Lanes)_mm512_permutex2var_pd(a, second, b));
+    }
+}
+#endif
+
+// Calls put(sums, count, at) with the sums of `count` outputs from `at` on, until all from `begin` to
+// `end` were there. `begin` is a multiple of STRIP. `sums` has room for end - begin + STRIP outputs.
+template <int R, class Tile, class Put>
+void product(const Layer& layer, const Tile* tile, int begin, int end, float* sums, Put put) {
+    constexpr int width = R + (sizeof(Tile) == 4 ? 1 : 2);
+    const int blocks = (layer.outputs + R - 1) / R;
+    // With several parts, the sums of all outputs wait for the next part
+    const int strip = layer.parts == 1 ? STRIP : end - begin;
+
+    for (int at = begin; at < end; at += strip) {
+        int stop = at + strip < end ? at + strip : end;
+        for (int part = 0; part < layer.parts; part++)
+            for (int b = at / R; b < (stop + R - 1) / R; b++) {
+                const int32_t* start = layer.start + int64_t(part) * blocks + b;
+                block_sums<R>(tile, layer.entries + int64_t(start[0]) * width, start[1] - start[0],
+                              part ? nullptr : layer.bias + b * R, sums + (b * R - at) * T);
+            }
+
+        if (layer.gelu)
+            for (int i = 0; i < (stop - at) * T; i += L) store(sums + i, gelu(load(sums + i)));
+        put(sums, stop - at, at);
+    }
+}
+
+template <class Tile, class Put>
+void product(const Layer& layer, const Tile* tile, int begin, int end, float* sums, Put put) {
+    switch (layer.R) {
+        case 2: return product<2>(layer, tile, begin, end, sums, put);
+        case 4: return product<4>(layer, tile, begin, end, sums, put);
+        case 8: return product<8>(layer, tile, begin, end, sums, put);
+        default: return product<1>(layer, tile, begin, end, sums, put);
+    }
+}
+
+// Rows (tokens, inputs) through a layer, or through two one after the other, to rows (tokens, outputs).
+template <class Tile, class In, class Out>
+void through(const Layer* layers, int count, const In* x, Out* y, int64_t tokens) {
+    const Layer& first = layers[0];
+    const Layer& last = layers[count - 1];
+    const int64_t tiles = (tokens + T - 1) / T;
+    const int threads = omp_get_max_threads();
+
+    // Each thread takes whole tiles, or of few tiles a share of the outputs
+    const int shares = threads == 1 || tiles >= 8 * threads ? 1 : 4;
+    const int64_t places = shares == 1 ? threads : tiles;
+    const int most = first.outputs > last.outputs ? first.outputs : last.outputs;
+    Buffer<Tile> inputs(places * first.inputs * T);
+    Buffer<Tile> between(count == 2 ? places * last.inputs * T : 0);
+    Buffer<float> all_sums(int64_t(threads) * (most + STRIP) * T);
+
+    auto rows_of = [&](int64_t tile) { return int(tokens - tile * T < T ? tokens - tile * T : T); };
+    auto fill = [&](int64_t tile, int64_t place) {
+        to_tile(x + tile * T * first.inputs, rows_of(tile), first.inputs,
+                inputs.at(place * first.inputs * T));
+    };
+    auto multiply = [&](int l, int64_t tile, int64_t place, int share) {
+        const Layer& layer = layers[l];
+        int step = ((layer.outputs + shares - 1) / shares + STRIP - 1) / STRIP * STRIP;
+        int begin = share * step;
+        int end = begin + step < layer.outputs ? begin + step : layer.outputs;
+        float* sums = all_sums.at(int64_t(omp_get_thread_num()) * (most + STRIP) * T);
+        const Tile* from = (l ? between : inputs).at(place * layer.inputs * T);
+
+        if (l == count - 1) {
+            product(layer, from, begin, end, sums, [&](const float* sums, int n, int at) {
+                to_rows(sums, n, at, rows_of(tile), last.outputs, y + tile * T * last.outputs);
+            });
+        } else {
+            product(layer, from, begin, end, sums, [&](const float* sums, int n, int at) {
+                Tile* to = between.at((place * last.inputs + at) * T);
+                for (int i = 0; i < n * T; i += L) store(to + i, load(sums + i));
+            });
+        }
+    };
+
+    if (shares == 1) {
+#pragma omp parallel for schedule(dynamic)
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            int place = omp_get_thread_num();
+            fill(tile, place);
+            for (int l = 0; l < count; l++) multiply(l, tile, place, 0);
+        }
+        return;
+    }
+
+#pragma omp parallel for
+    for (int64_t tile = 0; tile < tiles; tile++) fill(tile, tile);
+    for (int l = 0; l < count; l++) {
+#pragma omp parallel for schedule(dynamic)
+        for (int64_t unit = 0; unit < tiles * shares; unit++)
+            multiply(l, unit / shares, unit / shares, int(unit % shares));
+    }
+}
+
+template <class Tile, class In>
+void through(const Layer* layers, int count, const In* x, void* y, int out_bfloat, int64_t tokens) {
+    if (out_bfloat)
+        through<Tile>(layers, count, x, static_cast<bfloat*>(y), tokens);
+    else
+        through<Tile>(layers, count, x, static_cast<float*>(y), tokens);
+}
+
+template <class Tile>
+void through(const Layer* layers, int count, const void* x, int x_bfloat, void* y, int y_bfloat,
+             int64_t tokens) {
+    if (x_bfloat)
+        through<Tile>(layers, count, static_cast<const bfloat*>(x), y, y_bfloat, tokens);
+    else
+        through<Tile>(layers, count, static_cast<const float*>(x), y, y_bfloat, tokens);
+}
+
+}  // namespace
+
+// Whether layers can be multiplied in bfloat16.
+extern "C" int multiplies_bfloat() {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// x: (tokens, inputs) of the first layer; y: (tokens, outputs) of the last; each float32, or bfloat16.
+// Two layers have the same `in_bfloat`.
+extern "C" void multiply(const Layer* layers, int count, const void* x, int x_bfloat, void* y,
+                         int y_bfloat, int64_t tokens) {
+#ifdef __AVX512BF16__
+    if (layers->in_bfloat) return through<bfloat>(layers, count, x, x_bfloat, y, y_bfloat, tokens);
+#endif
+    through<float>(layers, count, x, x_bfloat, y, y_bfloat, tokens);
+}
