@@ -86,6 +86,7 @@ class Tiles(SparseLinear):
 
     source = Path(__file__).with_name("tiles.cpp")
     needs = (TileLayer, compiled)
+    dtypes = (torch.float32, torch.bfloat16)
     tokens = 32  # T of tiles.cpp
     bytes_of_part = 24 * 1024  # of a tile: less than the first-level cache
 
@@ -93,9 +94,9 @@ class Tiles(SparseLinear):
     def why_not(cls, weight: Tensor, dtype: torch.dtype) -> str | None:
         if weight.device.type != "cpu":
             return "for CPUs"
-        if dtype not in (torch.float32, torch.bfloat16):
+        if dtype not in cls.dtypes:
             return "for float32 and bfloat16"
-        if weight.numel() >= 2**26:
+        if weight.numel() >= 2**26:  # numbers of entries have 32 bits
             return "for weights of less than 67 million numbers"
         try:
             compiled(cls.source)
@@ -105,6 +106,8 @@ class Tiles(SparseLinear):
 
     @torch.no_grad()
     def prepare(self, weight: Tensor, bias: Tensor | None) -> None:
+        if reason := self.why_not(weight, self.dtype):
+            raise RuntimeError(reason)
         outputs, inputs = weight.shape
         self.rows = self.block(weight)
         library = compiled(self.source)
@@ -179,7 +182,7 @@ class Tiles(SparseLinear):
         first, last = layers[0], layers[-1]
         if x.shape[-1] != first.in_features:
             raise RuntimeError(f"expected {first.in_features} inputs, got {x.shape[-1]}")
-        if x.dtype not in (torch.float32, torch.bfloat16):
+        if x.dtype not in Tiles.dtypes:
             x = x.to(first.dtype)
         x = x.contiguous()
         y = torch.empty(*x.shape[:-1], last.out_features, dtype=last.dtype)

@@ -332,7 +332,7 @@ def test_without_this_project_an_exported_model_with_its_kernels_computes_the_sa
         monkeypatch,
         *(
             Clock(**{"dense": 2.0, "sparse": 1.0, kernel: 1.0})
-            for kernel in ("csr", "csr_mkl", "none", "bsr", "compact")
+            for kernel in ("csr", "csr_mkl", "none", "bsr", "compact", "tiles")
         ),
     )
     model, _ = save_checkpoint(
@@ -358,6 +358,7 @@ def test_without_this_project_an_exported_model_with_its_kernels_computes_the_sa
         "csr-mkl",
         "bsr",
         "compact",
+        "tiles",
     } and len(found) == 24
     dense, sparse = run_elsewhere(WITH_AND_WITHOUT_KERNELS, folder, images)
     for logits in (dense, sparse):
@@ -389,6 +390,25 @@ def test_an_exported_loader_has_the_kernels_that_it_needs_and_hands_results_on_a
     mlp = loaded(tmp_path / "out", sparse_kernels=True).blocks[0].mlp
     hidden = mlp.fc1(torch.randn(2, 5, 96))
     assert hidden.reshape(-1, 384).t().is_contiguous() and mlp.fc2(hidden).is_contiguous()
+
+
+def test_an_exported_folder_compiles_its_kernel_and_stays_dense_with_a_warning_if_it_cannot(
+    run_main, tmp_path, weights_only, monkeypatch
+):
+    measure_by(monkeypatch, Clock(dense=2.0, tiles=1.0, sparse=1.0))
+    model, _ = save_checkpoint(tmp_path / "c.pth", pruner="unif", sparsity=0.8)
+    run_main("--resume", "c.pth", "--export", "out", "--sparse-kernels", "--batch-size", "2")
+    folder, images = tmp_path / "out", torch.randn(5, 3, 28, 28)
+
+    kinds = {type(part).__name__ for part in loaded(folder, sparse_kernels=True).modules()}
+    assert {"Tiles", "TilesMlp"} <= kinds and (folder / "tiles.cpp").exists()
+    for logits in run_elsewhere(WITH_AND_WITHOUT_KERNELS, folder, images):
+        torch.testing.assert_close(logits, model(images), rtol=1e-4, atol=1e-4)
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(UserWarning, match="stays dense: no C.. compiler: no-such-compiler"):
+        dense = loaded(folder, sparse_kernels=True)
+    torch.testing.assert_close(dense(images), model(images))
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,11 @@ def test_inputs_of_another_width_are_refused_and_nothing_is_read_behind_them():
         tiles(draw(4, 31))
 
 
+def test_other_dtypes_are_refused():
+    with pytest.raises(RuntimeError, match="for float32 and bfloat16"):
+        Tiles(pruned(16, 32, dtype=torch.float64), torch.float64)
+
+
 # ---- MLPs ----
 
 
