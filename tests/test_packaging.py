@@ -35,6 +35,7 @@ def test_the_wheel_holds_the_library_alone_and_its_version(tmp_path):
         )
     modules = {f"sparsity_factory/{path.name}" for path in (ROOT / "sparsity_factory").glob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
+    assert "sparsity_factory/tiles.cpp" in names
     assert required == ["torch", "numpy", "pyyaml"]
 
 
