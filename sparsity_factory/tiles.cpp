@@ -266,7 +266,8 @@ void block_sums(const bfloat* tile, const uint32_t* entry, int count, const floa
 #endif
 
 // Calls put(sums, count, at) with the sums of `count` outputs from `at` on, until all from `begin` to
-// `end` were there. `begin` is a multiple of STRIP. `sums` has room for end - begin + STRIP outputs.
+// `end` were there. `begin` is a multiple of STRIP. `sums` has room for STRIP outputs, or for
+// end - begin + STRIP if there are several parts.
 template <int R, class Tile, class Put>
 void product(const Layer& layer, const Tile* tile, int begin, int end, float* sums, Put put) {
     constexpr int width = R + (sizeof(Tile) == 4 ? 1 : 2);
@@ -310,10 +311,12 @@ void through(const Layer* layers, int count, const In* x, Out* y, int64_t tokens
     // Each thread takes whole tiles, or of few tiles a share of the outputs
     const int shares = threads == 1 || tiles >= 8 * threads ? 1 : 4;
     const int64_t places = shares == 1 ? threads : tiles;
-    const int most = first.outputs > last.outputs ? first.outputs : last.outputs;
+    int64_t most = STRIP;  // outputs whose sums a thread has at once
+    for (int l = 0; l < count; l++)
+        if (layers[l].parts > 1 && layers[l].outputs + STRIP > most) most = layers[l].outputs + STRIP;
     Buffer<Tile> inputs(places * first.inputs * T);
     Buffer<Tile> between(count == 2 ? places * last.inputs * T : 0);
-    Buffer<float> all_sums(int64_t(threads) * (most + STRIP) * T);
+    Buffer<float> all_sums(threads * most * T);
 
     auto rows_of = [&](int64_t tile) { return int(tokens - tile * T < T ? tokens - tile * T : T); };
     auto fill = [&](int64_t tile, int64_t place) {
@@ -325,7 +328,7 @@ void through(const Layer* layers, int count, const In* x, Out* y, int64_t tokens
         int step = ((layer.outputs + shares - 1) / shares + STRIP - 1) / STRIP * STRIP;
         int begin = share * step;
         int end = begin + step < layer.outputs ? begin + step : layer.outputs;
-        float* sums = all_sums.at(int64_t(omp_get_thread_num()) * (most + STRIP) * T);
+        float* sums = all_sums.at(omp_get_thread_num() * most * T);
         const Tile* from = (l ? between : inputs).at(place * layer.inputs * T);
 
         if (l == count - 1) {
