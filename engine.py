@@ -1,8 +1,9 @@
 """The two loops: `train_one_epoch` and `evaluate`."""
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from sparsity_factory import Recipe, Sparsifier
-from utils import Compute, DivergedError, MetricLogger, SmoothedValue
+from utils import Compute, DivergedError, MetricLogger, OnDevice, SmoothedValue
 
 
 def training_logger() -> MetricLogger:
@@ -146,7 +147,7 @@ def train_one_epoch(
     num_batches = first_batch + len(loader)
     header = f"Epoch: [{progress.epoch}]"
     processes = utils.world_size()
-    batches = logger.log_every(loader, print_freq, header, first_batch, processes)
+    batches = logger.log_every(OnDevice(loader, device), print_freq, header, first_batch, processes)
 
     for batch, (images, targets) in enumerate(batches, first_batch):
         step, place = divmod(batch, accum_iter)
@@ -160,8 +161,6 @@ def train_one_epoch(
         # Drop path, dropout and mixup depend on the place in the training alone.
         utils.seed_everything(utils.STEP, progress.seed, progress.epoch, batch, utils.rank())
 
-        images = images.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True)
         seen += len(images) * utils.world_size()
         if options.batch_transform is not None:
             images, targets = options.batch_transform(images, targets)
@@ -213,62 +212,78 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float:
     return max(group["lr"] for group in optimizer.param_groups)
 
 
+def evaluate(loader, model: nn.Module, compute: Compute, **options) -> dict[str, float]:
+    """Evaluates one model; its options and figures are those of `evaluate_together`."""
+    return evaluate_together(loader, {"": model}, compute, **options)[""]
+
+
 @torch.no_grad()
-def evaluate(
+def evaluate_together(
     loader,
-    model,
+    models: Mapping[str, nn.Module],
     compute: Compute,
     *,
-    shared=False,
-    after_batch=None,
-    print_freq=50,
+    shared: bool = False,
+    after_batch: Callable | None = None,
+    print_freq: int = 50,
     criterion: Callable | None = torch.nn.functional.cross_entropy,
-) -> dict[str, float]:
-    """Evaluates `model` on the images of `loader`, each counted once.
+) -> dict[str, dict[str, float]]:
+    """Evaluates models on the images of `loader`, which are read once, and each counted once.
 
+    models: by name, which log lines show with the figures; "" is not shown.
     shared: each process has a part of the images, and the counts of all are added up. Otherwise
         each process has all images, and the figures are those of the first process, so that
         rounding cannot make processes decide differently.
     after_batch: called after each batch.
-    criterion: called with logits and targets; returns their mean loss. None if what the model
-        returns are no logits.
-    Returns `acc1` and `acc5` in percent (`acc5` over all classes if there are fewer than five)
-    and, with a criterion, the mean `loss`; the same on every process.
+    criterion: called with logits and targets; returns their mean loss. None if what the models
+        return are no logits.
+    Returns for each model `acc1` and `acc5` in percent (`acc5` over all classes if there are fewer
+    than five) and, with a criterion, the mean `loss`; the same on every process.
     """
-    model.eval()
+    for model in models.values():
+        model.eval()
     logger = MetricLogger()
 
-    # The sum over images of each figure, and the images. They stay on the device until the end:
-    # reading one of them would wait for it.
-    names = ["loss", "acc1", "acc5"] if criterion else ["acc1", "acc5"]
-    totals = torch.zeros(len(names) + 1, dtype=torch.float64, device=compute.device)
+    # For each model the sum over images of each figure, and the images. They stay on the device
+    # until the end: reading one of them would wait for it.
+    figures = ["loss", "acc1", "acc5"] if criterion else ["acc1", "acc5"]
+    shown = [f"{name}_{figure}".lstrip("_") for name in models for figure in figures]
+    totals = torch.zeros(len(models), len(figures) + 1, dtype=torch.float64, device=compute.device)
 
     processes = utils.world_size() if shared else 1
-    for images, targets in logger.log_every(loader, print_freq, "Test:", processes=processes):
-        images = images.to(compute.device, non_blocking=True)
-        targets = targets.to(compute.device, non_blocking=True)
+    batches = OnDevice(loader, compute.device)
+    for images, targets in logger.log_every(batches, print_freq, "Test:", processes=processes):
         with compute.autocast():
-            logits = model(images).float()
+            outputs = [model(images).float() for model in models.values()]
 
-        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-        count = len(images)
-        sums = [100 * hits[:, 0].sum(), 100 * hits.sum(), logits.new_full((), count)]
-        if criterion:
-            sums = [criterion(logits, targets) * count, *sums]
-        batch = torch.stack(sums).double()
-        totals += batch
-
-        logger.update(n=count, **dict(zip(names, batch[:-1] / count, strict=True)))
+        sums = torch.stack([_sums(logits, targets, criterion) for logits in outputs])
+        totals += sums
+        means = (sums[:, :-1] / len(images)).flatten()
+        logger.update(n=len(images), **dict(zip(shown, means, strict=True)))
         if after_batch is not None:
             after_batch()
 
-    totals = totals.tolist()
-    counts = shared or utils.is_main_process()
-    *sums, count = utils.sum_over_processes(totals if counts else [0.0] * len(totals))
-    stats = {name: total / count for name, total in zip(names, sums, strict=True)}
-    loss = f" loss {stats['loss']:.3f}" if criterion else ""
-    utils.log(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f}{loss}", only=utils.LINES)
-    return stats
+    counted = totals if shared or utils.is_main_process() else torch.zeros_like(totals)
+    numbers = iter(utils.sum_over_processes(counted.flatten().tolist()))
+    found = {}
+    for name in models:
+        *totals_here, count = itertools.islice(numbers, len(figures) + 1)
+        stats = {figure: total / count for figure, total in zip(figures, totals_here, strict=True)}
+        loss = f" loss {stats['loss']:.3f}" if criterion else ""
+        line = f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f}{loss}"
+        utils.log(f"{line} ({name})" if name else line, only=utils.LINES)
+        found[name] = stats
+    return found
+
+
+def _sums(logits: torch.Tensor, targets: torch.Tensor, criterion: Callable | None) -> torch.Tensor:
+    """Over a batch, the sums of the loss, if there is a criterion, of both accuracies and of 1."""
+    count = len(targets)
+    hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+    sums = [100 * hits[:, 0].sum(), 100 * hits.sum(), logits.new_full((), count)]
+    if criterion:
+        sums = [criterion(logits, targets) * count, *sums]
+    return torch.stack(sums).double()
 
 
 @torch.no_grad()

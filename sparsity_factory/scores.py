@@ -20,7 +20,7 @@ calibration images; g: the gradient of the mean loss over them, g_i: of the loss
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from .k_largest import histogram, suffix_sums
 from .method import NotNegative, method, name_of, unbound
 from .patterns import Pattern, Unstructured
 from .statistics import STATISTICS, Statistics
-from .units import COLUMNS, Group, Part
+from .units import COLUMNS, Group, Part, unit_sums
 
 
 class Layer:
@@ -271,17 +271,30 @@ class Scores(Mapping[str, Tensor]):
         """Whether a unit scores the square of the sum of its weights' values."""
         return getattr(unbound(self._score), "signed", False)
 
-    def of_group(self, group: Group, parts: Mapping[str, Part]) -> Tensor:
-        """The scores of the units of a group of several layers, float64 (units,), on the CPU."""
+    def of_groups(
+        self, groups: Sequence[Group], parts: Sequence[Mapping[str, Part]]
+    ) -> list[Tensor]:
+        """The scores of the units of groups of several layers, each float64 (units,), on the CPU.
+
+        parts: for each group what its `weights` returned.
+
+        Raises:
+            PruningError: a weight is not finite.
+        """
+        self._check_weights([name for group in parts for name in group])
         if getattr(unbound(self._score), "of_columns", False):
-            parts = {name: part for name, part in parts.items() if part.dim == COLUMNS}
+            parts = [
+                {name: part for name, part in group.items() if part.dim == COLUMNS}
+                for group in parts
+            ]
         if not self.signed:
-            return group.sums(self.__getitem__, parts)
+            return unit_sums(groups, parts, self.__getitem__)
 
         def values(name: str) -> Tensor:
-            return self._score(self.weight(name), self.layer(name))
+            weight = self.weights[name].detach().to(self._dtype)
+            return self._score(weight, self.layer(name))
 
-        return group.sums(values, parts).square()
+        return [sums.square() for sums in unit_sums(groups, parts, values)]
 
     def _of_units(self, score: Tensor, left: Tensor | None) -> Tensor:
         """The scores of units from those of weights, of which only those in `left` may be kept."""
@@ -332,7 +345,7 @@ class Scores(Mapping[str, Tensor]):
         """The weights that `values` names, with these values as scores, broadcast to each shape."""
 
         def given(weight: Tensor, layer: Layer) -> Tensor:
-            return values[layer.name].to(weight).expand_as(weight).contiguous()
+            return values[layer.name].to(weight, non_blocking=True).expand_as(weight).contiguous()
 
         weights = {name: weight for name, weight in self.weights.items() if name in values}
         return Scores(
@@ -349,6 +362,13 @@ class Scores(Mapping[str, Tensor]):
         if not weight.isfinite().all():
             raise PruningError(f"{name} has a weight that is NaN or infinite")
         return weight
+
+    def _check_weights(self, names: Sequence[str]) -> None:
+        """The check of `weight` for several weights, with one wait for their device."""
+        finite = [self.weights[name].detach().to(self._dtype).isfinite().all() for name in names]
+        for name, is_finite in zip(names, torch.stack(finite).tolist(), strict=True):
+            if not is_finite:
+                self.weight(name)
 
     def layer(self, name: str) -> Layer:
         """What is known of the layer besides its weight."""

@@ -10,7 +10,7 @@ from .knapsack import nearest_steps
 from .method import method
 from .multiply_adds import image_of, multiply_adds_of_modules
 from .pattern_base import Pattern, down
-from .units import HEADS, NEURONS, unit_groups
+from .units import HEADS, NEURONS, unit_groups, unit_sums
 from .whole_units import whole_units
 
 
@@ -68,13 +68,13 @@ class _Units(Pattern):
                 f"{down((sum(costs) - step.sum()) / total)}"
             )
 
-        sums = [scores.of_group(group, parts) for group, parts in zip(groups, weights, strict=True)]
+        sums = scores.of_groups(groups, weights)
         scores.check()
+        nonzero = unit_sums(groups, weights, lambda name: scores.weights[name] != 0)
+        alive = [count > 0 for count in nonzero]
 
-        alive = []
         means = {}
         for group, parts, size, score in zip(groups, weights, sizes, sums, strict=True):
-            alive.append(group.sums(lambda name: scores.weight(name) != 0, parts) > 0)
             for name, part in parts.items():
                 means[name] = (score * group.units / size)[part.unit].unsqueeze(1 - part.dim)
 

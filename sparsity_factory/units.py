@@ -9,7 +9,7 @@ Nothing here imports timm: a block is recognised by that name, and then by its p
 which have to be accounted for.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -74,7 +74,7 @@ class Group(NamedTuple):
 
             shape = [1] * parameter.dim()
             shape[dim] = -1
-            masks[name] &= kept[unit].to(parameter.device).view(shape)
+            masks[name] &= kept[unit].to(parameter.device, non_blocking=True).view(shape)
         return masks
 
     def kept(self, masks: Mapping[str, Tensor]) -> Tensor:
@@ -100,17 +100,32 @@ class Group(NamedTuple):
         """For each named weight of the group, the part by which it counts."""
         return {part.parameter: part for part in reversed(self.parts) if part.parameter in names}
 
-    def sums(self, values_of: Callable[[str], Tensor], weights: Mapping[str, Part]) -> Tensor:
-        """The sum of values over each unit, float64 (units,), on the CPU.
 
-        values_of: from the name of a weight to values of its shape.
-        weights: what `weights` returned.
-        """
-        total = torch.zeros(self.units, dtype=torch.float64)
-        for name, part in weights.items():
-            values = values_of(name).sum(1 - part.dim, dtype=torch.float64)
-            total.index_add_(0, part.unit, values.cpu())  # on a CPU the order is always the same
-        return total
+def unit_sums(
+    groups: Sequence[Group],
+    weights: Sequence[Mapping[str, Part]],
+    values_of: Callable[[str], Tensor],
+) -> list[Tensor]:
+    """The sum of values over each unit of each group, float64 (units,), on the CPU.
+
+    weights: for each group what its `weights` returned.
+    values_of: from the name of a weight to values of its shape.
+    """
+    of_lines = [
+        values_of(name).sum(1 - part.dim, dtype=torch.float64)
+        for parts in weights
+        for name, part in parts.items()
+    ]
+    # One copy to the CPU, where the order of a sum is always the same
+    lines = iter(torch.cat(of_lines).cpu().split([len(values) for values in of_lines]))
+
+    sums = []
+    for group, parts in zip(groups, weights, strict=True):
+        total = torch.zeros(group.units, dtype=torch.float64)
+        for part in parts.values():
+            total.index_add_(0, part.unit, next(lines))
+        sums.append(total)
+    return sums
 
 
 def unit_groups(

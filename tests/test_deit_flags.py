@@ -443,6 +443,7 @@ def test_the_moving_average_is_evaluated_and_the_best_checkpoint_says_which_was_
         *tiny, "--batch-size", "48", "--lr", "9", "--unscale-lr", "--output_dir", "out"
     )
     assert output.count("* Acc@1") == 2
+    assert output.count("Test: Total time") == 1  # the images are decoded once
     assert "(model_ema)" in output
     best = torch.load(tmp_path / "out/best_checkpoint.pth", weights_only=True)
     assert best["best"] == "model_ema"

@@ -1,10 +1,11 @@
 import pytest
 import torch
+from pretend_cuda import CUDA, pretend_cuda
 
 import utils
 from trainer.arguments import parse_args
 from trainer.builders import choose_compute
-from utils import Compute
+from utils import Compute, OnDevice
 
 MATMUL = torch.backends.cuda.matmul
 CUDNN = torch.backends.cudnn
@@ -59,3 +60,55 @@ def test_calibration_computes_in_full_precision(run_main, tiny, monkeypatch):
         assert not MATMUL.allow_tf32 and not CUDNN.allow_tf32
         raise ValueError
     assert MATMUL.allow_tf32 and CUDNN.allow_tf32
+
+
+class Loader(list):
+    """Batches, of which `read` says how many were taken."""
+
+    read = 0
+
+    def __iter__(self):
+        self.read = 0
+        for batch in super().__iter__():
+            self.read += 1
+            yield batch
+
+
+@pytest.fixture
+def loader():
+    return Loader((torch.full((2, 3), number), torch.tensor([number] * 2)) for number in range(3))
+
+
+def test_on_the_cpu_batches_are_those_of_the_loader_one_at_a_time(loader):
+    batches = OnDevice(loader, torch.device("cpu"))
+    assert len(batches) == 3
+    for number, (images, targets) in enumerate(batches):
+        assert loader.read == number + 1
+        assert images is loader[number][0] and targets is loader[number][1]
+
+
+def test_on_a_gpu_the_next_batch_is_copied_ahead_without_a_wait(loader):
+    with pretend_cuda() as waits:
+        for _ in range(2):  # two epochs
+            seen = []
+            for number, (images, targets) in enumerate(OnDevice(loader, CUDA)):
+                assert loader.read == min(number + 2, 3)
+                assert images.is_cuda and targets.is_cuda
+                seen.append(images + targets[:, None])  # an operation on the model's stream
+            assert not waits
+            assert [values.cpu()[0, 0].item() for values in seen] == [0, 2, 4]
+            waits.clear()
+
+
+def test_a_loader_without_batches_has_none_on_a_gpu():
+    with pretend_cuda():
+        assert list(OnDevice([], CUDA)) == []
+
+
+@pytest.mark.gpu
+def test_batches_on_a_gpu_are_those_of_the_loader(loader):
+    device = torch.device("cuda")
+    for pinned in (False, True):
+        batches = [[v.pin_memory() for v in batch] for batch in loader] if pinned else loader
+        for expected, found in zip(loader, OnDevice(batches, device), strict=True):
+            assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, found, strict=True))

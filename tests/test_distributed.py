@@ -159,6 +159,13 @@ def different(one: dict, two: dict) -> int:
     return sum(int((one[name] != two[name]).sum()) for name in one)
 
 
+def test_models_that_are_evaluated_together_have_the_figures_of_each_alone(pair):
+    first, second = (json.loads((pair / f"evaluated{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    for together, alone in first:
+        assert together == alone and together[""] != together["ema"]
+
+
 def test_the_first_process_lists_the_images_for_all(pair):
     first, second = (json.loads((pair / f"listed{rank}.json").read_text()) for rank in range(2))
     assert first["samples"] == second["samples"]

@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import timm
@@ -15,7 +16,7 @@ from torch.nn.utils import prune
 
 import utils
 from augment import BatchTransform
-from engine import Learner, Progress, StepOptions, evaluate, train_one_epoch
+from engine import Learner, Progress, StepOptions, evaluate, evaluate_together, train_one_epoch
 from losses import CosubLoss, DistillationLoss
 from sparsity_factory import (
     SCHEDULES,
@@ -441,6 +442,37 @@ def test_evaluation_counts_every_image_once_whatever_the_last_batch(classes):
     assert stats["loss"] == pytest.approx(
         torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_are_evaluated_together_have_the_figures_of_each_alone_to_the_bit(dtype):
+    first = tiny_vit()
+    second = copy.deepcopy(first)
+    torch.nn.init.normal_(second.head.weight)
+
+    class Counting(list):
+        read = 0
+
+        def __iter__(self):
+            for batch in super().__iter__():
+                self.read += 1
+                yield batch
+
+    compute = Compute(torch.device("cpu"), dtype)
+    loader = Counting(batches(3))
+    found = evaluate_together(loader, {"": first, "ema": second}, compute)
+    assert loader.read == 3
+    assert found == {
+        "": evaluate(batches(3), first, compute),
+        "ema": evaluate(batches(3), second, compute),
+    }
+
+
+def test_log_lines_name_the_figures_of_models_that_are_evaluated_together(capsys):
+    evaluate_together(batches(2), {"": tiny_vit(), "ema": tiny_vit()}, CPU)
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"Test:  \[0/2\] .* loss: .* acc1: .* ema_loss: .* ema_acc5: ", lines[0])
+    assert lines[-2].startswith("* Acc@1 ") and lines[-1] == f"{lines[-2]} (ema)"
 
 
 def test_where_each_process_evaluates_for_itself_all_have_the_figures_of_the_first(monkeypatch):

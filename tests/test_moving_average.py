@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from pretend_cuda import pretend_cuda
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -36,6 +37,25 @@ def test_the_average_has_timms_values_to_the_bit(device):
         for name, value in timms.module.state_dict().items():
             assert ours.module.state_dict()[name].equal(value), name
     assert ours.module[1].num_batches_tracked == 3
+
+
+def test_an_average_in_the_cpus_memory_waits_once_for_the_copies_of_all_weights():
+    """And once more for the counts of batches, if the model has batch normalization."""
+    torch.manual_seed(0)
+    here = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    expected = ModelEmaV3(here, 0.9)
+    with pretend_cuda() as waits:
+        there = copy.deepcopy(here).to("cuda")
+        average = MovingAverage(there, 0.9, "cpu")
+        for model in (here, there):
+            nn.init.ones_(model[0].weight)
+        waits.clear()
+        average.update(there)
+    expected.update(here)
+    assert [place.partition(" at ")[0] for place in waits] == ["synchronize"]
+    assert waits.total() == 2
+    for name, value in expected.module.state_dict().items():
+        assert average.module.state_dict()[name].equal(value), name
 
 
 def test_an_update_makes_no_state_dict(monkeypatch):

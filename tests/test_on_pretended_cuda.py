@@ -288,13 +288,16 @@ CHANGES = {
 #: Of a change: are gradients finite, are scores, how many weights are left, how many does each
 #: layer keep.
 MOST_WAITS = 4
+#: As well: are weights finite, sums of scores and of nonzero weights, two checks of scores and what
+#: is left of each layer for the allocation.
+MOST_WAITS_OF_UNITS = 9
 
 
 @pytest.fixture
 def waits_by_step(few, monkeypatch):
-    """Trains two blocks for twelve steps; returns the waits of each step from number 2 on."""
+    """Trains some blocks for twelve steps; returns the waits of each step from number 2 on."""
 
-    def run(flags: str) -> dict[int, Counter]:
+    def run(flags: str, depth: int = 2) -> dict[int, Counter]:
         end_step = Progress.end_step
         so_far = []
 
@@ -304,7 +307,7 @@ def waits_by_step(few, monkeypatch):
 
         monkeypatch.setattr(Progress, "end_step", counting)
         argv = "--epochs 1 --batch-size 1 --mixup 0 --cutmix 0 --print-freq 100"
-        model = "--model-kwargs depth=2 embed_dim=16 num_heads=2"
+        model = f"--model-kwargs depth={depth} embed_dim=16 num_heads=2"
         with pretend_cuda() as waits:
             main.command([*few, *f"{argv} {model} {flags}".split()])
         monkeypatch.setattr(Progress, "end_step", end_step)
@@ -350,11 +353,24 @@ def test_a_change_of_masks_waits_no_more_for_more_layers(waits_by_step, pruned):
     assert all(waits.total() <= MOST_WAITS for waits in found.values()), found
 
 
-def test_an_epoch_waits_once_for_each_line_of_the_log_and_once_at_its_end(few):
+@pytest.mark.parametrize("pattern", ["heads", "neurons", "heads+neurons"])
+def test_a_change_of_whole_units_waits_no_more_for_more_blocks(waits_by_step, pattern):
+    flags = of_twelve_steps("gradual", PATTERNS[pattern])
+    one, two = (waits_by_step(flags, depth)[4] for depth in (1, 2))
+    assert one == two and two.total() <= MOST_WAITS_OF_UNITS
+
+
+def test_an_average_in_the_cpus_memory_adds_one_wait_to_a_step(waits_by_step):
+    found = waits_by_step("--model-ema --model-ema-force-cpu")
+    assert [waits.total() for waits in found.values()] == [1] * 10
+
+
+@pytest.mark.parametrize("average", ["--model-ema", "--no-model-ema"])
+def test_an_epoch_waits_once_for_each_line_of_the_log_and_once_at_its_end(few, average):
     with pretend_cuda() as waits:
-        argv = "--epochs 2 --batch-size 2 --no-model-ema --print-freq 3"
+        argv = f"--epochs 2 --batch-size 2 {average} --print-freq 3"
         main.command([*few, *argv.split()])
     # Training has lines after batches 0, 3 and 5, the evaluation after 0 and 1
     assert sum(count for place, count in waits.items() if "utils/logs.py" in place) == 2 * (3 + 2)
-    # The weights are finite, and the sums of the evaluation
+    # The weights are finite, and the sums of the evaluation, of one model or two
     assert sum(count for place, count in waits.items() if "engine.py" in place) == 2 * (1 + 1)

@@ -99,6 +99,25 @@ def test_threads_see_the_gpu_as_well(waits):
     assert found == [True]
 
 
+def test_a_copy_of_another_stream_is_waited_for_and_recorded_before_it_is_used(waits):
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        copied = torch.ones(2).to("cuda", non_blocking=True)
+        assert (copied + 1).is_cuda  # on its own stream
+    main = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError, match="record_stream"):
+        main.wait_stream(side)
+        copied + 1
+    copied.record_stream(main)
+    assert (copied + 1).tolist() == [2, 2]
+
+    with torch.cuda.stream(side):
+        copied = torch.ones(2).to("cuda", non_blocking=True)
+    copied.record_stream(main)
+    with pytest.raises(RuntimeError, match="wait_stream"):
+        copied + 1
+
+
 def test_everything_is_as_it_was_afterwards():
     before = torch.cuda.is_available(), torch.Generator, torch.autocast.__init__
     with pytest.raises(KeyError), pretend_cuda():

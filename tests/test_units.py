@@ -363,7 +363,7 @@ def test_a_unit_scores_the_mean_absolute_gradient_of_a_real_gate(kind):
 
     assert len(groups) >= 4
     for group, expected in zip(groups, total, strict=True):
-        found = scores.of_group(group, group.weights(weights))
+        (found,) = scores.of_groups([group], [group.weights(weights)])
         torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-7)
 
 

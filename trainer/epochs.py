@@ -11,7 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 import utils
-from engine import Learner, StepOptions, check_finite, evaluate, steps_of_epoch, train_one_epoch
+from engine import (
+    Learner,
+    StepOptions,
+    check_finite,
+    evaluate_together,
+    steps_of_epoch,
+    train_one_epoch,
+)
 from sparsity_factory import sparse_kernels
 from utils import Compute, log
 
@@ -25,8 +32,8 @@ from .training_state import TrainingState
 class Evaluator:
     """Evaluates models on the validation images of a run.
 
-    Called with a model, it returns what `engine.evaluate` does. A backbone without a head is
-    evaluated by its nearest training images.
+    Called with a model, it returns what `engine.evaluate` does, and `together` that of several. A
+    backbone without a head is evaluated by its nearest training images.
 
     accuracy: takes what `measure` measures, top-1 in percent by name.
     training_images: returns the images of the training, so that they are not listed again.
@@ -55,23 +62,30 @@ class Evaluator:
             )
 
     def __call__(self, model: torch.nn.Module) -> dict[str, float]:
-        # A moving average may live in the CPU's memory.
-        if next(model.parameters()).device != self.compute.device:
-            model = copy.deepcopy(model).to(self.compute.device)
+        return self.together({"": model})[""]
 
+    def together(self, models: dict[str, torch.nn.Module]) -> dict[str, dict[str, float]]:
+        """The figures of several models, for which the images are decoded once."""
+        models = {name: self._here(model) for name, model in models.items()}
         criterion = torch.nn.functional.cross_entropy
         if self.neighbourhood:
-            model = self.neighbourhood(model, self.stop)
+            models = {name: self.neighbourhood(model, self.stop) for name, model in models.items()}
             criterion = None  # votes are no logits
-        return evaluate(
+        return evaluate_together(
             self.loader,
-            model,
+            models,
             self.compute,
             shared=self.shared,
             after_batch=self.stop.checks(self._common_batches()),
             print_freq=self.print_freq,
             criterion=criterion,
         )
+
+    def _here(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model on the device; a moving average may live in the CPU's memory."""
+        if next(model.parameters()).device == self.compute.device:
+            return model
+        return copy.deepcopy(model).to(self.compute.device)
 
     def measure(self, name: str, model: torch.nn.Module) -> None:
         log(f"Accuracy: {name}", only=utils.LINES)
@@ -156,10 +170,11 @@ def train(
             # Evaluate.
             test_stats = {}
             if is_due(progress.epoch, args.eval_every, args.epochs):
-                test_stats["test"] = test(learner.model)
-            if test_stats and learner.ema:
-                log("Moving average of the weights", only=utils.LINES)
-                test_stats["test_ema"] = test(learner.ema.module)
+                models = {"": learner.model}
+                if learner.ema:
+                    models["ema"] = learner.ema.module
+                found = test.together(models)
+                test_stats = {f"test_{name}".rstrip("_"): found[name] for name in found}
 
             # Log, and write a checkpoint.
             state.share_bad_images()

@@ -20,13 +20,22 @@ class MovingAverage(ModelEmaV3):
         if model is not self._model:
             self._pair_up(model)
 
-        new = self._new
-        if self.device is not None:
-            new = [value.to(self.device) for value in new]
+        new = self._here(self._new)
         torch._foreach_lerp_(self._averages, new, weight=1 - self.get_decay(step))
-
-        for own, value in self._counts:
+        for own, value in zip(self._own_counts, self._here(self._counts), strict=True):
             own.copy_(value)
+
+    def _here(self, values: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Tensors of the model on the device of the average.
+
+        From a GPU, one wait follows the copies of all.
+        """
+        if self.device is None or not values:
+            return values
+        copies = [value.to(self.device, non_blocking=True) for value in values]
+        if values[0].is_cuda and not copies[0].is_cuda:
+            torch.cuda.current_stream(values[0].device).synchronize()
+        return copies
 
     def _pair_up(self, model: torch.nn.Module) -> None:
         """Lists the tensors of a model that are averaged, and those that are copied."""
@@ -37,6 +46,8 @@ class MovingAverage(ModelEmaV3):
         averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         self._averages = [own for own, _ in averaged]
         self._new = [value for _, value in averaged]
-        self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+        counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._own_counts = [own for own, _ in counts]
+        self._counts = [value for _, value in counts]
         # Not as a part of this module
         object.__setattr__(self, "_model", model)

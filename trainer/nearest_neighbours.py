@@ -130,15 +130,18 @@ class Neighbourhood:
 
         check = stop.checks(self.batches.common_length())
         batches = utils.MetricLogger().log_every(
-            self.loader, self.print_freq, "Features:", processes=utils.world_size()
+            utils.OnDevice(self.loader, device),
+            self.print_freq,
+            "Features:",
+            processes=utils.world_size(),
         )
         for rows, (images, targets) in zip(self.batches, batches, strict=True):
             with self.compute.autocast():
-                features = backbone(images.to(device, non_blocking=True))
+                features = backbone(images)
             if bank is None:
                 bank = torch.zeros(size, features.shape[1], device=device)
             bank[rows[0] : rows[-1] + 1] = F.normalize(features.float(), dim=1)
-            labels[rows[0] : rows[-1] + 1] = targets.to(device, non_blocking=True)
+            labels[rows[0] : rows[-1] + 1] = targets
             check()
 
         # The rows of other processes are zero, so that the sums are the features of all

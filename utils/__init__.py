@@ -9,7 +9,7 @@ from .class_folders import (
     is_image,
     read_class_folders,
 )
-from .devices import Compute, choose_amp, choose_device, full_precision, versions
+from .devices import Compute, OnDevice, choose_amp, choose_device, full_precision, versions
 from .errors import BadImageError, DivergedError, UserError, WriteError, first_line
 from .files import load_checkpoint, save_checkpoint, write_atomically
 from .images import forget_other_formats, open_image, read_file, to_rgb
@@ -54,6 +54,7 @@ __all__ = [
     "LINES",
     "MetricLogger",
     "ORDER",
+    "OnDevice",
     "QUIET",
     "SAMPLE",
     "STEP",

@@ -1,8 +1,9 @@
-"""The device of a process, and the precision in which it computes."""
+"""The device of a process, the precision in which it computes, and the batches on it."""
 
 import contextlib
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy
@@ -47,6 +48,46 @@ class Compute:
 
     def in_words(self) -> str:
         return f"{self.device} in {str(self.dtype).removeprefix('torch.')}"
+
+
+class OnDevice:
+    """The batches of a loader on a device; a batch is a sequence of tensors.
+
+    On a GPU, a stream of its own copies the next batch while the model computes the present one, as
+    by timm's `PrefetchLoader`. Pixels stay as they are: normalizing them is a part of the step.
+    """
+
+    def __init__(self, loader, device: torch.device):
+        self.loader = loader
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        return self._ahead() if self.device.type == "cuda" else map(self._copied, self.loader)
+
+    def _copied(self, batch) -> list[torch.Tensor]:
+        return [values.to(self.device, non_blocking=True) for values in batch]
+
+    def _ahead(self) -> Iterator[list[torch.Tensor]]:
+        side = torch.cuda.Stream(self.device)
+        present = None
+        for batch in self.loader:
+            with torch.cuda.stream(side):
+                coming = self._copied(batch)
+            if present is not None:
+                yield present
+
+            # What follows on the stream of the model waits for the copy. The memory of the copy is
+            # the side stream's, which has to know that it is in use.
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_stream(side)
+            for values in coming:
+                values.record_stream(stream)
+            present = coming
+        if present is not None:
+            yield present
 
 
 @contextlib.contextmanager

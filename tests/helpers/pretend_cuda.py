@@ -3,14 +3,16 @@
     with pretend_cuda() as waits:
         model.to("cuda")    # torch.cuda.is_available() is true, and values are those of the CPU
 
-Two kinds of mistakes show under it:
+Three kinds of mistakes show under it:
 
 - An operation that mixes tensors of both devices raises an error as on CUDA. As there, a single
   number on the CPU may meet tensors on the GPU.
 - `waits` counts what makes the host wait for a GPU, by kind and by the line of this project that
   asked: `item at engine.py:120`. On a GPU each of them empties its queue of work.
+- What is copied on a stream of its own, and used on another that does not wait for it, or without
+  `record_stream`, raises an error.
 
-What it does not see: wrong kernels, memory, streams and speed; several processes, data workers,
+What it does not see: wrong kernels, memory and speed; several processes, data workers,
 torch.compile, CUDA graphs; what autocast does on CUDA alone; the foreach and the fused paths of
 optimizers, which torch takes only for its own class of tensor; copies that are wrongly
 non-blocking; in-place operations that change a shape. A file that is loaded comes back on the CPU.
@@ -92,7 +94,11 @@ class PretendTensor(Tensor):
             device=CPU,
         )
         tensor.inner = inner
+        tensor.lacks = set()  # what a copy of another stream still needs before it is used
         return tensor
+
+    def record_stream(self, stream: "_Stream") -> None:
+        self.lacks.discard("record_stream")
 
     def __repr__(self, **_):
         return f"PretendTensor({self.inner})"
@@ -129,6 +135,54 @@ def _wait(kind: str) -> None:
         frame = frame.f_back
     place = f"{path.relative_to(ROOT)}:{frame.f_lineno}" if frame else "elsewhere"
     _waits[f"{kind} at {place}"] += 1
+
+
+# ---- streams ----
+
+
+class _Stream:
+    """A stream. What is copied on it is ready for another one that waits, and is safe from being
+    overwritten there after `record_stream`.
+    """
+
+    def __init__(self, device=None):
+        self.copies: list[PretendTensor] = []
+
+    def wait_stream(self, other: "_Stream") -> None:
+        for tensor in other.copies:
+            tensor.lacks.discard("wait_stream")
+        other.copies.clear()
+
+    def synchronize(self) -> None:
+        _wait("synchronize")
+
+
+_streams = [_Stream()]  # the innermost one last
+
+
+@contextlib.contextmanager
+def _on_stream(stream: _Stream) -> Iterator[None]:
+    """`torch.cuda.stream`."""
+    _streams.append(stream)
+    try:
+        yield
+    finally:
+        _streams.pop()
+
+
+def _note_stream(tensor: Tensor) -> None:
+    """Notes a copy that is made on a stream of its own."""
+    if len(_streams) > 1:
+        tensor.stream = _streams[-1]
+        tensor.lacks = {"wait_stream", "record_stream"}
+        tensor.stream.copies.append(tensor)
+
+
+def _check_streams(name: str, leaves: list) -> None:
+    for tensor in leaves:
+        lacks = isinstance(tensor, PretendTensor) and tensor.lacks
+        if lacks and tensor.stream is not _streams[-1]:
+            raise RuntimeError(f"a copy of another stream without {', '.join(lacks)} ({name})")
 
 
 # ---- from one memory to the other ----
@@ -172,7 +226,11 @@ def _to(tensor: Tensor, *args, copy=False, **kwargs) -> Tensor:
         return result
     if not non_blocking:
         _wait(f"to {device.type}")
-    return (_Up if device.type == "cuda" else _Down).apply(result)
+    if device.type == "cpu":
+        return _Down.apply(result)
+    copied = _Up.apply(result)
+    _note_stream(copied)
+    return copied
 
 
 def _cpu(tensor: Tensor, *_) -> Tensor:
@@ -261,6 +319,7 @@ def _run(operation, args: tuple, kwargs: dict) -> Any:
     goes_there = there or _is_cuda(kwargs.get("device"))
     if there:
         _check_devices(name, operation._schema.is_mutable, args, leaves)
+        _check_streams(name, leaves)
     _count_waits(name, args, kwargs, there, goes_there)
 
     inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
@@ -432,8 +491,10 @@ def _autocast_on_cpu(init: Callable) -> Callable:
 def _stand_ins() -> list[tuple[Any, dict[str, Any]]]:
     """What to replace: modules and classes, and by name what to put into them."""
     cuda = {
+        "Stream": _Stream,
         "_lazy_init": lambda: None,
         "current_device": lambda: 0,
+        "current_stream": lambda device=None: _streams[-1],
         "device_count": lambda: 1,
         "empty_cache": lambda: None,
         "get_device_capability": lambda device=None: (8, 0),
@@ -448,6 +509,7 @@ def _stand_ins() -> list[tuple[Any, dict[str, Any]]]:
         "memory_allocated": lambda device=None: 0,
         "memory_reserved": lambda device=None: 0,
         "set_device": lambda device: None,
+        "stream": _on_stream,
         "synchronize": lambda device=None: _wait("synchronize"),
     }
     by_device = "_group_tensors_by_device_and_dtype"

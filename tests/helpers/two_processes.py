@@ -6,8 +6,8 @@ starting it takes longest.
 FOLDER/runs.json has the command lines by name. In FOLDER/NAME, each process leaves what it printed
 (printed0.txt), and every set of masks that the run has had (masks0.pth); and the weights after each
 permutation and each reconstruction (weights0.pth). FOLDER/exchanged0.pth and shared0.pth have what
-the processes told each other before, and listed0.json the images in FOLDER/images and how many
-folders it listed.
+the processes told each other before, listed0.json the images in FOLDER/images and how many folders
+it listed, and evaluated0.json the figures of two models.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from torch import Tensor
 import main
 import utils
 from datasets import build_dataset
+from engine import evaluate, evaluate_together
 from models import build_model
 from sparsity_factory import Masks, PruningError, Sparsifier
 from trainer.arguments import parse_args
@@ -124,9 +125,29 @@ def list_images(folder: Path) -> None:
     (folder / f"listed{utils.rank()}.json").write_text(content)
 
 
+def evaluate_models(folder: Path) -> None:
+    """Evaluates two models together and one after the other, with images shared out or not."""
+    torch.manual_seed(0)
+    images, targets = torch.randn(20, 3, 28, 28), torch.randint(10, (20,))
+    batches = list(zip(images.split(8), targets.split(8), strict=True))
+    compute = utils.Compute(torch.device("cpu"))
+    models = {name: build_model("deit_sample_patch4_28", 10, 28) for name in ("", "ema")}
+
+    found = []
+    for shared in (True, False):
+        mine = batches[utils.rank() :: 2] if shared else batches
+        together = evaluate_together(mine, models, compute, shared=shared)
+        alone = {
+            name: evaluate(mine, model, compute, shared=shared) for name, model in models.items()
+        }
+        found.append([together, alone])
+    (folder / f"evaluated{utils.rank()}.json").write_text(json.dumps(found))
+
+
 def run_all(folder: Path) -> None:
     utils.init_process_group(torch.device("cpu"))
     list_images(folder)
+    evaluate_models(folder)
     update = Masks.update
     permute, reconstruct = Sparsifier._permute, Sparsifier._reconstruct
     utils.init_process_group = lambda *_: None  # the group is there already
