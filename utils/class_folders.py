@@ -85,12 +85,11 @@ def differently_ordered(names: Iterable[str], key) -> str:
 
 def _images_below(folder: str, hidden: set[str]) -> list[str]:
     """The images in a folder and below it, as torchvision orders them: by folder, then by name."""
-    pairs = sorted((os.path.dirname(path), path) for path in _walk(folder, hidden))
-    return [path for _, path in pairs]
+    return [path for _, path in sorted(_walk(folder, hidden))]
 
 
 def _walk(folder: str, hidden: set[str], above: tuple[str, ...] = ()):
-    """The paths of the images in a folder and below it."""
+    """The images in a folder and below it, each as the path of its folder and its own."""
     for entry in _entries(folder, hidden):
         if entry.is_dir():
             real = above
@@ -102,7 +101,7 @@ def _walk(folder: str, hidden: set[str], above: tuple[str, ...] = ()):
             yield from _walk(entry.path, hidden, real)
         elif is_image(entry.name):
             _check_kind(entry)
-            yield entry.path
+            yield folder, entry.path
 
 
 def _entries(folder, hidden: set[str]) -> Iterator[os.DirEntry]:
