@@ -38,7 +38,7 @@ from measure import (
     under,
 )
 from PIL import Image
-from smaller import kernels, structured
+from smaller import kernels, sparse_products, structured
 from timm.data import create_transform
 from timm.optim import create_optimizer_v2, muon
 from torch.nn.utils import prune
@@ -676,6 +676,7 @@ GROUPS = {
         evaluation,
         structured,
         kernels,
+        sparse_products,
         inputs,
         startup,
         sample,
