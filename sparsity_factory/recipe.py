@@ -127,7 +127,12 @@ class Recipe:
                     f"{choice} {name_of(value)} is a function, which cannot be saved: expected one "
                     f"of {', '.join(registry)}, to which it may be added"
                 )
-        return _plain(asdict(self))
+        found = asdict(self)
+        # With the defaults of today, since those of a later version may be others
+        known = self.options.items()
+        options = {name: option.default for name, option in known if option.default is not None}
+        found["method_options"] = {**options, **(self.method_options or {})} or None
+        return _plain(found)
 
     @classmethod
     def from_dict(cls, untrusted) -> "Recipe":
@@ -165,7 +170,7 @@ class Recipe:
         return replace(
             recipe,
             custom_config=_plain(recipe.custom_config),
-            method_options=_plain(recipe.method_options),
+            method_options=_plain(recipe._value("method_options")),
         )
 
     def differences(self, other: "Recipe") -> list[str]:
@@ -431,7 +436,7 @@ class Recipe:
 
     def _flag(self, name: str) -> str:
         """A field as it is given on the command line."""
-        value = getattr(self, name)
+        value = self._value(name)
         if name == "method_options" and isinstance(value, Mapping):
             return " ".join([as_flag(name), *(f"{key}={in_words(value[key])}" for key in value)])
         if value is True or isinstance(value, Mapping):
@@ -442,7 +447,20 @@ class Recipe:
 
     def _given(self) -> list[str]:
         """The fields that are not at their defaults."""
-        return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        return [field.name for field in fields(self) if self._value(field.name) != field.default]
+
+    def _value(self, name: str):
+        """The value of a field, without options at their defaults."""
+        value = getattr(self, name)
+        if name != "method_options" or not isinstance(value, Mapping):
+            return value
+        known = self.options
+        changed = {
+            option: number
+            for option, number in value.items()
+            if option not in known or number != known[option].default
+        }
+        return changed or None
 
     def _used(self) -> dict[str, None]:
         """The fields that decide something: a set, in their order."""
@@ -461,13 +479,7 @@ class Recipe:
         """The value of a field, in one form for all equal meanings."""
         if name == "custom_config" and self.custom_config is not None:
             return self._custom_levels()
-        if name == "method_options":
-            # A default that is given says nothing
-            given = self.method_options or {}
-            return {
-                name: value for name, value in given.items() if value != self.options[name].default
-            }
-        value = getattr(self, name)
+        value = self._value(name)
         return list(value) if isinstance(value, tuple) else value
 
     def _custom_levels(self) -> list[tuple]:

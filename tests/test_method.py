@@ -23,7 +23,7 @@ from sparsity_factory import (
 )
 from sparsity_factory.damping import DAMPING, damped_gram
 from sparsity_factory.layer_walk import Inputs
-from sparsity_factory.method import method, options_of
+from sparsity_factory.method import Positive, method, options_of
 from sparsity_factory.recipe import METHODS
 from sparsity_factory.scores import Layer
 
@@ -251,7 +251,9 @@ def test_a_recipe_keeps_its_options_and_shows_them():
     recipe = with_options(**options)
     recipe.check()
     assert Recipe.from_dict(recipe.to_dict()) == recipe
-    assert recipe.to_dict()["method_options"] == options
+    defaults = {"owl.outlier": 5, "obs.damping": 0.01}
+    assert recipe.to_dict()["method_options"] == {**options, **defaults}
+    assert "--method-options" not in with_options(**defaults).in_words()
     assert recipe.in_words().endswith("--method-options owl.lambda=0.1 obs.columns=128")
 
 
@@ -259,6 +261,19 @@ def test_recipes_differ_by_an_option_that_is_not_the_default():
     assert not OWL.differences(with_options(**{"owl.lambda": 0.08}))
     assert not with_options(**{"owl.lambda": 1}).differences(with_options(**{"owl.lambda": 1.0}))
     assert OWL.differences(with_options(**{"owl.lambda": 0.1})) == ["method_options"]
+
+
+def test_a_saved_recipe_keeps_its_numbers_where_the_defaults_have_changed(monkeypatch):
+    saved = OWL.to_dict()
+
+    @method(outlier="", lambda_="")
+    def owl(scores, sparsity, *, outlier: Positive = 5.0, lambda_: Positive = 0.5):
+        """A later version."""
+
+    monkeypatch.setitem(PRUNERS, "owl", owl)
+    recipe = Recipe.from_dict(saved)
+    assert recipe.method_options == {"owl.lambda": 0.08}
+    assert recipe.differences(OWL) == ["method_options"]
 
 
 def test_choices_that_are_replaced_take_their_options_along():
