@@ -1,4 +1,4 @@
-"""Augmentations beyond timm's, quicker forms of some of timm's, and the repair of one.
+"""DeiT's transforms of images: augmentations beyond timm's, and quicker forms of some of timm's.
 
 The transforms of a training image end in uint8 pixels, (3, height, width); `BatchTransform` does
 the rest.
@@ -15,9 +15,58 @@ from timm.data import (
     IMAGENET_DEFAULT_STD,
     RandomResizedCropAndInterpolation,
     auto_augment,
+    create_transform,
 )
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
+
+from utils import UserError, first_line
+
+SMALL = 32  # images of up to this size are not zoomed into, as in DeiT
+BICUBIC = transforms.InterpolationMode.BICUBIC
+
+
+def build_transform(is_train: bool, args):
+    """DeiT's transform of one image; training images become uint8 pixels for `BatchTransform`.
+
+    Training images of up to 32 x 32 are cropped out of a padded image instead of zoomed into.
+    """
+    if not is_train:
+        return _evaluation_transform(args)
+    if args.ThreeAugment:
+        return three_augment(args.input_size, args.color_jitter, args.src)
+
+    repair_posterize()
+    try:
+        crop, augment, _ = create_transform(
+            separate=True,
+            input_size=args.input_size,
+            is_training=True,
+            color_jitter=args.color_jitter or None,
+            auto_augment=args.aa if args.aa != "none" else None,
+            interpolation=args.train_interpolation,
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UserError(
+            f"--aa {args.aa}: not a policy that timm knows ({first_line(error)})"
+        ) from None
+
+    if args.input_size <= SMALL:
+        resize = transforms.Resize(args.input_size, interpolation=BICUBIC)
+        pad = transforms.RandomCrop(args.input_size, padding=args.crop_padding)
+        zoom = transforms.Compose([resize, pad])
+    else:
+        zoom = RandomResizedCrop(args.input_size, interpolation=args.train_interpolation)
+
+    # Our crop takes the place of timm's, which is the first step
+    return transforms.Compose([zoom, *crop.transforms[1:], augment, transforms.PILToTensor()])
+
+
+def normalization(args) -> tuple[list[float], list[float]]:
+    """The mean and the deviation of the arguments, three numbers each; ImageNet's by default."""
+    mean = getattr(args, "mean", None) or IMAGENET_DEFAULT_MEAN
+    std = getattr(args, "std", None) or IMAGENET_DEFAULT_STD
+    return list(mean), list(std)
 
 
 def three_augment(
@@ -50,6 +99,8 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
     different places, so a pixel may differ by up to two of its 256 levels. It takes an image, or
     uint8 pixels (3, height, width).
     """
+
+    takes_pixels = True
 
     def __call__(self, image: Image.Image | torch.Tensor) -> Image.Image:
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
@@ -143,3 +194,21 @@ def repair_posterize() -> None:
     """Makes timm's AutoAugment and RandAugment policies use `posterize` from here."""
     for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
         auto_augment.NAME_TO_OP[name] = posterize
+
+
+# ---- helpers, not exported ----
+
+
+def _evaluation_transform(args):
+    if args.input_size <= SMALL:
+        resized = args.input_size
+    else:
+        resized = int(args.input_size / args.eval_crop_ratio)
+    return transforms.Compose(
+        [
+            transforms.Resize(resized, interpolation=BICUBIC),
+            transforms.CenterCrop(args.input_size),
+            transforms.ToTensor(),
+            transforms.Normalize(*normalization(args)),
+        ]
+    )

@@ -148,7 +148,7 @@ def test_pixels_are_those_of_pillow(tmp_path, content):
 
 
 def test_pillow_decodes_where_torchvision_no_longer_does(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.decode_jpeg", None)
+    monkeypatch.setattr("utils.images.decode_jpeg", None)
     (tmp_path / "a.jpg").write_bytes(jpeg(NOISE))
     assert isinstance(load_image(tmp_path / "a.jpg", as_pixels=True), Image.Image)
 
@@ -183,7 +183,7 @@ def test_training_images_are_decoded_to_pixels_where_the_first_step_crops(
 ):
     decoded = []
     monkeypatch.setattr(
-        "datasets.decode_jpeg", lambda content: decoded.append(1) or decode_jpeg(content)
+        "utils.images.decode_jpeg", lambda content: decoded.append(1) or decode_jpeg(content)
     )
     for split in ("train", "val"):
         (tmp_path / split / "one").mkdir(parents=True)

@@ -108,7 +108,7 @@ def test_a_file_of_more_bytes_than_an_image_has_is_refused(tmp_path):
 
 
 def test_a_gzip_bomb_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.IDX_LARGEST", 2**20)
+    monkeypatch.setattr("utils.idx_files.LARGEST", 2**20)
     (tmp_path / "x.gz").write_bytes(gzip.compress(bytes(2**22)))
     with pytest.raises(UserError, match="unpacks to more than"):
         read_idx(tmp_path, "x", 3)

@@ -1,4 +1,4 @@
-"""What all parts of the project use: errors, processes, logs, checkpoint files, devices, seeds."""
+"""What all parts use: errors, processes, logs, checkpoint and image files, devices, seeds."""
 
 from .class_folders import (
     EXTENSIONS,
@@ -9,10 +9,12 @@ from .class_folders import (
     is_image,
     read_class_folders,
 )
+from .class_images import images_by_class, number_classes
 from .devices import Compute, OnDevice, choose_amp, choose_device, full_precision, versions
 from .errors import BadImageError, DivergedError, UserError, WriteError, first_line
 from .files import load_checkpoint, save_checkpoint, write_atomically
-from .images import forget_other_formats, open_image, read_file, to_rgb
+from .idx_files import read_idx, write_idx
+from .images import forget_other_formats, load_image, loader_for, open_image, read_file, to_rgb
 from .logs import (
     BARS,
     LINES,
@@ -73,6 +75,7 @@ __all__ = [
     "forget_other_formats",
     "full_precision",
     "gather_objects",
+    "images_by_class",
     "init_process_group",
     "is_first_to_fail",
     "is_hidden",
@@ -80,8 +83,11 @@ __all__ = [
     "is_main_process",
     "launcher",
     "load_checkpoint",
+    "load_image",
+    "loader_for",
     "local_rank",
     "log",
+    "number_classes",
     "on_first_process",
     "open_image",
     "processes_here",
@@ -89,6 +95,7 @@ __all__ = [
     "rank",
     "read_class_folders",
     "read_file",
+    "read_idx",
     "save_checkpoint",
     "seed_everything",
     "show_progress",
@@ -97,4 +104,5 @@ __all__ = [
     "versions",
     "world_size",
     "write_atomically",
+    "write_idx",
 ]

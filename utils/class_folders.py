@@ -35,12 +35,12 @@ class ClassFolders:
     """What the folder of a split holds.
 
     images: the paths of each class, which is a folder directly in it, in torchvision's order;
-        images deeper in such a folder are of its class.
+        images deeper in such a folder are of its class. In a tar file they have numbers.
     loose: the names of images directly in it, which belong to no class.
     hidden: the names that were left out.
     """
 
-    images: dict[str, list[str]] = field(default_factory=dict)
+    images: dict[str, list] = field(default_factory=dict)
     loose: list[str] = field(default_factory=list)
     hidden: set[str] = field(default_factory=set)
 
