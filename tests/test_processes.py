@@ -285,6 +285,8 @@ for layer in "ab":
     warnings.warn(f"{layer}: " + "as long as it has to be " * 30)
 os.environ["RANK"] = "1"
 warnings.warn_explicit("on another process", UserWarning, library.__file__, 99)
+utils.logs.is_main_process = lambda: False
+logging.getLogger("sparsity_factory").warning("of another process of the run")
 """
 
 
