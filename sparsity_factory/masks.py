@@ -116,7 +116,7 @@ class Masks(Mapping[str, Tensor]):
         }
 
         self._masks: dict[str, Tensor] = {}
-        self.update(masks)
+        self.replace(masks)
         self.apply()
 
     @torch.no_grad()
@@ -136,14 +136,25 @@ class Masks(Mapping[str, Tensor]):
         changes = {}
         for name, new in masks.items():
             new = new.to(self._parameters[name].device)
-            dense = torch.ones(new.shape, dtype=torch.bool, device=new.device)
-            old = self._masks.setdefault(name, dense)
+            old = self._masks[name] if name in self._masks else torch.ones_like(new)
             changes[name] = Change(dropped=old > new, grown=new > old)
-            old.copy_(new)
+
+        self.replace(masks)
+        return changes
+
+    @torch.no_grad()
+    def replace(self, masks: Mapping[str, Tensor]) -> None:
+        """As `update`, for those who do not need to know what has changed."""
+        self.check(masks)
+        for name, new in masks.items():
+            if name not in self._masks:
+                device = self._parameters[name].device
+                self._masks[name] = torch.empty(new.shape, dtype=torch.bool, device=device)
+        if masks:
+            torch._foreach_copy_([self._masks[name] for name in masks], list(masks.values()))
 
         # In model order
         self._masks = {name: self._masks[name] for name in self._parameters if name in self._masks}
-        return changes
 
     def check(self, masks: Mapping[str, Tensor]) -> None:
         """Raises PruningError for masks that `update` would refuse."""
@@ -239,7 +250,7 @@ class Masks(Mapping[str, Tensor]):
                     f"{list(masks[name].shape)}"
                 )
 
-        self.update(masks)
+        self.replace(masks)
         self.apply()
 
 

@@ -327,23 +327,22 @@ def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
     if m > PAIRWISE_UP_TO:
         return _n_of_large_groups(groups, n).view(score.shape)
 
-    # The rank of a weight is how many weights of its group come before it. At first each weight
-    # ranks at its place.
-    ranks = [
-        torch.full((len(groups),), place, dtype=torch.uint8, device=score.device)
-        for place in range(m)
-    ]
+    # The rank of a weight is how many weights of its group come before it, shape (m, groups). At
+    # first each weight ranks at its place.
+    columns = groups.T
+    ranks = torch.empty(columns.shape, dtype=torch.uint8, device=score.device)
+    ranks[:] = torch.arange(m, dtype=torch.uint8, device=score.device)[:, None]
 
-    # Compare every pair; on a tie the earlier weight stays ahead
-    for later in range(m):
-        for earlier in range(later):
-            overtakes = (groups[:, later] > groups[:, earlier]).view(torch.uint8)
-            ranks[earlier] += overtakes
-            ranks[later] -= overtakes
+    # Compare all pairs that are as far apart; on a tie the earlier weight stays ahead
+    overtakes = torch.empty_like(ranks[1:], dtype=torch.bool)
+    for apart in range(1, m):
+        later = overtakes[apart - 1 :]
+        torch.gt(columns[apart:], columns[:-apart], out=later)
+        ranks[:-apart] += later.view(torch.uint8)
+        ranks[apart:] -= later.view(torch.uint8)
 
-    mask = torch.zeros(groups.shape, dtype=torch.bool, device=score.device)
-    for place, rank in enumerate(ranks):
-        mask[:, place] = rank < n
+    mask = torch.empty(groups.shape, dtype=torch.bool, device=score.device)
+    torch.lt(ranks, n, out=mask.T)
     return mask.view(score.shape)
 
 

@@ -120,7 +120,7 @@ class HiddenWeights(ZeroWeights):
             self._hide()
 
     def change(self, masks: Mapping[str, Tensor]) -> ZeroWeights:
-        self._masks.update(masks)
+        self._masks.replace(masks)
         self._hide()
         return self
 
@@ -204,12 +204,12 @@ class FrozenWeights(HiddenWeights):
         self._frozen = {}
 
         if not masks_change:
-            self._masks.update(self._learner.masks())
+            self._masks.replace(self._learner.masks())
             self._hide()
             self._followers.renew_averages()
 
     def change(self, masks: Mapping[str, Tensor]) -> ZeroWeights:
-        self._masks.update(masks)
+        self._masks.replace(masks)
         self._masks.apply()
         # From here on the weights are trained, as if the training began
         self._followers.forget()

@@ -239,7 +239,8 @@ class Scores(Mapping[str, Tensor]):
 
         self._layers: dict[str, Layer] = {}
         self._finite: set[str] = set()
-        self._unchecked: dict[str, Tensor] = {}  # the largest scores of layers, and the smallest
+        # The largest scores of layers, and the smallest or others that cannot be negative
+        self._unchecked: dict[str, tuple[Tensor, Tensor]] = {}
         self._at_least: dict[str, Tensor] = {}
         # Callers ask for the scores of one layer several times in a row
         self._latest: tuple[str, Tensor] | None = None
@@ -252,13 +253,14 @@ class Scores(Mapping[str, Tensor]):
 
         weight = self.weights[name].detach().to(self._dtype)
         score = self._score(weight, self.layer(name))
-        smallest = score.new_zeros(())
+        smallest = None
         if self._score not in NON_NEGATIVE and not self.signed:
             smallest = score.amin()
             score = score.abs()  # so that zeros have one sign: bits are compared
         score = self._of_units(score, self._among.get(name))
         if name not in self._finite:
-            self._unchecked[name] = torch.stack([score.amax(), smallest])
+            largest = score.amax()
+            self._unchecked[name] = (largest, largest if smallest is None else smallest)
             # On a GPU every check waits, so that all layers are checked at once, by the caller
             if score.device.type == "cpu":
                 self.check()
@@ -316,8 +318,9 @@ class Scores(Mapping[str, Tensor]):
         """
         if not self._unchecked:
             return
-        extremes = torch.stack(list(self._unchecked.values())).tolist()
-        for name, (largest, smallest) in zip(self._unchecked, extremes, strict=True):
+        extremes = torch.stack([value for both in self._unchecked.values() for value in both])
+        both = extremes.view(-1, 2).tolist()
+        for name, (largest, smallest) in zip(self._unchecked, both, strict=True):
             kind = f"{name} has a {name_of(self._score)} score that is"
             if not math.isfinite(largest):
                 self.weight(name)  # raises if the weight itself is the cause

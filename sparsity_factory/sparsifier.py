@@ -179,7 +179,7 @@ class Sparsifier:
 
             # Weights stand still while they learn: a reconstruction only chooses their first masks
             dense = copy.deepcopy(self.model.state_dict()) if learns else {}
-            self.masks.update(self._reconstruct(first))
+            self.masks.replace(self._reconstruct(first))
             if learns:
                 self.model.load_state_dict(dense)
 
@@ -344,7 +344,7 @@ class Sparsifier:
         self._rewind = on_cpu(rewind)
         self._rewind_averages = [on_cpu(average) for average in averages]
 
-        self.masks.update(masks)
+        self.masks.replace(masks)
         self.masks.apply()
         self._pruned_weights = pruned_weights
         self._followers.mask_averages()

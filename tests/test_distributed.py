@@ -145,7 +145,7 @@ def pair(once, tiny):
 def had(monkeypatch):
     """Every set of masks that the runs of this process have had."""
     found = []
-    monkeypatch.setattr(Masks, "update", record(found, Masks.update))
+    monkeypatch.setattr(Masks, "replace", record(found, Masks.replace))
     return found
 
 

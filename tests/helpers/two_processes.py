@@ -34,14 +34,13 @@ def copy_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def record(found: list, update):
-    """`Masks.update`, which also adds a copy of the new masks to the list."""
+def record(found: list, replace):
+    """`Masks.replace`, which also adds a copy of the new masks to the list."""
 
     def recording(masks, new):
-        changes = update(masks, new)
+        replace(masks, new)
         if new:
             found.append(copy_of(masks))
-        return changes
 
     return recording
 
@@ -148,7 +147,7 @@ def run_all(folder: Path) -> None:
     utils.init_process_group(torch.device("cpu"))
     list_images(folder)
     evaluate_models(folder)
-    update = Masks.update
+    replace = Masks.replace
     permute, reconstruct = Sparsifier._permute, Sparsifier._reconstruct
     utils.init_process_group = lambda *_: None  # the group is there already
     exchange_tensors(folder)
@@ -156,7 +155,7 @@ def run_all(folder: Path) -> None:
     for name, argv in json.loads((folder / "runs.json").read_text()).items():
         (folder / name).mkdir(exist_ok=True)
         found, weights = [], []
-        Masks.update = record(found, update)
+        Masks.replace = record(found, replace)
         Sparsifier._permute, Sparsifier._reconstruct = (
             record_weights(weights, method) for method in (permute, reconstruct)
         )
