@@ -1,6 +1,10 @@
-"""The one exception that a user's mistake raises, and values as its messages show them."""
+"""The one exception that a user's mistake raises, warnings, and values as messages show them."""
 
+import logging
 import reprlib
+from functools import cache
+
+log = logging.getLogger(__name__)
 
 
 class PruningError(ValueError):
@@ -9,6 +13,12 @@ class PruningError(ValueError):
     def __init__(self, message: str):
         # File names and YAML keys may hold line breaks, which would make several lines
         super().__init__(" ".join(message.split()))
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Logs a warning, the first time that it is given: masks are chosen many times in a run."""
+    log.warning("%s", message)
 
 
 def as_flag(name: str) -> str:

@@ -76,8 +76,8 @@ ALONE = {
 OF_THE_MODEL = """\
 --pruner unifplus: a sparsity that the layers between the first and the last cannot reach
 --pattern row, x:m: a sparsity that leaves less than one weight of a row or group
---pattern n:m, n:mt, x:m, block:RxC: sizes that do not divide those of the layers
---pattern heads, neurons, heads+neurons: a block without a unit left, or of an unknown kind
+--pattern n:m, n:mt, x:m, block:RxC: sizes that divide those of no layer
+--pattern heads, neurons, heads+neurons: a block without a unit left, or only unknown blocks
 methods that look at data: more --calibration-images than training images; streams (timm:wds/...)
 """
 

@@ -3,6 +3,7 @@
 A pattern knows no allocation. A unit is what it keeps or removes as a whole: a weight, a block, a
 head. A pattern that handles each layer by itself overrides some of these:
 
+- `misfit(name, shape)`: why a weight of that shape cannot be divided into units, and stays dense;
 - `units(shape)`: how many units a weight of that shape has;
 - `score(score)`: the scores of the units, from the scores of the weights;
 - `among(score, left)`, `most(left)`: the scores, and the number of units that a weight can keep, if
@@ -72,21 +73,21 @@ class Pattern:
 
         Args:
             model: a module, which is not changed.
-            scores: the `Scores` of its prunable weights.
+            scores: the `Scores` of its prunable weights that the pattern fits.
             allocate: from `Scores` and a sparsity to the number of units that each layer keeps.
             sparsity: the fraction of the budget to remove.
             budget: one of `budgets`.
 
         Raises:
-            PruningError: the pattern does not fit a layer, or cannot reach the sparsity.
+            PruningError: the pattern cannot reach the sparsity.
         """
-        self.check(scores.shapes)
         total = round(sum(map(prod, scores.shapes.values())) * (1 - sparsity))
         kept = self.fit(allocate(scores, sparsity), scores.most, scores.shapes, total)
         return {name: scores.mask(name, kept[name]) for name in scores}
 
-    def check(self, shapes: Shapes) -> None:
-        """Raises a PruningError that names the first layer that the pattern does not fit."""
+    def misfit(self, name: str, shape: Sequence[int]) -> str:
+        """What the pattern expects of a weight that it does not fit; empty if it fits."""
+        return ""
 
     def units(self, shape: Sequence[int]) -> int:
         """How many units a weight of this shape has."""

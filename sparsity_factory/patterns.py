@@ -55,13 +55,11 @@ class _Groups(Pattern):
         self.name = name
         self.m = m
 
-    def check(self, shapes):
-        for name, (outputs, inputs) in shapes.items():
-            if self.m and inputs % self.m:
-                raise PruningError(
-                    f"pattern {self.name}: expected a group size that divides the {inputs} inputs "
-                    f"of {name} ({outputs} x {inputs})"
-                )
+    def misfit(self, name, shape):
+        outputs, inputs = shape
+        if not self.m or not inputs % self.m:
+            return ""
+        return f"a group size that divides the {inputs} inputs of {name} ({outputs} x {inputs})"
 
     def most(self, left):
         m = self.m or left.shape[1]
@@ -190,13 +188,11 @@ class Transposable(NOfM):
                 f"pattern {name!r}: expected n:mt with m of at most {MOST_TRANSPOSABLE}"
             )
 
-    def check(self, shapes):
-        for name, (outputs, inputs) in shapes.items():
-            if outputs % self.m or inputs % self.m:
-                raise PruningError(
-                    f"pattern {self.name}: expected blocks of {self.m} x {self.m} that divide "
-                    f"{name} ({outputs} x {inputs})"
-                )
+    def misfit(self, name, shape):
+        outputs, inputs = shape
+        if not outputs % self.m and not inputs % self.m:
+            return ""
+        return f"blocks of {self.m} x {self.m} that divide {name} ({outputs} x {inputs})"
 
     def among(self, score, left):
         # The best mask of a block is the one of the largest sum: a single weight that may not be
@@ -207,6 +203,8 @@ class Transposable(NOfM):
         return transposable_n_of_m(score, kept * self.m // score.numel(), self.m)
 
     def flaw(self, mask, exact=True):
+        if self.misfit("", mask.shape) and mask.all():
+            return ""
         return super().flaw(mask, exact) or super().flaw(mask.T, exact)
 
 
@@ -247,13 +245,11 @@ class Block(Pattern):
             return cls(name, rows, columns)
         return None
 
-    def check(self, shapes):
-        for name, (outputs, inputs) in shapes.items():
-            if outputs % self.rows or inputs % self.columns:
-                raise PruningError(
-                    f"pattern {self.name}: expected blocks that divide {name} ({outputs} x "
-                    f"{inputs})"
-                )
+    def misfit(self, name, shape):
+        outputs, inputs = shape
+        if not outputs % self.rows and not inputs % self.columns:
+            return ""
+        return f"blocks that divide {name} ({outputs} x {inputs})"
 
     def units(self, shape):
         return prod(shape) // (self.rows * self.columns)

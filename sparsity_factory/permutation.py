@@ -41,7 +41,7 @@ def best_orders(
     model: nn.Module,
     scores: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
-    pattern_of: Callable[[str], Pattern],
+    pattern_of: Callable[[str], Pattern | None],
 ) -> dict[str, Tensor]:
     """Orders of channels that keep more score, by name of the weight whose columns they are.
 
@@ -50,7 +50,7 @@ def best_orders(
         scores: of the prunable weights, by name.
         masks: of the same weights, by the patterns: they say how many weights each layer keeps.
         pattern_of: from the name of a weight to its pattern. Only a pattern with groups of m along
-            the inputs gives an order.
+            the inputs gives an order. None: its mask stays.
 
     Returns:
         Int64 tensors (channels,) on the CPU: the channel that comes to each place. Blocks that gain
@@ -62,9 +62,10 @@ def best_orders(
     def kept_score(channels: Channels, order: Tensor) -> float:
         total = 0.0
         for name, (dim, places) in channels.places.items():
-            if name in kept:
+            pattern = pattern_of(name) if name in kept else None
+            if pattern:
                 score = _moved(scores[name], dim, places, order)
-                mask = pattern_of(name).mask(score, kept[name])
+                mask = pattern.mask(score, kept[name])
                 total += float((score * mask).sum(dtype=torch.float64))
         return total
 
@@ -147,7 +148,7 @@ def better_order(score: Tensor, n: int, m: int, sets: int = 1) -> Tensor:
 
 
 def _channels(model: nn.Module) -> list[Channels]:
-    return [_channels_of(group) for group in unit_groups(model, known_only=True)]
+    return [_channels_of(group) for group in unit_groups(model)]
 
 
 def _channels_of(group: Group) -> Channels:

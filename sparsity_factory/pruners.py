@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .custom_yaml import resolve_levels
 from .damping import DAMPING, DAMPING_LINE
-from .errors import PruningError, as_flag, in_words, short
+from .errors import PruningError, as_flag, in_words, short, warn_once
 from .k_largest import largest_lamp_scores_overall, largest_overall, largest_threshold
 from .knapsack import cheapest
 from .levels import at_levels, kfac
@@ -45,6 +45,7 @@ from .method import (
     name_of,
     options_of,
 )
+from .pattern_base import Pattern, down
 from .patterns import n_of_m, parse_pattern
 from .reconstruction import COLUMNS_LINE
 from .scores import SCORES, Scores, wanda
@@ -91,6 +92,9 @@ def compute_masks(
             it.
         among: masks by parameter name: only these weights may be kept, as far as they suffice.
 
+    Layers that the pattern does not fit stay dense, and so do blocks whose heads and neurons are
+    not known: a warning names them.
+
     Returns:
         Parameter name to bool tensor of the weight's shape, on its device, True where the weight is
         kept; in model order. All prunable weights have a mask. If heads or neurons are pruned, so
@@ -111,8 +115,9 @@ def compute_masks(
     _check_statistics(statistics, weights, pruner, score)
 
     units = parse_pattern(pattern)
+    fitting = _fitting(weights, units)
     measure = chosen(SCORES, score, method_options)
-    scores = Scores(weights, measure, units, statistics, seed, reconstructed, among)
+    scores = Scores(fitting, measure, units, statistics, seed, reconstructed, among)
     if pruner == "custom":
         levels = custom(scores, custom_config)
         masks = {name: mask_at(scores, name, level) for name, level in levels.items()}
@@ -133,9 +138,16 @@ def compute_masks(
 
     target = sparsity if units.sparsity is None else units.sparsity
     assert target is not None  # `check_request` refuses that
+    dense = {name: weight for name, weight in weights.items() if name not in fitting}
+    if dense and units.sparsity is None:
+        target = _without_dense(fitting, dense, target, units)  # layers that fit keep less
+
     masks = units.masks(model, scores, allocate, float(target), budget)
     scores.check()
-    return masks
+    if not dense:
+        return masks
+    masks |= {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in dense.items()}
+    return {name: masks[name] for name in weights}
 
 
 def check_request(
@@ -489,6 +501,36 @@ def _check_statistics(
                     f"the statistics are of another model: {name} of shape {list(weight.shape)} "
                     "is not among their weights"
                 )
+
+
+def _fitting(weights: Mapping[str, Tensor], pattern: Pattern) -> dict[str, Tensor]:
+    """The weights that a pattern fits; a warning names the others, which stay dense.
+
+    Raises:
+        PruningError: it fits none.
+    """
+    misfits = {name: pattern.misfit(name, weight.shape) for name, weight in weights.items()}
+    fitting = {name: weight for name, weight in weights.items() if not misfits[name]}
+    if not fitting:
+        raise PruningError(f"pattern {pattern.name}: expected {next(iter(misfits.values()))}")
+    if dense := [name for name in weights if name not in fitting]:
+        warn_once(f"pattern {pattern.name} fits not all layers: {', '.join(dense)} stay dense")
+    return fitting
+
+
+def _without_dense(
+    fitting: Mapping[str, Tensor], dense: Mapping[str, Tensor], sparsity: float, pattern: Pattern
+) -> float:
+    """The sparsity of the weights that a pattern fits, if `sparsity` is that of all."""
+    prunable = sum(weight.numel() for weight in fitting.values())
+    total = prunable + sum(weight.numel() for weight in dense.values())
+    kept = round(total * (1 - sparsity)) - (total - prunable)
+    if kept < 1:
+        raise PruningError(
+            f"pattern {pattern.name} fits {prunable:,} of {total:,} weights: expected a sparsity "
+            f"of less than {down(prunable / total)}"
+        )
+    return 1 - kept / prunable
 
 
 def _budget(sizes: Mapping[str, int], sparsity: float) -> int:

@@ -346,8 +346,8 @@ class _OverAllRows(Pattern):
     def _whole(self, shape: Sequence[int]) -> tuple[int, int]:
         return self._outputs, shape[1]
 
-    def check(self, shapes):
-        self._pattern.check({name: self._whole(shape) for name, shape in shapes.items()})
+    def misfit(self, name, shape):
+        return self._pattern.misfit(name, self._whole(shape))
 
     def units(self, shape):
         return self._pattern.units(self._whole(shape))
@@ -444,6 +444,7 @@ def _check(weight: Tensor, gram: Tensor, kept: int | Tensor, pattern: Pattern) -
             raise PruningError(f"expected a bool mask of shape {outputs} x {inputs}")
         return
 
-    pattern.check({"the weight": weight.shape})
+    if misfit := pattern.misfit("the weight", weight.shape):
+        raise PruningError(f"pattern {pattern.name}: expected {misfit}")
     if not 0 <= kept <= pattern.units(weight.shape):
         raise PruningError(f"{kept} kept: expected 0 to {pattern.units(weight.shape)}")

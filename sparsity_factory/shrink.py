@@ -38,7 +38,7 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     shrunk = copy.deepcopy(model)
     Masks(shrunk, masks)  # sets pruned weights to zero
 
-    for group in unit_groups(shrunk, known_only=True):
+    for group in unit_groups(shrunk):
         kept = group.kept(masks)
         if kept.all():
             continue
@@ -54,7 +54,7 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
 def unit_counts(model: nn.Module) -> dict[str, int]:
     """The number of heads or neurons of each block, by module name, which give a model's shape."""
-    return {group.name: group.units for group in unit_groups(model, known_only=True)}
+    return {group.name: group.units for group in unit_groups(model)}
 
 
 def with_units(model: nn.Module, counts) -> nn.Module:
@@ -65,7 +65,7 @@ def with_units(model: nn.Module, counts) -> nn.Module:
     Raises:
         PruningError: counts that are not of this model.
     """
-    groups = unit_groups(model, known_only=True)
+    groups = unit_groups(model)
     if not isinstance(counts, Mapping) or counts.keys() != {group.name for group in groups}:
         raise PruningError(
             "the saved shape is of another model: expected a number for each of its blocks"

@@ -491,10 +491,11 @@ class Sparsifier:
         return masks
 
     def _pattern(self, name: str) -> Pattern | None:
-        """The pattern by which a layer chooses its mask anew; None if layers have to agree."""
+        """The pattern by which a layer chooses its mask anew; None if it stays."""
         level = self._levels.get(name)
         if isinstance(level, tuple):
             n, m = level
             return parse_pattern(f"{n}:{m}")
         pattern = parse_pattern(self.recipe.pattern)
-        return None if pattern.structured else pattern
+        stays = pattern.structured or pattern.misfit(name, self._shapes[name])
+        return None if stays else pattern

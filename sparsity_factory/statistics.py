@@ -449,7 +449,7 @@ def _gates(model: nn.Module) -> dict[str, Tensor]:
     weights = prunable_weights(model)
     return {
         name: part.unit.argsort(stable=True).view(group.units, -1).to(weights[name].device)
-        for group in unit_groups(model, known_only=True)
+        for group in unit_groups(model)
         for name, part in group.weights(weights).items()
         if part.dim == COLUMNS
     }

@@ -1,16 +1,18 @@
 """Patterns whose units span several layers: whole heads and neurons of the blocks of `units.py`."""
 
+from collections.abc import Mapping
 from math import prod
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from .errors import PruningError
+from .errors import PruningError, warn_once
 from .knapsack import nearest_steps
 from .method import method
 from .multiply_adds import image_of, multiply_adds_of_modules
 from .pattern_base import Pattern, down
-from .units import HEADS, NEURONS, unit_groups, unit_sums
+from .units import HEADS, NEURONS, Group, unit_groups, unit_sums
 from .whole_units import whole_units
 
 
@@ -40,12 +42,7 @@ class _Units(Pattern):
         Units of zeros alone, such as those that are pruned already, are never kept, unless no other
         is left.
         """
-        groups = unit_groups(model, self.kinds, weights=scores.weights)
-        if not groups:
-            raise PruningError(
-                f"pattern {self.name}: {type(model).__name__} has none that are known: expected a "
-                "transformer of timm"
-            )
+        groups = self._groups(model, scores.weights)
 
         # Lists have an entry for each group; weights: by name, the part that tells a unit's place
         numel = {name: prod(shape) for name, shape in scores.shapes.items()}
@@ -104,6 +101,20 @@ class _Units(Pattern):
             chosen[torch.from_numpy(best_first[:count])] = True
             masks |= group.masks(chosen, parameters)
         return {name: masks[name] for name in parameters if name in masks}
+
+    def _groups(self, model: nn.Module, weights: Mapping[str, Tensor]) -> list[Group]:
+        """The groups that it prunes; a warning names blocks that stay whole."""
+        unknown: list[str] = []
+        groups = unit_groups(model, self.kinds, weights, unknown)
+        if not groups:
+            reason = unknown[0] if unknown else "expected a transformer of timm"
+            raise PruningError(
+                f"pattern {self.name}: {type(model).__name__} has none that are known: {reason}"
+            )
+        if unknown:
+            others = f" (as {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+            warn_once(f"pattern {self.name} leaves blocks whole: {unknown[0]}{others}")
+        return groups
 
     def why_not(self, masks, exact=True):
         known = set()

@@ -131,18 +131,14 @@ def unit_sums(
 def unit_groups(
     model: nn.Module,
     kinds: Collection[str] = (HEADS, NEURONS),
-    known_only: bool = False,
     weights: Collection[str] | None = None,
+    unknown: list[str] | None = None,
 ) -> list[Group]:
     """The groups of units of a model, in model order.
 
     kinds: the kinds to return, of `heads` and `neurons`.
-    known_only: skip blocks that cannot be handled.
     weights: the names of the prunable weights; by default those that are prunable by default.
-
-    Raises:
-        PruningError: naming the first block that looks as if it had such units and cannot be
-            handled.
+    unknown: gets a line for each block that looks as if it had such units and cannot be handled.
     """
     weights = default_weights(model) if weights is None else weights
     groups = []
@@ -162,9 +158,9 @@ def unit_groups(
 
         try:
             groups.append(_group(name, module, kind, weights))
-        except PruningError:
-            if not known_only:
-                raise
+        except PruningError as error:
+            if unknown is not None:
+                unknown.append(str(error))
     return groups
 
 

@@ -102,7 +102,8 @@ def _block(parent: str, first: list[str], last: str, masks: Mapping[str, Tensor]
     left = [masks[last].any(0).cpu()]
     left += [masks[name].any(1).cpu().view(-1, len(left[0])).any(0) for name in first]
     alive = torch.stack(left).any(0)
-    kind = HEADS if "att" in parent.lower() else NEURONS
+    # Of an MLP within an attention pool, only the last name counts
+    kind = HEADS if "att" in parent.rpartition(".")[2].lower() else NEURONS
 
     flaw = ""
     if kind == HEADS and _width(alive) < NARROWEST_HEAD:

@@ -24,6 +24,7 @@ from sparsity_factory import (
     prunable_weights,
     regrow,
 )
+from sparsity_factory.errors import warn_once
 from sparsity_factory.knapsack import nearest_steps
 from sparsity_factory.patterns import PAIRWISE_UP_TO, n_of_m
 from sparsity_factory.scores import Scores
@@ -325,15 +326,32 @@ def test_a_name_that_is_no_pattern_is_a_one_line_error(name, message):
 
 
 @pytest.mark.parametrize("pattern", ["3:5", "x:5", "2:3t", "block:4x5", "block:3x4", "2:999999999"])
-def test_a_pattern_that_does_not_fit_a_layer_names_it(pattern):
-    model = (
-        linears(torch.randn(60, 60), torch.randn(4, 8))
-        if pattern != "2:999999999"
-        else linears(torch.randn(4, 8))
-    )
-    name = "0.weight" if len(model) == 1 else "1.weight"
-    with pytest.raises(PruningError, match=rf"^pattern {pattern}: expected .*{name} \(4 x 8\)$"):
+def test_a_pattern_that_fits_no_layer_names_one(pattern):
+    model = linears(torch.randn(4, 8), torch.randn(7, 8))
+    with pytest.raises(PruningError, match=rf"^pattern {pattern}: expected .*0.weight \(4 x 8\)$"):
         compute_masks(model, "unif", None if pattern[0] in "23" else 0.5, pattern=pattern)
+
+
+@pytest.mark.parametrize("pattern", ["3:5", "x:5", "2:3t", "block:4x5", "block:3x4"])
+def test_a_layer_that_no_group_fits_stays_dense_and_is_named(pattern, caplog):
+    model = linears(torch.randn(60, 60), torch.randn(4, 8), torch.randn(60, 60))
+    sparsity = None if pattern[0] in "23" else 0.5
+    warn_once.cache_clear()
+    for _ in range(2):
+        masks = (
+            compute_masks(model, "erk", sparsity, pattern=pattern)
+            if sparsity
+            else (compute_masks(model, "unif", pattern=pattern))
+        )
+    assert list(masks) == ["0.weight", "1.weight", "2.weight"] and masks["1.weight"].all()
+    (warned,) = caplog.messages
+    assert warned == f"pattern {pattern} fits not all layers: 1.weight stay dense"
+    assert not masks["0.weight"].all() and not parse_pattern(pattern).why_not(masks)
+    if sparsity:
+        kept = sum(int(mask.sum()) for mask in masks.values())
+        assert 3616 - 720 <= kept <= 3616 + 20  # half of 7,232, in whole groups or blocks
+        with pytest.raises(PruningError, match="fits 7,200 of 7,232 weights: .* less than 0.9955"):
+            compute_masks(model, "unif", 0.999, pattern=pattern)
 
 
 def test_every_pattern_describes_itself_in_one_line():

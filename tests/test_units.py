@@ -32,12 +32,14 @@ from sparsity_factory import (
     compute_masks,
     multiply_adds,
     needs_of,
+    parse_pattern,
     prunable_weights,
     shrink,
     sparsity_rows,
     unit_counts,
     with_units,
 )
+from sparsity_factory.errors import warn_once
 from sparsity_factory.multiply_adds import OTHERS, multiply_adds_of_modules
 from sparsity_factory.scores import Scores
 from sparsity_factory.units import unit_groups
@@ -496,7 +498,9 @@ def test_a_budget_of_multiply_adds_is_met_by_what_the_shrunk_model_spends(kind):
         open_groups = [
             group for group in unit_groups(model, pattern.split("+")) if not group.kept(masks).all()
         ]
-        counts, _ = multiply_adds_of_modules(model, [group.name for group in open_groups], image)
+        counts, _ = multiply_adds_of_modules(
+            model, [group.name for group in open_groups], image, prunable_weights(model)
+        )
         cheapest = min(
             count / group.units for count, group in zip(counts, open_groups, strict=True)
         )
@@ -615,8 +619,6 @@ def test_a_model_without_units_and_a_block_that_is_not_known_are_named():
         PruningError, match="blocks.0.attn is a Attention, whose heads cannot be told apart"
     ):
         compute_masks(model, "unif", 0.2, pattern="heads")
-    # For which the attention does not matter
-    compute_masks(model, "unif", 0.2, pattern="neurons")
     model = timm.create_model(
         "swinv2_tiny_window8_256",
         img_size=64,
@@ -630,6 +632,33 @@ def test_a_model_without_units_and_a_block_that_is_not_known_are_named():
         match="layers.0.blocks.0.attn is a WindowAttention, whose heads cannot be told",
     ):
         compute_masks(model, "unif", 0.2, pattern="heads")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_base_patch16_siglip_224",
+        "eva02_tiny_patch14_224",
+        "beit_base_patch16_224",
+        "xcit_nano_12_p16_224",
+    ],
+)
+def test_blocks_that_are_not_known_stay_whole_and_are_named(name, caplog):
+    sizes = {"xcit_nano_12_p16_224": {"num_heads": 2}}.get(name, {"num_heads": 3})
+    torch.manual_seed(0)
+    model = timm.create_model(name, depth=2, embed_dim=24, num_classes=5, **sizes).eval()
+    warn_once.cache_clear()
+    masks = compute_masks(model, "unif", 0.2, pattern="heads+neurons")
+    assert caplog.messages[0].startswith("pattern heads+neurons leaves blocks whole: ")
+
+    weights = {weight: mask for weight, mask in masks.items() if weight in prunable_weights(model)}
+    kept = sum(int(mask.sum()) for mask in weights.values())
+    total = sum(mask.numel() for mask in weights.values())
+    assert list(weights) == list(prunable_weights(model)) and 0.75 * total < kept <= 0.8 * total
+    assert not parse_pattern("heads+neurons").why_not(masks)
+    images = torch.randn(1, 3, 224, 224)
+    small = shrink(model, masks)
+    torch.testing.assert_close(small(images), masked(model, masks)(images), rtol=1e-3, atol=1e-4)
 
 
 def test_multiply_adds_are_a_budget_of_heads_and_neurons_alone_and_of_models_that_say_their_size():
@@ -748,6 +777,7 @@ def test_a_block_that_computes_something_else_without_a_unit_keeps_its_size(name
     except PruningError as error:
         assert name == "caformer_s18" and "whose neurons cannot be told apart" in str(error)
         return
+    caplog.clear()
     masked = copy.deepcopy(model)
     Masks(masked, masks)
     small = shrink(model, masks)

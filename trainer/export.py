@@ -210,7 +210,7 @@ def write_weights(folder: Path, model: nn.Module, call: tuple[str, dict], told: 
     (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
 
     units = {
-        kind: {group.name: group.units for group in unit_groups(model, [kind], known_only=True)}
+        kind: {group.name: group.units for group in unit_groups(model, [kind])}
         for kind in (HEADS, NEURONS)
     }
     shape = {"model": call[0], "arguments": call[1], **units, **told}
