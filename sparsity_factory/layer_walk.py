@@ -18,12 +18,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from .errors import PruningError
+from .linear_calls import LinearCalls
 from .masks import Layers, prunable_weights
-from .statistics import add_gram, evaluation, expect_used, images_of, less_mean, linear_operands
+from .statistics import (
+    add_gram,
+    evaluation,
+    expect_used,
+    images_of,
+    less_mean,
+    without_fast_attention,
+)
 
 # Most layers of a unit. A block of a transformer has four; a pass that stops there holds the tokens
 # once, and one that stops within the block holds them three times.
@@ -234,6 +240,7 @@ def _walk(
         raise PruningError("no calibration images: expected at least one batch")
 
     with ExitStack() as stack:
+        stack.enter_context(without_fast_attention())
         lanes = [stack.enter_context(_lane(model, names, batches[0], autocast)) for model in models]
 
         # A pass keeps only what it still needs of its images, so the list gives them up
@@ -430,35 +437,30 @@ class _Found(Exception):
     """The inputs of a layer are known."""
 
 
-class _Linears(TorchFunctionMode):
-    """Calls a function with the weight and the inputs of every linear function."""
+class _Linears(LinearCalls):
+    """Calls a function with the name and the inputs of every linear function of the weights."""
 
-    def __init__(self, look: Callable[[Tensor, Tensor], None]):
-        super().__init__()
+    def __init__(self, weights: dict[str, Tensor], look: Callable[[str, Tensor], None]):
+        super().__init__(weights)
         self._look = look
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.linear:
-            inputs, weight = linear_operands(args, kwargs)
-            self._look(weight, inputs)
-        return func(*args, **kwargs)
+    def see(self, name, inputs, compute):
+        self._look(name, inputs)
+        return compute()
 
 
 def _next_layer(
     compute: Callable[[], object], pending: dict[str, Tensor]
 ) -> tuple[str | None, Tensor | None]:
     """Computes up to the first weight that is pending; returns its name and its inputs."""
-    names = {id(weight): name for name, weight in pending.items()}
     found = []
 
-    def look(weight, inputs):
-        if name := names.get(id(weight)):
-            found.extend((name, inputs))
-            raise _Found
+    def look(name, inputs):
+        found.extend((name, inputs))
+        raise _Found
 
     try:
-        with _Linears(look):
+        with _Linears(pending, look):
             compute()
     except _Found:
         return tuple(found)
@@ -471,13 +473,11 @@ def _units(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> dict
     It is the outermost module within the model that has few enough layers, or the one that uses the
     weight.
     """
-    names = {id(weight): name for name, weight in weights.items()}
     calls = [model]  # that run now, the outermost first
     calls_of = {}  # the same by name of a weight, at its first use
 
-    def look(weight, inputs):
-        if name := names.get(id(weight)):
-            calls_of.setdefault(name, tuple(calls))
+    def look(name, inputs):
+        calls_of.setdefault(name, tuple(calls))
 
     def begin(module, args):
         calls.append(module)
@@ -490,7 +490,7 @@ def _units(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> dict
         nn.modules.module.register_module_forward_hook(end, always_call=True),
     ]
     try:
-        with _Linears(look):
+        with _Linears(weights, look):
             model.forward(images)
     finally:
         for hook in hooks:

@@ -22,11 +22,12 @@ Layers = Sequence[str] | Callable[[str, nn.Module], bool]
 def prunable_weights(model: nn.Module, layers: Layers | None = None) -> dict[str, nn.Parameter]:
     """The prunable weights of a model, by parameter name, in model order.
 
-    By default these are the weights of every `nn.Linear`, except the classifier's and those of
-    `POSITION_MLPS`. The classifier is what `get_classifier()` returns, of the model or of a model
-    in it: a module, or a list or tuple of them. A weight that several modules share appears once,
-    under its first name. Linear layers whose weight is not a plain parameter
-    (`torch.nn.utils.prune`, parametrizations) cannot be pruned.
+    By default these are the weights of every `nn.Linear`, and those that `nn.MultiheadAttention`
+    holds itself, such as `in_proj_weight`; except the classifier's and those of `POSITION_MLPS`.
+    The classifier is what `get_classifier()` returns, of the model or of a model in it: a module,
+    or a list or tuple of them. A weight that several modules share appears once, under its first
+    name. Weights that are no plain parameters (`torch.nn.utils.prune`, parametrizations) cannot be
+    pruned.
 
     Args:
         layers: which of them. Patterns such as `blocks.*` are matched with the names of layers and
@@ -69,7 +70,7 @@ def why_no_layers(patterns) -> str:
 
 def layer_name(weight: str) -> str:
     """The name of the layer that has a weight of this name."""
-    return weight.removesuffix(".weight")
+    return weight.removesuffix("weight").rstrip("._")
 
 
 def dense_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
@@ -370,12 +371,20 @@ def _owned_weights(model: nn.Module) -> dict[str, _Owned]:
     seen = set()
     owned = {}
     for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or not isinstance(module.weight, nn.Parameter):
-            continue
-        if module.weight.numel() and id(module.weight) not in seen:
-            seen.add(id(module.weight))
-            owned[f"{path}.weight".lstrip(".")] = _Owned(module, module.weight)
+        for name in _own_names(module):
+            weight = getattr(module, name)
+            is_plain = isinstance(weight, nn.Parameter) and weight.numel()
+            if is_plain and id(weight) not in seen:
+                seen.add(id(weight))
+                owned[f"{path}.{name}".lstrip(".")] = _Owned(module, weight)
     return owned
+
+
+def _own_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of the weights that a module has itself."""
+    if isinstance(module, nn.MultiheadAttention):
+        return ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    return ("weight",) if isinstance(module, nn.Linear) else ()
 
 
 def _by_default(model: nn.Module, owned: Mapping[str, _Owned]) -> list[str]:

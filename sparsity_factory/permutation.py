@@ -13,11 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .masks import layer_name
 from .patterns import Pattern
 from .units import COLUMNS, HEADS, NEURONS, Group, unit_groups
 
 # The last rows of these layers are the channels of the values, in the order of proj's columns
-VALUES = ("qkv", "v", "gate")
+VALUES = ("qkv", "in_proj", "v", "gate")
+JOINT = ("qkv", "in_proj")  # of these the last third
+READERS = ("proj", "out_proj")
 ROUNDS = 100  # of the search
 TINY = 1e-6  # a gain below this share of its terms is rounding
 
@@ -155,11 +158,11 @@ def _channels_of(group: Group) -> Channels:
     """The neurons of a group of units, or the channels of the values of its heads."""
     places = {}
     for name, dim, unit in group.parts:
-        layer = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+        layer = layer_name(name).removesuffix("bias").rstrip("._").rpartition(".")[2]
         if group.kind == NEURONS:
             places[name] = dim, unit.argsort(stable=True).view(group.units, -1)
-        elif layer in VALUES or layer == "proj" and dim == COLUMNS:
-            channels = len(unit) // 3 if layer == "qkv" else len(unit)
+        elif layer in VALUES or layer in READERS and dim == COLUMNS:
+            channels = len(unit) // 3 if layer in JOINT else len(unit)
             places[name] = dim, torch.arange(len(unit) - channels, len(unit))[:, None]
 
     weight = next(name for name, (dim, _) in places.items() if dim == COLUMNS)

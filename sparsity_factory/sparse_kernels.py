@@ -187,7 +187,9 @@ def sparse_kernels(
         A copy of the model with the quickest kernels, which shares its parameters, or `model`
         itself if the copy is not quicker; and the report. Outputs are equal up to rounding.
     """
-    pruned = [name for name, weight in prunable_weights(model).items() if not weight.all()]
+    # A weight of torch's multi-head attention has no layer of its own
+    weights = prunable_weights(model).items()
+    pruned = [name for name, weight in weights if not name.endswith("_weight") and not weight.all()]
     paths = {name: name.removesuffix("weight").rstrip(".") for name in pruned}
     layers = {name: model.get_submodule(path) for name, path in paths.items()}
 

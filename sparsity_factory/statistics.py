@@ -4,9 +4,6 @@ One pass over the images collects all sums. If those that a pass can free would 
 at once, there are more passes, each for some of the layers: the sums for `removal_costs` become
 costs, which are small, and on a GPU all others move to the CPU.
 
-A weight's inputs are read from the linear function that uses the weight, not from its layer's call,
-because some architectures use a layer's weight without calling the layer.
-
 Each batch gives its part in float32 (float64 for a model in it), and the parts are added up in
 float64. Sums of numbers of 24 bits that lie within a factor of 2**29 of each other are exact in the
 53 bits of float64. So the order of the batches, and how they are shared out among processes, change
@@ -26,10 +23,9 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from .errors import PruningError
+from .linear_calls import LinearCalls
 from .masks import Layers, layer_name, prunable_weights
 from .memory import free_memory
 from .processes import ALONE, Processes
@@ -92,6 +88,7 @@ class Statistics:
         self._weights = weights
         self._costs = {}
         self._layout_errors: dict[str, Tensor] = {}
+        self._tokens_first: set[str] = set()  # weights that see tokens before images
 
         # First row: images, batches, and images of the first batch. Then a row for each weight: 0,
         # batches in which its inputs were seen, and batches in which it had a gradient.
@@ -323,10 +320,11 @@ def collect_statistics(
     for group in groups:
         statistics = Statistics(group, needs, gates)
 
-        with evaluation(model), _with_gradients(group) if needs & OF_GRADIENTS else torch.no_grad():
+        gradients = _with_gradients(group) if needs & OF_GRADIENTS else torch.no_grad()
+        with evaluation(model), without_fast_attention(), gradients:
             for index, batch in enumerate(batches if found else stream):
                 if index == 0 and needs & OF_IMAGES:
-                    statistics._layout_errors |= _layout_errors(model, group, batch)
+                    _find_layouts(model, group, batch, statistics)
                 _look(model, group, batch, loss, statistics, is_first=index == 0 and not share)
 
         if add_up:
@@ -363,11 +361,6 @@ def expect_used(unused: Sequence[str]) -> None:
         )
 
 
-def linear_operands(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
-    """Inputs and weight of a call of `F.linear`."""
-    return (*args, kwargs.get("weight"))[:2] if args else (kwargs["input"], kwargs["weight"])
-
-
 def add_gram(total: Tensor, inputs: Tensor) -> None:
     """Adds X^T X of inputs X (tokens, inputs) to `total`.
 
@@ -399,6 +392,17 @@ def less_mean(inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@contextmanager
+def without_fast_attention() -> Iterator[None]:
+    """Lets torch's attention call its modules and functions one by one, also without gradients."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
@@ -535,11 +539,21 @@ def _look(
     seen.finish()
 
 
-def _layout_errors(model: nn.Module, weights: dict[str, Tensor], batch) -> dict[str, Tensor]:
-    """By weight, how far the inputs of the first image are from those that it has alone.
+def by_image(values: Tensor, images: int, tokens_first: bool) -> Tensor:
+    """Values (..., width) of all tokens in the shape (images, tokens, width)."""
+    if tokens_first:
+        return values.reshape(-1, images, values.shape[-1]).transpose(0, 1)
+    return values.reshape(images, -1, values.shape[-1])
 
-    The distance is relative, and large if a layer is not given the tokens of an image together, one
-    image after the other. Nothing here waits for a GPU.
+
+def _find_layouts(
+    model: nn.Module, weights: dict[str, Tensor], batch, statistics: Statistics
+) -> None:
+    """Finds out which layers see tokens before images: (tokens, images, inputs).
+
+    For each layer it keeps how far the inputs of the first image are from those that it has alone.
+    The distance is relative, and large if neither order is that of the layer. Nothing here waits
+    for a GPU.
 
     Raises:
         PruningError: naming the first layer whose inputs have another number of rows.
@@ -550,44 +564,50 @@ def _layout_errors(model: nn.Module, weights: dict[str, Tensor], batch) -> dict[
         for part in (images[:1], images):
             with _FirstInputs(weights) as first:
                 model.forward(part)
-            found.append(first.inputs)
+            found.append(first)
     alone, together = found
 
-    errors = {}
-    for name, inputs in together.items():
-        one = alone[name].reshape(-1, inputs.shape[-1]).float()
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        if inputs.dim() == 1 or len(rows) != len(images) * len(one):
+    for name, inputs in together.inputs.items():
+        one = alone.inputs[name].reshape(-1, inputs.shape[-1]).float()
+        if inputs.dim() == 1 or inputs[..., 0].numel() != len(images) * len(one):
             raise _not_images_first(name)
-        errors[name] = (rows[: len(one)] - one).norm() / one.norm().clamp(min=1e-30)
-    return errors
+
+        # Rows of attention do not show it; elsewhere, the dimension that grows is that of images
+        tokens_first = name in together.of_attention
+        if inputs.dim() > 2 and len(images) > 1:
+            tokens_first = len(inputs) == len(alone.inputs[name])
+        if tokens_first:
+            statistics._tokens_first.add(name)
+        rows = by_image(inputs, len(images), tokens_first)[0].float()
+        statistics._layout_errors[name] = (rows - one).norm() / one.norm().clamp(min=1e-30)
 
 
 def _not_images_first(name: str) -> PruningError:
     return PruningError(
-        f"{name} is not given the tokens of an image together, along the first dimension: "
-        "expected that for gradients of single images"
+        f"{name} is not given the tokens of one image after the other, or the first token of all "
+        "images first: expected that for gradients of single images"
     )
 
 
-class _FirstInputs(TorchFunctionMode):
-    """Keeps the inputs of the first use of each weight, by name."""
+class _FirstInputs(LinearCalls):
+    """Keeps the inputs of the first use of each weight, by name.
+
+    of_attention: the names of weights that torch's multi-head attention uses.
+    """
 
     def __init__(self, weights: dict[str, Tensor]):
-        super().__init__()
+        super().__init__(weights)
         self.inputs: dict[str, Tensor] = {}
-        self._names = {id(weight): name for name, weight in weights.items()}
+        self.of_attention: set[str] = set()
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.linear:
-            inputs, weight = linear_operands(args, kwargs)
-            if name := self._names.get(id(weight)):
-                self.inputs.setdefault(name, inputs.detach().clone())
-        return func(*args, **kwargs)
+    def see(self, name, inputs, compute):
+        self.inputs.setdefault(name, inputs.detach().clone())
+        if self.in_attention:
+            self.of_attention.add(name)
+        return compute()
 
 
-class _Inputs(TorchFunctionMode):
+class _Inputs(LinearCalls):
     """Adds up the inputs of every linear function that uses a prunable weight.
 
     During the backward pass it adds up what the gradients at their outputs give. Call `finish`
@@ -595,27 +615,20 @@ class _Inputs(TorchFunctionMode):
     """
 
     def __init__(self, weights: dict[str, Tensor], statistics: Statistics, images: int):
-        super().__init__()
+        super().__init__(weights)
         self._images = images
         # The gradients of single images, by weight, shape (images, outputs, inputs): as long as a
         # use of the weight is still to come
         self._gradients: dict[str, Tensor] = {}
         self._uses: Counter[str] = Counter()
-        self._names = {id(weight): name for name, weight in weights.items()}
         self._rows = {name: row for row, name in enumerate(weights, start=1)}
         self._statistics = statistics
         self._seen = set()
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = None
-        if func is F.linear:
-            inputs, weight = linear_operands(args, kwargs)
-            if name := self._names.get(id(weight)):
-                self._add(name, inputs.detach())
-
-        outputs = func(*args, **kwargs)
-        if name and self._statistics.needs & OF_OUTPUTS and outputs.requires_grad:
+    def see(self, name, inputs, compute):
+        self._add(name, inputs.detach())
+        outputs = compute()
+        if self._statistics.needs & OF_OUTPUTS and outputs.requires_grad:
             self._uses[name] += 1
             # A copy keeps its hook when the model changes the outputs in place
             outputs = outputs.clone()
@@ -633,8 +646,9 @@ class _Inputs(TorchFunctionMode):
                 add_gram(totals["gradient_gram"], rows * scale)
 
             if totals.keys() & OF_IMAGES:
-                x = at_least_float32(inputs.reshape(self._images, -1, inputs.shape[-1]))
-                dy = at_least_float32(gradient.reshape(self._images, -1, gradient.shape[-1]))
+                tokens_first = name in self._statistics._tokens_first
+                x = at_least_float32(by_image(inputs, self._images, tokens_first))
+                dy = at_least_float32(by_image(gradient, self._images, tokens_first))
                 self._gradients[name] = self._gradients.get(name, 0) + dy.mT @ x
                 self._uses[name] -= 1
                 if not self._uses[name]:

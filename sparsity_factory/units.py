@@ -203,6 +203,14 @@ def class_attention(module: nn.Module) -> Block:
     return Block(HEADS, module.num_heads, parts)
 
 
+def multihead_attention(module: nn.Module) -> Block:
+    """Torch's own attention, which holds the weight for queries, keys and values itself."""
+    head = torch.arange(module.num_heads).repeat_interleave(module.head_dim)
+    parts = [Part(name, ROWS, head.repeat(3)) for name in ("in_proj_weight", "in_proj_bias")]
+    parts.append(Part("out_proj", COLUMNS, head))
+    return Block(HEADS, module.num_heads, parts)
+
+
 def mlp(module: nn.Module) -> Block:
     """Two layers with an activation between them."""
     each = torch.arange(module.fc2.in_features)
@@ -228,6 +236,7 @@ BLOCKS: dict[str, Callable[[nn.Module], Block]] = {
     "WindowAttention": window_attention,
     "TalkingHeadAttn": talking_heads,
     "ClassAttn": class_attention,
+    "MultiheadAttention": multihead_attention,
     "Mlp": mlp,
     "GluMlp": glu_mlp,
     "SwiGLU": swiglu,
@@ -258,7 +267,7 @@ def _group(name: str, module: nn.Module, kind: str, weights: Collection[str]) ->
     kind_of_block = type(module).__name__
     refused = PruningError(
         f"{name or 'the model'} is a {kind_of_block}, whose {kind} cannot be told apart: expected "
-        f"one of timm's {', '.join(BLOCKS)}, as they are by default"
+        f"one of timm's or torch's {', '.join(BLOCKS)}, as they are by default"
     )
     if kind_of_block not in BLOCKS:
         raise refused
@@ -287,7 +296,7 @@ def _group(name: str, module: nn.Module, kind: str, weights: Collection[str]) ->
         for own in parameters
         if own not in accounted and own.split(".")[0] not in block.untouched
     ]
-    linear = [part.parameter for part in parts if part.parameter.endswith(".weight")]
+    linear = [part.parameter for part in parts if part.parameter.endswith("weight")]
     if unknown or not all(weight in weights for weight in linear) or block.kind != kind:
         raise refused
     return Group(name, kind, block.units, parts)

@@ -124,28 +124,34 @@ def test_squared_gradients_do_not_depend_on_the_size_of_batches(model):
 
 
 class Layers(nn.Module):
-    """A transformer of torch that wants (tokens, images, width), as OpenAI's CLIP does."""
+    """Layers that are given images, or tokens as in OpenAI's CLIP, first; or all rows of these."""
 
-    def __init__(self, images_first=False):
+    def __init__(self, first="rows"):
         super().__init__()
         torch.manual_seed(0)
-        self.images_first = images_first
+        self.first = first
         self.layers = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6))
 
     def forward(self, x):
-        if self.images_first:
+        if self.first == "images":
             return self.layers(x).mean(1)
-        return self.layers(x.transpose(0, 1).contiguous()).mean(0)
+        x = x.transpose(0, 1).contiguous()
+        shape = x.shape
+        x = x.flatten(0, 1) if self.first == "rows" else x
+        return self.layers(x).view(shape).mean(0)
 
 
 @pytest.mark.parametrize("need", ["squared_gradient", "removal_costs"])
 @pytest.mark.parametrize("images", [5, 4], ids=["as many as tokens", "fewer than tokens"])
-def test_a_model_that_puts_tokens_first_is_refused_by_name(need, images):
-    data = batches((images,), torch.float32)
+def test_tokens_may_come_before_images_unless_all_are_rows_of_one_matrix(need, images):
+    data = batches((images, images - 1), torch.float32)
     for loss in (F.cross_entropy,):
-        collect_statistics(Layers(images_first=True), data, loss, {need})
+        expected = collect_statistics(Layers("images"), data, loss, {need})
+        found = collect_statistics(Layers("tokens"), data, loss, {need})
+        for name in expected.shapes:
+            torch.testing.assert_close(found.value(name, need), expected.value(name, need))
         with pytest.raises(
-            PruningError, match="layers.0.weight is not given the tokens of an image"
+            PruningError, match="layers.0.weight is not given the tokens of one image"
         ):
             collect_statistics(Layers(), data, loss, {need})
         # Sums over all images do not mind
@@ -581,7 +587,7 @@ class Idle(Uncalled):
         (
             Layers(),
             {"needs": {"removal_costs"}},
-            "^layers.0.weight is not given the tokens of an image together",
+            "^layers.0.weight is not given the tokens of one image",
         ),
         (
             Idle(),
