@@ -19,17 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .batches import Forward, compute, first_image, inputs_of
 from .errors import PruningError
 from .linear_calls import LinearCalls
 from .masks import Layers, prunable_weights
-from .statistics import (
-    add_gram,
-    evaluation,
-    expect_used,
-    images_of,
-    less_mean,
-    without_fast_attention,
-)
+from .statistics import add_gram, evaluation, expect_used, less_mean, without_fast_attention
 
 # Most layers of a unit. A block of a transformer has four; a pass that stops there holds the tokens
 # once, and one that stops within the block holds them three times.
@@ -148,6 +142,7 @@ def walk_layers(
     other: nn.Module | None = None,
     add_up: Callable[[Tensor], object] | None = None,
     layers: Layers | None = None,
+    forward: Forward | None = None,
 ) -> Generator[tuple[str, Inputs]]:
     """Yields each prunable weight's name and its layer's `Inputs`, in computing order.
 
@@ -167,6 +162,8 @@ def walk_layers(
         add_up: adds up a tensor of all processes, in place, if each has some of the batches, at
             least one.
         layers: which layers, as in `prunable_weights`.
+        forward: called with the model and a batch on its device: for batches of another form, such
+            as dictionaries.
 
     Raises:
         PruningError: no batches, an order that differs, and, naming the weight, one that no image
@@ -182,7 +179,7 @@ def walk_layers(
     )
     models = [model] if other is None else [model, other]
     names = list(prunable_weights(model, layers))
-    return _walk(models, names, batches, autocast, add_up)
+    return _walk(models, names, batches, forward, autocast, add_up)
 
 
 # ---- helpers, not exported ----
@@ -231,24 +228,28 @@ def _walk(
     models: list[nn.Module],
     names: list[str],
     batches: Iterable,
+    forward: Forward | None,
     autocast: Callable,
     add_up: Callable | None,
 ) -> Generator[tuple[str, Inputs]]:
     device = next(models[0].parameters()).device
-    batches = [images_of(batch).to(device) for batch in batches]
+    batches = [inputs_of(batch, device, forward) for batch in batches]
     if not batches:
         raise PruningError("no calibration images: expected at least one batch")
 
     with ExitStack() as stack:
         stack.enter_context(without_fast_attention())
-        lanes = [stack.enter_context(_lane(model, names, batches[0], autocast)) for model in models]
+        lanes = [
+            stack.enter_context(_lane(model, names, batches[0], forward, autocast))
+            for model in models
+        ]
 
         # A pass keeps only what it still needs of its images, so the list gives them up
         while batches:
-            images = batches.pop()
+            inputs = batches.pop()
             for lane in lanes:
-                lane.passes.append(_Pass(lane.model, images, autocast))
-            del images
+                lane.passes.append(_Pass(lane.model, inputs, forward, autocast))
+            del inputs
 
         pending = dict.fromkeys(lanes[0].weights)
         passes = [pass_ for lane in lanes for pass_ in lane.passes]
@@ -267,15 +268,15 @@ def _walk(
 
 @contextmanager
 def _lane(
-    model: nn.Module, names: list[str], images: Tensor, autocast: Callable
+    model: nn.Module, names: list[str], inputs, forward: Forward | None, autocast: Callable
 ) -> Iterator[_Lane]:
     """A model in evaluation mode whose units stop; closes its passes at the end."""
     weights = {name: model.get_parameter(name) for name in names}
     passes = []
     with evaluation(model):
         with autocast():
-            units = _units(model, weights, images[:1])
-        del images  # the walk does not need their memory
+            units = _units(model, weights, first_image(inputs), forward)
+        del inputs  # the walk does not need their memory
         with _stops(set(units.values())) as forwards:
             try:
                 yield _Lane(model, weights, units, forwards, passes)
@@ -348,14 +349,14 @@ class _Pass:
         unit, args, kwargs: the call at which it stands; the unit is None when the pass has ended.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, autocast: Callable):
+    def __init__(self, model: nn.Module, inputs, forward: Forward | None, autocast: Callable):
         self.unit: nn.Module | None
         self.args: tuple
         self.kwargs: dict
         self._calls: SimpleQueue = SimpleQueue()
         self._results: SimpleQueue = SimpleQueue()
         self._thread = threading.Thread(
-            target=self._run, args=(model, images, autocast), daemon=True
+            target=self._run, args=(model, inputs, forward, autocast), daemon=True
         )
         self._thread.start()
         self._wait()
@@ -381,13 +382,14 @@ class _Pass:
 
     # ---- in the thread ----
 
-    def _run(self, model: nn.Module, images: Tensor, autocast: Callable) -> None:
+    def _run(self, model: nn.Module, inputs, forward: Forward | None, autocast: Callable) -> None:
         _of_thread.pass_ = self
         try:
-            if images.device.type == "cuda":
-                torch.cuda.set_device(images.device)
+            device = next(model.parameters()).device
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
             with torch.no_grad(), autocast():
-                model.forward(images)  # not by a call, which may be a compiled one
+                compute(model, inputs, forward)
             self._calls.put((None, None, (), {}))
         except _Closed:
             pass
@@ -467,7 +469,9 @@ def _next_layer(
     return None, None
 
 
-def _units(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> dict[str, nn.Module]:
+def _units(
+    model: nn.Module, weights: dict[str, Tensor], inputs, forward: Forward | None
+) -> dict[str, nn.Module]:
     """The module to stop at for each weight, found by one pass.
 
     It is the outermost module within the model that has few enough layers, or the one that uses the
@@ -491,7 +495,7 @@ def _units(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> dict
     ]
     try:
         with _Linears(weights, look):
-            model.forward(images)
+            compute(model, inputs, forward)
     finally:
         for hook in hooks:
             hook.remove()

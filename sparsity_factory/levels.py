@@ -17,13 +17,14 @@ from itertools import permutations
 import torch
 from torch import Tensor, nn
 
+from .batches import inputs_of
 from .damping import DAMPING, damped_gram
 from .masks import prunable_weights
 from .method import method
 from .patterns import Pattern
 from .reconstruction import few_columns, obs_prune
 from .scores import Layer
-from .statistics import evaluation, images_of
+from .statistics import evaluation
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Divergence:
         self._autocast = autocast
 
         device = next(iter(self._weights.values())).device
-        self._batches = [images_of(batch).to(device) for batch in batches]
+        self._batches = [inputs_of(batch, device) for batch in batches]
         self._dense = self._predictions()
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ from os import PathLike
 
 from torch import Tensor, nn
 
+from .batches import Forward
 from .custom_yaml import read_yaml
 from .layer_walk import walk_layers
 from .masks import Layers, layer_name, prunable_weights
@@ -28,6 +29,7 @@ def prune(
     seed: int = 0,
     permute: bool = False,
     layers: Layers | None = None,
+    forward: Forward | None = None,
 ) -> dict[str, Tensor]:
     """Prunes a model in place, and lets the kept weights compensate for the pruned ones.
 
@@ -42,6 +44,7 @@ def prune(
         method_options: numbers of the chosen methods, such as `{"obs.columns": 128}`.
         permute: reorder inputs of layers first, so that groups of n:m keep more.
         layers: which layers are prunable, as in `prunable_weights`. The model remembers them.
+        forward: for batches of another form, as in `collect_statistics`.
 
     Returns:
         Parameter name to bool mask, for `Masks(model, masks)`.
@@ -75,8 +78,8 @@ def prune(
         recipe,
         total_steps=1,
         epoch_steps=1,
-        statistics=lambda needs: collect_statistics(model, batches, loss, needs),
-        walk=lambda dense: walk_layers(model, batches, other=dense),
+        statistics=lambda needs: collect_statistics(model, batches, loss, needs, forward=forward),
+        walk=lambda dense: walk_layers(model, batches, other=dense, forward=forward),
     )
     sparsifier.start()
     return dict(sparsifier.masks)

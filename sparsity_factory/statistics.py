@@ -24,6 +24,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from .batches import Forward, compute, first_image, image_count, inputs_of, targets_of, targets_on
 from .errors import PruningError
 from .linear_calls import LinearCalls
 from .masks import Layers, layer_name, prunable_weights
@@ -259,6 +260,7 @@ def collect_statistics(
     add_up: Callable[[Tensor], object] | None = None,
     memory: int | None = None,
     layers: Layers | None = None,
+    forward: Forward | None = None,
 ) -> Statistics:
     """Runs a model on calibration images, and returns sums for each prunable weight.
 
@@ -268,9 +270,9 @@ def collect_statistics(
 
     Args:
         model: a module whose call takes a batch of images.
-        batches: yields images, or pairs of images and targets; they are brought to the model's
-            device. Read once, or once for each group of layers whose sums fit into the memory; an
-            iterator is always read once.
+        batches: yields images, or pairs of images and targets; other forms need `forward`. They are
+            brought to the model's device. Read once, or once for each group of layers whose sums
+            fit into the memory; an iterator is always read once.
         loss: from the model's outputs and the targets to the mean loss over the batch; only
             gradients need it.
         needs: names in `STATISTICS`; by default all that batches and loss allow, without `gram`,
@@ -286,6 +288,8 @@ def collect_statistics(
             processes on CPUs share it. With `add_up`, each process computes the removal costs of
             some layers.
         layers: of which layers, as in `prunable_weights`.
+        forward: called with the model and a batch on its device, returns the outputs: for batches
+            of another form, such as dictionaries. The loss is given these in place of targets.
 
     Raises:
         PruningError: an unknown name, no batches, no loss or targets for gradients, and, naming the
@@ -323,9 +327,10 @@ def collect_statistics(
         gradients = _with_gradients(group) if needs & OF_GRADIENTS else torch.no_grad()
         with evaluation(model), without_fast_attention(), gradients:
             for index, batch in enumerate(batches if found else stream):
+                is_first = index == 0 and not share
                 if index == 0 and needs & OF_IMAGES:
-                    _find_layouts(model, group, batch, statistics)
-                _look(model, group, batch, loss, statistics, is_first=index == 0 and not share)
+                    _find_layouts(model, group, batch, forward, statistics)
+                _look(model, group, batch, loss, forward, statistics, is_first)
 
         if add_up:
             for total in statistics.state_dict().values():
@@ -343,11 +348,6 @@ def collect_statistics(
 
 
 # ---- shared with layer_walk.py ----
-
-
-def images_of(batch) -> Tensor:
-    """The images of a batch, which may have targets as well."""
-    return batch[0] if isinstance(batch, tuple | list) else batch
 
 
 def expect_used(unused: Sequence[str]) -> None:
@@ -478,7 +478,7 @@ def _groups(
 
 
 def _checked_needs(needs: Iterable[str] | None, loss: Callable | None, first) -> frozenset[str]:
-    has_targets = isinstance(first, tuple | list) and len(first) > 1
+    has_targets = targets_of(first) is not None
     if needs is None:
         by_default = frozenset(STATISTICS) - BY_REQUEST
         return by_default if loss and has_targets else by_default - OF_GRADIENTS
@@ -499,28 +499,28 @@ def _look(
     weights: dict[str, Tensor],
     batch,
     loss: Callable | None,
+    forward: Forward | None,
     statistics: Statistics,
     is_first: bool,
 ) -> None:
     """Adds the sums of one batch. Nothing here waits for a GPU."""
     device = next(iter(weights.values())).device
-    images = images_of(batch).to(device, non_blocking=True)
-    targets = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+    inputs = inputs_of(batch, device, forward)
+    images = image_count(inputs)
 
-    seen = _Inputs(weights, statistics, len(images))
+    seen = _Inputs(weights, statistics, images)
     with seen if statistics.needs & OF_INPUTS else nullcontext():
-        outputs = model.forward(images)  # a call may run compiled code
+        outputs = compute(model, inputs, forward)
 
     counts = statistics._counts
-    for column, count in enumerate((len(images), 1, len(images) * is_first)):
+    for column, count in enumerate((images, 1, images * is_first)):
         counts[0, column] += count
     if not statistics.needs & OF_GRADIENTS:
         return
 
-    assert loss is not None and targets is not None
+    assert loss is not None
     # autograd.grad leaves .grad alone, and computes only the gradients of prunable weights
-    targets = targets.to(device, non_blocking=True)
-    mean_loss = loss(outputs, targets)
+    mean_loss = loss(outputs, targets_on(batch, device))
     gradients = torch.autograd.grad(mean_loss, list(weights.values()), allow_unused=True)
 
     for index, (name, gradient) in enumerate(zip(weights, gradients, strict=True), start=1):
@@ -528,10 +528,7 @@ def _look(
             continue
         counts[index, 2] += 1
         gradient = at_least_float32(gradient)
-        parts = {
-            "gradient": (gradient, len(images)),
-            "first_gradient": (gradient, len(images) * is_first),
-        }
+        parts = {"gradient": (gradient, images), "first_gradient": (gradient, images * is_first)}
         for need, total in statistics._sums[name].items():
             part, times = parts.get(need, (None, 0))
             if times:
@@ -547,7 +544,11 @@ def by_image(values: Tensor, images: int, tokens_first: bool) -> Tensor:
 
 
 def _find_layouts(
-    model: nn.Module, weights: dict[str, Tensor], batch, statistics: Statistics
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    batch,
+    forward: Forward | None,
+    statistics: Statistics,
 ) -> None:
     """Finds out which layers see tokens before images: (tokens, images, inputs).
 
@@ -558,27 +559,28 @@ def _find_layouts(
     Raises:
         PruningError: naming the first layer whose inputs have another number of rows.
     """
-    images = images_of(batch).to(next(iter(weights.values())).device)
+    inputs = inputs_of(batch, next(iter(weights.values())).device, forward)
+    images = image_count(inputs)
     found = []
     with torch.no_grad():
-        for part in (images[:1], images):
+        for part in (first_image(inputs), inputs):
             with _FirstInputs(weights) as first:
-                model.forward(part)
+                compute(model, part, forward)
             found.append(first)
     alone, together = found
 
     for name, inputs in together.inputs.items():
         one = alone.inputs[name].reshape(-1, inputs.shape[-1]).float()
-        if inputs.dim() == 1 or inputs[..., 0].numel() != len(images) * len(one):
+        if inputs.dim() == 1 or inputs[..., 0].numel() != images * len(one):
             raise _not_images_first(name)
 
         # Rows of attention do not show it; elsewhere, the dimension that grows is that of images
         tokens_first = name in together.of_attention
-        if inputs.dim() > 2 and len(images) > 1:
+        if inputs.dim() > 2 and images > 1:
             tokens_first = len(inputs) == len(alone.inputs[name])
         if tokens_first:
             statistics._tokens_first.add(name)
-        rows = by_image(inputs, len(images), tokens_first)[0].float()
+        rows = by_image(inputs, images, tokens_first)[0].float()
         statistics._layout_errors[name] = (rows - one).norm() / one.norm().clamp(min=1e-30)
 
 
