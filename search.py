@@ -80,6 +80,8 @@ def search(argv: list[str]) -> int:
             model = prepare_model(args, loaders.num_classes, checkpoint, compute.device).eval()
             if args.layers:
                 choose_layers(model, args.layers)
+            if any(weight.dim() != 2 for weight in prunable_weights(model).values()):
+                raise UserError("--layers: expected linear layers alone, without convolutions")
 
             space = Space.of(options, model)
             record = Record(options, args, space)

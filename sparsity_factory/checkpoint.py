@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .errors import PruningError
-from .masks import bits, unpack
+from .masks import as_matrix, bits, unpack
 from .patterns import parse_pattern
 from .recipe import LARGEST, Recipe
 from .schedules import Steps
@@ -84,8 +84,9 @@ def check_masks(
     if recipe is None:
         return
 
-    _check_layers(masks, recipe)
-    if missed := _missed_budget(masks, recipe):
+    matrices = {name: as_matrix(mask) for name, mask in masks.items()}
+    _check_layers(matrices, recipe)
+    if missed := _missed_budget(matrices, recipe):
         if strict:
             raise PruningError(missed)
         log.warning("%s", missed)

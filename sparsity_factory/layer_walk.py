@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .batches import Forward, compute, first_image, inputs_of
 from .errors import PruningError
 from .linear_calls import LinearCalls
-from .masks import Layers, prunable_weights
+from .masks import Layers, as_matrix, prunable_weights
 from .statistics import add_gram, evaluation, expect_used, less_mean, without_fast_attention
 
 # Most layers of a unit. A block of a transformer has four; a pass that stops there holds the tokens
@@ -327,7 +327,7 @@ def _inputs_of_next(
             if not batch and not values:
                 name = found
                 if found is not None:
-                    inputs = Inputs.of(lane.weights[found], len(lanes) > 1)
+                    inputs = Inputs.of(as_matrix(lane.weights[found]), len(lanes) > 1)
             if found != name:
                 raise PruningError(f"the images decide whether {name} or {found} computes first")
             values.append(value)

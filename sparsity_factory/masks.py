@@ -33,9 +33,10 @@ def prunable_weights(model: nn.Module, layers: Layers | None = None) -> dict[str
         layers: which of them. Patterns such as `blocks.*` are matched with the names of layers and
             of weights, one after the other: each adds the layers that it matches, or takes them
             away if it begins with `!`. If the first one does, all layers are there before it. A
-            pattern that matches only layers that are not prunable by default adds these. A
-            function is called with the name of each default layer and with the layer itself. None:
-            those of `choose_layers`, or all.
+            pattern that matches only layers that are not prunable by default adds these: the
+            classifier, a position MLP, an `nn.Conv2d` without groups. A function is called with
+            the name of each default layer and with the layer itself. None: those of
+            `choose_layers`, or all.
 
     Raises:
         PruningError: the model is in a wrapper such as DDP's, which renames its parameters; a
@@ -58,6 +59,24 @@ def default_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 def choose_layers(model: nn.Module, layers: Layers) -> None:
     """Makes `layers`, as in `prunable_weights`, the prunable ones of this model and its copies."""
     model.prunable_names = list(prunable_weights(model, layers))
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """A weight, its gradient or its mask as a matrix, shape (outputs, inputs).
+
+    The inputs of a convolution are all values that one of its outputs sees: row by row of the
+    kernel, all channels of one place together, as in the memory format of channels last. Others are
+    matrices already.
+    """
+    return weight.permute(0, 2, 3, 1).flatten(1) if weight.dim() == 4 else weight
+
+
+def from_matrix(matrix: Tensor, shape: Sequence[int]) -> Tensor:
+    """What `as_matrix` was given, from what it returned and its shape."""
+    if len(shape) != 4:
+        return matrix
+    outputs, channels, rows, columns = shape
+    return matrix.view(outputs, rows, columns, channels).permute(0, 3, 1, 2).contiguous()
 
 
 def why_no_layers(patterns) -> str:
@@ -382,6 +401,8 @@ def _owned_weights(model: nn.Module) -> dict[str, _Owned]:
 
 def _own_names(module: nn.Module) -> tuple[str, ...]:
     """The names of the weights that a module has itself."""
+    if isinstance(module, nn.Conv2d):
+        return ("weight",) if module.groups == 1 else ()
     if isinstance(module, nn.MultiheadAttention):
         return ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
     return ("weight",) if isinstance(module, nn.Linear) else ()
@@ -397,7 +418,9 @@ def _by_default(model: nn.Module, owned: Mapping[str, _Owned]) -> list[str]:
     return [
         name
         for name, (_, weight) in owned.items()
-        if id(weight) not in of_classifiers and not POSITION_MLPS & {*name.split(".")}
+        if weight.dim() == 2
+        and id(weight) not in of_classifiers
+        and not POSITION_MLPS & {*name.split(".")}
     ]
 
 

@@ -31,7 +31,7 @@ from .errors import PruningError, as_flag, in_words, short, warn_once
 from .k_largest import largest_lamp_scores_overall, largest_overall, largest_threshold
 from .knapsack import cheapest
 from .levels import at_levels, kfac
-from .masks import Layers, prunable_weights
+from .masks import Layers, as_matrix, from_matrix, prunable_weights
 from .method import (
     Count,
     Fraction,
@@ -107,7 +107,9 @@ def compute_masks(
     """
     check_request(pruner, sparsity, custom_config, score, pattern=pattern, budget=budget)
     check_method_options(method_options, options_of(PRUNERS, pruner) | options_of(SCORES, score))
-    weights = prunable_weights(model, layers)
+    owned = prunable_weights(model, layers)
+    weights = {name: as_matrix(weight) for name, weight in owned.items()}
+    among = {name: as_matrix(mask) for name, mask in (among or {}).items()}
     if not weights:
         raise PruningError(
             f"{type(model).__name__} has no prunable weights: no nn.Linear besides the classifier"
@@ -122,7 +124,7 @@ def compute_masks(
         levels = custom(scores, custom_config)
         masks = {name: mask_at(scores, name, level) for name, level in levels.items()}
         scores.check()
-        return masks
+        return _of_parameters(masks, owned)
 
     share_out = chosen(PRUNERS, pruner, method_options)
 
@@ -144,10 +146,10 @@ def compute_masks(
 
     masks = units.masks(model, scores, allocate, float(target), budget)
     scores.check()
-    if not dense:
-        return masks
-    masks |= {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in dense.items()}
-    return {name: masks[name] for name in weights}
+    if dense:
+        masks |= {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in dense.items()}
+        masks = {name: masks[name] for name in weights}
+    return _of_parameters(masks, owned)
 
 
 def check_request(
@@ -501,6 +503,14 @@ def _check_statistics(
                     f"the statistics are of another model: {name} of shape {list(weight.shape)} "
                     "is not among their weights"
                 )
+
+
+def _of_parameters(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks of matrices in the shapes of their parameters."""
+    return {
+        name: from_matrix(mask, weights[name].shape) if name in weights else mask
+        for name, mask in masks.items()
+    }
 
 
 def _fitting(weights: Mapping[str, Tensor], pattern: Pattern) -> dict[str, Tensor]:

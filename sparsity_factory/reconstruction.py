@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from .damping import DAMPING, DAMPING_LINE, damped_gram
 from .errors import PruningError
 from .layer_walk import Inputs
+from .masks import as_matrix, from_matrix
 from .method import Count, NotNegative, chosen, describe, method
 from .patterns import Pattern, Unstructured, parse_pattern
 from .processes import ALONE, Processes
@@ -295,16 +296,17 @@ def reconstruct_layers(
             if mask is None or mask.all():
                 continue
             bias_name = f"{name.removesuffix('weight')}bias"
-            layer = _Layer(name, parameters[name], parameters.get(bias_name), inputs)
+            weight = parameters[name]
+            layer = _Layer(name, as_matrix(weight), parameters.get(bias_name), inputs)
+            mask = as_matrix(mask)
 
-            with torch.autocast(layer.weight.device.type, enabled=False):
-                new, found[name] = _reconstructed(
-                    reconstruction, layer, mask, patterns(name), processes
-                )
+            with torch.autocast(weight.device.type, enabled=False):
+                new, mask = _reconstructed(reconstruction, layer, mask, patterns(name), processes)
+                found[name] = from_matrix(mask, weight.shape)
                 if layer.bias is not None:
                     layer.bias.add_(layer.mean_loss(new).to(layer.bias))
                     layer.bias.mul_(masks.get(bias_name, 1))
-                layer.weight.copy_(new)
+                weight.copy_(from_matrix(new, weight.shape))
     return found
 
 

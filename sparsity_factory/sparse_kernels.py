@@ -189,7 +189,11 @@ def sparse_kernels(
     """
     # A weight of torch's multi-head attention has no layer of its own
     weights = prunable_weights(model).items()
-    pruned = [name for name, weight in weights if not name.endswith("_weight") and not weight.all()]
+    pruned = [
+        name
+        for name, weight in weights
+        if weight.dim() == 2 and not name.endswith("_weight") and not weight.all()
+    ]
     paths = {name: name.removesuffix("weight").rstrip(".") for name in pruned}
     layers = {name: model.get_submodule(path) for name, path in paths.items()}
 

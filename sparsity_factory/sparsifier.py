@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .checkpoint import VERSION, SavedPruning
 from .errors import PruningError
 from .followers import Followers, on_cpu
-from .masks import Masks, checksums, choose_layers, packed, prunable_weights, unpacked
+from .masks import Masks, as_matrix, checksums, choose_layers, packed, prunable_weights, unpacked
 from .method import name_of
 from .patterns import Pattern, parse_pattern, regrow
 from .permutation import best_orders, reorder
@@ -19,7 +19,7 @@ from .pruned_weights import ZeroWeights, are_finite
 from .pruners import compute_masks
 from .recipe import Recipe
 from .reconstruction import NONE, reconstruct_layers
-from .schedules import Schedule, Steps
+from .schedules import SCHEDULES, Schedule, Steps
 from .scores import Scores
 
 
@@ -113,8 +113,14 @@ class Sparsifier:
         if recipe.layers is not None:
             choose_layers(model, recipe.layers)
         weights = prunable_weights(model)
-        self._shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        self._shapes = {name: tuple(as_matrix(weight).shape) for name, weight in weights.items()}
         self._levels = recipe.levels(self._shapes)
+        learns = SCHEDULES[recipe.prune_schedule].learns_masks
+        if learns and any(weight.dim() != 2 for weight in weights.values()):
+            raise PruningError(
+                f"--prune-schedule {recipe.prune_schedule}: expected linear layers alone, without "
+                "convolutions"
+            )
         self._parameters = dict(model.named_parameters())
 
         # Where the run is in its schedule

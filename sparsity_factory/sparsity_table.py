@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .masks import dense_shapes, prunable_weights
+from .masks import as_matrix, dense_shapes, prunable_weights
 from .multiply_adds import ATTENTION, OTHERS
 
 CSV_COLUMNS = ["layer", "shape", "kept", "total", "sparsity", "pattern"]
@@ -195,6 +195,7 @@ def _rows(
 
 def _pattern(mask: Tensor) -> str:
     """The n:m of the smallest groups that the mask obeys, or `unstructured`."""
+    mask = as_matrix(mask)
     inputs = mask.shape[1]
     for m in range(2, inputs + 1):
         if inputs % m:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .batches import Forward, compute, first_image, image_count, inputs_of, targets_of, targets_on
 from .errors import PruningError
 from .linear_calls import LinearCalls
-from .masks import Layers, layer_name, prunable_weights
+from .masks import Layers, as_matrix, layer_name, prunable_weights
 from .memory import free_memory
 from .processes import ALONE, Processes
 from .removal_costs import add_squares, halves, removal_costs
@@ -74,7 +74,7 @@ class Statistics:
 
     Attributes:
         needs: the names in `STATISTICS` that were collected.
-        shapes: the shape of each weight by parameter name.
+        shapes: the shape of each weight, as a matrix, by parameter name.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Statistics:
     ):
         self._gates = gates or {}
         self.needs = frozenset(needs)
-        self.shapes = {name: weight.shape for name, weight in weights.items()}
+        self.shapes = {name: as_matrix(weight).shape for name, weight in weights.items()}
         self._weights = weights
         self._costs = {}
         self._layout_errors: dict[str, Tensor] = {}
@@ -127,7 +127,9 @@ class Statistics:
         if need == "removal_costs":
             if name not in self._costs:
                 squares = self._sums[name].pop(need)
-                self._costs[name] = removal_costs(self._weights[name], squares, self.images)
+                self._costs[name] = removal_costs(
+                    as_matrix(self._weights[name]), squares, self.images
+                )
             return self._costs[name]
 
         total = self._sums[name][need]
@@ -177,7 +179,7 @@ class Statistics:
         for name, weight in self._weights.items():
             if f"{name}{COSTS}" in state:
                 self._sums[name].pop("removal_costs", None)
-                self._costs[name] = torch.zeros_like(weight, dtype=torch.float64)
+                self._costs[name] = torch.zeros_like(as_matrix(weight), dtype=torch.float64)
         for key, total in self.state_dict().items():
             total.copy_(state[key])
 
@@ -240,7 +242,7 @@ class Statistics:
         for name, weight in self._weights.items():
             self._sums[name].pop("removal_costs", None)
             if name not in self._costs:
-                self._costs[name] = torch.zeros_like(weight, dtype=torch.float64)
+                self._costs[name] = torch.zeros_like(as_matrix(weight), dtype=torch.float64)
             processes.add_up(self._costs[name])
 
     def _leave_device(self) -> None:
@@ -421,7 +423,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def _shape(need: str, weight: Tensor) -> tuple[int, ...]:
-    outputs, inputs = weight.shape
+    outputs, inputs = shape = as_matrix(weight).shape
     shapes = {
         "input_norms": (inputs,),
         "gate_gradient": (inputs,),
@@ -429,7 +431,7 @@ def _shape(need: str, weight: Tensor) -> tuple[int, ...]:
         "gradient_gram": (outputs, outputs),
         "removal_costs": halves(weight.numel()),
     }
-    return shapes.get(need, tuple(weight.shape))
+    return shapes.get(need, tuple(shape))
 
 
 def _dtype(need: str, weight: Tensor) -> torch.dtype:
@@ -527,7 +529,7 @@ def _look(
         if gradient is None:
             continue
         counts[index, 2] += 1
-        gradient = at_least_float32(gradient)
+        gradient = at_least_float32(as_matrix(gradient))
         parts = {"gradient": (gradient, images), "first_gradient": (gradient, images * is_first)}
         for need, total in statistics._sums[name].items():
             part, times = parts.get(need, (None, 0))
@@ -665,7 +667,7 @@ class _Inputs(LinearCalls):
     def _add_images(self, name: str) -> None:
         """Adds up the gradients of single images, and frees them: they are large."""
         totals = self._statistics._sums[name]
-        weight = self._statistics._weights[name]
+        weight = as_matrix(self._statistics._weights[name])
         # The batch's loss is the mean over its images
         of_images = self._gradients.pop(name).mul_(self._images)
 

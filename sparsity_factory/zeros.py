@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from .masks import as_matrix
 from .patterns import Block, NOfM, Row, Transposable, parse_pattern
 from .whole_units import WholeUnits, removable, whole_units
 
@@ -56,7 +57,8 @@ def patterns_found(masks: Mapping[str, Tensor]) -> dict[str, list[str]]:
     }
 
     found = {}
-    for name, mask in masks.items():
+    for name, values in masks.items():
+        mask = as_matrix(values)
         if mask.dim() != 2 or not mask.any() or mask.all():
             found[name] = []
         elif name in of_units:
@@ -86,13 +88,14 @@ def unmet(expected: str | float, masks: Mapping[str, Tensor]) -> str:
         good = abs(sparsity - expected) <= TOLERANCE
         return "" if good else f"the sparsity is {sparsity:.4f}"
 
-    sparse = {name: mask for name, mask in _layers(masks).items() if not mask.all()}
+    layers = {name: as_matrix(mask) for name, mask in _layers(masks).items()}
+    sparse = {name: mask for name, mask in layers.items() if not mask.all()}
     for name, mask in sparse.items():
         if mask.dim() > 2:
             return f"{name}: is no matrix, and only matrices have patterns here"
     if not sparse:
         return "no layer has zeros"
-    return parse_pattern(expected).why_not(_layers(masks), exact=False)
+    return parse_pattern(expected).why_not(layers, exact=False)
 
 
 def removable_units(

@@ -116,7 +116,7 @@ class Calibration:
         dense: another model that sees the same images.
         """
         layers = prunable_weights(self.model)
-        widest = max(weight.shape[1] for weight in layers.values())
+        widest = max(weight[0].numel() for weight in layers.values())
         log(f"Reconstructing {len(layers)} layers on {self.images:,} training images")
         if self.images < widest:
             log(f"--calibration-images {self.images}: fewer than the {widest} inputs of a layer")
