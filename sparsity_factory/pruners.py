@@ -524,7 +524,9 @@ def _fitting(weights: Mapping[str, Tensor], pattern: Pattern) -> dict[str, Tenso
     if not fitting:
         raise PruningError(f"pattern {pattern.name}: expected {next(iter(misfits.values()))}")
     if dense := [name for name in weights if name not in fitting]:
-        warn_once(f"pattern {pattern.name} fits not all layers: {', '.join(dense)} stay dense")
+        warn_once(
+            f"pattern {pattern.name} leaves layers dense that it does not fit: {', '.join(dense)}"
+        )
     return fitting
 
 

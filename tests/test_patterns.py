@@ -345,7 +345,7 @@ def test_a_layer_that_no_group_fits_stays_dense_and_is_named(pattern, caplog):
         )
     assert list(masks) == ["0.weight", "1.weight", "2.weight"] and masks["1.weight"].all()
     (warned,) = caplog.messages
-    assert warned == f"pattern {pattern} fits not all layers: 1.weight stay dense"
+    assert warned == f"pattern {pattern} leaves layers dense that it does not fit: 1.weight"
     assert not masks["0.weight"].all() and not parse_pattern(pattern).why_not(masks)
     if sparsity:
         kept = sum(int(mask.sum()) for mask in masks.values())
