@@ -466,6 +466,8 @@ def test_where_nothing_makes_up_levels_are_measured_by_magnitude_alone(
         (["--budget", "0.5", "--space", "missing.yaml"], "missing.yaml"),
         (["--budget", "0.5", "--pruner", "lamp"], "--pruner: not with a search"),
         (["--budget", "0.5", "--exchanges", "-1"], "--exchanges"),
+        (["--budget", "0.5", "--layers", "blocks.9.*"], "layers 'blocks.9.*' matches no layer"),
+        (["--budget", "0.5", "--layers", "*", "patch_embed.proj"], "without convolutions"),
         (
             ["--budget", "0.5", "--method-options", "owl.lambda=0.1"],
             "owl.lambda: expected an option",

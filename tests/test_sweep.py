@@ -632,6 +632,20 @@ def test_sensitivity_prunes_each_layer_alone(run_sweep):
     assert Image.open("output/sweep/sensitivity.png").size[0] == 960
 
 
+def test_a_sweep_prunes_the_chosen_layers_only(run_sweep):
+    layers = ["--layers", "blocks.0.*", "!*.mlp.*"]
+    run_sweep("--sensitivity", "--pruners", "unif", "--sparsities", "0.5", *layers)
+    found = {row["name"]: float(row["pruned"]) for row in rows() if row["kind"] == "layer"}
+    qkv, proj = 27648, 9216
+    assert found == {
+        "blocks.0.attn.qkv.weight": pytest.approx(0.5 * qkv / (qkv + proj), abs=1e-6),
+        "blocks.0.attn.proj.weight": pytest.approx(0.5 * proj / (qkv + proj), abs=1e-6),
+    }
+    run_sweep("--pruners", "lamp", "--sparsities", "0.5", *layers, "--output_dir", "lamp")
+    (pruned,) = (row["pruned"] for row in rows("lamp") if row["kind"] == "one-shot")
+    assert float(pruned) == pytest.approx(0.5, abs=1e-4)
+
+
 def test_processes_share_the_combinations(tmp_path, tiny):
     place = tiny.index("--epochs")
     result = start_main(
@@ -739,6 +753,7 @@ def test_all_processes_share_one_run(tmp_path, tiny):
         (["--method-options", "gradual.exponent=2"], "gradual.exponent: expected an option"),
         (["--pruners", "lamp", "--method-options", "owl.lambda=0.1"], "owl.lambda: expected none"),
         (["--method-options", "owl.lambda=2"], "owl.lambda=2: expected a number in [0, 1]"),
+        (["--layers", "blocks.9.*"], "layers 'blocks.9.*' matches no layer"),
         (["--prune-every", "5"], "--prune-every: not with --schedules one-shot"),
         (
             ["--prune-start", "2", "--schedules", "gradual", "--finetune-epochs", "1"],
