@@ -169,7 +169,7 @@ def fit_weights(model: torch.nn.Module, weights: Weights) -> Fit:
     heads = set(head_parameters(model))
 
     # Names. The weights in `named` have the file's own shapes.
-    given = from_transformers(weights, own)
+    given = with_own_wrappers(from_transformers(weights, own), own)
     named = with_timm_names(without_prefix(given, own), own)
 
     # Shapes, and names that timm knows.
@@ -294,6 +294,15 @@ def with_joined_qkv(weights: Weights, own) -> Weights:
             if name in own or bias.any():
                 joined[name] = bias
     return joined
+
+
+def with_own_wrappers(weights: Weights, own) -> Weights:
+    """Gives names back the `module.` of the model itself, such as iFormer's.
+
+    Wrappers' are taken off when a file is read, and those of the model with them.
+    """
+    inner = {name.replace(".module.", "."): name for name in own if ".module." in name}
+    return {inner.get(name, name): value for name, value in weights.items()} if inner else weights
 
 
 def without_prefix(weights: Weights, own) -> Weights:

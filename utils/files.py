@@ -28,6 +28,9 @@ AVERAGE = ("model_ema", "state_dict_ema", "ema")
 #: What DistributedDataParallel, timm's averages and torch.compile put before names, and amid them.
 WRAPPER = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")
 
+#: Keys that every checkpoint of this project has; its names are those of the model itself.
+OURS = {"version", "max_accuracy"}
+
 #: Classes without any effect, as they are pickled; a Windows path can be made on Windows only.
 HARMLESS: list = [
     argparse.Namespace,
@@ -120,7 +123,9 @@ def load_checkpoint(source: str) -> dict:
                 f"{source}: has no state dict of tensors, neither at its top nor under `{key}`"
             )
         if key in found:
-            weights = {WRAPPER.sub(r"\1", name): value for name, value in found[key].items()}
+            weights = found[key]
+            if not found.keys() >= OURS:
+                weights = {WRAPPER.sub(r"\1", name): value for name, value in weights.items()}
             found[key], masks = _apply_masks(weights)
             if masks and key == "model":
                 found["foreign_masks"] = masks
