@@ -4,8 +4,8 @@ Scores are finite and non-negative. Non-negative floats have the same order as t
 so the leading 16 bits put every score into one of 32768 bins, a few thousand of which are occupied.
 Only the bin with the k-th largest score has to be sorted. On a CPU, numpy does the passes over the
 scores: it asks for large pages, and without them the page faults of fresh memory take longer than
-the work itself. A GPU sorts in less time than it would take to copy the scores. Only LAMP copies
-them, since its sums need an order that is the same everywhere.
+the work itself. A GPU sorts in less time than it would take to copy the scores. For LAMP it counts
+as well: sums in the order of a sort would depend on the device, and sums by bins are made exact.
 
 Among equal scores the earlier one is kept, in row-major order and the earlier layer first, so that
 a result does not depend on the device, the number of threads or the sorting algorithm.
@@ -23,6 +23,7 @@ from torch import Tensor
 BINS = 2**15  # the leading 16 bits of a non-negative float; the sign bit is 0
 # How many scores are handled at once, so that intermediate results stay in the cache
 CHUNK = 2**18
+MOST_EXPONENT = 1000  # of a power of two that scores are multiplied by; float64 has little more
 
 
 def k_largest(score: Tensor, k: int, at_least: Tensor | None = None) -> Tensor:
@@ -68,9 +69,8 @@ def largest_lamp_scores_overall(scores, budget: int) -> dict[str, int]:
         scores: a `Scores`, which counts what is in each bin once and remembers it.
         budget: from 0 to the number of all scores.
     """
-    if not _on_cpu(scores):
-        scores = _Copies(scores)
-    layers = [_LampBins(scores[name], scores.at_least(name)) for name in scores]
+    source = _CpuBins(scores) if _on_cpu(scores) else _GpuBins(scores)
+    layers = source.layers()
     at_least = torch.stack([layer.at_least for layer in layers])
     floor = torch.stack([layer.floor for layer in layers])
 
@@ -96,9 +96,10 @@ def largest_lamp_scores_overall(scores, budget: int) -> dict[str, int]:
     high = first_sure(math.nextafter(largest_threshold(reaches_budget(last_possible)), 2))
 
     kept = at_least.gather(1, high).squeeze(1)
+    bins = list(zip(low.flatten().tolist(), high.flatten().tolist(), strict=True))
     undecided = [
-        layer.candidates(scores[name], int(start), int(stop))
-        for name, layer, start, stop in zip(scores, layers, low, high, strict=True)
+        layer.candidates(found, stop)
+        for layer, found, (_, stop) in zip(layers, source.within(bins, at_least), bins, strict=True)
     ]
     return _fill(scores, kept, undecided, budget)
 
@@ -118,20 +119,22 @@ def largest_threshold(holds: Callable[[float], bool]) -> float:
     return threshold(bisect_left(candidates, True, key=lambda bits: not holds(threshold(bits))))
 
 
-def histogram(score: Tensor, weight_of: Callable[[np.ndarray], np.ndarray] | None = None) -> Tensor:
+def histogram(score: Tensor, parts_of: Callable | None = None) -> Tensor:
     """The number of scores in each bin, or the sum of what they count; shape (BINS,).
 
     Args:
         score: on the CPU.
-        weight_of: from an array of scores to what each of them counts, instead of 1.
+        parts_of: from scores to what each of them counts instead of 1, in two parts, which are
+            summed by themselves.
     """
     bits, dropped = _LAYOUT[score.dtype]
-    total = 0
+    totals: list = [0, 0]
     for chunk in score.flatten().split(CHUNK):
         bins = (chunk.view(bits) >> dropped).numpy()
-        counts = weight_of(chunk.numpy()) if weight_of else None
-        total = total + np.bincount(bins, counts, minlength=BINS)
-    return torch.from_numpy(total)
+        parts = parts_of(chunk) if parts_of else [None]
+        sums = [np.bincount(bins, part, minlength=BINS) for part in parts]
+        totals = [total + part for total, part in zip(totals, sums, strict=False)]
+    return torch.from_numpy(sum(totals))
 
 
 def suffix_sums(values: Tensor) -> Tensor:
@@ -148,9 +151,7 @@ def distinct(score: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     low = edges[start].item()
     high = edges[stop].item()
     flat = score.flatten().numpy()
-    inside = torch.from_numpy(flat[(flat >= low) & (flat < high)])
-    values, counts = torch.unique(inside, return_counts=True)
-    return values.flip(0), counts.flip(0)
+    return _counted(torch.from_numpy(flat[(flat >= low) & (flat < high)]))
 
 
 def bin_edges(dtype: torch.dtype) -> Tensor:
@@ -217,16 +218,10 @@ def _largest_overall_by_sorting(scores, budget: int) -> dict[str, int]:
     return kept
 
 
-class _Copies(dict):
-    """The scores of a GPU on the CPU, where sums have one order; waits for the GPU twice."""
-
-    def __init__(self, scores):
-        flat = torch.cat([scores[name].flatten() for name in scores]).cpu()
-        scores.check()
-        super().__init__(zip(scores, flat.split(list(scores.sizes.values())), strict=True))
-
-    def at_least(self, name: str) -> Tensor:
-        return suffix_sums(histogram(self[name]))
+def _counted(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct values, largest first, and their counts."""
+    values, counts = torch.unique(values, return_counts=True)
+    return values.flip(0), counts.flip(0)
 
 
 def _fill(
@@ -252,24 +247,29 @@ def _fill(
 
 
 class _LampBins:
-    """Bounds of the LAMP scores of a layer, from the bins of its weights."""
+    """Bounds of the LAMP scores of a layer, from the bins of its weights, on the CPU.
 
-    def __init__(self, score: Tensor, at_least: Tensor):
-        # Keeps the squares of extreme float64 weights in range; exact, being a power of two
-        exponent = math.frexp(float(score.max()))[1]
-        self.scale = math.ldexp(1.0, -max(exponent, -1000))
+    Args:
+        at_least: for each bin the number of scores in it and all higher bins.
+        squares: the sum of the scaled squares of the scores in each bin.
+        scale: what scores are multiplied by.
+        dtype: of the scores.
+    """
+
+    def __init__(self, at_least: Tensor, squares: Tensor, scale: float, dtype: torch.dtype):
         self.at_least = at_least
-        self.squares = suffix_sums(histogram(score, self._square))
+        self.squares = suffix_sums(squares)
+        self._scale = scale
 
         # No weight of a bin scores less than its floor. Floors never fall from a bin to the next.
-        edges = bin_edges(score.dtype)[:-1].numpy()
-        self.floor = torch.from_numpy(self._square(edges)) / self.squares[:-1]
+        edges = bin_edges(dtype)[:-1]
+        self.floor = _scaled_square(edges, scale) / self.squares[:-1]
         self.floor[0] = 0.0  # in a layer of zeros it would be 0 / 0
 
-    def candidates(self, score: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The LAMP scores in bins start to stop - 1, largest first, and their counts."""
-        values, counts = distinct(score, start, stop)
-        squares = torch.from_numpy(self._square(values.numpy()))
+    def candidates(self, found: tuple[Tensor, Tensor], stop: int) -> tuple[Tensor, Tensor]:
+        """The LAMP scores of the distinct scores below bin `stop`, largest first; their counts."""
+        values, counts = found
+        squares = _scaled_square(values, self._scale)
         sums = self.squares[stop] + (squares * counts).cumsum(0)
         lamp_scores = torch.where(sums > 0, squares / sums, 0.0)
 
@@ -279,9 +279,96 @@ class _LampBins:
             counts = torch.cat([counts.new_ones(1), counts[:1] - 1, counts[1:]])
         return lamp_scores, counts
 
-    def _square(self, values: np.ndarray) -> np.ndarray:
-        squares = values.astype(np.float64)
-        with np.errstate(over="ignore"):  # the edges of bins above the largest weight overflow
-            squares *= self.scale
-            squares *= squares
-        return squares
+
+def _scale(score: Tensor) -> Tensor:
+    """A power of two that brings the largest score near 1, so that all squares are in range."""
+    exponent = torch.frexp(score.max()).exponent.long().clamp(-MOST_EXPONENT, MOST_EXPONENT)
+    return ((1023 - exponent) << 52).view(torch.float64)  # by its bits: `pow` may round
+
+
+def _scaled_square(score: Tensor, scale: float | Tensor) -> Tensor:
+    scaled = score.double() * scale
+    return scaled * scaled
+
+
+def _two_parts(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Squares in two parts, the sums of which over a bin are exact in float64, in any order.
+
+    Squares of one bin have nearly one size. The square of a float32 has 48 bits, and each part 24:
+    2^28 parts have an exact sum. Squares of float64 are rounded to 53 bits, and 2^23 parts have.
+    """
+    upper = square.float().double()
+    return upper, square - upper
+
+
+class _CpuBins:
+    """What LAMP needs to know of scores on the CPU."""
+
+    def __init__(self, scores):
+        self._scores = scores
+
+    def layers(self) -> list[_LampBins]:
+        return [self._layer(name) for name in self._scores]
+
+    def _layer(self, name: str) -> _LampBins:
+        score = self._scores[name]
+        scale = _scale(score).item()
+
+        def parts(chunk: Tensor) -> list[np.ndarray]:
+            return [part.numpy() for part in _two_parts(_scaled_square(chunk, scale))]
+
+        squares = histogram(score, parts)
+        return _LampBins(self._scores.at_least(name), squares, scale, score.dtype)
+
+    def within(self, bins, at_least) -> list[tuple[Tensor, Tensor]]:
+        """The distinct scores in bins start to stop - 1 of each layer, and their counts."""
+        found = zip(self._scores, bins, strict=True)
+        return [distinct(self._scores[name], start, stop) for name, (start, stop) in found]
+
+
+class _GpuBins:
+    """The same of scores on a GPU, whose bins are copied to the CPU, and only few of the scores."""
+
+    def __init__(self, scores):
+        self._scores = scores
+
+    def layers(self) -> list[_LampBins]:
+        """Waits for the GPU once."""
+        sums = []
+        scales = []
+        for name in self._scores:
+            score = self._scores[name].flatten()
+            bits, dropped = _LAYOUT[score.dtype]
+            bins = (score.view(bits) >> dropped).long() & (BINS - 1)  # NaN may have a sign
+            scale = _scale(score)
+
+            square = _scaled_square(score, scale)
+            parts = torch.stack([torch.ones_like(square), *_two_parts(square)], 1)
+            counts, upper, lower = parts.new_zeros(BINS, 3).index_add_(0, bins, parts).T
+            sums += [counts, upper + lower]
+            scales.append(scale)
+
+        found = self._scores.checked(torch.cat([torch.stack(scales), torch.stack(sums).flatten()]))
+        of_layers = found[len(scales) :].view(-1, 2, BINS)
+        scales = found[: len(scales)].tolist()
+        return [
+            _LampBins(suffix_sums(counts.long()), squares, scale, score.dtype)
+            for scale, (counts, squares) in zip(scales, of_layers, strict=True)
+        ]
+
+    def within(self, bins, at_least: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Waits twice."""
+        flat = []
+        inside = []
+        for name, (start, stop) in zip(self._scores, bins, strict=True):
+            score = self._scores[name].flatten()
+            edges = bin_edges(score.dtype)
+            inside.append((score >= edges[start].item()) & (score < edges[stop].item()))
+            flat.append(score)
+
+        found = torch.cat(flat)[torch.cat(inside)].cpu()
+        counts = [
+            int(of_layer[start] - of_layer[stop])
+            for of_layer, (start, stop) in zip(at_least, bins, strict=True)
+        ]
+        return [_counted(values) for values in found.split(counts)]

@@ -316,10 +316,18 @@ class Scores(Mapping[str, Tensor]):
         Raises:
             PruningError: a score is not finite, or negative.
         """
-        if not self._unchecked:
-            return
-        extremes = torch.stack([value for both in self._unchecked.values() for value in both])
-        both = extremes.view(-1, 2).tolist()
+        for largest, _ in list(self._unchecked.values())[:1]:
+            self.checked(largest.new_empty(0))
+
+    def checked(self, values: Tensor) -> Tensor:
+        """As `check`; returns float64 values on the CPU. Waits for a GPU once for both."""
+        pairs = [value for both in self._unchecked.values() for value in both]
+        if pairs:
+            extremes = torch.stack(pairs).double()
+            values = torch.cat([extremes, values.to(extremes)])
+        values = values.cpu()
+
+        both = values[: len(pairs)].view(-1, 2).tolist()
         for name, (largest, smallest) in zip(self._unchecked, both, strict=True):
             kind = f"{name} has a {name_of(self._score)} score that is"
             if not math.isfinite(largest):
@@ -327,8 +335,10 @@ class Scores(Mapping[str, Tensor]):
                 raise PruningError(f"{kind} NaN or infinite in {self._dtype}")
             if smallest < 0:
                 raise PruningError(f"{kind} {smallest:g}: expected scores of at least 0")
+
         self._finite |= self._unchecked.keys()
         self._unchecked.clear()
+        return values[len(pairs) :]
 
     def by(self, score: Callable[[Tensor, Layer], Tensor]) -> "Scores":
         """The same weights and units with another score."""

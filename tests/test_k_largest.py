@@ -1,5 +1,7 @@
 """The k largest scores, found by counting."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,8 +9,9 @@ from hypothesis import strategies as st
 from made_up import linears
 from pretend_cuda import pretend_cuda
 
-from sparsity_factory import compute_masks
-from sparsity_factory.k_largest import _k_largest_by_sorting, k_largest
+from sparsity_factory import compute_masks, prunable_weights
+from sparsity_factory.k_largest import _CpuBins, _GpuBins, _k_largest_by_sorting, k_largest
+from sparsity_factory.scores import Scores
 
 # Many ties, several in one bin
 few_values = st.sampled_from([0.0, 1e-40, 0.5, 1.0, 1.001, 1.002, 3.0, 1e30])
@@ -55,3 +58,36 @@ def test_a_gpu_keeps_what_the_cpu_keeps_of_all_layers_on_ties_too(pruner, sparsi
     with pretend_cuda():
         there = compute_masks(linears(*weights).to("cuda"), pruner, sparsity)
         assert all(torch.equal(here[name], mask.cpu()) for name, mask in there.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_a_gpu_keeps_what_the_cpu_keeps_of_layers_of_any_scale_by_lamp(dtype, scale):
+    torch.manual_seed(0)
+    weights = [torch.randn(40, size, dtype=dtype) for size in (30, 50, 70)]
+    weights[1] *= scale
+    weights[2][:20] = weights[2][20:]
+    for sparsity in (0.1, 0.6, 0.99):
+        here = compute_masks(linears(*weights), "lamp", sparsity)
+        with pretend_cuda():
+            there = compute_masks(linears(*weights).to("cuda"), "lamp", sparsity)
+            assert all(torch.equal(here[name], mask.cpu()) for name, mask in there.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_of_squares_depend_neither_on_the_order_nor_on_the_device(dtype):
+    torch.manual_seed(0)
+    weight = torch.rand(600, 700, dtype=dtype)  # two chunks
+    shuffled = weight.flatten()[torch.randperm(weight.numel())].view(weight.shape)
+
+    def sums(weight, device="cpu", bins=_CpuBins):
+        layer = bins(Scores(prunable_weights(linears(weight).to(device)))).layers()[0]
+        return layer.squares, layer.at_least, layer.floor
+
+    expected = sums(weight)
+    with pretend_cuda():
+        for found in (sums(shuffled), sums(shuffled, "cuda", _GpuBins)):
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert expected[0][0].item() == pytest.approx(
+        math.fsum(weight.double().square().flatten().tolist()), rel=1e-13
+    )
