@@ -98,7 +98,7 @@ def test_a_resumed_run_skips_the_same_images_and_counts_on(
     run_main(*recipe)
     whole = torch.load(tmp_path / "out/checkpoint.pth", weights_only=True)["model"]
     stop_at(4)
-    run_main(*recipe, status=143)
+    run_main(*recipe, "--overwrite", status=143)
     good = Path("data/train/a/04.png").read_bytes()
     Path("data/train/a/03.png").write_bytes(good)  # readable by now, and still left out
     run_main(*recipe, "--resume", "auto")
