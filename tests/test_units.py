@@ -10,6 +10,7 @@ from math import prod
 import pytest
 import timm
 import torch
+import torchvision
 from made_up import linears, statistics_of
 from timm.layers import GluMlp, SwiGLU
 from timm.models.cait import Cait
@@ -367,6 +368,31 @@ def test_a_unit_scores_the_mean_absolute_gradient_of_a_real_gate(kind):
     for group, expected in zip(groups, total, strict=True):
         (found,) = scores.of_groups([group], [group.weights(weights)])
         torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-7)
+
+
+def test_heads_of_torchs_attention_score_by_a_gate_at_the_weights_that_read_them():
+    """W (z x) is (W z) x: torch calls no layer at whose inputs a gate could be."""
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(16, 8, 1, 4, 24, 48, num_classes=5).eval()
+    nn.init.normal_(model.heads[0].weight)
+    images, targets = torch.randn(4, 3, 16, 16), torch.arange(4)
+    cross_entropy = nn.functional.cross_entropy
+    data = [(images[:1], targets[:1]), (images[1:], targets[1:])]
+    statistics = collect_statistics(model, data, cross_entropy, {"gate_gradient"})
+    weights = prunable_weights(model)
+    scores = Scores(weights, SCORES["gate"], statistics=statistics)
+
+    (group,) = unit_groups(model, ["heads"])
+    reader = "encoder.layers.encoder_layer_0.self_attention.out_proj.weight"
+    unit = torch.arange(4).repeat_interleave(6)
+    total = torch.zeros(4)
+    for image, target in zip(images, targets, strict=True):
+        gate = torch.ones(4, requires_grad=True)
+        gated = {reader: weights[reader].detach() * gate[unit]}
+        outputs = torch.func.functional_call(model, gated, (image[None],))
+        total += torch.autograd.grad(cross_entropy(outputs, target[None]), gate)[0].abs() / 4
+    (found,) = scores.of_groups([group], [group.weights(weights)])
+    torch.testing.assert_close(found, total.double(), rtol=1e-4, atol=1e-7)
 
 
 def test_heads_and_neurons_of_the_least_gradient_at_their_gates_go():
