@@ -316,19 +316,27 @@ class Scores(Mapping[str, Tensor]):
         Raises:
             PruningError: a score is not finite, or negative.
         """
-        for largest, _ in list(self._unchecked.values())[:1]:
-            self.checked(largest.new_empty(0))
+        if self._unchecked:
+            self._refuse(torch.stack(self._extremes()).tolist())
 
     def checked(self, values: Tensor) -> Tensor:
         """As `check`; returns float64 values on the CPU. Waits for a GPU once for both."""
-        pairs = [value for both in self._unchecked.values() for value in both]
-        if pairs:
-            extremes = torch.stack(pairs).double()
-            values = torch.cat([extremes, values.to(extremes)])
-        values = values.cpu()
+        extremes = self._extremes()
+        if not extremes:
+            return values.cpu()
+        found = torch.cat([torch.stack(extremes).double(), values]).cpu()
+        self._refuse(found[: len(extremes)].tolist())
+        return found[len(extremes) :]
 
-        both = values[: len(pairs)].view(-1, 2).tolist()
-        for name, (largest, smallest) in zip(self._unchecked, both, strict=True):
+    def _extremes(self) -> list[Tensor]:
+        """The largest and the smallest score of each layer that is not checked yet, in turns."""
+        return [value for both in self._unchecked.values() for value in both]
+
+    def _refuse(self, extremes: list[float]) -> None:
+        """Checks what `_extremes` returned, as numbers."""
+        for name, largest, smallest in zip(
+            self._unchecked, extremes[::2], extremes[1::2], strict=True
+        ):
             kind = f"{name} has a {name_of(self._score)} score that is"
             if not math.isfinite(largest):
                 self.weight(name)  # raises if the weight itself is the cause
@@ -338,7 +346,6 @@ class Scores(Mapping[str, Tensor]):
 
         self._finite |= self._unchecked.keys()
         self._unchecked.clear()
-        return values[len(pairs) :]
 
     def by(self, score: Callable[[Tensor, Layer], Tensor]) -> "Scores":
         """The same weights and units with another score."""
