@@ -18,7 +18,7 @@ from torch import Tensor
 PRIOR = 0.03  # added to a logit for each weight shared with the first mask: the paper's 3 x 0.01
 # At the beginning and at the end of the learning, as in the paper
 TEMPERATURES = (4.0, 0.05)
-SCALES = (10.0, 100.0)
+SCALES = (100.0, 500.0)
 # Of Adam, which trains the logits
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8

@@ -77,7 +77,7 @@ class Recipe:
     rewind: int | None = None
     drop_fraction: float = 0.3
     sr_decay: float = 2e-4
-    mask_lr: float = 1e-2
+    mask_lr: float = 3e-4
     reconstruct: str | Callable = NONE
     calibration_images: int = 1024
     method_options: Mapping[str, float] | None = None

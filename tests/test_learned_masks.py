@@ -34,6 +34,18 @@ def loss_of(model, step: int) -> torch.Tensor:
     )
 
 
+def test_at_first_the_prior_mask_is_drawn_in_83_of_100_groups():
+    prior = torch.tensor([True, False, True, False]).repeat(64, 64)
+    learner = MaskLearner({"w": torch.ones(64, 256)}, {"w": prior}, {"w": 4}, seed=0)
+    learner.soften(step=0, progress=0)
+
+    # With scale 100, a prior of 0.03 and two shared weights of two: e^6 / (e^6 + 4 e^3 + 1)
+    most = learner._shares["w"].argmax(1)
+    drawn = learner._choices["w"][most].bool().view(64, 256)
+    groups = (drawn == prior).view(-1, 4).all(1)
+    assert groups.float().mean() == pytest.approx(0.83, abs=0.02)
+
+
 class Run:
     def __init__(self, chosen: Recipe, started: bool = True, **options):
         self.model = network()
@@ -98,7 +110,7 @@ def test_logits_learn_as_by_autograd_through_a_soft_mask(prior, scales, temperat
     optimizer = torch.optim.Adam(logits, lr=0.1)
     for step in range(STEPS - 1):
         torch.testing.assert_close(
-            run.logits(), [values.detach() for values in logits], rtol=1e-3, atol=1e-4
+            run.logits(), [values.detach() for values in logits], rtol=1e-3, atol=1e-3
         )
         share = step / (STEPS - 1)
         scale, temperature = (a + (b - a) * share for a, b in (scales, temperatures))
