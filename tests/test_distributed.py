@@ -40,6 +40,7 @@ DISTILLED = [
     "TEACHER",
 ]
 DENSE_TEACHER = ["--pretrained", "--dense-teacher", "0.5", "--distillation-tau", "2"]
+GENTLE = ["--method-options", "maskllm.first-scale=10", "maskllm.last-scale=100"]
 #: The flags of one process, and of each of two that make the same steps.
 SAME_STEPS = {
     "plain": (["--batch-size", "16"], ["--batch-size", "8"]),
@@ -67,7 +68,8 @@ SAME_STEPS = {
                 ("set", ["--prune-every", "1"]),
                 ("gradual", ["--prune-every", "1"]),
                 ("sr-ste", ["--prune-every", "1"]),
-                ("maskllm", ["--pattern", "x:4", "--mask-lr", "0.1"]),
+                # By its own scales, rounding would decide at once which masks are learned
+                ("maskllm", ["--pattern", "x:4", "--mask-lr", "0.1", *GENTLE]),
             )
         )
     },
