@@ -23,7 +23,7 @@ DENSE = "dense"
 # A kernel has to take at most this fraction of the dense time, since times vary by some percent.
 WORTH = 0.95
 # Seconds for the measurements of a layer, and for those of the whole model.
-BUDGET = 0.5
+BUDGET = 0.25
 WHOLE_BUDGET = 5.0
 # A kernel that once took this many times the dense time is not measured again.
 HOPELESS = 2
