@@ -142,8 +142,12 @@ def product_row(sparsity: float) -> dict:
     with contextlib.suppress(ImportError):
         import openvino
 
-        sparse = {"INFERENCE_NUM_THREADS": 1, "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": 0.1}
-        model = openvino.Core().compile_model(openvino.convert_model(file), "CPU", sparse)
+        options = {
+            "INFERENCE_NUM_THREADS": 1,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": 0.1,
+        }
+        model = openvino.Core().compile_model(openvino.convert_model(file), "CPU", options)
         calls["OpenVINO"] = partial(model, x.numpy())
 
     taken = in_turns(calls, 5)
