@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_up import Clock
+from made_up import Clock, needs_compiler
 
 import main
 from models import build_model
@@ -325,6 +325,7 @@ def measure_by(monkeypatch, *clocks):
     return batches
 
 
+@needs_compiler
 def test_without_this_project_an_exported_model_with_its_kernels_computes_the_same(
     run_main, tmp_path, weights_only, monkeypatch
 ):
@@ -392,6 +393,7 @@ def test_an_exported_loader_has_the_kernels_that_it_needs_and_hands_results_on_a
     assert hidden.reshape(-1, 384).t().is_contiguous() and mlp.fc2(hidden).is_contiguous()
 
 
+@needs_compiler
 def test_an_exported_folder_compiles_its_kernel_and_stays_dense_with_a_warning_if_it_cannot(
     run_main, tmp_path, weights_only, monkeypatch
 ):

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from made_up import Clock, linears
+from made_up import Clock, linears, needs_compiler
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.sparse import SparseSemiStructuredTensor
@@ -18,7 +18,8 @@ from models import build_model
 from sparsity_factory import KERNELS, Masks, compute_masks, prunable_weights, sparse_kernels
 from sparsity_factory.sparse_kernels import Bsr, Csr, in_turns
 
-CPU_KERNELS = ["tiles", "csr-mkl", "csr", "bsr", "compact"]
+WITH_TORCH = ["csr-mkl", "csr", "bsr", "compact"]
+CPU_KERNELS = [pytest.param("tiles", marks=needs_compiler), *WITH_TORCH]
 RNG = torch.Generator().manual_seed(0)
 
 
@@ -56,8 +57,8 @@ def test_a_kernel_equals_the_dense_layer_on_inputs_of_every_shape(kernel, shape,
 
 @pytest.mark.parametrize(
     "kernel, dtype",
-    [(kernel, torch.bfloat16) for kernel in CPU_KERNELS]
-    + [(kernel, torch.float64) for kernel in CPU_KERNELS if kernel != "tiles"],
+    [(kernel, dtype) for kernel in WITH_TORCH for dtype in (torch.bfloat16, torch.float64)]
+    + [pytest.param("tiles", torch.bfloat16, marks=needs_compiler)],
 )
 def test_a_kernel_gives_the_dtype_of_the_dense_layer(kernel, dtype):
     layer, x = in_blocks(SOME).to(dtype), torch.randn(5, 48, generator=RNG).to(dtype)

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_up import needs_compiler
 from torch import nn
 from torch.nn import functional as F
 
 from sparsity_factory import sparse_kernels
 from sparsity_factory.tiles import Tiles, TilesMlp, compiled, join_mlps
+
+pytestmark = needs_compiler
 
 RNG = torch.Generator().manual_seed(0)
 

@@ -2,11 +2,19 @@
 measured.
 """
 
+import os
+import shutil
+
+import pytest
 import torch
 from torch import nn
 
 from sparsity_factory import SCHEDULES, STATISTICS, Statistics, prunable_weights
 from sparsity_factory.removal_costs import add_squares
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX") or "g++"), reason="needs a C++ compiler, CXX or g++"
+)
 
 
 def linears(*weights) -> nn.Module:
