@@ -169,6 +169,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+    # What is measured
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT")
     parser.add_argument(
         "--model", help="random weights of this model of timm instead of checkpoints"
@@ -178,6 +180,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--pattern", default="unstructured", help="as that of main.py")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.95])
+
+    # How
     parser.add_argument("--sparse-kernels", action="store_true")
     parser.add_argument(
         "--layers", action="store_true", help="print what was measured of each layer"
@@ -188,6 +192,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", choices=["auto", "bfloat16", "float16", "off"], default="auto")
+
     parser.add_argument(
         "--data-path",
         default="",

@@ -688,6 +688,7 @@ def plain_loader(folder: str, args) -> DataLoader:
         re_mode="pixel",
         re_count=1,
     )
+
     return DataLoader(
         ImageFolder(f"{folder}/train", transform),
         64,

@@ -104,6 +104,7 @@ def at_levels(
     factor = None
     columns = columns or few_columns(weight)
     units = pattern.units(weight.shape) if pattern else weight.numel()
+
     for kept in levels:
         if kept == units or isinstance(kept, tuple) and kept[0] == kept[1]:
             new = weight

@@ -197,6 +197,7 @@ def val_loader(
     """The batches of the validation images: this process's share with `--dist-eval`, or all."""
     share = (utils.rank(), utils.world_size()) if args.dist_eval else (0, 1)
     size = evaluation_batch_size(args)
+
     if isinstance(images, IterableDataset):
         stream = SeededStream(images, args.seed, num_classes)
         return StreamLoader(
@@ -207,6 +208,7 @@ def val_loader(
             pin_memory=pin_memory,
             worker_init_fn=ignore_signals,
         )
+
     return DataLoader(
         images,
         batch_sampler=EvalBatchSampler(len(images), size, *share),
