@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .custom_yaml import BlockLevel
 from .errors import PruningError
 from .masks import as_matrix, bits, unpack
 from .patterns import parse_pattern
@@ -220,14 +221,28 @@ def _check_layers(masks: Mapping[str, Tensor], recipe: Recipe) -> None:
         raise PruningError(flaw)
 
     shapes = {name: mask.shape for name, mask in masks.items() if mask.dim() == 2}
-    for name, level in recipe.levels(shapes).items():
+    levels = recipe.levels(shapes)
+    smaller = {name: mask for name, mask in masks.items() if levels and recipe.shrinks(name)}
+    if flaw := parse_pattern("heads+neurons").why_not(smaller):
+        raise PruningError(flaw)
+
+    for name, level in levels.items():
+        if name in smaller:
+            continue
         if isinstance(level, tuple):
             flaw = parse_pattern("{}:{}".format(*level)).flaw(masks[name])
+        elif isinstance(level, BlockLevel):
+            flaw = level.pattern.flaw(masks[name]) or _other_number(
+                level.pattern.kept(masks[name]), level.kept(masks[name].shape), "blocks"
+            )
         else:
-            kept = int(masks[name].count_nonzero())
-            flaw = "" if kept == level else f"keeps {kept} weights, expected {level}"
+            flaw = _other_number(int(masks[name].count_nonzero()), level, "weights")
         if flaw:
             raise PruningError(f"{name}: {flaw}")
+
+
+def _other_number(kept: int, expected: int, of: str) -> str:
+    return "" if kept == expected else f"keeps {kept} {of}, expected {expected}"
 
 
 def _missed_budget(masks: Mapping[str, Tensor], recipe: Recipe) -> str:

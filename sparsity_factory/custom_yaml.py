@@ -6,8 +6,12 @@
         default: [2, 4]
         blocks.0.*: dense
         "*.mlp.fc2": [1, 4]      # later lines win
+        "*.mlp.fc1": block:4x1 0.7   # seven of ten blocks are pruned
+      units:                     # how many heads and neurons blocks keep; may be left out
+        blocks.0.attn: 2
 
-Either mode accepts entries of both forms; the mode only tells a reader what to expect.
+Either mode accepts entries of all forms; the mode only tells a reader what to expect. Layers of a
+block in `units` stay dense otherwise.
 
 `choices` in place of `level` has a list of levels for each weight. With one level each it is a
 configuration; with more it is a space, from which `search.py` chooses one level for each weight.
@@ -17,15 +21,19 @@ import logging
 import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from os import PathLike, fspath
 
 import yaml
 
 from .errors import PruningError, short
+from .patterns import Pattern, parse_pattern
 
 MODES = ("nxm", "unstructured")
-EXPECTED_LEVEL = 'expected [n, m] with 1 <= n <= m, "n:m", a sparsity in [0, 1), or dense'
+EXPECTED_LEVEL = (
+    'expected [n, m] with 1 <= n <= m, "n:m", a sparsity in [0, 1), "block:RxC SPARSITY", or dense'
+)
 # Parsing takes some seconds per megabyte, and a list of a thousand entries has ten kilobytes.
 MAX_BYTES = 2**18
 MAX_DEPTH = 8  # a correct file has six levels
@@ -33,9 +41,33 @@ MAX_DEPTH = 8  # a correct file has six levels
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class BlockLevel:
+    """A share of the blocks of a weight that is pruned. name: of the pattern, `block:RxC`."""
+
+    name: str
+    sparsity: float
+
+    @property
+    def pattern(self) -> Pattern:
+        return parse_pattern(self.name)
+
+    def kept(self, shape: Sequence[int]) -> int:
+        """How many blocks a weight of this shape keeps."""
+        blocks = self.pattern.units(shape)
+        return blocks - round(self.sparsity * blocks)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.sparsity!r}"
+
+
+#: What a layer keeps: a number of weights, n of every m, or a share of its blocks.
+Amount = int | tuple[int, int] | BlockLevel
+
+
 def resolve_levels(
     source: str | PathLike | Mapping, shapes: Mapping[str, Sequence[int]]
-) -> dict[str, int | tuple[int, int]]:
+) -> dict[str, Amount]:
     """The level that a custom configuration gives each prunable weight.
 
     Args:
@@ -44,8 +76,8 @@ def resolve_levels(
             order.
 
     Returns:
-        In the order of `shapes`: the number of weights kept, or (n, m) to keep n of every m along
-        the inputs.
+        In the order of `shapes`: the number of weights kept, (n, m) to keep n of every m along
+        the inputs, or a `BlockLevel`.
 
     Raises:
         PruningError: in one line that names the file (or `custom_config`), the entry and what was
@@ -62,7 +94,7 @@ def resolve_levels(
 
 def resolve_choices(
     source: str | PathLike | Mapping, shapes: Mapping[str, Sequence[int]], where: str | None = None
-) -> dict[str, dict[str, int | tuple[int, int]]]:
+) -> dict[str, dict[str, Amount]]:
     """The levels from which a search may choose, for each prunable weight.
 
     Args:
@@ -71,8 +103,8 @@ def resolve_choices(
         where: what messages call the configuration; by default the file.
 
     Returns:
-        In the order of `shapes`: the text of each level, such as `2:4`, `0.5` or `dense`, to the
-        number of weights kept or (n, m), as in `resolve_levels`.
+        In the order of `shapes`: the text of each level, such as `2:4`, `0.5` or `dense`, to what
+        is kept, as in `resolve_levels`.
 
     Raises:
         PruningError: as `resolve_levels`, and for an empty list of levels.
@@ -95,8 +127,68 @@ def resolve_choices(
     return found
 
 
-def level_text(level: float | tuple[int, int]) -> str:
-    """A level as it is written: `2:4`, `0.5`, `dense`."""
+def resolve_units(source: str | PathLike | Mapping, units: Mapping[str, int]) -> dict[str, int]:
+    """How many heads or neurons a custom configuration leaves of blocks.
+
+    Args:
+        source: as for `resolve_levels`.
+        units: by the name of every block that has any, how many it has.
+
+    Returns:
+        By the name of each block in its `units`, the number that is kept.
+
+    Raises:
+        PruningError: as `resolve_levels`.
+    """
+    config, where = _read(source)
+    found = {}
+    for pattern, count in unit_section(config, where).items():
+        label = f"{where}: units {short(pattern)}"
+        matched = [name for name in units if fnmatchcase(name, pattern)]
+        if not matched:
+            example = f" such as {next(iter(units))}" if units else ", and the model has none"
+            raise PruningError(
+                f"{label} matches no block of heads or neurons: expected one{example}"
+            )
+        for name in matched:
+            if count > units[name]:
+                raise PruningError(f"{label} is {count}: expected 1 to {units[name]} for {name}")
+            found[name] = count
+    return found
+
+
+def unit_section(config, where: str = "custom_config") -> Mapping[str, int]:
+    """The numbers of heads and neurons of a configuration, by patterns of block names.
+
+    Raises:
+        PruningError: they are malformed.
+    """
+    section = config.get("sparsity") if isinstance(config, Mapping) else None
+    units = section.get("units", {}) if isinstance(section, Mapping) else {}
+    if not isinstance(units, Mapping):
+        raise PruningError(
+            f"{where}: units is {short(units)}: expected a mapping from blocks to numbers"
+        )
+    for pattern, count in units.items():
+        good = _is_number(count, numbers.Integral) and count >= 1
+        if not isinstance(pattern, str) or not good:
+            raise PruningError(
+                f"{where}: units {short(pattern)} is {short(count)}: expected the name of a block "
+                "and a number of at least 1"
+            )
+    return units
+
+
+def has_units(units: Mapping[str, int], parameter: str) -> bool:
+    """Whether a weight or bias belongs to a block in `unit_section`."""
+    block = re.sub(r"\.(weight|bias)$", "", parameter).rpartition(".")[0]
+    return any(fnmatchcase(block, pattern) for pattern in units)
+
+
+def level_text(level: float | tuple[int, int] | BlockLevel) -> str:
+    """A level as it is written: `2:4`, `0.5`, `block:4x1 0.5`, `dense`."""
+    if isinstance(level, BlockLevel):
+        return str(level)
     if isinstance(level, tuple):
         n, m = level
         return f"{n}:{m}" if n < m else "dense"
@@ -232,6 +324,9 @@ def _checked(config, where: str) -> Mapping:
         section = {key: value for key, value in section.items() if key != "greedy"}
         section = _section(section, ("mode", "choices"), where, "sparsity")
     else:
+        unit_section(config, where)
+        if isinstance(section, Mapping):
+            section = {key: value for key, value in section.items() if key != "units"}
         section = _section(section, ("mode", "level"), where, "sparsity")
 
     if section["mode"] not in MODES:
@@ -353,8 +448,8 @@ def _parse_choices(entries, where: str) -> list[tuple]:
     return [(label, [next(levels) for _ in entry]) for label, entry in entries]
 
 
-def parse_level(entry, label: str) -> float | tuple[int, int]:
-    """The level that an entry means: a sparsity in [0, 1), or (n, m).
+def parse_level(entry, label: str) -> float | tuple[int, int] | BlockLevel:
+    """The level that an entry means: a sparsity in [0, 1), (n, m), or one of blocks.
 
     Raises:
         PruningError: the entry is no level; `label` names it.
@@ -363,11 +458,27 @@ def parse_level(entry, label: str) -> float | tuple[int, int]:
         return float(entry)
     if isinstance(entry, str) and entry == "dense":
         return 0.0
+    if level := _blocks(entry):
+        return level
 
     n, m = _group(entry)
     if not 1 <= n <= m:
         raise PruningError(f"{label} is {short(entry)}: {EXPECTED_LEVEL}")
     return n, m
+
+
+def _blocks(entry) -> BlockLevel | None:
+    """The level of blocks that an entry means; None if it has not that form."""
+    number = r"[0-9]{1,9}"
+    form = rf"\s*(block:{number}x{number})\s+({number}?(?:\.[0-9]{{0,18}})?)\s*"
+    written = re.fullmatch(form, entry) if isinstance(entry, str) else None
+    try:
+        if written and float(written[2]) < 1:
+            parse_pattern(written[1])
+            return BlockLevel(written[1], float(written[2]))
+    except ValueError:  # no digit, or no block
+        pass
+    return None
 
 
 def _group(entry) -> tuple[int, int]:
@@ -395,10 +506,12 @@ def _is_number(entry, kind: type) -> bool:
     return isinstance(entry, kind) and not isinstance(entry, bool)
 
 
-def _amount(
-    label: str, level, name: str, shape: Sequence[int], where: str
-) -> int | tuple[int, int]:
-    """A level as a number of weights kept or (n, m), checked against the shape of the weight."""
+def _amount(label: str, level, name: str, shape: Sequence[int], where: str) -> Amount:
+    """A level as what a weight keeps, checked against its shape."""
+    if isinstance(level, BlockLevel):
+        if misfit := level.pattern.misfit(name, shape):
+            raise PruningError(f"{where}: {label} is {level}: expected {misfit}")
+        return level
     if isinstance(level, float):
         total = shape[0] * shape[1]
         return total - round(level * total)

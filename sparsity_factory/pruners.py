@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .custom_yaml import resolve_levels
+from .custom_yaml import Amount, BlockLevel, resolve_levels, resolve_units
 from .damping import DAMPING, DAMPING_LINE
 from .errors import PruningError, as_flag, in_words, short, warn_once
 from .k_largest import largest_lamp_scores_overall, largest_overall, largest_threshold
@@ -50,6 +50,7 @@ from .patterns import n_of_m, parse_pattern
 from .reconstruction import COLUMNS_LINE
 from .scores import SCORES, Scores, wanda
 from .statistics import Statistics
+from .unit_patterns import keep_units
 
 UpToHalf = Annotated[float, Numbers("a number in [0, 0.5]", 0, 0.5)]
 
@@ -121,9 +122,16 @@ def compute_masks(
     measure = chosen(SCORES, score, method_options)
     scores = Scores(fitting, measure, units, statistics, seed, reconstructed, among)
     if pruner == "custom":
+        assert custom_config is not None  # `check_request` refuses that
         levels = custom(scores, custom_config)
         masks = {name: mask_at(scores, name, level) for name, level in levels.items()}
+        smaller = keep_units(model, scores, partial(resolve_units, custom_config))
         scores.check()
+        for name, mask in masks.items():
+            if name in smaller and not mask.all():
+                raise PruningError(f"custom_config: {name} has a level and units: expected one")
+        masks |= smaller
+        masks = {name: masks[name] for name, _ in model.named_parameters() if name in masks}
         return _of_parameters(masks, owned)
 
     share_out = chosen(PRUNERS, pruner, method_options)
@@ -446,11 +454,11 @@ def search(
 
 
 @method()
-def custom(scores: Scores, config: str | PathLike | Mapping) -> dict[str, int | tuple[int, int]]:
+def custom(scores: Scores, config: str | PathLike | Mapping) -> dict[str, Amount]:
     """As the YAML says: each layer keeps a number of weights, or n of every m.
 
     Returns:
-        Weight name to the number of weights kept, or to (n, m).
+        Weight name to the number of weights kept, to (n, m), or to a `BlockLevel`.
 
     Raises:
         PruningError: see `custom_yaml.resolve_levels`.
@@ -464,8 +472,11 @@ PRUNERS: dict[str, Callable] = {
 }
 
 
-def mask_at(scores: Scores, name: str, level: int | tuple[int, int]) -> Tensor:
-    """The mask of a layer at a level: the number of weights that it keeps, or (n, m)."""
+def mask_at(scores: Scores, name: str, level: Amount) -> Tensor:
+    """The mask of a layer at a level, what it keeps of single weights, groups or blocks."""
+    if isinstance(level, BlockLevel):
+        pattern = level.pattern
+        return pattern.mask(pattern.score(scores[name]), level.kept(scores.shapes[name]))
     return n_of_m(scores[name], *level) if isinstance(level, tuple) else scores.mask(name, level)
 
 

@@ -6,7 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from .custom_yaml import level_section, parse_level, resolve_levels
+from .custom_yaml import (
+    Amount,
+    BlockLevel,
+    has_units,
+    level_section,
+    parse_level,
+    resolve_levels,
+    unit_section,
+)
 from .errors import PruningError, as_flag, in_words, short
 from .masks import why_no_layers
 from .method import Option, check_method_options, chosen, name_of, options_of
@@ -256,8 +264,8 @@ class Recipe:
             )
         return Steps(total, epoch, start, end, rewind)
 
-    def levels(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int | tuple[int, int]]:
-        """What `custom` keeps of each weight: a number, or (n, m). Nothing for other pruners.
+    def levels(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Amount]:
+        """What `custom` keeps of each weight. Nothing for other pruners.
 
         shapes: by the names of the prunable weights, in model order.
 
@@ -265,6 +273,17 @@ class Recipe:
             PruningError: the configuration does not fit the weights.
         """
         return resolve_levels(self.custom_config or {}, shapes) if self.pruner == "custom" else {}
+
+    @property
+    def structured(self) -> bool:
+        """Whether it prunes whole heads or neurons, which can be taken out of the model."""
+        return parse_pattern(self.pattern).structured or bool(self._units())
+
+    def shrinks(self, parameter: str) -> bool:
+        """Whether heads or neurons may be pruned from the block of a weight or bias."""
+        if parse_pattern(self.pattern).structured:
+            return True
+        return has_units(self._units(), parameter)
 
     def request(self, shapes: Mapping[str, Sequence[int]], levels: Mapping, scale=None) -> dict:
         """The arguments of `compute_masks`.
@@ -385,6 +404,11 @@ class Recipe:
             "of a group has a logit",
         )
         self._expect(
+            not self._units() or self.prune_schedule == "one-shot",
+            "prune_schedule",
+            "one-shot with units in the custom YAML",
+        )
+        self._expect(
             not (schedule.goes_dense and parse_pattern(self.pattern).structured),
             "prune_schedule",
             "a pattern whose weights can come back in a dense phase; whole heads and neurons get "
@@ -394,12 +418,13 @@ class Recipe:
     def _groups(self) -> "Groups":
         if self.pruner == "custom":
             levels = [level for _, level in self._custom_levels()]
-            exist = any(isinstance(level, tuple) and level[0] < level[1] for level in levels)
+            along = any(isinstance(level, tuple) and level[0] < level[1] for level in levels)
+            blocks = any(isinstance(level, BlockLevel) and level.sparsity for level in levels)
             learnable = all(
                 level[1] <= MOST_LEARNED if isinstance(level, tuple) else level == 0
                 for level in levels
             )
-            return Groups(exist, along_inputs=exist, learnable=learnable)
+            return Groups(along or blocks, along_inputs=along, learnable=learnable)
 
         pattern = parse_pattern(self.pattern)
         m = getattr(pattern, "m", None) or 0
@@ -478,12 +503,16 @@ class Recipe:
     def _meaning(self, name: str):
         """The value of a field, in one form for all equal meanings."""
         if name == "custom_config" and self.custom_config is not None:
-            return self._custom_levels()
+            return [*self._custom_levels(), *sorted(self._units().items())]
         value = self._value(name)
         return list(value) if isinstance(value, tuple) else value
 
+    def _units(self) -> Mapping[str, int]:
+        """The numbers of heads and neurons of the custom configuration, by patterns of blocks."""
+        return unit_section(self.custom_config) if self.pruner == "custom" else {}
+
     def _custom_levels(self) -> list[tuple]:
-        """(place or pattern, sparsity or (n, m)) for each entry of the custom configuration."""
+        """(place or pattern, level) for each entry of the custom configuration."""
         if not isinstance(self.custom_config, Mapping):
             raise PruningError(f"custom_config is {short(self.custom_config)}: expected a mapping")
 
@@ -522,13 +551,15 @@ def timed_fields() -> set[str]:
     return {name for schedule in SCHEDULES.values() for name in schedule.uses} - {"seed"}
 
 
-def _scaled(level: int | tuple[int, int], total: int, scale: Callable[[float], float]):
+def _scaled(level: Amount, total: int, scale: Callable[[float], float]):
     """The entry of a custom configuration for the scaled sparsity of a level.
 
     Args:
-        level: as `resolve_levels` gives it: (n, m), or a number of weights.
+        level: as `resolve_levels` gives it.
         total: the weights of the layer.
     """
+    if isinstance(level, BlockLevel):
+        return f"{level.name} {scale(level.sparsity):.17f}"
     if isinstance(level, tuple):
         n, m = level
         return m - round(m * scale(1 - n / m)), m

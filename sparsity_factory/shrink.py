@@ -2,20 +2,22 @@
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import PruningError, short
-from .masks import Masks, dense_shapes, select
+from .masks import Masks, dense_shapes, prunable_weights, select
 from .units import HEADS, Group, unit_groups
 
 log = logging.getLogger(__name__)
 
 
-def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+def shrink(
+    model: nn.Module, masks: Mapping[str, Tensor], may_shrink: Callable[[str], bool] | None = None
+) -> nn.Module:
     """A copy of a model without its pruned units; it computes what the masked model does.
 
     Outputs are the same up to rounding. A head or neuron is removed if the masks keep none of its
@@ -31,6 +33,9 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     Args:
         model: it is not changed. Hooks and compiled code are not copied.
         masks: as `compute_masks` returns them.
+        may_shrink: called with the name of a block's weight; by default every block may. Where
+            single weights were pruned, a layer without those units whose weights are all gone by
+            chance may no longer fit a kernel for blocks.
 
     Raises:
         PruningError: masks that are not the model's.
@@ -40,7 +45,7 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
     for group in unit_groups(shrunk):
         kept = group.kept(masks)
-        if kept.all():
+        if kept.all() or may_shrink and not may_shrink(group.parts[0].parameter):
             continue
         if reason := _why_not(shrunk, group):
             log.warning("%s keeps its %s: %s", group.name, group.kind, reason)
@@ -50,6 +55,13 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     shrunk.dense_shapes = {**shapes, **dense_shapes(model)}
     return shrunk
+
+
+def masks_of_the_rest(
+    shrunk: nn.Module, masks: Mapping[str, Tensor], may_shrink: Callable[[str], bool]
+) -> dict[str, Tensor]:
+    """The masks of those prunable weights of a shrunk model whose blocks may not shrink."""
+    return {name: masks[name] for name in prunable_weights(shrunk) if not may_shrink(name)}
 
 
 def unit_counts(model: nn.Module) -> dict[str, int]:

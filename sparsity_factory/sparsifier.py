@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import VERSION, SavedPruning
+from .custom_yaml import BlockLevel
 from .errors import PruningError
 from .followers import Followers, on_cpu
 from .masks import Masks, as_matrix, checksums, choose_layers, packed, prunable_weights, unpacked
@@ -502,6 +503,8 @@ class Sparsifier:
         if isinstance(level, tuple):
             n, m = level
             return parse_pattern(f"{n}:{m}")
+        if isinstance(level, BlockLevel):
+            return level.pattern
         pattern = parse_pattern(self.recipe.pattern)
-        stays = pattern.structured or pattern.misfit(name, self._shapes[name])
+        stays = self.recipe.shrinks(name) or pattern.misfit(name, self._shapes[name])
         return None if stays else pattern

@@ -1,6 +1,6 @@
 """Patterns whose units span several layers: whole heads and neurons of the blocks of `units.py`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 
 import numpy as np
@@ -96,10 +96,7 @@ class _Units(Pattern):
         }
         parameters = dict(model.named_parameters())
         for group, score, live, count in zip(groups, sums, alive, kept, strict=True):
-            best_first = np.lexsort((-score.numpy(), ~live.numpy()))
-            chosen = torch.zeros(group.units, dtype=torch.bool)
-            chosen[torch.from_numpy(best_first[:count])] = True
-            masks |= group.masks(chosen, parameters)
+            masks |= group.masks(_best(score, live, count), parameters)
         return {name: masks[name] for name in parameters if name in masks}
 
     def _groups(self, model: nn.Module, weights: Mapping[str, Tensor]) -> list[Group]:
@@ -142,6 +139,42 @@ class _Units(Pattern):
     def slack(self, shapes):
         # Units of zeros are never kept, however many they are
         return sum(map(prod, shapes.values())), 1
+
+
+def keep_units(
+    model: nn.Module, scores, counts_of: Callable[[Mapping[str, int]], Mapping[str, int]]
+) -> dict[str, Tensor]:
+    """The masks of blocks that keep given numbers of heads or neurons, those of the largest sums.
+
+    Args:
+        scores: the `Scores` of the prunable weights.
+        counts_of: from how many units each block has, by name, to how many of them some keep.
+
+    Returns:
+        By parameter name the masks of all parameters of these blocks, in model order.
+    """
+    groups = {group.name: group for group in unit_groups(model, weights=scores.weights)}
+    counts = counts_of({name: group.units for name, group in groups.items()})
+    smaller = [groups[name] for name in counts]
+    weights = [group.weights(scores.shapes) for group in smaller]
+    if not smaller:
+        return {}
+
+    sums = scores.of_groups(smaller, weights)
+    nonzero = unit_sums(smaller, weights, lambda name: scores.weights[name] != 0)
+    masks = {}
+    parameters = dict(model.named_parameters())
+    for group, score, alive, count in zip(smaller, sums, nonzero, counts.values(), strict=True):
+        masks |= group.masks(_best(score, alive > 0, count), parameters)
+    return {name: masks[name] for name in parameters if name in masks}
+
+
+def _best(score: Tensor, alive: Tensor, count: int) -> Tensor:
+    """Which units are kept, bool (units,): those that are alive, the largest scores first."""
+    best_first = np.lexsort((-score.numpy(), ~alive.numpy()))
+    kept = torch.zeros(len(score), dtype=torch.bool)
+    kept[torch.from_numpy(best_first[:count])] = True
+    return kept
 
 
 @method("Michel et al. 2019, arXiv:1905.10650")

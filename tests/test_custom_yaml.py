@@ -11,8 +11,17 @@ from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsity_factory import PruningError, prunable_weights
+from models import build_model
+from sparsity_factory import (
+    PruningError,
+    Recipe,
+    check_masks,
+    compute_masks,
+    prunable_weights,
+    shrink,
+)
 from sparsity_factory.custom_yaml import MAX_BYTES, resolve_levels
+from sparsity_factory.shrink import masks_of_the_rest
 
 SHAPES = {
     "blocks.0.qkv.weight": (6, 8),
@@ -269,3 +278,83 @@ def test_any_bytes_are_understood_or_refused_in_one_line(tmp_path_factory, data)
         from_text(tmp_path_factory.getbasetemp(), text)
     except PruningError as error:
         assert len(str(error).splitlines()) == 1
+
+
+# ---- blocks of weights, heads and neurons ----
+
+
+def sample():
+    torch.manual_seed(0)
+    return build_model("deit_sample_patch4_28", 10, 28)
+
+
+def test_layers_keep_their_share_of_blocks_and_blocks_their_largest_units():
+    model = sample()
+    level = {"default": "dense", "blocks.1.*": "block:4x1 0.7"}
+    units = {"blocks.0.attn": 2, "blocks.[23].mlp": 96}
+    config = {"sparsity": {"mode": "unstructured", "level": level, "units": units}}
+    masks = compute_masks(model, "custom", custom_config=config)
+    assert list(masks) == [name for name, _ in model.named_parameters() if name in masks]
+
+    fc1 = model.blocks[1].mlp.fc1.weight
+    blocks = fc1.detach().abs().unflatten(0, (-1, 4)).sum(1)
+    kept = masks["blocks.1.mlp.fc1.weight"].unflatten(0, (-1, 4))
+    assert (kept.all(1) == kept.any(1)).all()
+    assert int(kept.any(1).sum()) == blocks.numel() - round(0.7 * blocks.numel())
+    assert blocks[kept.any(1)].min() >= blocks[~kept.any(1)].max()
+
+    mlp = model.blocks[2].mlp
+    size = mlp.fc1.weight.abs().sum(1) + mlp.fc2.weight.abs().sum(0)
+    neurons = masks["blocks.2.mlp.fc1.bias"]
+    assert int(neurons.sum()) == 96
+    assert set(neurons.nonzero().flatten().tolist()) == set(size.topk(96).indices.tolist())
+    assert int(masks["blocks.0.attn.proj.weight"].any(0).sum()) == 64
+    assert masks["blocks.4.mlp.fc1.weight"].all()
+    check_masks({}, masks, Recipe("custom", custom_config=config))
+
+
+def test_only_blocks_with_units_shrink_and_the_others_keep_their_zeros():
+    model = sample()
+    level = {"default": "dense", "blocks.1.*": "block:4x1 0.7"}
+    config = {"sparsity": {"mode": "nxm", "level": level, "units": {"blocks.0.mlp": 8}}}
+    masks = compute_masks(model, "custom", custom_config=config)
+    masks["blocks.1.mlp.fc1.weight"][:4] = False  # a neuron that is gone by chance
+    masks["blocks.1.mlp.fc2.weight"][:, 0] = False
+    small = shrink(model, masks, Recipe("custom", custom_config=config).shrinks)
+    assert [len(block.mlp.fc1.weight) for block in small.blocks[:3]] == [8, 384, 384]
+    rest = masks_of_the_rest(small, masks, Recipe("custom", custom_config=config).shrinks)
+    assert "blocks.0.mlp.fc1.weight" not in rest
+    assert torch.equal(rest["blocks.1.mlp.fc2.weight"], masks["blocks.1.mlp.fc2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("level", "units", "message"),
+    [
+        ("block:5x1 0.5", {}, r"level 'default' is block:5x1 0.5: expected blocks that divide"),
+        ("block:4x1 1.0", {}, "level 'default' is 'block:4x1 1.0': expected"),
+        ("block:0x1 0.5", {}, "level 'default' is 'block:0x1 0.5': expected"),
+        ("block:4x1", {}, "level 'default' is 'block:4x1': expected"),
+        ("dense", {"blocks.0.attn": 4}, "units 'blocks.0.attn' is 4: expected 1 to 3"),
+        ("dense", {"blocks.0.attn": 0}, "units 'blocks.0.attn' is 0: expected the name of a block"),
+        ("dense", {"blocks.9.attn": 1}, "units 'blocks.9.attn' matches no block .*blocks.0.attn"),
+        ("dense", [2], r"units is \[2\]: expected a mapping"),
+        (0.5, {"blocks.0.mlp": 8}, "blocks.0.mlp.fc1.weight has a level and units"),
+    ],
+)
+def test_wrong_blocks_and_units_are_one_line_that_names_them(level, units, message):
+    config = {"sparsity": {"mode": "nxm", "level": {"default": level}, "units": units}}
+    with pytest.raises(PruningError, match=message) as error:
+        compute_masks(sample(), "custom", custom_config=config)
+    assert "\n" not in str(error.value)
+
+
+def test_units_are_pruned_at_once_and_count_when_recipes_are_compared():
+    def recipe(count, **choices):
+        level = {"default": "dense"}
+        config = {"sparsity": {"mode": "nxm", "level": level, "units": {"blocks.0.mlp": count}}}
+        return Recipe("custom", custom_config=config, **choices)
+
+    assert recipe(8).differences(recipe(9)) == ["custom_config"]
+    assert Recipe.from_dict(recipe(8).to_dict()) == recipe(8)
+    with pytest.raises(PruningError, match="one-shot with units in the custom YAML"):
+        recipe(8, prune_schedule="gradual").check()

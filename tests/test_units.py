@@ -760,6 +760,28 @@ def test_a_shrunk_checkpoint_is_evaluated_audited_and_finetuned_further(
     assert sum(after.values()) < 0.8 * sum(before.values())
 
 
+@pytest.mark.slow
+def test_a_yaml_with_units_and_levels_of_blocks_is_trained_shrunk_and_resumed(
+    run_main, tiny, tmp_path
+):
+    (tmp_path / "c.yaml").write_text(
+        "sparsity:\n  mode: unstructured\n  level:\n    default: dense\n"
+        "    blocks.1.*: block:4x1 0.75\n  units: {blocks.0.attn: 1, '*.5.mlp': 64}\n"
+    )
+    pruned = ["--pruner", "custom", "--custom-config", "c.yaml", "--reconstruct", "least-squares"]
+    run_main(*tiny, *pruned, "--calibration-images", 32, "--shrink", "--output_dir", "run")
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
+    weights = checkpoint["model"]
+    assert len(weights["blocks.5.mlp.fc1.weight"]) == 64
+    assert len(weights["blocks.0.attn.qkv.weight"]) == 96
+    blocks = (weights["blocks.1.mlp.fc1.weight"] != 0).unflatten(0, (-1, 4)).any(1)
+    assert int(blocks.sum()) == blocks.numel() // 4
+    summary = (tmp_path / "run/summary.md").read_text()
+    finetuned = re.search(r"\| finetuned \| (.*) \|", summary)[1]
+    again = run_main(*tiny, "--eval", "--resume", "run/checkpoint.pth")
+    assert f"pruned {finetuned}" in again
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

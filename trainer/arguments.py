@@ -259,8 +259,11 @@ def check_recipe(args) -> None:
         raise UserError("--keep-zeros: not together with --pruner or --pattern, which choose anew")
     if not args.shrink:
         return
-    if not parse_pattern(recipe.pattern).structured:
-        raise UserError("--shrink needs --pattern heads, neurons or heads+neurons as well")
+    if not recipe.structured:
+        raise UserError(
+            "--shrink needs --pattern heads, neurons or heads+neurons as well, or units in the "
+            "custom YAML"
+        )
     if recipe.prune_schedule != "one-shot":
         raise UserError(f"--shrink needs --prune-schedule one-shot, not {recipe.prune_schedule}")
 

@@ -44,6 +44,7 @@ from sparsity_factory import (
     with_units,
 )
 from sparsity_factory.processes import Processes
+from sparsity_factory.shrink import masks_of_the_rest
 from utils import Compute, UserError, log
 
 from .argument_checks import mixes
@@ -578,7 +579,8 @@ def shrink_before_training(
 ) -> tuple[torch.nn.Module, torch.nn.Module, Sparsifier]:
     """The dense model, the model without its pruned units, and a sparsifier for that.
 
-    The new sparsifier masks nothing, but it has the recipe, for the checkpoint.
+    The new sparsifier masks only what is pruned in other layers; it has the recipe, for the
+    checkpoint.
     """
     if not masks:
         raise UserError(
@@ -586,15 +588,17 @@ def shrink_before_training(
         )
     dense = copy.deepcopy(model)
     sparsifier.start(masks)
-    small = shrink(model, sparsifier.masks)
+    recipe = sparsifier.recipe
+    small = shrink(model, sparsifier.masks, recipe.shrinks)
     if args.compile:
         compile_model(small, args.compile_mode)
 
     weights = prunable_weights(small)
     kept = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    kept |= masks_of_the_rest(small, sparsifier.masks, recipe.shrinks)
     follower = Sparsifier(
         small,
-        sparsifier.recipe,
+        recipe,
         total_steps=sparsifier.steps.total,
         epoch_steps=sparsifier.steps.epoch,
         masks=kept,

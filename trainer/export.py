@@ -27,14 +27,13 @@ from sparsity_factory import (
     KERNELS,
     PruningError,
     multiply_adds,
-    parse_pattern,
     read_pruning,
     shrink,
     sparse_kernels,
     sparse_multiply_adds,
     sparsity_rows,
 )
-from sparsity_factory.shrink import ClassAttn, TalkingHeadAttn
+from sparsity_factory.shrink import ClassAttn, TalkingHeadAttn, masks_of_the_rest
 from sparsity_factory.sparse_layers import SparseLinear
 from sparsity_factory.tiles import Tiles, TilesMlp, join_mlps
 from sparsity_factory.units import HEADS, NEURONS, unit_groups
@@ -174,8 +173,9 @@ def load_model(args):
     except PruningError as error:
         raise UserError(f"{args.resume}: {error}") from None
 
-    if masks and parse_pattern(recipe.pattern).structured:
-        model, masks = shrink(model, masks), {}
+    if masks and recipe.structured:
+        shrunk = shrink(model, masks, recipe.shrinks)
+        model, masks = shrunk, masks_of_the_rest(shrunk, masks, recipe.shrinks)
     return args, dense.eval(), model, masks or {}, recipe, checkpoint.get("classes")
 
 
