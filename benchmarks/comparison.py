@@ -1,4 +1,7 @@
-"""The methods and settings that `compare.py` compares, and its results as tables and pictures."""
+"""What a comparison of methods consists of, and its results as tables and pictures.
+
+`compare.py` and `real_size.py` define one each, and `bench.py` measures them.
+"""
 
 import csv
 import io
@@ -14,28 +17,55 @@ from trainer.plots import png, sweep_lines
 from trainer.sweep_table import DENSE, FINETUNED, ONE_SHOT, mean_and_range
 from trainer.sweep_table import Task as Run
 
-SEEDS = (0, 1, 2)
-SPARSITIES = ("0.5", "0.8", "0.9", "0.95", "0.98")
-GROUPS = ("2:4", "1:4")
-LEVELS = (*SPARSITIES, *GROUPS)
 UNPRUNED = "0"
 TUNING = "tuning"
 RANGES = "finetuned, with ranges"
 
-#: By model the arguments of main.py for its shape; the second has DeiT-Tiny's depth and heads.
-MODELS = {"sample": (), "tiny": ("--model-kwargs", "depth=12", "patch_size=7")}
+#: By family the method that its picture shows for comparison, and the name of that method there.
+BASELINES = {
+    "score": ("erk", "magnitude"),
+    "reconstruction": ("erk", "none"),
+    "schedule": ("lamp", "one-shot"),
+}
+
+
+class Level(NamedTuple):
+    """How much is pruned, of what: `0.9`, `2:4`, or `block:4x1 0.5`.
+
+    pattern: empty for the method's own. sparsity: None if the pattern has one itself.
+    """
+
+    pattern: str
+    sparsity: float | None
+
+    @classmethod
+    def read(cls, text: str) -> "Level":
+        pattern, _, sparsity = text.rpartition(" ")
+        if not pattern and ":" in text:
+            return cls(text, None)
+        return cls(pattern, float(sparsity))
+
+    def __str__(self) -> str:
+        percent = "" if self.sparsity is None else f"{100 * self.sparsity:.0f} %"
+        return " ".join(filter(None, [self.pattern, percent]))
 
 
 class Method(NamedTuple):
     """A row of the tables.
 
-    family: the picture in which it is drawn. choices: of a sweep's task. arguments: of main.py.
+    family: the picture in which it is drawn. choices: of a sweep's task. arguments: of main.py, for
+    the training.
     """
 
     family: str
     choices: Mapping[str, str]
-    levels: tuple[str, ...] = LEVELS
+    levels: tuple[str, ...]
     arguments: tuple[str, ...] = ()
+
+    @property
+    def only_trains(self) -> bool:
+        """Whether it is another method right after pruning, and differs in the training alone."""
+        return "schedule" in self.choices or bool(self.arguments)
 
 
 class Tuning(NamedTuple):
@@ -52,15 +82,17 @@ class Tuning(NamedTuple):
 class World(NamedTuple):
     """The start of the training, and what all methods share.
 
-    models: names in MODELS. images: those to train on, `sample` or `quarter`.
+    models: by name the arguments of main.py for its shape. images: a name of those to train on.
+    kinds: of accuracies; without that of a dense model, methods start from random weights.
     """
 
     arguments: tuple[str, ...]
-    models: tuple[str, ...]
+    models: Mapping[str, tuple[str, ...]]
     images: str
     epochs: int
     tunings: tuple[Tuning, ...]
     methods: Mapping[str, Method]
+    kinds: tuple[str, ...] = (DENSE, ONE_SHOT, FINETUNED)
 
     def trials(self, method: str) -> dict[str, list[tuple[str, float]]]:
         """By level of a method the trials that choose its learning rate: a level and a rate."""
@@ -77,77 +109,6 @@ class World(NamedTuple):
         }
 
 
-OFTEN = ("--prune-every", "10")
-AT_TIMES = ("--prune-every", "25")
-ERK = {"name": "erk"}
-LAMP = {"name": "lamp"}
-RANDOM = {"name": "erk", "score": "random"}
-WORLDS = {
-    "finetuned": World(
-        ("--config", "configs/run/sample.yaml"),
-        ("sample", "tiny"),
-        "sample",
-        1,
-        (
-            Tuning(("0.5", "2:4"), ("2:4", "0.5"), (2e-4, 6e-4, 2e-3)),
-            Tuning(("0.8",), ("0.8",), (2e-4, 6e-4, 2e-3)),
-            Tuning(("0.9", "1:4"), ("0.9", "1:4"), (6e-4, 2e-3, 6e-3)),
-            Tuning(("0.95", "0.98"), ("0.95",), (6e-4, 2e-3, 6e-3)),
-        ),
-        {
-            "unif": Method("allocation", {"name": "unif"}),
-            "erk": Method("allocation", ERK, SPARSITIES),
-            "lamp": Method("allocation", LAMP, SPARSITIES),
-            "glob": Method("allocation", {"name": "glob"}, SPARSITIES),
-            "wanda": Method("score", {**ERK, "score": "wanda"}),
-            "taylor": Method("score", {**ERK, "score": "taylor"}),
-            "fisher": Method("score", {**ERK, "score": "fisher"}),
-            "cap": Method("score", {"name": "cap", "score": "cap"}, SPARSITIES),
-            "obs": Method("reconstruction", {**ERK, "reconstruct": "obs"}),
-            "least-squares": Method("reconstruction", {**ERK, "reconstruct": "least-squares"}),
-            "least-squares, teacher": Method(
-                "reconstruction",
-                {**ERK, "reconstruct": "least-squares"},
-                arguments=("--dense-teacher", "1"),
-            ),
-            "gradual": Method("schedule", {**LAMP, "schedule": "gradual"}, arguments=OFTEN),
-            "ste": Method("schedule", {**LAMP, "schedule": "ste"}, arguments=OFTEN),
-            "rigl": Method("schedule", {**ERK, "schedule": "rigl"}, SPARSITIES, OFTEN),
-            "sr-ste": Method("schedule", {"name": "unif", "schedule": "sr-ste"}, GROUPS, OFTEN),
-            "maskllm": Method("schedule", {"name": "unif", "schedule": "maskllm"}, GROUPS),
-        },
-    ),
-    "from scratch": World(
-        ("--config", "configs/run/sample_dense.yaml"),
-        ("tiny",),
-        "quarter",
-        4,
-        (
-            Tuning((UNPRUNED, "0.5", "0.8", "2:4"), (UNPRUNED, "0.8", "2:4"), (2.5e-3, 5e-3, 1e-2)),
-            Tuning(("0.9", "0.95", "0.98", "1:4"), ("0.95", "1:4"), (5e-3, 1e-2, 2e-2, 4e-2)),
-        ),
-        {
-            DENSE: Method("", {"name": "unif"}, (UNPRUNED,)),
-            "static": Method("sparse training", RANDOM),
-            "set": Method("sparse training", {**RANDOM, "schedule": "set"}, SPARSITIES, AT_TIMES),
-            "rigl": Method("sparse training", {**RANDOM, "schedule": "rigl"}, SPARSITIES, AT_TIMES),
-            "gmp": Method("sparse training", {**ERK, "schedule": "gradual"}, arguments=AT_TIMES),
-            "ste": Method("sparse training", {**ERK, "schedule": "ste"}, arguments=OFTEN),
-            "sr-ste": Method(
-                "sparse training", {"name": "unif", "schedule": "sr-ste"}, GROUPS, OFTEN
-            ),
-        },
-    ),
-}
-
-#: By family the method that its picture shows for comparison, and the name of that method there.
-BASELINES = {
-    "score": ("erk", "magnitude"),
-    "reconstruction": ("erk", "none"),
-    "schedule": ("lamp", "one-shot"),
-}
-
-
 class Task(NamedTuple):
     """One accuracy to measure: of a trial of a learning rate, or of a task of a sweep.
 
@@ -161,20 +122,6 @@ class Task(NamedTuple):
     level: str = ""
     seed: int = 0
     rate: float | None = None
-
-    @property
-    def run(self) -> Run:
-        """The same as a task of a sweep."""
-        if self.kind == DENSE:
-            return Run(DENSE)
-        choices = {"sparsity": 0.0, **WORLDS[self.world].methods[self.method].choices}
-        if self.level in GROUPS:
-            choices |= {"name": "unif", "pattern": self.level}
-        else:
-            choices["sparsity"] = float(self.level)
-        if self.kind == ONE_SHOT:
-            return Run(ONE_SHOT, **choices)
-        return Run(FINETUNED, seed=self.seed, **choices)
 
     def __str__(self) -> str:
         parts = [self.kind, self.world, self.model, self.method, self.level]
@@ -190,44 +137,199 @@ class Result(NamedTuple):
     rate: float | None = None
 
 
-def all_tasks() -> list[Task]:
-    """Every accuracy, in the order in which they are measured: by model, then by seed."""
-    tasks = []
-    for name, world in WORLDS.items():
-        for model in world.models:
-            tasks += _tasks_of(name, model)
-    return tasks
+class Comparison:
+    """Methods that are compared in one or several worlds.
 
+    A subclass says where the results are, what is compared, and how models and images are made.
+    """
 
-def _tasks_of(name: str, model: str) -> list[Task]:
-    world = WORLDS[name]
-    pruned = name == "finetuned"  # from a dense model
-    tasks = []
+    folder: Path
+    worlds: Mapping[str, World]
+    seeds: tuple[int, ...]
+    levels: tuple[str, ...]  # in the order of the tables
 
-    # The trials of learning rates, and accuracies right after pruning
-    for method, setting in world.methods.items():
-        trials = dict.fromkeys(sum(world.trials(method).values(), []))
-        tasks += [Task(TUNING, name, model, method, level, rate=rate) for level, rate in trials]
-        if pruned and "schedule" not in setting.choices and not setting.arguments:
-            tasks += [Task(ONE_SHOT, name, model, method, level) for level in setting.levels]
+    def needs(self, task: Task) -> dict[str, Callable[[], None]]:
+        """By the name of a folder, what makes it: models and images, in this order."""
+        raise NotImplementedError
 
-    if pruned:
-        tasks.append(Task(DENSE, name, model))
-    for seed in SEEDS:
-        for method, setting in world.methods.items():
-            tasks += [Task(FINETUNED, name, model, method, level, seed) for level in setting.levels]
-    return tasks
+    def arguments(self, task: Task) -> list[str]:
+        """The arguments of a sweep, without the learning rate and the choices of the task."""
+        raise NotImplementedError
 
+    def method(self, task: Task) -> Method | None:
+        return self.worlds[task.world].methods.get(task.method)
 
-def rate_of(task: Task, results: Mapping[Task, Result]) -> float | None:
-    """The learning rate of a finetuning: the best of its trials; None if a trial is missing."""
-    trials = [
-        task._replace(kind=TUNING, level=level, seed=0, rate=rate)
-        for level, rate in WORLDS[task.world].trials(task.method)[task.level]
-    ]
-    if not all(trial in results for trial in trials):
-        return None
-    return max(trials, key=lambda trial: results[trial].accuracy).rate
+    def run(self, task: Task) -> Run:
+        """The same as a task of a sweep."""
+        if task.kind == DENSE:
+            return Run(DENSE)
+
+        level = Level.read(task.level)
+        choices = {"sparsity": level.sparsity or 0.0, **self.method(task).choices}
+        if level.pattern:
+            choices["pattern"] = level.pattern
+        if level.sparsity is None:
+            choices["name"] = "unif"
+        if task.kind == ONE_SHOT:
+            return Run(ONE_SHOT, **choices)
+        return Run(FINETUNED, seed=task.seed, **choices)
+
+    def tasks(self) -> list[Task]:
+        """Every accuracy, in the order in which they are measured: by model, then by seed."""
+        return [
+            task
+            for name, world in self.worlds.items()
+            for model in world.models
+            for task in self._tasks_of(name, world, model)
+        ]
+
+    def _tasks_of(self, name: str, world: World, model: str) -> list[Task]:
+        places = [
+            (method, setting, level)
+            for method, setting in world.methods.items()
+            for level in setting.levels
+        ]
+        tasks = []
+        if DENSE in world.kinds:
+            tasks.append(Task(DENSE, name, model))
+        if ONE_SHOT in world.kinds:
+            tasks += [
+                Task(ONE_SHOT, name, model, method, level)
+                for method, setting, level in places
+                if not setting.only_trains
+            ]
+        if FINETUNED not in world.kinds:
+            return tasks
+
+        # The trials of learning rates, then what they are for
+        for method in world.methods:
+            trials = dict.fromkeys(sum(world.trials(method).values(), []))
+            tasks += [Task(TUNING, name, model, method, level, rate=rate) for level, rate in trials]
+        for seed in self.seeds:
+            tasks += [
+                Task(FINETUNED, name, model, method, level, seed) for method, _, level in places
+            ]
+        return tasks
+
+    def rate(self, task: Task, results: Mapping[Task, Result]) -> float | None:
+        """The learning rate of a finetuning: the best of its trials; None if a trial is missing."""
+        trials = [
+            task._replace(kind=TUNING, level=level, seed=0, rate=rate)
+            for level, rate in self.worlds[task.world].trials(task.method)[task.level]
+        ]
+        if not all(trial in results for trial in trials):
+            return None
+        return max(trials, key=lambda trial: results[trial].accuracy).rate
+
+    def tables(self, results: Mapping[Task, Result]) -> dict[tuple[str, str, str], str]:
+        """Markdown by world, model and kind (one-shot, finetuned, or RANGES): methods by level.
+
+        A cell is the mean top-1 accuracy of all seeds, under RANGES that of finetuning with its
+        range.
+        """
+        found = {}
+        for world, setting in self.worlds.items():
+            for model in setting.models:
+                for kind in (ONE_SHOT, FINETUNED):
+                    if table := self._table(results, kind, world, model, _mean):
+                        found[world, model, kind] = table
+                if table := self._table(results, FINETUNED, world, model, mean_and_range):
+                    found[world, model, RANGES] = table
+        return found
+
+    def _table(
+        self,
+        results: Mapping[Task, Result],
+        kind: str,
+        world: str,
+        model: str,
+        cell: Callable[[list[float]], str],
+    ) -> str:
+        methods = self.worlds[world].methods
+        used = {level for method in methods.values() for level in method.levels}
+        levels = [level for level in self.levels if level in used]
+
+        rows = []
+        for name, method in methods.items():
+            cells = {
+                level: self.values(results, kind, world, model, name, level)
+                for level in method.levels
+            }
+            if any(cells.values()):
+                texts = [cell(cells.get(level, [])) for level in levels]
+                rows.append(f"| `{name}` | " + " | ".join(texts) + " |")
+        if not rows:
+            return ""
+
+        head = "| top-1 in % | " + " | ".join(str(Level.read(level)) for level in levels) + " |"
+        return "\n".join([head, "| --- |" + " ---: |" * len(levels), *rows])
+
+    def pictures(self, results: Mapping[Task, Result]) -> dict[str, bytes]:
+        """By file name: accuracy against sparsity, the methods of a family in each."""
+        found = {}
+        for world, setting in self.worlds.items():
+            families = dict.fromkeys(
+                method.family for method in setting.methods.values() if method.family
+            )
+            for model in setting.models:
+                for family in families:
+                    if picture := self._picture(results, world, model, family):
+                        found[f"compare_{model}_{family.replace(' ', '_')}.png"] = picture
+        return found
+
+    def _picture(
+        self, results: Mapping[Task, Result], world: str, model: str, family: str
+    ) -> bytes:
+        setting = self.worlds[world]
+        curves = self._curves(results, world, model, family)
+        if not curves:
+            return b""
+
+        # The line of the dense model
+        dense = [
+            result.accuracy
+            for task, result in results.items()
+            if task.kind != TUNING
+            and (task.world, task.model) == (world, model)
+            and DENSE in (task.kind, task.method)
+        ]
+
+        # How long, and how often
+        lines = [points for kinds in curves.values() for points in kinds.values()]
+        seeds = max(len(values) for points in lines for _, values in points)
+        done = "finetuned" if DENSE in setting.kinds else "trained"
+        length = "an epoch" if setting.epochs == 1 else f"{setting.epochs} epochs"
+        shown = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
+        finetuned = f"{done} for {length},\n{shown}"
+
+        title = f"{model}, by {family}"
+        return png(sweep_lines(curves, mean(dense) if dense else None, title, finetuned))
+
+    def _curves(
+        self, results: Mapping[Task, Result], world: str, model: str, family: str
+    ) -> dict[str, dict[str, list]]:
+        """By method of a family, and by kind: sparsities, each with the accuracies of all seeds."""
+        curves = {}
+        baseline, called = BASELINES.get(family, ("", ""))
+        read = {level: Level.read(level) for level in self.levels if level != UNPRUNED}
+        sparsities = {level: place.sparsity for level, place in read.items() if not place.pattern}
+        for name, method in self.worlds[world].methods.items():
+            if method.family != family and name != baseline:
+                continue
+
+            kinds = {}
+            for kind in (ONE_SHOT, FINETUNED):
+                for level, sparsity in sparsities.items():
+                    if values := self.values(results, kind, world, model, name, level):
+                        kinds.setdefault(kind, []).append((sparsity, values))
+            if kinds:
+                curves[called if name == baseline else name] = kinds
+        return curves
+
+    def values(self, results: Mapping[Task, Result], *place) -> list[float]:
+        """The accuracies of all seeds. place: kind, world, model, method, level."""
+        tasks = [Task(*place, seed) for seed in self.seeds]
+        return [results[task].accuracy for task in tasks if task in results]
 
 
 class Results:
@@ -258,117 +360,5 @@ def _parse(line: str) -> tuple[Task, Result]:
     return Task(kind, world, model, method, level, int(seed), of_trial), result
 
 
-def tables(results: Mapping[Task, Result]) -> dict[tuple[str, str, str], str]:
-    """Markdown by world, model and kind (one-shot, finetuned, or RANGES): methods by level.
-
-    A cell is the mean top-1 accuracy of all seeds, under RANGES that of finetuning with its range.
-    """
-    found = {}
-    for world, setting in WORLDS.items():
-        for model in setting.models:
-            for kind in (ONE_SHOT, FINETUNED):
-                if table := _table(results, kind, world, model, _mean):
-                    found[world, model, kind] = table
-            if table := _table(results, FINETUNED, world, model, mean_and_range):
-                found[world, model, RANGES] = table
-    return found
-
-
 def _mean(values: list[float]) -> str:
     return f"{mean(values):.2f}" if values else ""
-
-
-def _table(
-    results: Mapping[Task, Result],
-    kind: str,
-    world: str,
-    model: str,
-    cell: Callable[[list[float]], str],
-) -> str:
-    methods = WORLDS[world].methods
-    used = {level for method in methods.values() for level in method.levels}
-    levels = [level for level in (UNPRUNED, *LEVELS) if level in used]
-
-    rows = []
-    for name, method in methods.items():
-        cells = {
-            level: values_of(results, kind, world, model, name, level) for level in method.levels
-        }
-        if any(cells.values()):
-            texts = [cell(cells.get(level, [])) for level in levels]
-            rows.append(f"| `{name}` | " + " | ".join(texts) + " |")
-    if not rows:
-        return ""
-
-    head = "| top-1 in % | " + " | ".join(map(level_name, levels)) + " |"
-    return "\n".join([head, "| --- |" + " ---: |" * len(levels), *rows])
-
-
-def pictures(results: Mapping[Task, Result]) -> dict[str, bytes]:
-    """By file name: accuracy against sparsity, the methods of a family in each."""
-    found = {}
-    for world, setting in WORLDS.items():
-        families = dict.fromkeys(
-            method.family for method in setting.methods.values() if method.family
-        )
-        for model in setting.models:
-            for family in families:
-                if picture := _picture(results, world, model, family):
-                    found[f"compare_{model}_{family.replace(' ', '_')}.png"] = picture
-    return found
-
-
-def _picture(results: Mapping[Task, Result], world: str, model: str, family: str) -> bytes:
-    setting = WORLDS[world]
-    curves = _curves(results, world, model, family)
-    if not curves:
-        return b""
-
-    # The line of the dense model
-    dense = [
-        result.accuracy
-        for task, result in results.items()
-        if task.kind != TUNING
-        and (task.world, task.model) == (world, model)
-        and DENSE in (task.kind, task.method)
-    ]
-
-    # How long, and how often
-    lines = [points for kinds in curves.values() for points in kinds.values()]
-    seeds = max(len(values) for points in lines for _, values in points)
-    done = "finetuned" if world == "finetuned" else "trained"
-    length = "an epoch" if setting.epochs == 1 else f"{setting.epochs} epochs"
-    shown = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
-    finetuned = f"{done} for {length},\n{shown}"
-
-    title = f"{model}, by {family}"
-    return png(sweep_lines(curves, mean(dense) if dense else None, title, finetuned))
-
-
-def _curves(
-    results: Mapping[Task, Result], world: str, model: str, family: str
-) -> dict[str, dict[str, list]]:
-    """By method of a family, and by kind: the sparsities, each with the accuracies of all seeds."""
-    curves = {}
-    baseline, called = BASELINES.get(family, ("", ""))
-    for name, method in WORLDS[world].methods.items():
-        if method.family != family and name != baseline:
-            continue
-
-        kinds = {}
-        for kind in (ONE_SHOT, FINETUNED):
-            for level in SPARSITIES:
-                if values := values_of(results, kind, world, model, name, level):
-                    kinds.setdefault(kind, []).append((float(level), values))
-        if kinds:
-            curves[called if name == baseline else name] = kinds
-    return curves
-
-
-def values_of(results: Mapping[Task, Result], *place) -> list[float]:
-    """The accuracies of all seeds. place: kind, world, model, method, level."""
-    return [results[task].accuracy for seed in SEEDS if (task := Task(*place, seed)) in results]
-
-
-def level_name(level: str) -> str:
-    return level if level in GROUPS else f"{float(level):.0%}".replace("%", " %")

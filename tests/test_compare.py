@@ -1,4 +1,4 @@
-"""benchmarks/compare.py: what is compared is run, shared and gone on with; docs/comparison.md says
+"""benchmarks/compare.py and real_size.py: what is compared is run, shared and gone on with; docs/comparison.md says
 what it gave.
 """
 
@@ -18,57 +18,66 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def modules(monkeypatch):
-    """benchmarks/compare.py and comparison.py, as the first imports its neighbours when it is run."""
+    """benchmarks/compare.py, comparison.py and bench.py, which import each other when they run."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for name in ("compare", "comparison"):
+    for name in ("compare", "comparison", "bench", "real_size"):
         monkeypatch.delitem(sys.modules, name, raising=False)
+    import bench
     import compare
     import comparison
 
-    return compare, comparison
+    return compare, comparison, bench
 
 
 @pytest.fixture
 def small(modules, monkeypatch, tmp_path, tiny_fashion):
     """The comparison of two methods at one sparsity on the tiny data set."""
-    compare, comparison = modules
-    world = comparison.WORLDS["finetuned"]
+    compare, _, _ = modules
+    world = compare.WORLDS["finetuned"]
     methods = {name: world.methods[name]._replace(levels=("0.9",)) for name in ("unif", "ste")}
     tuning = world.tunings[1]._replace(levels=("0.9",), tried=("0.9",), rates=(1e-3, 1e-2))
     world = world._replace(
         arguments=(*world.arguments, "--batch-size", "16"),
-        models=("sample",),
+        models={"sample": ()},
         tunings=(tuning,),
         methods=methods,
     )
-    monkeypatch.setitem(comparison.WORLDS, "finetuned", world)
-    monkeypatch.delitem(comparison.WORLDS, "from scratch")
-    monkeypatch.setattr(comparison, "SEEDS", (0, 1))
-    monkeypatch.setattr(compare, "OUTPUT", tmp_path / "compare")
     monkeypatch.setattr(compare, "SAMPLE", 3)
     monkeypatch.setattr(compare, "HELD_OUT", 1)
-    return compare, comparison, tiny_fashion
+
+    comparison = compare.SmallModels(tiny_fashion)
+    comparison.worlds = {"finetuned": world}
+    comparison.seeds = (0, 1)
+    comparison.folder = tmp_path / "compare"
+    return comparison
 
 
-def test_every_run_has_a_recipe_that_is_not_refused(modules):
-    compare, comparison = modules
+@pytest.mark.parametrize("name", ["SmallModels", "Photographs"])
+def test_every_run_has_a_recipe_that_is_not_refused(modules, name):
+    compare, kinds, bench = modules
+    import real_size
+
+    comparison = getattr(compare if name == "SmallModels" else real_size, name)()
     parsed = {}
-    for task in comparison.all_tasks():
-        if task.kind == comparison.FINETUNED and task.seed == 0:
-            arguments = tuple(compare.arguments_of(task))
+    for task in comparison.tasks():
+        if task.kind != kinds.DENSE and task.seed == 0:
+            arguments = tuple(comparison.arguments(task))
             if arguments not in parsed:
-                parsed[arguments] = vars(compare.parse_sweep_args(arguments)[1])
-            recipe_of(argparse.Namespace(**{**parsed[arguments], **task.run.choices})).check(1)
+                parsed[arguments] = vars(bench.parse_sweep_args(arguments)[1])
+            choices = comparison.run(task).choices
+            recipe_of(argparse.Namespace(**{**parsed[arguments], **choices})).check(1)
 
 
-def test_all_is_measured_once_and_each_rate_is_the_best_of_its_trials(small, monkeypatch, capfd):
-    compare, comparison, official = small
-    compare.OUTPUT.mkdir()
-    compare.compare(official)
-    found = comparison.Results(compare.OUTPUT / "results.csv").read()
-    assert [*found] == comparison.all_tasks()
-    # Trials, right after pruning, dense, finetuned with two seeds
-    assert len(found) == 4 + 1 + 1 + 2 * 2
+def test_all_is_measured_once_and_each_rate_is_the_best_of_its_trials(
+    modules, small, monkeypatch, capfd
+):
+    _, comparison, bench = modules
+    bench.measure_all(small)
+    results = comparison.Results(small.folder / "results.csv")
+    found = results.read()
+    assert [*found] == small.tasks()
+    # Dense, right after pruning, trials, finetuned with two seeds
+    assert len(found) == 1 + 1 + 4 + 2 * 2
     for task, result in found.items():
         if task.kind == comparison.FINETUNED:
             trials = {
@@ -76,21 +85,21 @@ def test_all_is_measured_once_and_each_rate_is_the_best_of_its_trials(small, mon
                 for rate in (1e-3, 1e-2)
             }
             assert trials[result.rate] == max(trials.values())
-    assert not [*(compare.OUTPUT / "runs").iterdir()], "finished runs are known by their line"
-    monkeypatch.setattr(compare.Bench, "measure", None)
-    compare.compare(official)  # nothing is left to measure
-    compare.write_results(comparison.Results(compare.OUTPUT / "results.csv"), compare.OUTPUT)
-    assert "| `ste` |" in (compare.OUTPUT / "tables.md").read_text()
-    assert (compare.OUTPUT / "compare_sample_schedule.png").exists()
+    assert not [*(small.folder / "runs").iterdir()], "finished runs are known by their line"
+
+    monkeypatch.setattr(bench.Bench, "measure", None)
+    bench.measure_all(small)  # nothing is left to measure
+    bench.write_results(small, results)
+    assert "| `ste` |" in (small.folder / "tables.md").read_text()
+    assert (small.folder / "compare_sample_schedule.png").exists()
 
 
-def test_held_out_images_are_trained_on_by_none(small):
-    compare, _, official = small
-    compare.OUTPUT.mkdir()
-    compare.make_images(official)
+def test_held_out_images_are_trained_on_by_none(modules, small):
+    compare, _, _ = modules
+    small.make_images()
     parts = {
         (folder, part): compare.read_idx(
-            compare.OUTPUT / "images" / folder, f"{part}-images-idx3-ubyte", 3
+            small.folder / "images" / folder, f"{part}-images-idx3-ubyte", 3
         )
         for folder in ("sample-held-out", "quarter-held-out", "all-test")
         for part in ("train", "t10k")
@@ -104,31 +113,31 @@ def test_held_out_images_are_trained_on_by_none(small):
     assert len(parts["all-test", "t10k"]) == 61
 
 
-def test_work_that_another_process_has_is_left_to_it_until_it_is_killed(small):
-    compare, _, _ = small
+def test_work_that_another_process_has_is_left_to_it_until_it_is_killed(modules, tmp_path):
+    _, _, bench = modules
     hold = (
         "import sys, time; sys.path[:0] = sys.argv[2:]; from trainer.run_folder import RunFolder; "
         "lock = RunFolder(sys.argv[1]); print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen(
-        [sys.executable, "-c", hold, str(compare.OUTPUT / "claims" / "it"), str(ROOT)],
+        [sys.executable, "-c", hold, str(tmp_path / "claims" / "it"), str(ROOT)],
         stdout=subprocess.PIPE,
         text=True,
     )
     assert other.stdout.readline() == "held\n"
     done = []
-    assert not compare.claimed("it", lambda: done.append(1))
+    assert not bench.claimed(tmp_path, "it", lambda: done.append(1))
     other.kill()
     other.wait()
     for _ in range(100):
-        if compare.claimed("it", lambda: done.append(1)):
+        if bench.claimed(tmp_path, "it", lambda: done.append(1)):
             break
         time.sleep(0.1)
     assert done == [1]
 
 
 def test_a_table_has_the_means_and_ranges_of_the_levels_that_a_world_has(modules):
-    _, comparison = modules
+    compare, comparison, _ = modules
     found = {
         comparison.Task(
             "finetuned", "from scratch", "tiny", method, level, seed
@@ -139,7 +148,7 @@ def test_a_table_has_the_means_and_ranges_of_the_levels_that_a_world_has(modules
             ("set", "0.9", 1, 81),
         )
     }
-    assert comparison.tables(found) == {
+    assert compare.SmallModels().tables(found) == {
         ("from scratch", "tiny", "finetuned"): """\
 | top-1 in % | 0 % | 50 % | 80 % | 90 % | 95 % | 98 % | 2:4 | 1:4 |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
@@ -154,7 +163,7 @@ def test_a_table_has_the_means_and_ranges_of_the_levels_that_a_world_has(modules
 
 
 def test_half_a_line_is_no_result(modules, tmp_path):
-    _, comparison = modules
+    _, comparison, _ = modules
     results = comparison.Results(tmp_path / "results.csv")
     task = comparison.Task("finetuned", "finetuned", "sample", "least-squares, teacher", "2:4", 1)
     results.add(task, comparison.Result(90.5, 12.3, 6e-4))
@@ -164,16 +173,18 @@ def test_half_a_line_is_no_result(modules, tmp_path):
 
 
 def test_the_page_has_the_tables_of_the_published_results(modules):
-    _, comparison = modules
+    compare, comparison, _ = modules
     page = (ROOT / "docs" / "comparison.md").read_text()
-    found = comparison.tables(comparison.Results(ROOT / "docs" / "comparison.csv").read())
+    found = compare.SmallModels().tables(
+        comparison.Results(ROOT / "docs" / "comparison.csv").read()
+    )
     assert found
     for table in found.values():
         assert table in page
 
 
 def test_the_menu_names_what_is_compared(modules):
-    _, comparison = modules
+    compare, comparison, _ = modules
     fields = {
         "--score": "score",
         "--pruner": "pruner",
@@ -181,8 +192,9 @@ def test_the_menu_names_what_is_compared(modules):
         "--reconstruct": "reconstruct",
     }
     used = {flag: set() for flag in fields}
-    for task in comparison.all_tasks():
+    small = compare.SmallModels()
+    for task in small.tasks():
         if task.kind == comparison.FINETUNED:
             for flag, field in fields.items():
-                used[flag].add(task.run.choices[field])
+                used[flag].add(small.run(task).choices[field])
     assert {flag: set(names) for flag, names in COMPARED.items()} == used
