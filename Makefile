@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c tests
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 TWO := -n 2 --dist worksteal
 
-.PHONY: help demo sweep quick lint test test-gpu bench compare clean
+.PHONY: help demo sweep quick lint test test-gpu bench compare real-size clean
 
 help:
 	@echo "make demo      prunes, evaluates and finetunes the built-in sample      under a minute"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-gpu  tests and speed on a CUDA GPU, in output/gpu.md          not measured; needs one"
 	@echo "make bench     measures docs/performance.md                             half an hour"
 	@echo "make compare   measures docs/comparison.md                              hours; needs Fashion-MNIST"
+	@echo "make real-size the same with a pretrained ViT-Small on photographs         a day; needs both"
 	@echo "make clean     removes .venv and output"
 	@echo
 	@echo "Times are for two CPU cores. The first target that is made sets up .venv: some minutes, the network,"
@@ -60,6 +61,11 @@ bench: .venv/dev
 # four official files; FASHION_MNIST=FOLDER names another place.
 compare: .venv/run
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 benchmarks/compare.py $(FASHION_MNIST)
+
+# The same for a larger model. benchmarks/real_size.py says where the weights and the photographs come from:
+#     make real-size BACKBONE=vit_s_focus.onnx CIFAR=CIFAR-10-images
+real-size: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 benchmarks/real_size.py $(BACKBONE) $(CIFAR)
 
 .venv/run: requirements.txt tests/constraints.txt
 	@echo "Setting up .venv with requirements.txt: the first time this takes some minutes."

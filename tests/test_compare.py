@@ -6,8 +6,13 @@ import argparse
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import onnx
+import onnx.numpy_helper
 import pytest
+import timm
+import torch
 from conftest import ROOT
 
 from sparsity_factory.list_methods import COMPARED
@@ -198,3 +203,99 @@ def test_the_menu_names_what_is_compared(modules):
             for flag, field in fields.items():
                 used[flag].add(small.run(task).choices[field])
     assert {flag: set(names) for flag, names in COMPARED.items()} == used
+
+
+def test_transformers_onnx_weights_are_timm_weights(modules, tmp_path):
+    import real_size
+
+    made = timm.create_model(
+        "vit_small_patch14_dinov2", num_classes=0, img_size=28, embed_dim=12, num_heads=2
+    )
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+    save_as_transformers_would(made.state_dict(), tmp_path / "backbone.onnx")
+
+    weights = real_size.timm_weights(tmp_path / "backbone.onnx")
+    assert weights.keys() == made.state_dict().keys()
+    for name, value in made.state_dict().items():
+        assert torch.equal(weights[name], value), name
+
+
+def save_as_transformers_would(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """An ONNX file in which vectors have names, and matrices are known by their products."""
+    tensors, nodes = {}, []
+
+    def product(layer, weight):
+        tensors[f"onnx::MatMul_{len(tensors)}"] = weight.T
+        name = f"/backbone/{layer}/MatMul"
+        nodes.append(onnx.helper.make_node("MatMul", ["x", [*tensors][-1]], ["y"], name=name))
+
+    embeddings = "backbone.embeddings"
+    tensors[f"{embeddings}.cls_token"] = weights["cls_token"]
+    for node, part in (("Concat_6", slice(0, 1)), ("Reshape_1", slice(1, None))):
+        tensors[node] = weights["pos_embed"][:, part]
+        name = f"/backbone/embeddings/{node}"
+        nodes.append(onnx.helper.make_node(node.split("_")[0], [node, "x"], ["y"], name=name))
+    for kind in ("weight", "bias"):
+        proj = f"{embeddings}.patch_embeddings.projection.{kind}"
+        tensors[proj] = weights[f"patch_embed.proj.{kind}"]
+        tensors[f"backbone.layernorm.{kind}"] = weights[f"norm.{kind}"]
+
+    for index in range(12):
+        block = f"blocks.{index}"
+        layer = f"encoder/layer.{index}"
+        theirs = f"backbone.encoder.layer.{index}"
+        for part in (1, 2):
+            tensors[f"{theirs}.layer_scale{part}.lambda1"] = weights[f"{block}.ls{part}.gamma"]
+            for kind in ("weight", "bias"):
+                tensors[f"{theirs}.norm{part}.{kind}"] = weights[f"{block}.norm{part}.{kind}"]
+        parts = ("query", "key", "value")
+        matrices = weights[f"{block}.attn.qkv.weight"].chunk(3)
+        vectors = weights[f"{block}.attn.qkv.bias"].chunk(3)
+        for part, matrix, vector in zip(parts, matrices, vectors, strict=True):
+            product(f"{layer}/attention/attention/{part}", matrix)
+            tensors[f"{theirs}.attention.attention.{part}.bias"] = vector
+        names = {"attention/output/dense": "attn.proj", "mlp/fc1": "mlp.fc1", "mlp/fc2": "mlp.fc2"}
+        for name, ours in names.items():
+            product(f"{layer}/{name}", weights[f"{block}.{ours}.weight"])
+            bias = f"{theirs}.{name.replace('/', '.')}.bias"
+            tensors[bias] = weights[f"{block}.{ours}.bias"]
+
+    initializers = [
+        onnx.numpy_helper.from_array(value.numpy(), name) for name, value in tensors.items()
+    ]
+    graph = onnx.helper.make_graph(nodes, "backbone", [], [], initializers)
+    onnx.save(onnx.helper.make_model(graph), path)
+
+
+def test_held_out_photographs_are_trained_on_by_none(modules, monkeypatch, tmp_path):
+    import real_size
+
+    monkeypatch.setattr(real_size, "HELD_OUT", 2)
+    monkeypatch.setattr(real_size, "PASS", 3)
+    for part, count in (("train", 8), ("test", 4)):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "cifar" / part / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                (folder / f"{index}.jpg").write_bytes(f"{part} {label} {index}".encode())
+
+    comparison = real_size.Photographs(cifar=tmp_path / "cifar")
+    comparison.folder = tmp_path / "real_size"
+    comparison.arrange_images()
+    images = {
+        str(path.relative_to(comparison.folder / "images")): {
+            file.read_bytes() for file in path.rglob("*.jpg")
+        }
+        for path in (comparison.folder / "images").glob("*/*")
+    }
+    held_out = images["all-held-out/val"]
+    assert held_out == images["pass-held-out/val"]
+    assert held_out == {f"train {x} {i}".encode() for x in ("cat", "dog") for i in (0, 1)}
+    assert images["pass-test/train"] == images["pass-held-out/train"]
+    assert images["pass-test/train"] == {
+        f"train {x} {i}".encode() for x in ("cat", "dog") for i in (2, 3, 4)
+    }
+    assert len(images["all-held-out/train"]) == 12 and len(images["pass-test/val"]) == 8
+    for path, found in images.items():
+        assert path.endswith("held-out/val") or not held_out & found
