@@ -4,6 +4,7 @@ import ast
 import contextlib
 import difflib
 import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import timm
@@ -193,14 +194,76 @@ def timm_call(
         return name, create_accepting(name, arguments)[1]
 
 
-def train_attention_only(model: torch.nn.Module) -> None:
-    """Freezes all but attention, position embedding and head.
+def head_parameters(model: torch.nn.Module) -> list[str]:
+    """The names of the classifiers' parameters, a weight first; a distilled model has two."""
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, (tuple, list)) else [heads]
+    ids = {id(parameter) for head in heads for parameter in head.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in ids]
 
-    Touvron et al. 2022, arXiv:2203.09795.
+
+def norm_parameters(model: torch.nn.Module) -> list[str]:
+    """The names of the parameters of all normalization layers, and of ResMLP's Affine."""
+    return [
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+        if "Norm" in type(module).__name__ or type(module).__name__ == "Affine"
+    ]
+
+
+def named(pattern: str) -> Callable[[torch.nn.Module], list[str]]:
+    """What returns the names of a model's parameters in which the regular expression is found."""
+
+    def matching(model: torch.nn.Module) -> list[str]:
+        return [name for name, _ in model.named_parameters() if re.search(pattern, name)]
+
+    return matching
+
+
+#: The kinds of parameters that `--train-only` may name, each with the function that lists them. A
+#: parameter may be of several kinds: the bias of a norm is one of the biases as well.
+PARAMETER_KINDS: dict[str, Callable[[torch.nn.Module], list[str]]] = {
+    "norms": norm_parameters,
+    "biases": named(r"bias$"),
+    "head": head_parameters,
+    "layerscale": named(r"\b(gamma_?\d?|ls\d)$"),
+    "tokens": named(r"\b(cls|dist|reg)_token_?\d?$"),
+    "positions": named(
+        r"\b(pos_embed|(patch|pixel|rel)_pos|relative_position|attention_biases|(cpb|meta)_mlp)"
+    ),
+    "patches": named(r"^patch_embed"),
+    "attention": named(r"\.attn\."),
+}
+
+#: What `--attn-only` trains. Touvron et al. 2022, arXiv:2203.09795.
+ATTENTION_ONLY = ("attention", "positions", "head")
+
+
+def train_only(model: torch.nn.Module, kinds: Collection[str]) -> None:
+    """Freezes all parameters but those of some `PARAMETER_KINDS`.
+
+    Frozen parameters have no gradients, and the optimizer has no state for them. Norms, biases and
+    head: Zimmer et al. 2023, arXiv:2312.15230.
+    Raises UserError if the model has none of these kinds; nothing is frozen then.
     """
-    head = head_parameters(model)
+    trained = {name for kind in kinds for name in PARAMETER_KINDS[kind](model)}
+    if not trained:
+        has = [kind for kind, list_names in PARAMETER_KINDS.items() if list_names(model)]
+        raise UserError(
+            f"--train-only {','.join(kinds)}: the model has no such parameters, so nothing would "
+            f"be trained; expected some of {', '.join(has)}"
+        )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = ".attn." in name or name == "pos_embed" or name in head
+        parameter.requires_grad = name in trained
+
+
+def trained_share(model: torch.nn.Module) -> str:
+    """How many of how many parameters are trained, in words."""
+    parameters = list(model.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2g} %)"
 
 
 def checkpoint_gradients(model: torch.nn.Module, name: str) -> None:
@@ -268,11 +331,3 @@ def train_both_heads(model: torch.nn.Module, name: str) -> None:
             "distilled model such as deit_small_distilled_patch16_224"
         )
     model.set_distilled_training(True)
-
-
-def head_parameters(model: torch.nn.Module) -> list[str]:
-    """The names of the classifiers' parameters, a weight first; a distilled model has two."""
-    heads = model.get_classifier()
-    heads = heads if isinstance(heads, (tuple, list)) else [heads]
-    ids = {id(parameter) for head in heads for parameter in head.parameters()}
-    return [name for name, parameter in model.named_parameters() if id(parameter) in ids]

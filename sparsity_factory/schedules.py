@@ -46,6 +46,8 @@ class Schedule:
         uses: the fields of a recipe that it looks at.
         starts_sparse: the run begins with the masks of the target, not with a dense network.
         looks_at_gradients: `masks` is called before the optimizer's step, with dense gradients.
+        needs_training: its masks change because prunable weights are trained; if all of them are
+            frozen, it has nothing to go by.
         moves_weights: any pruned weight of a layer may come back, whatever the pattern.
         goes_dense: a pruned model becomes dense again on the way.
         trains_pruned: pruned weights are trained too, but the forward pass does not see them.
@@ -58,6 +60,7 @@ class Schedule:
     uses: tuple[str, ...] = ()
     starts_sparse = True
     looks_at_gradients = False
+    needs_training = False
     moves_weights = False
     goes_dense = False
     trains_pruned = False
@@ -196,6 +199,7 @@ class Set(Schedule):
     uses: tuple[str, ...] = ("prune_start", "prune_end", "prune_every", "drop_fraction", "seed")
     # A weight without a gradient is not trained, and would not grow
     looks_at_gradients = True
+    needs_training = True
     moves_weights = True
 
     def changes_at(self, step):
@@ -237,6 +241,7 @@ class ACDC(Schedule):
 
     uses = ("prune_start", "prune_end", "prune_rounds")
     starts_sparse = False
+    needs_training = True
     goes_dense = True
 
     def __init__(self, recipe, steps):
@@ -267,6 +272,7 @@ class STE(Schedule):
     """The forward pass sees masked weights, all are trained; masks are chosen every few steps."""
 
     uses: tuple[str, ...] = ("prune_start", "prune_end", "prune_every")
+    needs_training = True
     trains_pruned = True
 
     def changes_at(self, step):
@@ -299,6 +305,7 @@ class MaskLLM(Schedule):
     """Until --prune-end weights stand still and n:m groups learn masks; then weights train."""
 
     uses = ("prune_end", "mask_lr", "seed")
+    needs_training = True
     learns_masks = True
 
     def __init__(

@@ -116,8 +116,14 @@ class Sparsifier:
         weights = prunable_weights(model)
         self._shapes = {name: tuple(as_matrix(weight).shape) for name, weight in weights.items()}
         self._levels = recipe.levels(self._shapes)
-        learns = SCHEDULES[recipe.prune_schedule].learns_masks
-        if learns and any(weight.dim() != 2 for weight in weights.values()):
+        schedule = SCHEDULES[recipe.prune_schedule]
+        frozen = all(not weight.requires_grad for weight in weights.values())
+        if weights and frozen and schedule.needs_training:
+            raise PruningError(
+                f"--prune-schedule {recipe.prune_schedule}: needs the gradients of prunable "
+                "weights, and all of these are frozen; expected one-shot, gradual or iterative"
+            )
+        if schedule.learns_masks and any(weight.dim() != 2 for weight in weights.values()):
             raise PruningError(
                 f"--prune-schedule {recipe.prune_schedule}: expected linear layers alone, without "
                 "convolutions"

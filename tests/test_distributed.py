@@ -59,6 +59,10 @@ SAME_STEPS = {
     ),
     "co-distillation": (["--batch-size", "16", "--cosub"], ["--batch-size", "8", "--cosub"]),
     "attn-only": (["--batch-size", "16", "--attn-only"], ["--batch-size", "8", "--attn-only"]),
+    "train-only": (
+        ["--batch-size", "16", "--train-only", "norms,biases"],
+        ["--batch-size", "8", "--train-only", "norms,biases"],
+    ),
     **{
         schedule: (["--batch-size", "16", *flags], ["--batch-size", "8", *flags])
         for schedule, flags in (

@@ -355,6 +355,82 @@ def test_attn_only_leaves_all_but_attention_position_embedding_and_head_as_prune
     }
 
 
+FEW = "norms,biases,head"
+
+
+def test_train_only_moves_these_kinds_alone_as_a_training_of_all_would(run_main, tiny, tmp_path):
+    step = [*tiny, *LAMP, "--batch-size", "48", "--opt", "sgd", "--no-repeated-aug"]
+    printed = run_main(*step, "--train-only", FEW, "--output_dir", "few")
+    run_main(*step, "--train-only", FEW, "--grad-checkpointing", "--output_dir", "checkpointed")
+    run_main(*step, "--output_dir", "all")
+
+    few, checkpointed, whole = (
+        read(tmp_path / name / "checkpoint.pth") for name in ("few", "checkpointed", "all")
+    )
+    assert whole["step"] == 1 and same(few["model"], checkpointed["model"])
+    start = timm.create_model("deit_sample_patch4_28", pretrained=True).state_dict()
+    masks = unpack(few["masks"])
+    trained = {key for key in start if re.search(r"norm|bias|head", key)}
+    for key, weight in few["model"].items():
+        pruned = start[key] * masks.get(key, torch.ones(()))
+        assert not torch.equal(whole["model"][key], pruned)
+        if key in trained:
+            torch.testing.assert_close(weight, whole["model"][key], rtol=0, atol=1e-7)
+        else:
+            assert torch.equal(weight, pruned)
+
+    # The optimizer knows no others
+    count = sum(start[key].numel() for key in trained)
+    total = sum(weight.numel() for weight in start.values())
+    assert f"{count:,} of {total:,} parameters are trained ({100 * count / total:.2g} %)" in printed
+    values = [state["momentum_buffer"] for state in few["optimizer"]["state"].values()]
+    assert sum(value.numel() for value in values) == count
+    log_line = json.loads((tmp_path / "few/log.txt").read_text().splitlines()[-1])
+    assert log_line["n_parameters"] == count
+
+
+def test_train_only_resumes_to_the_bit_and_with_no_other_kinds(run_main, tiny, tmp_path, stop_at):
+    recipe = [*tiny, "--layer-decay", "0.8", "--dense-teacher", "0.5", "--clip-grad", "1"]
+    recipe += [*LAMP, "--prune-schedule", "gradual", "--prune-every", "1", "--train-only", FEW]
+    run_main(*recipe, "--output_dir", "whole")
+    stop_at(2)
+    run_main(*recipe, "--output_dir", "parts", status=143)
+    resume = [*tiny, "--output_dir", "parts", "--resume", "parts/checkpoint.pth"]
+    error = run_main(*resume, "--train-only", "norms", status=2)
+    assert f"--train-only norms: parts/checkpoint.pth is of a run with --train-only {FEW}" in error
+
+    assert "parameters are trained" in run_main(*resume)
+    assert differences(tmp_path / "whole", tmp_path / "parts") == []
+
+
+def test_train_only_says_so_if_a_new_head_stays_random(run_main, tiny, tmp_path):
+    run_main(*tiny, "--output_dir", "ten")
+    three = read(tmp_path / "ten/checkpoint.pth")["model"]
+    three["head.weight"], three["head.bias"] = three["head.weight"][:3], three["head.bias"][:3]
+    torch.save({"model": three}, tmp_path / "three.pth")
+
+    warned = "the head is new, and stays random"
+    for kinds, warns in (("norms", True), (FEW, False)):
+        printed = run_main(*tiny, "--finetune", "three.pth", "--train-only", kinds)
+        assert (warned in printed) == warns
+    assert warned not in run_main(
+        *tiny, "--finetune", "ten/checkpoint.pth", "--train-only", "norms"
+    )
+
+
+def test_train_only_trains_backbones_and_models_without_their_pruned_units(
+    run_main, tiny, tmp_path
+):
+    few = ["--train-only", FEW]
+    printed = run_main(*tiny, *LAMP, "--num-classes", "0", *few)
+    assert re.search(r"([\d,]+) of [\d,]+ parameters are trained", printed)
+
+    units = ["--pruner", "unif", "--sparsity", "0.5", "--pattern", "neurons", "--shrink"]
+    printed = run_main(*tiny, *units, *few, "--output_dir", "out")
+    smaller = sum(w.numel() for w in read(tmp_path / "out/checkpoint.pth")["model"].values())
+    assert f" of {smaller:,} parameters are trained" in printed
+
+
 def test_a_pruned_student_learns_from_a_pruned_teacher_and_resumes(run_main, tiny, tmp_path):
     recipe = [*tiny, *LAMP, "--input-size", "32", "--no-pretrained"]
     run_main(*recipe, "--output_dir", "teacher")

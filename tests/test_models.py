@@ -3,8 +3,19 @@ import re
 import pytest
 import timm
 import torch
+from timm.models.mlp_mixer import ResBlock
+from torch import nn
 
-from models import build_model, timm_call, timm_name, train_attention_only
+from models import (
+    ATTENTION_ONLY,
+    PARAMETER_KINDS,
+    build_model,
+    norm_parameters,
+    timm_call,
+    timm_name,
+    train_only,
+    trained_share,
+)
 from trainer.weights import load_weights, resize_pos_embed
 from utils import UserError
 
@@ -132,11 +143,14 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def trained(model) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def test_attn_only_trains_attention_position_embedding_and_head():
     model = timm.create_model("deit_tiny_patch16_224", num_classes=10, **TINY)
-    train_attention_only(model)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {
+    train_only(model, ATTENTION_ONLY)
+    assert trained(model) == {
         "pos_embed",
         "head.weight",
         "head.bias",
@@ -145,6 +159,80 @@ def test_attn_only_trains_attention_position_embedding_and_head():
         "blocks.0.attn.proj.weight",
         "blocks.0.attn.proj.bias",
     }
+
+
+#: The parameters of each kind in a distilled DeiT of one block; those with a slash are outside it.
+OF_DEIT = {
+    "norms": [
+        "norm1.weight",
+        "norm1.bias",
+        "norm2.weight",
+        "norm2.bias",
+        "/norm.weight",
+        "/norm.bias",
+    ],
+    "biases": [
+        *("norm1.bias", "norm2.bias", "/norm.bias", "attn.qkv.bias", "attn.proj.bias"),
+        *(
+            "mlp.fc1.bias",
+            "mlp.fc2.bias",
+            "/patch_embed.proj.bias",
+            "/head.bias",
+            "/head_dist.bias",
+        ),
+    ],
+    "head": ["/head.weight", "/head.bias", "/head_dist.weight", "/head_dist.bias"],
+    "tokens": ["/cls_token", "/dist_token"],
+    "positions": ["/pos_embed"],
+    "patches": ["/patch_embed.proj.weight", "/patch_embed.proj.bias"],
+    "attention": [
+        f"attn.{layer}.{part}" for layer in ("qkv", "proj") for part in ("weight", "bias")
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "name, kind, expected",
+    [
+        *(("deit_tiny_distilled_patch16_224", kind, names) for kind, names in OF_DEIT.items()),
+        ("deit3_small_patch16_224", "layerscale", ["ls1.gamma", "ls2.gamma"]),
+        ("beit_base_patch16_224", "layerscale", ["gamma_1", "gamma_2"]),
+        ("beit_base_patch16_224", "positions", ["attn.relative_position_bias_table"]),
+    ],
+)
+def test_a_kind_of_parameters_is_found_by_the_names_of_each_architecture(name, kind, expected):
+    model = timm.create_model(name, num_classes=10, **TINY)
+    train_only(model, [kind])
+    assert trained(model) == {
+        each[1:] if each.startswith("/") else f"blocks.0.{each}" for each in expected
+    }
+
+
+def test_kinds_of_parameters_add_up():
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=10, **TINY)
+    train_only(model, ["norms", "tokens"])
+    both = {*norm_parameters(model), "cls_token", "dist_token"}
+    assert trained(model) == both
+    total = sum(parameter.numel() for parameter in model.parameters())
+    count = sum(model.get_parameter(name).numel() for name in both)
+    assert trained_share(model).startswith(f"{count:,} of {total:,} parameters are trained")
+
+
+def test_norms_of_all_architectures_are_norms_and_scales_of_layers_are_found_in_resmlp():
+    kinds = (nn.BatchNorm1d, timm.layers.RmsNorm, timm.layers.LayerNorm2d)
+    model = nn.Sequential(nn.Linear(4, 4), *(kind(4) for kind in kinds), ResBlock(4, 4))
+    assert norm_parameters(model) == [
+        *("1.weight", "1.bias", "2.weight", "3.weight", "3.bias"),
+        *("4.norm1.alpha", "4.norm1.beta", "4.norm2.alpha", "4.norm2.beta"),
+    ]
+    assert PARAMETER_KINDS["layerscale"](model) == ["4.ls1", "4.ls2"]
+
+
+def test_a_list_of_kinds_that_trains_nothing_is_refused_and_freezes_nothing():
+    model = timm.create_model("deit_tiny_patch16_224", num_classes=0, **TINY)
+    with pytest.raises(UserError, match="--train-only layerscale,head: the model has no such"):
+        train_only(model, ["layerscale", "head"])
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_deit_iii_is_known_by_its_authors_names_and_weights():

@@ -193,6 +193,7 @@ def test_schedules_combine(on_cuda, flags):
         "--opt sgd",
         "--opt lookahead_adamw",
         "--attn-only",
+        "--train-only norms,biases,head --amp float16 --clip-grad 1",
         "--no-train-mode",
         "--drop 0.1 --drop-path 0.1",
         "--sched step --lr-noise 0.1 0.9",

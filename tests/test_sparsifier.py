@@ -1,5 +1,6 @@
 """A recipe at work: schedules against plain loops, the optimizer's state, runs that are resumed."""
 
+import contextlib
 import copy
 import io
 import math
@@ -517,6 +518,17 @@ def test_a_weight_without_gradient_is_not_moved():
         run.sparsifier.end_step()
     assert torch.equal(run.masks()["3.weight"], before["3.weight"])
     assert not torch.equal(run.masks()["0.weight"], before["0.weight"])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_that_need_trained_weights_refuse_frozen_ones(schedule):
+    model = network()
+    for layer in (model[0], model[3]):
+        layer.weight.requires_grad_(False)
+    needs = schedule not in ("one-shot", "gradual", "iterative")
+    expected = pytest.raises(PruningError, match=f"--prune-schedule {schedule}: needs")
+    with expected if needs else contextlib.nullcontext():
+        Sparsifier(model, recipe(schedule), total_steps=STEPS, epoch_steps=EPOCH)
 
 
 # ---- reconstruction ----

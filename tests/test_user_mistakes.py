@@ -123,6 +123,16 @@ MISTAKES = [
         "--sched plateau",
         {},
     ),
+    (
+        ["--train-only", "norms,bias"],
+        "'bias' is no kind of parameters; expected some of norms, ",
+        {},
+    ),
+    (["--train-only", ""], "--train-only : '' is no kind of parameters", {}),
+    (["--train-only", "norms", "--attn-only"], "--train-only: not together with --attn-only", {}),
+    (["--train-only", "layerscale"], "so nothing would be trained; expected some of norms, ", {}),
+    (["--train-only", "head", "--num-classes", "0"], "--train-only head: the model has no", {}),
+    ([*LAMP, "--prune-schedule", "rigl", "--train-only", "norms"], "all of these are frozen", {}),
     (["--model", "deit_sampel_patch4_28"], "deit_sample_patch4_28", {}),
     (
         ["--model", "deit_tiny_patch16_224", "--input-size", "8", "--no-pretrained"],

@@ -5,7 +5,8 @@ import os
 import shutil
 
 from datasets import DATA_SETS, TIMM
-from models import compile_modes
+from models import ATTENTION_ONLY, PARAMETER_KINDS, compile_modes
+from sparsity_factory.errors import short
 from utils import UserError
 
 from .audit import parse_expectation
@@ -148,6 +149,16 @@ def check_tasks(args) -> None:
             "--use-ema needs --finetune FILE, or --resume FILE and --eval or --export, as well"
         )
 
+    if args.train_only is not None:
+        if args.attn_only:
+            raise UserError("--train-only: not together with --attn-only")
+        unknown = [kind for kind in trained_kinds(args) if kind not in PARAMETER_KINDS]
+        if unknown:
+            raise UserError(
+                f"--train-only {args.train_only}: {short(unknown[0])} is no kind of parameters; "
+                f"expected some of {', '.join(PARAMETER_KINDS)}, with commas between them"
+            )
+
     if args.layer_decay < 1 and args.sched == "none":
         raise UserError(
             f"--layer-decay {args.layer_decay:g}: --sched none gives all layers the same rate; "
@@ -247,6 +258,15 @@ def check_headless(args) -> None:
             f"--data-set {args.data_set}: not with --num-classes 0, which looks at each training "
             "image by its number; shards are a stream"
         )
+
+
+def trained_kinds(args) -> list[str]:
+    """The kinds of parameters that are trained, of `PARAMETER_KINDS`; none means all of them."""
+    if args.attn_only:
+        return [*ATTENTION_ONLY]
+    if args.train_only is None:
+        return []
+    return [kind.strip() for kind in args.train_only.split(",")]
 
 
 def mixes(args) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import timm
 
 from datasets import DATA_SETS
-from models import timm_name
+from models import PARAMETER_KINDS, timm_name
 from sparsity_factory import (
     PRUNERS,
     RECONSTRUCTIONS,
@@ -74,8 +74,8 @@ def continued_args(args: argparse.Namespace, saved, source: str) -> argparse.Nam
     """The arguments of a run that resumes from the checkpoint `source`, written with `saved`.
 
     All that changes results comes from the checkpoint. Arguments that are given replace it, and a
-    message says what changed. Raises UserError for another optimizer or schedule, and for saved
-    values that no run can have.
+    message says what changed. Raises UserError for another optimizer or schedule, for other
+    `--train-only`, and for saved values that no run can have.
     """
     saved = dict(_as_dict(saved))
     if not timm.is_model(timm_name(str(saved.get("model")))):
@@ -94,7 +94,7 @@ def continued_args(args: argparse.Namespace, saved, source: str) -> argparse.Nam
         if name not in args.given:
             continued[name] = value
         elif value != continued[name]:
-            if name in ("opt", "sched"):
+            if name in ("opt", "sched", "train_only"):
                 raise UserError(
                     f"{flag} {continued[name]}: {source} is of a run with {flag} {value}"
                 )
@@ -476,6 +476,9 @@ def _add_model(group: Group) -> None:
     switch("pretrained", True, continues=False,
            help="start from timm's weights, unless --finetune or --resume gives some")
     add("--attn-only", bool, False, help="train only attention, position embedding and head")
+    add("--train-only", str, None, metavar="KINDS",
+        help=f"train only these parameters, such as norms,biases,head; known are "
+             f"{', '.join(PARAMETER_KINDS)}")
     switch("train-mode", True, help="train with drop path and dropout on")
     add("--grad-checkpointing", bool, False,
         help="keep few activations, and compute the others again in the backward pass: less "

@@ -30,8 +30,9 @@ from models import (
     compile_model,
     cut_pixels,
     has_batch_norm,
-    train_attention_only,
     train_both_heads,
+    train_only,
+    trained_share,
 )
 from samplers import EvalBatchSampler, TrainSampler
 from sparsity_factory import (
@@ -47,7 +48,7 @@ from sparsity_factory.processes import Processes
 from sparsity_factory.shrink import masks_of_the_rest
 from utils import Compute, UserError, log
 
-from .argument_checks import mixes
+from .argument_checks import mixes, trained_kinds
 from .arguments import continued_args, naming_the_config, recipe_of, with_saved_model, without_head
 from .calibration_images import Calibration
 from .data_config import teacher_inputs, with_data_config
@@ -309,6 +310,8 @@ def build_state(
     classes: the labels of the classes by name, for later checkpoints.
     Raises UserError if the checkpoint had another dense teacher.
     """
+    if kinds := trained_kinds(args):
+        log(f"{trained_share(model)}: {', '.join(kinds)}")
     state = TrainingState(model, sparsifier, args, compute, bad_images)
     state.dense_teacher = teacher.origin if teacher else None
     state.classes = classes
@@ -467,8 +470,12 @@ def prepare_model(
     if checkpoint:
         adopt_sparsity(model, checkpoint, source, args.keep_zeros)
 
-    if args.attn_only:
-        train_attention_only(model)
+    kinds = trained_kinds(args)
+    if kinds and not args.eval:
+        train_only(model, kinds)
+        starts_trained = bool(checkpoint or pretrained)
+        if starts_trained and "head" not in kinds:
+            check_frozen_head(model, checkpoint.get("model"))
     if args.distillation_type != "none":
         train_both_heads(model, args.model)
     if args.sync_bn:
@@ -478,6 +485,12 @@ def prepare_model(
     if args.compile:
         compile_model(model, args.compile_mode)
     return model.to(device)
+
+
+def check_frozen_head(model: torch.nn.Module, weights: dict | None) -> None:
+    """Logs it if a head that is not trained is a new one. weights: as for `has_trained_head`."""
+    if not has_trained_head(model, weights):
+        log("--train-only: the head is new, and stays random; with `head` it is trained as well")
 
 
 def exchanges() -> dict[str, Any]:

@@ -160,12 +160,7 @@ def load_model(args):
     classes = 0 if args.num_classes == 0 else classes_of(dense, checkpoint["model"], args.resume)
     dense = build_model(args.model, classes, args.input_size, assignments=args.model_kwargs)
 
-    as_it_is = {
-        "compile": False,
-        "grad_checkpointing": False,
-        "attn_only": False,
-        "distillation_type": "none",
-    }
+    as_it_is = {"compile": False, "grad_checkpointing": False, "distillation_type": "none"}
     args = argparse.Namespace(**{**vars(args), **as_it_is})
     model = prepare_model(args, classes, checkpoint, torch.device("cpu")).eval()
     try:
