@@ -96,15 +96,18 @@ def checkpoint_table(
     return sparsity_table(_rows(masked, masks, shapes, parameters), obeys)
 
 
-def sparsity_csv(kept: Kept, dense: Mapping[str, int]) -> str:
+def sparsity_csv(
+    kept: Kept, dense: Mapping[str, int], computed: Mapping[str, int] | None = None
+) -> str:
     """What is kept as CSV, with each row's multiply-adds, dense and times the layer's density.
 
     Args:
         kept: from `sparsity_rows`.
         dense: from `multiply_adds`. Its attention products and other layers get rows of their own.
+        computed: the same of the model as it runs, if it computes fewer tokens than the dense one.
     """
     layers, prunable, whole = kept
-    sparse = sparse_multiply_adds(kept, dense)
+    sparse = sparse_multiply_adds(kept, computed or dense)
     names = [row.name for row in layers]
     dense_total = sum(dense[name] for name in names)
     sparse_total = sum(sparse[name] for name in names)
@@ -115,8 +118,8 @@ def sparsity_csv(kept: Kept, dense: Mapping[str, int]) -> str:
     others = LayerSparsity(OTHERS, (), unprunable, unprunable)
 
     table = [(row, dense[row.name], sparse[row.name]) for row in layers]
-    table.append((attention, dense[ATTENTION], dense[ATTENTION]))
-    table.append((others, dense[OTHERS], dense[OTHERS]))
+    table.append((attention, dense[ATTENTION], sparse[ATTENTION]))
+    table.append((others, dense[OTHERS], sparse[OTHERS]))
     table.append((prunable, dense_total, sparse_total))
     table.append((whole, sum(dense.values()), sum(sparse.values())))
 

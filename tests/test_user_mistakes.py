@@ -88,6 +88,13 @@ MISTAKES = [
         {"empty/x": ""},
     ),
     (["--opt", "adamwx"], "adamwx", {}),
+    (["--tokens", "-1"], "--tokens -1", {}),
+    (["--tokens", "8"], "--tokens 8: expected at most 7, since each of 6 blocks", {}),
+    (
+        ["--tokens", "2", "--model", "swin_tiny_patch4_window7_224", "--no-pretrained"],
+        "--tokens 2: expected a plain vision transformer of timm; SwinTransformer is another",
+        {},
+    ),
     *(
         (["--layer-decay", factor], f"--layer-decay {factor}", {})
         for factor in ("0.0", "1.1", "nan")

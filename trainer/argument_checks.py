@@ -26,6 +26,7 @@ AT_LEAST_0 = (
     "--num_workers",
     "--crop-padding",
     "--seed",
+    "--tokens",
     "--start_epoch",
     "--warmup-epochs",
     "--checkpoint-every",

@@ -154,6 +154,20 @@ def without_head(args: argparse.Namespace, checkpoint: dict) -> argparse.Namespa
     return args
 
 
+def with_saved_tokens(
+    args: argparse.Namespace, checkpoint: dict, source: str
+) -> argparse.Namespace:
+    """The arguments with `--tokens` as the run of a checkpoint had it, unless it is given."""
+    saved = _as_dict(checkpoint.get("args"))
+    if "tokens" in args.given or "tokens" not in saved:
+        return args
+    flag = next(flag for flag in get_args_parser().flags if flag.name == "tokens")
+    tokens = flag.read(saved["tokens"], f"{source}: tokens")
+    if tokens:
+        log(f"{source}: of a run with --tokens {tokens}")
+    return argparse.Namespace(**{**vars(args), "tokens": tokens})
+
+
 def get_args_parser(defaults: dict | None = None) -> Parser:
     """DeiT's arguments and those of pruning; `defaults` replaces some of theirs, by name."""
     parser = Parser(
@@ -465,6 +479,8 @@ def _add_model(group: Group) -> None:
     add("--model-kwargs", str, None, nargs="+", metavar="KEY=VALUE",
         help="arguments of the architecture, as timm has them, such as depth=6 embed_dim=192")
     add("--input-size", int, 224, help="side of the images, in pixels")
+    add("--tokens", int, 0, metavar="R",
+        help="merge R pairs of similar tokens in each block, so that fewer are computed")
     add("--drop", float, 0.0, help="dropout rate")
     add("--drop-path", float, 0.1, help="drop path rate")
 

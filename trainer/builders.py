@@ -49,12 +49,20 @@ from sparsity_factory.shrink import masks_of_the_rest
 from utils import Compute, UserError, log
 
 from .argument_checks import mixes, trained_kinds
-from .arguments import continued_args, naming_the_config, recipe_of, with_saved_model, without_head
+from .arguments import (
+    continued_args,
+    naming_the_config,
+    recipe_of,
+    with_saved_model,
+    with_saved_tokens,
+    without_head,
+)
 from .calibration_images import Calibration
 from .data_config import teacher_inputs, with_data_config
 from .run_folder import newest_checkpoint
 from .seeded_data import SeededDataset, SeededStream, StreamLoader, WithoutLabels
 from .stop_signals import ignore_signals
+from .tokens import keep_all_tokens, merge_tokens, tokens_in_words
 from .training_state import TrainingState
 from .weights import adopt_sparsity, has_trained_head, load_weights
 
@@ -261,6 +269,7 @@ def load_start(args) -> tuple[argparse.Namespace, dict]:
     if not args.resume or args.eval:
         checkpoint.pop("optimizer", None)
     args = with_saved_model(args, checkpoint, source)
+    args = with_saved_tokens(args, checkpoint, source)
     if args.resume:
         args = without_head(args, checkpoint)
     if "optimizer" in checkpoint:
@@ -333,6 +342,8 @@ def build_dense_teacher(
 ) -> DenseTeacher | None:
     """What `--dense-teacher` learns from: a copy of `model` before it is pruned. None without it.
 
+    It keeps all tokens, also if `model` merges some.
+
     A model without a head always has one, as nothing else says what it should learn.
 
     A resumed run has no dense model. It loads one again from where the first run had it, or from
@@ -353,6 +364,7 @@ def build_dense_teacher(
         args, checkpoint, teacher = load_dense(args, num_classes, checkpoint, device)
     else:
         teacher = copy.deepcopy(model)
+        keep_all_tokens(teacher)
         if args.grad_checkpointing:
             teacher.set_grad_checkpointing(False)
         if args.compile:
@@ -405,6 +417,8 @@ def load_dense(
     first.use_ema = bool(stored.get("use_ema"))
     first.pretrained = True
     first.grad_checkpointing = False
+    first.tokens = 0  # the teacher keeps all of them
+    first.given = [*args.given, "tokens"]
     try:
         first, dense = load_start(first)
         return first, dense, prepare_model(first, num_classes, dense, device)
@@ -470,6 +484,9 @@ def prepare_model(
     if checkpoint:
         adopt_sparsity(model, checkpoint, source, args.keep_zeros)
 
+    if args.tokens:
+        merge_tokens(model, args.tokens)
+        log(f"Tokens: {tokens_in_words(model)}")
     kinds = trained_kinds(args)
     if kinds and not args.eval:
         train_only(model, kinds)

@@ -22,6 +22,7 @@ from utils import Compute
 from . import plots
 from .nearest_neighbours import NEIGHBOURS
 from .run_folder import RunFolder, holds_run, read_log
+from .tokens import all_tokens
 from .trackers import Tracker, build_trackers
 from .training_state import TrainingState
 
@@ -57,6 +58,8 @@ def open_results(
 
     if recipe.pruner:
         facts["recipe"] = recipe.in_words()
+    if args.tokens:
+        facts["tokens"] = f"{args.tokens} merged in each block"
     if args.num_classes == 0:
         facts["accuracy"] = f"that of the {NEIGHBOURS} nearest training images, weighted"
 
@@ -143,7 +146,9 @@ class Results:
         tell_emptied(kept)
 
         if self.folder:
-            self.multiply_adds = multiply_adds(model, image)
+            self.computed = multiply_adds(model, image)
+            with all_tokens(model):
+                self.multiply_adds = multiply_adds(model, image)
             # Files of an earlier run would tell of another model.
             for name in (SPARSITY_CSV, SPARSITY_YAML, SPARSITY_PNG, TRAINING_PNG, SUMMARY):
                 (self.folder.path / name).unlink(missing_ok=True)
@@ -213,7 +218,8 @@ class Results:
             "With --pruner custom --custom-config and this file, each layer keeps as many weights "
             "again."
         )
-        self._write(SPARSITY_CSV, sparsity_csv(self.kept, self.multiply_adds).encode())
+        text = sparsity_csv(self.kept, self.multiply_adds, self.computed)
+        self._write(SPARSITY_CSV, text.encode())
         self._write(SPARSITY_YAML, sparsity_yaml(self.kept, comment).encode())
 
         line = self.kept.prunable.sparsity if self.target is None else self.target
@@ -229,7 +235,7 @@ class Results:
 
     def _summary(self, accuracy: dict[str, float], pictures: dict[str, str]) -> str:
         _, prunable, whole = self.kept
-        sparse = sparse_multiply_adds(self.kept, self.multiply_adds)
+        sparse = sparse_multiply_adds(self.kept, self.computed)
         counts = [
             ("parameters", whole.total, whole.kept),
             ("of these prunable", prunable.total, prunable.kept),
