@@ -195,6 +195,14 @@ def level_text(level: float | tuple[int, int] | BlockLevel) -> str:
     return f"{level:g}" if level else "dense"
 
 
+def entry_of(text: str) -> float | str:
+    """The entry of a configuration that a level's text stands for."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 # ---- helpers, not exported ----
 
 

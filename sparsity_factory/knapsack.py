@@ -72,6 +72,23 @@ def cheapest(
     return chosen
 
 
+def undominated(costs: Sequence[int], losses: Sequence[float]) -> list[int]:
+    """The options of a layer that no other beats: none costs and loses at most as much, one less.
+
+    Returns:
+        Their indices, in order.
+    """
+
+    def beaten(option: int) -> bool:
+        own = (costs[option], losses[option])
+        others = zip(costs, losses, strict=True)
+        return any(
+            cost <= own[0] and loss <= own[1] and (cost, loss) != own for cost, loss in others
+        )
+
+    return [option for option in range(len(costs)) if not beaten(option)]
+
+
 def nearest_steps(
     wanted: np.ndarray, step: np.ndarray, most: np.ndarray, budget: int
 ) -> np.ndarray:

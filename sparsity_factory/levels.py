@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import inputs_of
+from .custom_yaml import Amount, BlockLevel
 from .damping import DAMPING, damped_gram
 from .masks import prunable_weights
 from .method import method
@@ -86,15 +87,16 @@ MEASURES: dict[str, Callable[[Pruned], float]] = {
 def at_levels(
     weight: Tensor,
     layer: Layer,
-    levels: Iterable[int | tuple[int, int]],
+    levels: Iterable[Amount | Tensor],
     pattern: Pattern | None = None,
     divergence: Callable | None = None,
-    mask_of: Callable[[int | tuple[int, int]], Tensor] | None = None,
+    mask_of: Callable[[Amount], Tensor] | None = None,
     *,
     columns: int | None = None,
     damping: float = DAMPING,
 ) -> Iterator[Pruned]:
-    """Yields a layer at each level, a number of units of the pattern that are kept, or (n, m).
+    """Yields a layer at each level: how many units of the pattern are kept, another `Amount`, or a
+    mask.
 
     mask_of: from a level to the mask, by which weights are pruned without compensation. By default
         Optimal Brain Surgeon chooses the mask, and the kept weights compensate. All levels share
@@ -103,20 +105,21 @@ def at_levels(
     """
     factor = None
     columns = columns or few_columns(weight)
-    units = pattern.units(weight.shape) if pattern else weight.numel()
 
-    for kept in levels:
-        if kept == units or isinstance(kept, tuple) and kept[0] == kept[1]:
+    for level in levels:
+        own = level.pattern if isinstance(level, BlockLevel) else pattern
+        kept = level.kept(weight.shape) if isinstance(level, BlockLevel) else level
+        if _is_whole(kept, own.units(weight.shape) if own else weight.numel()):
             new = weight
             mask = torch.ones_like(weight, dtype=torch.bool)
         elif mask_of:
-            mask = mask_of(kept)
+            mask = level if isinstance(level, Tensor) else mask_of(level)
             new = weight * mask
         else:
             if factor is None:
                 _, factor = damped_gram(layer.gram, damping)
             new, mask = obs_prune(
-                weight, layer.gram, kept, pattern=pattern, block_size=columns, factor=factor
+                weight, layer.gram, kept, pattern=own, block_size=columns, factor=factor
             )
         yield Pruned(layer, weight, new, mask, divergence)
 
@@ -229,3 +232,13 @@ def exchanges(
         else:
             break  # none of them is better
     return best
+
+
+# ---- helpers, not exported ----
+
+
+def _is_whole(kept: int | tuple[int, int] | Tensor, units: int) -> bool:
+    """Whether a level keeps all of the units."""
+    if isinstance(kept, Tensor):
+        return bool(kept.all())
+    return kept[0] == kept[1] if isinstance(kept, tuple) else kept == units

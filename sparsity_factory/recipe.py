@@ -13,6 +13,7 @@ from .custom_yaml import (
     level_section,
     parse_level,
     resolve_levels,
+    resolve_units,
     unit_section,
 )
 from .errors import PruningError, as_flag, in_words, short
@@ -284,6 +285,16 @@ class Recipe:
         if parse_pattern(self.pattern).structured:
             return True
         return has_units(self._units(), parameter)
+
+    def units(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """How many heads or neurons `custom` leaves of blocks, by name; nothing for others.
+
+        counts: how many each block of the model has.
+
+        Raises:
+            PruningError: the configuration does not fit the blocks.
+        """
+        return resolve_units(self.custom_config or {}, counts) if self.pruner == "custom" else {}
 
     def request(self, shapes: Mapping[str, Sequence[int]], levels: Mapping, scale=None) -> dict:
         """The arguments of `compute_masks`.

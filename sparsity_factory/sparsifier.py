@@ -22,6 +22,7 @@ from .recipe import Recipe
 from .reconstruction import NONE, reconstruct_layers
 from .schedules import SCHEDULES, Schedule, Steps
 from .scores import Scores
+from .shrink import unit_counts
 
 
 class Sparsifier:
@@ -116,6 +117,7 @@ class Sparsifier:
         weights = prunable_weights(model)
         self._shapes = {name: tuple(as_matrix(weight).shape) for name, weight in weights.items()}
         self._levels = recipe.levels(self._shapes)
+        recipe.units(unit_counts(model))  # a mistake shows before any work
         schedule = SCHEDULES[recipe.prune_schedule]
         frozen = all(not weight.requires_grad for weight in weights.values())
         if weights and frozen and schedule.needs_training:

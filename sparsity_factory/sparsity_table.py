@@ -22,7 +22,7 @@ class LayerSparsity(NamedTuple):
     shape: tuple[int, ...]
     kept: int
     total: int
-    pattern: str = ""  # dense, n:m or unstructured; empty for a total
+    pattern: str = ""  # dense, n:m, unstructured, block:RxC and a sparsity; empty for a total
 
     @property
     def sparsity(self) -> float:
@@ -141,16 +141,20 @@ def sparse_multiply_adds(kept: Kept, dense: Mapping[str, int]) -> dict[str, int]
     return {name: round(count * density.get(name, 1)) for name, count in dense.items()}
 
 
-def sparsity_yaml(kept: Kept, comment: str = "") -> str:
+def sparsity_yaml(kept: Kept, comment: str = "", units: Mapping[str, int] | None = None) -> str:
     """A custom configuration that keeps the same number of weights in each layer.
 
-    comment: text to put at the top.
+    comment: text to put at the top. units: by block, how many heads or neurons it keeps.
     """
     layers = kept.layers
-    mode = "nxm" if any(":" in row.pattern for row in layers) else "unstructured"
+    groups = any(":" in row.pattern and not row.pattern.startswith("block") for row in layers)
+    mode = "nxm" if groups else "unstructured"
     lines = [f"# {line}" for line in comment.splitlines()]
     lines += ["sparsity:", f"  mode: {mode}", "  level:"]
     lines += [f"    {row.name}: {_level(row)}" for row in layers]
+    if units:
+        lines.append("  units:")
+        lines += [f"    {name}: {count}" for name, count in units.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -214,8 +218,8 @@ def _pattern(mask: Tensor) -> str:
 
 def _level(row: LayerSparsity) -> str:
     """The custom configuration's entry that keeps as many weights, as the shortest number."""
-    if row.pattern == "dense":
-        return "dense"
+    if row.pattern == "dense" or row.pattern.startswith("block"):
+        return row.pattern
     if ":" in row.pattern:
         return f"[{row.pattern.replace(':', ', ')}]"
 

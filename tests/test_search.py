@@ -2,13 +2,16 @@
 
 import csv
 import json
+import re
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import examples
+from conftest import ROOT, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import linears, statistics_of
@@ -26,12 +29,13 @@ from sparsity_factory import (
 )
 from sparsity_factory.custom_yaml import resolve_choices, resolve_levels
 from sparsity_factory.damping import damped_gram
-from sparsity_factory.knapsack import STATES, cheapest
+from sparsity_factory.knapsack import STATES, cheapest, undominated
 from sparsity_factory.levels import MEASURES, Divergence, at_levels, exchanges
 from sparsity_factory.patterns import n_of_m
 from sparsity_factory.scores import Layer
-from sparsity_factory.sparse_kernels import KernelReport, LayerTimes
+from sparsity_factory.time_table import TimeTable
 from trainer.exit_status import exit_status
+from trainer.search_bench import Record
 
 SHAPES = {"a.weight": (4, 8), "b.weight": (6, 8)}
 NEEDS = {"gram", "gradient_gram", "removal_costs"}
@@ -95,6 +99,25 @@ def test_a_budget_below_the_least_is_refused_and_one_for_all_leaves_all_options(
     with pytest.raises(ValueError, match="expected at least 7"):
         cheapest([[3, 5], [4, 9]], [[1, 0], [1, 0]], 6)
     assert cheapest([[3, 10**9 + 7], [4, 10**9 + 9]], [[1, 0], [1, 0]], 2 * 10**9 + 16) == [1, 1]
+
+
+@settings(max_examples=examples(100))
+@given(layers, st.integers(0, 30))
+def test_without_the_options_that_another_beats_the_best_choice_loses_as_little(layers, spare):
+    costs = [[cost for cost, _ in layer] for layer in layers]
+    losses = [[loss for _, loss in layer] for layer in layers]
+    kept = [undominated(*pair) for pair in zip(costs, losses, strict=True)]
+    budget = sum(map(min, costs)) + spare
+
+    def least(costs, losses):
+        chosen = cheapest(costs, losses, budget)
+        return sum(own[option] for own, option in zip(losses, chosen, strict=True))
+
+    fewer = [
+        [[own[option] for option in places] for own, places in zip(table, kept, strict=True)]
+        for table in (costs, losses)
+    ]
+    assert all(kept) and least(*fewer) == least(costs, losses)
 
 
 # ---- what a layer loses ----
@@ -367,7 +390,7 @@ def test_a_search_leaves_a_yaml_that_main_takes_and_goes_on_where_it_was_killed(
     measured = [line for line in (out / "measured.jsonl").read_text().splitlines() if line]
     other = tmp_path / "other"
     with monkeypatch.context() as patch:
-        patch.setattr(search.Record, "add", stopping_after(search.Record.add, 30))
+        patch.setattr(Record, "add", stopping_after(Record.add, 30))
         with pytest.raises(KeyboardInterrupt):
             run_search(*budget, "--output_dir", other)
     with (other / "measured.jsonl").open("a") as file:
@@ -450,6 +473,9 @@ def test_where_nothing_makes_up_levels_are_measured_by_magnitude_alone(
     assert "--reconstruct obs, not none" in other
 
 
+IN_TIME = ["--budget", "0.5", "--budget-of", "latency", "--space"]
+
+
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
@@ -468,6 +494,11 @@ def test_where_nothing_makes_up_levels_are_measured_by_magnitude_alone(
         (["--budget", "0.5", "--exchanges", "-1"], "--exchanges"),
         (["--budget", "0.5", "--layers", "blocks.9.*"], "layers 'blocks.9.*' matches no layer"),
         (["--budget", "0.5", "--layers", "*", "patch_embed.proj"], "without convolutions"),
+        (["--budget", "0.5", "--space", "heads"], "--space heads: needs --budget-of latency"),
+        ([*IN_TIME, "headz", "neurons"], "--space headz: expected heads, neurons"),
+        ([*IN_TIME, "row"], "--space row: expected heads, neurons"),
+        ([*IN_TIME, "block:5x1"], "--space block:5x1: expected blocks that divide blocks.0"),
+        ([*IN_TIME, "block:4x1", "--levels", "1.5"], "1.5"),
         (
             ["--budget", "0.5", "--method-options", "owl.lambda=0.1"],
             "owl.lambda: expected an option",
@@ -480,53 +511,92 @@ def test_a_mistake_is_one_line_before_any_work(run_search, tmp_path, argv, told)
     assert not (tmp_path / "output").exists()
 
 
-def report_of(seconds):
-    """As if these had been measured of each layer that has zeros, by its name."""
+def made_up_times(seconds):
+    """As if a second were the time of each part, and this that of a choice, by part and text."""
 
-    def kernels(model, images):
-        layers = [
-            LayerTimes(name, 0.5, {"dense": 1.0, "csr": seconds(name)}, {})
-            for name, weight in prunable_weights(model).items()
-            if not weight.all()
-        ]
-        return model, KernelReport(layers, len(images), {})
+    def table(model, images, parts, choices, log):
+        return TimeTable(
+            len(parts) + 2.0,
+            {part.name: 1.0 for part in parts},
+            {
+                name: {text: 1.0 if text == "dense" else seconds(name, text) for text in own}
+                for name, own in choices.items()
+            },
+        )
 
-    return kernels
+    return table
 
 
-def test_a_budget_of_time_is_met_by_the_layers_that_have_a_quicker_kernel(
-    run_search, tmp_path, monkeypatch
+LATENCY = ["--budget-of", "latency", "--exchanges", "0", "--measure", "output"]
+
+
+def test_a_budget_of_time_is_met_by_the_blocks_that_are_quicker_and_lose_least(
+    run_search, run_main, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(
-        search, "sparse_kernels", report_of(lambda name: 0.2 if "fc" in name else 1.5)
+    def seconds(part, text):
+        return {"1 heads": 0.5, "96 neurons": 0.4, "block:4x1 0.5": 0.6}.get(text, 1.5)
+
+    monkeypatch.setattr(search, "time_table", made_up_times(seconds))
+    monkeypatch.setattr(search, "time_of_whole", lambda *models: (2.0, 1.25))
+    space = ["--space", "heads", "neurons", "block:4x1", "--levels", "0.5"]
+    printed = run_search("--budget", "0.7", *LATENCY, *space)
+
+    out = tmp_path / "output/search"
+    assert "1000 ms as measured" not in printed
+    assert "dense 2000.0 ms" in printed and "1250.0 ms as measured" in printed
+    rows = list(csv.DictReader((out / "times.csv").read_text().splitlines()))
+    parts = {row["part"] for row in rows} - {"rest"}
+    table = {part: [row for row in rows if row["part"] == part] for part in parts}
+    costs = [[round(10 * float(row["seconds"])) for row in own] for own in table.values()]
+    losses = [[float(row["loss"]) for row in own] for own in table.values()]
+
+    # By brute force, over the parts alike: 14 seconds, of which 9.8 may be spent, 2 by the rest
+    chosen = [[int(row["chosen"]) for row in own].index(1) for own in table.values()]
+    least = cheapest(costs, losses, 78)
+    assert sum(own[k] for own, k in zip(losses, chosen, strict=True)) == pytest.approx(
+        sum(own[k] for own, k in zip(losses, least, strict=True))
     )
-    run_search(
-        "--budget",
-        "0.7",
-        "--budget-of",
-        "latency",
-        "--levels",
-        "0.9",
-        "dense",
-        "--exchanges",
-        "0",
-        "--measure",
-        "output",
-    )
-    levels = yaml.safe_load((tmp_path / "output/search/search.yaml").read_text())["sparsity"][
-        "level"
-    ]
-    quick = sum(level != "dense" for name, level in levels.items() if "fc" in name)
-    # 24 layers of a second, of which each of these saves 0.8: 7.2 are to go
-    assert quick == 9
+    assert sum(own[k] for own, k in zip(costs, chosen, strict=True)) <= 78
+
+    section = yaml.safe_load((out / "search.yaml").read_text())["sparsity"]
+    assert section.get("units") or "block:4x1 0.5" in section["level"].values()
+    command = printed.splitlines()[-1].removeprefix("To use it: python main.py ").split()
+    assert command[command.index("--score") + 1] == "fisher"
+    run_main(*command, "--eval", "--output_dir", "used")
 
 
-def test_a_budget_of_time_is_refused_where_nothing_is_quicker(run_search, monkeypatch):
-    monkeypatch.setattr(search, "sparse_kernels", report_of(lambda name: 1.5))
-    error = run_search(
-        "--budget", "0.7", "--budget-of", "latency", "--levels", "0.9", "dense", status=2
-    )
-    assert (
-        error.startswith("error: --budget-of latency: no layer is quicker")
-        and error.count("\n") == 1
-    )
+def test_a_budget_of_time_that_nothing_meets_is_refused_and_leaves_no_folder(
+    run_search, monkeypatch, tmp_path
+):
+    for seconds, budget, told in (
+        (1.5, 0.7, "error: --budget-of latency: no choice of the space is measured to be quicker"),
+        (0.6, 0.2, "the levels reach 0.6571 to 1.0000; expected at least 0.6571"),
+    ):
+        monkeypatch.setattr(
+            search, "time_table", made_up_times(lambda part, text, seconds=seconds: seconds)
+        )
+        error = run_search("--budget", budget, *LATENCY, "--levels", "0.9", "dense", status=2)
+        assert told in error and error.count("\n") == 1
+        assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.slow
+def test_a_search_for_half_of_the_time_measures_what_main_then_prunes(tiny_fashion, tmp_path):
+    arguments = ["--data-set", "FASHION", "--data-path", str(tiny_fashion), "--amp", "off"]
+    arguments += ["--model", "deit_sample_patch4_28", "--input-size", "28", "--batch-size", "8"]
+    arguments += ["--model-kwargs", "depth=2", "--no-pretrained", "--num_workers", "0"]
+    arguments += ["--calibration-images", "32"]
+
+    def run(program, *options):
+        command = [sys.executable, str(ROOT / program), *options]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    space = ["--space", "heads", "neurons", "unstructured", "--levels", "0.95"]
+    budget = ["--budget", "0.8", "--budget-of", "latency", "--exchanges", "2"]
+    printed = run("search.py", *budget, *space, *arguments)
+    assert re.search(r"dense [0-9.]+ ms, pruned [0-9.]+ ms as predicted and [0-9.]+ ms", printed)
+    command = printed.splitlines()[-1].removeprefix("To use it: python main.py ").split()
+    again = run("main.py", *command, "--eval", "--sparse-kernels", "--output_dir", "used")
+    assert "pruned" in again

@@ -61,6 +61,26 @@ MISTAKES = [
     ([*CUSTOM, "c.yaml"], "96", {"c.yaml": yaml_with("{default: [2, 7]}")}),
     ([*CUSTOM, "c.yaml"], "[0, 4]", {"c.yaml": yaml_with("{default: [0, 4]}")}),
     ([*CUSTOM, "c.yaml"], "1.5", {"c.yaml": yaml_with("{default: 1.5}", "unstructured")}),
+    (
+        [*CUSTOM, "c.yaml"],
+        "block:5x1 0.5: expected blocks",
+        {"c.yaml": yaml_with("{default: block:5x1 0.5}")},
+    ),
+    (
+        [*CUSTOM, "c.yaml"],
+        "c.yaml: units 'blocks.0.attn' is 9: expected 1 to 3",
+        {"c.yaml": yaml_with("{default: dense}") + "  units: {blocks.0.attn: 9}\n"},
+    ),
+    (
+        [*CUSTOM, "c.yaml", "--prune-schedule", "gradual"],
+        "one-shot with units",
+        {"c.yaml": yaml_with("{default: dense}") + "  units: {blocks.0.attn: 2}\n"},
+    ),
+    (
+        ["--pruner", "erk", "--sparsity", "0.5", "--pattern", "block:5x1"],
+        "pattern block:5x1: expected blocks",
+        {},
+    ),
     ([*CUSTOM, "c.yaml"], "structured", {"c.yaml": yaml_with("{default: 0.5}", "structured")}),
     ([*CUSTOM, "c.yaml"], "levels", {"c.yaml": "sparsity:\n  mode: nxm\n  levels: {}\n"}),
     (["--config", "missing.yaml"], "missing.yaml", {}),
