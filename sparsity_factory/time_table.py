@@ -3,13 +3,15 @@
     parts = find_parts(model, images)
     table = time_table(model, images, {part: {"dense": Choice({}), ...} for part in parts})
 
-A part is an attention, an MLP, or a linear layer of neither. It is measured by itself, as a whole:
-heads and neurons as `shrink` leaves it, levels with the sparse kernels that are quickest. What the
-model needs besides its parts, such as patch embedding and norms, is the rest.
+A part is an attention, an MLP, or a linear layer of neither. It is measured as a whole: heads and
+neurons as `shrink` leaves it, levels with the sparse kernels that are quickest. What the model
+needs besides its parts, such as patch embedding and norms, is the rest.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -22,8 +24,10 @@ from .shrink import unit_counts, with_units
 from .sparse_kernels import DENSE, KERNELS, in_turns, sparse_kernels
 from .units import COLUMNS, Group, unit_groups
 
-# Seconds for the dense model and its parts together, for each choice, and for the whole at the end
-DENSE_BUDGET, CHOICE_BUDGET, WHOLE_BUDGET = 10.0, 0.3, 10.0
+# Seconds for a kernel of a part, for a run of the model with other choices, and for whole models
+KERNEL_BUDGET, RUN_BUDGET, WHOLE_BUDGET = 0.1, 2.0, 10.0
+# How often such a run is repeated: its shortest times count
+LEAST_ROUNDS, MOST_ROUNDS = 4, 30
 
 
 class Choice(NamedTuple):
@@ -38,10 +42,10 @@ class Choice(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A module that is measured by itself, and its prunable weights by name, in model order.
+    """A module whose time is measured, and its prunable weights by name, in model order.
 
     group: its heads or neurons, if it has any.
-    inputs: shape and dtype of its only input; None if it was not measured.
+    inputs: shape and dtype of its only input; None if it has none.
     """
 
     name: str
@@ -103,6 +107,7 @@ def find_parts(model: nn.Module, images: Tensor) -> list[Part]:
     return sorted(parts, key=lambda part: order.index(part.weights[0]))
 
 
+@torch.no_grad()
 def time_table(
     model: nn.Module,
     images: Tensor,
@@ -115,48 +120,58 @@ def time_table(
 ) -> TimeTable:
     """Measures a model and its parts. Call it under the autocast under which the model will run.
 
-    The dense model and its parts are measured in turns. Each choice is measured in turns with the
-    dense part, and counts as that share of the part's time: so it does not matter if the machine is
-    slower for a while. Parts of one shape share their measurements.
+    Parts are measured within the model, where caches and memory are as they will be. Those of one
+    shape share their measurements: in each of some runs every part has another choice, and the
+    dense model runs in turns with that one. A choice counts as its share of the time of the same
+    part in the dense model, the shortest of each, so that it does not matter if the machine is
+    slower for a while. The times of the dense parts are the shortest of all runs.
 
     Args:
         model: dense, in evaluation mode; it is not changed.
         images: a batch as the model will see.
         choices: by part, then by their texts.
-        kernels, measure: as for `sparse_kernels`.
-        log: is called with a line for each shape.
+        kernels, measure: as for `sparse_kernels`, which chooses the kernels of each part.
+        log: is called with a line for each run.
     """
-    first = {}
+    names = [part.name for part in parts]
+    alike: dict[tuple, list[Part]] = {}
     for part in parts:
-        first.setdefault(_alike(model, part), part)
-    modules = {part.name: model.get_submodule(part.name) for part in first.values()}
-    inputs = {part.name: _random(part, images.device) for part in first.values()}
+        alike.setdefault(_shape(model, part), []).append(part)
+    waiting = {
+        shape: {text: choice for part in same for text, choice in choices[part.name].items()}
+        for shape, same in alike.items()
+    }
 
-    calls = {name: _call(module, inputs[name]) for name, module in modules.items()}
-    seconds = measure({"": _call(model, images), **calls}, DENSE_BUDGET)
-    dense = {part.name: seconds[first[_alike(model, part)].name] for part in parts}
+    dense = _segments(model, images, names)
+    shares: dict[tuple[tuple, str], float] = {}
+    while left := sum(map(len, waiting.values())):
+        log(f"Measuring the times of {left} choices")
+        variant = copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors(model)})
+        measured = []
+        for shape, same in alike.items():
+            for part in same[: len(waiting[shape])]:
+                text = next(iter(waiting[shape]))
+                choice = waiting[shape].pop(text)
+                module = model.get_submodule(part.name)
+                chosen = _variant(module, part, choice, images.device, kernels, measure)
+                if chosen is module:
+                    shares[shape, text] = 1.0
+                elif chosen is not None:
+                    variant.set_submodule(part.name, chosen)
+                    measured.append((shape, text, part.name))
 
-    shares: dict[tuple[str, str], float | None] = {}
-    found = {}
+        if measured:
+            before, after = _both(model, variant, images, names)
+            dense = {key: min(dense[key], seconds) for key, seconds in before.items()}
+            for shape, text, name in measured:
+                shares[shape, text] = after[name] / before[name]
+
+    times = {}
     for part in parts:
-        own = first[_alike(model, part)]
-        missing = {
-            text: choice
-            for text, choice in choices[part.name].items()
-            if (own.name, text) not in shares
-        }
-        if missing:
-            log(f"Measuring {part.name}, choices: {len(missing)}")
-        for text, choice in missing.items():
-            share = _share(modules[own.name], inputs[own.name], part, choice, kernels, measure)
-            shares[own.name, text] = share
-        found[part.name] = {
-            text: dense[part.name] * share
-            for text in choices[part.name]
-            if (share := shares[own.name, text]) is not None
-        }
-
-    return TimeTable(seconds[""], dense, found)
+        shape = _shape(model, part)
+        own = [text for text in choices[part.name] if (shape, text) in shares]
+        times[part.name] = {text: dense[part.name] * shares[shape, text] for text in own}
+    return TimeTable(sum(dense.values()), {name: dense[name] for name in names}, times)
 
 
 def time_of_whole(
@@ -188,7 +203,7 @@ def time_by_dtype(
         return in_dtype
 
     dtypes = (torch.float32, torch.bfloat16)
-    taken = measure({str(dtype): under(dtype) for dtype in dtypes}, DENSE_BUDGET)
+    taken = measure({str(dtype): under(dtype) for dtype in dtypes}, WHOLE_BUDGET)
     return {dtype: taken[str(dtype)] for dtype in dtypes}
 
 
@@ -218,26 +233,84 @@ def _inputs(
     return found
 
 
-def _alike(model: nn.Module, part: Part) -> tuple:
+def _shape(model: nn.Module, part: Part) -> tuple:
     """The same for parts that take the same time at the same choice."""
     module = model.get_submodule(part.name)
     shapes = tuple(weight.shape for weight in module.parameters())
     return type(module), getattr(module, "num_heads", 0), shapes, part.inputs
 
 
-def _random(part: Part, device: torch.device) -> Tensor:
-    assert part.inputs is not None
-    shape, dtype = part.inputs
-    return torch.randn(shape, device=device).to(dtype)
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    return chain(model.parameters(), model.buffers())
 
 
-def _share(
-    module: nn.Module, x: Tensor, part: Part, choice: Choice, kernels: Mapping, measure: Callable
-) -> float | None:
-    """The time of a part at a choice, as a share of its dense time; None if it has no such form."""
+def _both(
+    dense: nn.Module, variant: nn.Module, images: Tensor, names: list[str]
+) -> tuple[dict, dict]:
+    """The shortest segments of two models that run in turns."""
+    found = [_segments(model, images, names) for model in (dense, variant)]
+    start = time.perf_counter()
+    for turn in range(MOST_ROUNDS):
+        if turn >= LEAST_ROUNDS and time.perf_counter() - start > RUN_BUDGET:
+            break
+        for place, model in enumerate((dense, variant)):
+            again = _segments(model, images, names)
+            found[place] = {key: min(found[place][key], again[key]) for key in again}
+    return found[0], found[1]
+
+
+def _segments(model: nn.Module, images: Tensor, names: list[str]) -> dict[str | int, float]:
+    """The seconds of each named module in one run of a model, and of the gaps between them.
+
+    Gaps have numbers for names.
+    """
+    seconds: dict[str | int, float] = {}
+    gaps: list[float] = []
+    last = 0.0
+
+    def since_last() -> float:
+        nonlocal last
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        before, last = last, time.perf_counter()
+        return last - before
+
+    def watch(name: str) -> list:
+        def begin(*_):
+            gaps.append(since_last())
+
+        def end(*_):
+            seconds[name] = seconds.get(name, 0.0) + since_last()
+
+        module = model.get_submodule(name)
+        return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+
+    hooks = [hook for name in names for hook in watch(name)]
+    last = time.perf_counter()
+    try:
+        model(images)
+        gaps.append(since_last())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {**seconds, **dict(enumerate(gaps))}
+
+
+def _variant(
+    module: nn.Module,
+    part: Part,
+    choice: Choice,
+    device: torch.device,
+    kernels: Mapping,
+    measure: Callable,
+) -> nn.Module | None:
+    """A part at a choice, with its quickest kernels; the module itself if it stays dense.
+
+    None if the choice cannot be made.
+    """
 
     def briefly(functions, budget):
-        return measure(functions, min(budget, CHOICE_BUDGET))
+        return measure(functions, min(budget, KERNEL_BUDGET))
 
     alone = nn.Sequential(module)
     if choice.units:
@@ -251,11 +324,11 @@ def _share(
         chosen = copy.deepcopy(alone)
         Masks(chosen, compute_masks(chosen, "custom", custom_config=config))
 
-    quick, _ = sparse_kernels(chosen, x, kernels=kernels, measure=briefly)
-    if quick is chosen and not choice.units:
-        return 1.0
-    taken = briefly({DENSE: _call(alone, x), "quick": _call(quick, x)}, CHOICE_BUDGET)
-    return taken["quick"] / taken[DENSE]
+    assert part.inputs is not None
+    shape, dtype = part.inputs
+    inputs = torch.randn(shape, device=device).to(dtype)
+    quick, _ = sparse_kernels(chosen, inputs, kernels=kernels, measure=briefly)
+    return module if quick is chosen and not choice.units else quick.get_submodule("0")
 
 
 def _call(module: nn.Module, x: Tensor) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 import time
 
+import pytest
 import timm
 import torch
 from torch.nn import functional as F
@@ -112,12 +113,19 @@ def test_the_times_of_parts_and_rest_add_up_to_that_of_the_pruned_model(monkeypa
     assert abs(seconds - predicted) < 1e-9
 
 
-def test_blocks_of_one_shape_are_measured_once(monkeypatch):
+def test_blocks_of_one_shape_share_out_their_choices(monkeypatch):
     model, images = small_vit()
-    Clock(monkeypatch)
+    clock = Clock(monkeypatch)
     parts = find_parts(model, images)
-    choices = {part.name: {"dense": Choice({})} for part in parts}
+    choices = {
+        part.name: {f"{k} units": Choice({}, k) for k in ((1, 2) if "attn" in part.name else (8,))}
+        for part in parts
+    }
     lines = []
-    table = time_table(model, images, parts, choices, log=lines.append)
-    assert lines == [f"Measuring blocks.0.{own}, choices: 1" for own in ("attn", "mlp")]
-    assert table.parts["blocks.0.mlp"] == table.parts["blocks.1.mlp"]
+    table = time_table(model, images, parts, choices, kernels=clock.kernel(), log=lines.append)
+    assert lines == ["Measuring the times of 3 choices"]
+    assert table.parts["blocks.0.attn"] == pytest.approx(table.parts["blocks.1.attn"])
+    shares = [
+        seconds / table.dense["blocks.1.attn"] for seconds in table.parts["blocks.1.attn"].values()
+    ]
+    assert shares == pytest.approx([1 / 3, 2 / 3])
