@@ -234,7 +234,7 @@ def evaluate_together(
     shared: each process has a part of the images, and the counts of all are added up. Otherwise
         each process has all images, and the figures are those of the first process, so that
         rounding cannot make processes decide differently.
-    after_batch: called after each batch.
+    after_batch: called after each batch with the outputs of each model and the targets.
     criterion: called with logits and targets; returns their mean loss. None if what the models
         return are no logits.
     Returns for each model `acc1` and `acc5` in percent (`acc5` over all classes if there are fewer
@@ -261,7 +261,7 @@ def evaluate_together(
         means = (sums[:, :-1] / len(images)).flatten()
         logger.update(n=len(images), **dict(zip(shown, means, strict=True)))
         if after_batch is not None:
-            after_batch()
+            after_batch(outputs, targets)
 
     counted = totals if shared or utils.is_main_process() else torch.zeros_like(totals)
     numbers = iter(utils.sum_over_processes(counted.flatten().tolist()))

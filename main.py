@@ -19,6 +19,7 @@ from sparsity_factory.list_methods import menu
 from trainer.arguments import parse_args
 from trainer.audit import audit
 from trainer.builders import (
+    build_compared,
     build_dense_teacher,
     build_loaders,
     build_sparsifier,
@@ -30,6 +31,7 @@ from trainer.builders import (
     prepare_model,
     shrink_before_training,
 )
+from trainer.changes import Reference
 from trainer.epochs import Evaluator, train
 from trainer.exit_status import exit_status
 from trainer.export import export
@@ -72,6 +74,13 @@ def main(args) -> dict[str, float]:
         if args.shrink and (first_masks or "shape" not in checkpoint):
             dense, model, sparsifier = shrink_before_training(args, model, sparsifier, first_masks)
 
+        # What the predictions are compared with.
+        before = "before pruning" if "masks" in checkpoint else "dense"
+        if args.compare:
+            dense, before = build_compared(args, num_classes, compute.device), "reference"
+        elif not first_masks:
+            dense = None
+
         # Loss and optimizer come before any evaluation, so that a mistake in them shows at once.
         state = options = None
         if not args.eval:
@@ -83,9 +92,9 @@ def main(args) -> dict[str, float]:
         results = open_results(args, sparsifier.recipe, state, loaders.train, loaders.val, compute)
         accuracy = state.accuracy if state else {}
         test = Evaluator(loaders.val, args, compute, stop, accuracy, loaders.training_images)
+        test.reference = state.reference if state else None
 
         # Prune, and measure before and after.
-        before = "before pruning" if "masks" in checkpoint else "dense"
         checkpoint = None  # it would only take memory from here on
         kept = prune(dense, model, sparsifier, first_masks, test, before, args.eval)
         dense = None
@@ -95,10 +104,12 @@ def main(args) -> dict[str, float]:
         # Finetune.
         accuracy = test.accuracy
         if state:
+            state.reference = test.reference
             trained = train(state, options, loaders.train, test, stop, results)
             accuracy = {**accuracy, "finetuned" if sparsifier.masks else "trained": trained}
+        comparison = test.compared(next(reversed(accuracy)))
 
-    results.finish(accuracy, sparsity_rows(model, sparsifier.masks))
+    results.finish(accuracy, sparsity_rows(model, sparsifier.masks), comparison)
     if utils.is_main_process():  # also with --quiet
         shown = ", ".join(f"{name} {value:.2f} %" for name, value in accuracy.items())
         print(f"Top-1 accuracy: {shown}")
@@ -116,12 +127,15 @@ def prune(
 ) -> Kept:
     """Applies masks that the model does not have yet, and reports what is kept of each layer.
 
-    dense: the model before pruning; another object than `model` only if that was shrunk.
-    before: the name of the accuracy that is measured before pruning.
+    dense: what is measured before pruning, and compared with: the model itself, what it was before
+        it was shrunk, or that of `--compare`; or None.
+    before: the name of its accuracy.
     evaluates: measure the accuracy also if nothing is pruned here.
     """
-    if first_masks:
+    if dense is not None:
         test.measure(before, dense)
+        test.reference = Reference(before, test.predictions())
+    if first_masks:
         sparsifier.start(first_masks)
 
     kept = sparsity_rows(model, sparsifier.masks)

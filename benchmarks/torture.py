@@ -36,7 +36,15 @@ RECIPE = shlex.split("""
 #: What is compared in the end: parts of the checkpoint, and other files of a run.
 STATES = ("model", "model_ema", "optimizer", "lr_scheduler", "scaler", "masks", "pruning")
 PARTS = (*STATES, "epoch", "step", "best", "accuracy")
-FILES = ("log.txt", "sparsity.csv", "sparsity.yaml", "sparsity.png", "training.png")
+FILES = (
+    "log.txt",
+    "sparsity.csv",
+    "sparsity.yaml",
+    "sparsity.png",
+    "training.png",
+    "classes.csv",
+    "predictions.csv",
+)
 
 
 def start(folder: Path, recipe: list[str], launcher=()) -> subprocess.Popen:

@@ -16,6 +16,7 @@ from .masks import Masks, choose_layers, pack, prunable_weights, unpack
 from .method import Description, describe
 from .multiply_adds import multiply_adds
 from .patterns import PATTERNS, parse_pattern, regrow
+from .predictions import Changes, Predictions, compare_predictions
 from .pruners import PRUNERS, check_request, compute_masks, needs_of
 from .pruning import prune
 from .recipe import Recipe
@@ -48,12 +49,14 @@ __all__ = [
     "SCHEDULES",
     "SCORES",
     "STATISTICS",
+    "Changes",
     "Description",
     "Inputs",
     "KernelReport",
     "Kept",
     "LayerSparsity",
     "Masks",
+    "Predictions",
     "PruningError",
     "Recipe",
     "Sparsifier",
@@ -63,6 +66,7 @@ __all__ = [
     "checkpoint_table",
     "choose_layers",
     "collect_statistics",
+    "compare_predictions",
     "compute_masks",
     "describe",
     "has_reached_target",

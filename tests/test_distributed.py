@@ -134,8 +134,11 @@ def pair(once, tiny):
             for method in ("obs", "obs-mask")
         }
         runs["permuted"] = [*tiny, *PERMUTED, "--eval"]
-        runs["evaluation"] = [*tiny, *LAMP, "--eval", "--dist-eval"]
-        runs["neighbours"] = [*runs["evaluation"], "--num-classes", "0"]
+        evaluation = [*tiny, *LAMP, "--eval", "--dist-eval"]
+        runs["evaluation"] = [*evaluation, "--output_dir", str(folder / "evaluation")]
+        runs["not-shared"] = [*evaluation, "--no-dist-eval"]
+        runs["not-shared"] += ["--output_dir", str(folder / "not-shared")]
+        runs["neighbours"] = [*evaluation, "--num-classes", "0"]
         (folder / "runs.json").write_text(json.dumps(runs))
         pictures(folder / "images", "train/a/1.png", "train/b/1.png", "val/b/1.png")
         write_tar(folder / "images" / "train.tar", ["a/1.png", "b/1.png"])
@@ -305,6 +308,13 @@ def test_shared_evaluation_counts_each_image_once(pair, tiny, run_main, name, fl
     counts = [re.findall(r"\* Acc@1 .*", output) for output in (alone, shared)]
     assert len(counts[0]) == 2
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("name", ["evaluation", "not-shared"])
+def test_predictions_of_two_processes_are_in_the_order_of_one(pair, tiny, run_main, tmp_path, name):
+    run_main(*tiny, *LAMP, "--eval", "--output_dir", "one")
+    for file in ("predictions.csv", "classes.csv", "classes.png"):
+        assert (pair / name / file).read_bytes() == (tmp_path / "one" / file).read_bytes(), file
 
 
 def test_a_mistake_under_torchrun_ends_every_process_and_is_told_once(tmp_path):

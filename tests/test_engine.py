@@ -410,7 +410,7 @@ def test_no_batch_of_an_evaluation_waits_for_the_device_but_those_with_a_log_lin
             batches(25),
             tiny_vit().to(CUDA),
             Compute(CUDA),
-            after_batch=lambda: found.append(waits.total()),
+            after_batch=lambda *_: found.append(waits.total()),
             print_freq=10,
         )
     assert [batch for batch in range(1, 25) if found[batch] > found[batch - 1]] == [1, 11, 21]

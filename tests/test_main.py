@@ -62,6 +62,9 @@ def test_the_first_command_prunes_the_sample_finetunes_it_and_says_how_good_it_i
         "sparsity.png",
         "sparsity.yaml",
         "training.png",
+        "classes.csv",
+        "classes.png",
+        "predictions.csv",
         "summary.md",
     }
     assert "output/sample" in result.stdout

@@ -257,6 +257,16 @@ def test_checkpoints_are_evaluated_finetuned_audited_and_exported(on_cuda, avera
     assert (tmp_path / "exported" / "model.safetensors").exists()
 
 
+def test_predictions_are_read_in_three_waits_whatever_the_number_of_batches(few):
+    found = []
+    for size in (2, 4):
+        with pretend_cuda() as waits:
+            main.command([*few, "--epochs", "1", "--batch-size", f"{size}", *LAMP.split()])
+        found.append({place: n for place, n in waits.items() if "epochs.py" in place})
+    # Of the dense model and of the finetuned one: targets, classes and confidences
+    assert [sum(places.values()) for places in found] == [6, 6]
+
+
 def test_a_sweep_runs(few, tmp_path):
     with pretend_cuda():
         flags = "--pruners lamp erk --sparsities 0.5 --finetune-epochs 1 --reconstructions obs"
@@ -373,5 +383,7 @@ def test_an_epoch_waits_once_for_each_line_of_the_log_and_once_at_its_end(few, a
         main.command([*few, *argv.split()])
     # Training has lines after batches 0, 3 and 5, the evaluation after 0 and 1
     assert sum(count for place, count in waits.items() if "utils/logs.py" in place) == 2 * (3 + 2)
+    # Predictions are read once at the end, if at all
+    assert not any("epochs.py" in place or "predictions.py" in place for place in waits)
     # The weights are finite, and the sums of the evaluation, of one model or two
     assert sum(count for place, count in waits.items() if "engine.py" in place) == 2 * (1 + 1)

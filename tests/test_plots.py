@@ -105,6 +105,31 @@ def test_the_training_is_drawn_by_epoch_with_its_reference_lines(epochs):
     assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [epochs] * 3
 
 
+@pytest.mark.parametrize("count", [1, 10, 20, 1000])
+def test_classes_are_drawn_by_what_they_lost_all_by_name_or_those_that_lost_most(count):
+    classes = {
+        f"{number} a long name of a class": (90.0 - number % 30, 90.0 - number % 7)
+        for number in range(count)
+    }
+    figure = plots.class_accuracies(classes, ("dense", "finetuned"), "deit_sample_patch4_28, lamp")
+    assert_readable(figure)
+    lost = sum(after < before for before, after in classes.values())
+    assert f"{lost} of {count:,} classes lost accuracy" in figure._suptitle.get_text()
+
+    *dots, lines = figure.axes
+    assert len(dots) == (count > 20)
+    shown = [label.get_text().split()[0] for label in lines.get_yticklabels()]
+    changes = [classes[f"{number} a long name of a class"] for number in shown]
+    gains = [after - before for before, after in changes]
+    assert gains == sorted(after - before for before, after in classes.values())[: len(gains)]
+    assert len(shown) == min(count, 10 if count > 20 else 20)
+    assert [line.get_xdata()[-1] for line in lines.lines[2::3]] == [after for _, after in changes]
+    for axes in dots:
+        sizes = axes.collections[0].get_sizes()
+        assert round(sizes.sum() / 10) == count
+        assert axes.collections[0].get_offsets()[:, 1].min() == min(gains)
+
+
 def test_a_sweep_has_a_line_for_each_pruner_and_kind_and_shows_the_spread():
     points = [(0.5, [90.0, 91.0, 92.0]), (0.9, [80.0, 82.0, 84.0]), (0.91, [79.0, 79.5])]
     curves = {

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sparsity_factory import unpack
-from trainer.results import SPARSITY_CSV, SPARSITY_PNG, SPARSITY_YAML, SUMMARY, TRAINING_PNG
+from trainer.results import FILES, SPARSITY_CSV, SPARSITY_PNG, SPARSITY_YAML, SUMMARY, TRAINING_PNG
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def test_an_interrupted_run_leaves_the_same_as_an_undisturbed_one(
 ):
     recipe = [*tiny, *LAMP, "--epochs", "2", "--output_dir", "out", "--resume", "auto"]
     run_main(*recipe)
-    names = (SPARSITY_CSV, SPARSITY_YAML, SPARSITY_PNG, TRAINING_PNG, SUMMARY)
+    names = FILES
     whole = {name: (tmp_path / "out" / name).read_bytes() for name in names}
     for path in (tmp_path / "out").iterdir():
         path.unlink()
@@ -156,7 +156,7 @@ def test_tensorboard_gets_numbers_layers_and_pictures(run_main, tiny, tmp_path):
         == 24
     )
     assert f"pruned {events.Scalars('accuracy/pruned')[0].value:.2f} %" in output
-    assert set(events.Tags()["images"]) == {"sparsity", "training"}
+    assert set(events.Tags()["images"]) == {"sparsity", "training", "classes"}
 
 
 def wandb_records(path):
@@ -190,7 +190,7 @@ def test_wandb_gets_numbers_layers_and_pictures(run_main, tiny, tmp_path, monkey
     assert f"finetuned {float(values['test/acc1']):.2f} %" in output
     assert float(values["sparsity/prunable weights"]) == pytest.approx(0.65, abs=1e-5)
     assert len([name for name in values if name.startswith("sparsity/blocks.")]) == 24
-    for name in ("sparsity", "training"):
+    for name in ("sparsity", "training", "classes"):
         assert list((tmp_path / "out").glob(f"wandb/offline-run-*/files/media/images/{name}_*.png"))
 
 

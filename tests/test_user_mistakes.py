@@ -177,6 +177,15 @@ MISTAKES = [
     (["--data-set", "CIFAR", "--data-path", "empty"], "empty", {"empty/x": ""}),
     (["--data-set", "FASHION", "--data-path", "empty"], "train-images", {"empty/x": ""}),
     (["--finetune", "missing.pth"], "missing.pth", {}),
+    (["--compare", "x.pth"], "--compare needs --eval as well", {}),
+    (["--eval", *LAMP, "--compare", "x.pth"], "--compare: not together with --pruner", {}),
+    (["--eval", "--pattern", "2:4", "--compare", "x.pth"], "--compare: not together", {}),
+    (["--eval", "--compare", "missing.pth", "--output_dir", "out"], "missing.pth", {}),
+    (
+        ["--eval", "--compare", "c.pth", "--output_dir", "out"],
+        "--compare c.pth: its images have another mean",
+        {"c.pth": {"model": {"a": torch.zeros(1)}, "args": {"mean": [0.1, 0.2, 0.3]}}},
+    ),
     (["--keep-zeros"], "--keep-zeros needs --finetune FILE or --resume FILE", {}),
     ([*LAMP, "--finetune", "x.pth", "--keep-zeros"], "--keep-zeros: not together", {}),
     (

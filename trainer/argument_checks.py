@@ -174,6 +174,8 @@ def check_tasks(args) -> None:
             "--rewind: --sched plateau has no place to go back to; expected another one"
         )
 
+    if args.compare and not args.eval:
+        raise UserError("--compare needs --eval as well")
     if args.expect and not args.audit:
         raise UserError("--expect needs --audit FILE as well")
     for expectation in args.expect or ():

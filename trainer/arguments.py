@@ -269,6 +269,11 @@ def check_recipe(args) -> None:
             f"{recipe.in_words()}: needs the gradient of a loss, so labels, and --num-classes 0 "
             "uses none"
         )
+    if args.compare and recipe.pruner:
+        raise UserError(
+            "--compare: not together with --pruner or --pattern, which compare with the model "
+            "before pruning"
+        )
     if args.keep_zeros and recipe.pruner:
         raise UserError("--keep-zeros: not together with --pruner or --pattern, which choose anew")
     if not args.shrink:
@@ -358,6 +363,9 @@ def _add_run(group: Group) -> None:
              "in --output_dir, if any")
     add("--eval", bool, False, sweep=REFUSED,
         help="only evaluate, after pruning if a pruner is given")
+    add("--compare", str, "", metavar="FILE", sweep=REFUSED,
+        help="with --eval: say what differs from the predictions of another checkpoint of the "
+             "model, such as the dense one, or of timm's weights (timm)")
     add("--audit", str, "", metavar="FILE", sweep=REFUSED,
         help="only print what a file keeps of each layer and which patterns that obeys; check "
              "its masks, if it has any")

@@ -429,6 +429,32 @@ def load_dense(
         ) from None
 
 
+def build_compared(args, num_classes: int, device: torch.device) -> torch.nn.Module:
+    """The model of `--compare`, read as `--finetune` does, or with timm's weights.
+
+    It merges tokens only if its own run did.
+
+    Raises UserError if it does not fit the model that is evaluated, or takes other images.
+    """
+    other = argparse.Namespace(**vars(args))
+    other.resume = ""
+    other.finetune = "" if args.compare == "timm" else args.compare
+    other.use_ema = False
+    other.pretrained = True
+    other.keep_zeros = False
+    other.tokens = 0
+    other.given = [name for name in args.given if name != "tokens"]
+    other, checkpoint = load_start(other)
+    for name in ("input_size", "mean", "std"):
+        theirs, ours = getattr(other, name), getattr(args, name)
+        if theirs != ours:
+            raise UserError(
+                f"--compare {args.compare}: its images have another {name}, {theirs}; expected "
+                f"{ours}, that of the evaluated model"
+            )
+    return prepare_model(other, num_classes, checkpoint, device)
+
+
 def sha256_of(weights: dict[str, torch.Tensor]) -> str:
     """The SHA-256 of the names and the bytes of a state dict, in whatever order."""
     digest = hashlib.sha256()

@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import itertools
 import time
 from collections.abc import Callable
 
@@ -19,10 +20,11 @@ from engine import (
     steps_of_epoch,
     train_one_epoch,
 )
-from sparsity_factory import sparse_kernels
+from sparsity_factory import Predictions, sparse_kernels
 from utils import Compute, log
 
 from .builders import evaluation_batch_size
+from .changes import Comparison, Reference
 from .nearest_neighbours import Neighbourhood
 from .results import Results
 from .stop_signals import Stopped, StopSignals
@@ -36,6 +38,7 @@ class Evaluator:
     backbone without a head is evaluated by its nearest training images.
 
     accuracy: takes what `measure` measures, top-1 in percent by name.
+    reference: the predictions that later ones are compared with, if there are any.
     training_images: returns the images of the training, so that they are not listed again.
     """
 
@@ -52,6 +55,8 @@ class Evaluator:
         self.compute = compute
         self.stop = stop
         self.accuracy = accuracy
+        self.reference: Reference | None = None
+        self._batches: list[Predictions] = []  # of the first model that was evaluated last
         self.shared = args.dist_eval
         self.print_freq = args.print_freq
         self.sparse_kernels = args.sparse_kernels
@@ -71,12 +76,21 @@ class Evaluator:
         if self.neighbourhood:
             models = {name: self.neighbourhood(model, self.stop) for name, model in models.items()}
             criterion = None  # votes are no logits
+        check = self.stop.checks(self._common_batches())
+        self._batches = []
+
+        def after_batch(outputs, targets):
+            first = outputs[0]
+            probabilities = None if criterion else first / first.sum(dim=1, keepdim=True)
+            self._batches.append(Predictions.of(first, targets, probabilities))
+            check()
+
         return evaluate_together(
             self.loader,
             models,
             self.compute,
             shared=self.shared,
-            after_batch=self.stop.checks(self._common_batches()),
+            after_batch=after_batch,
             print_freq=self.print_freq,
             criterion=criterion,
         )
@@ -86,6 +100,41 @@ class Evaluator:
         if next(model.parameters()).device == self.compute.device:
             return model
         return copy.deepcopy(model).to(self.compute.device)
+
+    def predictions(self) -> Predictions:
+        """Those of the model that was evaluated last, on the CPU; every process calls it.
+
+        Of several models that were evaluated together it is the first.
+        """
+        sizes = [len(batch.targets) for batch in self._batches]
+        columns = Predictions.joined(self._batches) if sizes else ()  # one process may have none
+        mine = sizes, [column.cpu() for column in columns]
+        if not self.shared:
+            return Predictions(*utils.on_first_process(lambda: mine[1]))
+
+        # Process r of w has the batches r, r + w, r + 2 w, ...
+        parts = [
+            zip(*(column.split(sizes) for column in columns), strict=True)
+            for sizes, columns in utils.gather_objects(mine)
+        ]
+        rounds = itertools.zip_longest(*parts)
+        return Predictions.joined([batch for batches in rounds for batch in batches if batch])
+
+    def compared(self, name: str) -> Comparison | None:
+        """The reference and the model that was evaluated last, which `name` names.
+
+        Every process calls it. None if there is no reference, or it is of other images.
+        """
+        if not self.reference:
+            return None
+        before, after = self.reference.predictions, self.predictions()
+        if not torch.equal(before.targets, after.targets):
+            log(
+                f"The predictions of {self.reference.name} are of other validation images: what "
+                "changed is not written"
+            )
+            return None
+        return Comparison((self.reference.name, name), before, after, self.loader.dataset)
 
     def measure(self, name: str, model: torch.nn.Module) -> None:
         log(f"Accuracy: {name}", only=utils.LINES)

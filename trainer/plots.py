@@ -5,7 +5,7 @@ Each function returns a matplotlib Figure, and `png` makes a file of it.
 
 import io
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 import matplotlib
@@ -48,8 +48,15 @@ STYLE = {
 }
 # A legend of at most this many characters is put next to the lines, a longer one below them.
 BESIDE = 24
+LONGEST = 28  # characters of the name of a class
 DASHED = {"linestyle": "--", "linewidth": 1.1}
 KINDS = ("qkv", "proj", "fc1", "fc2")  # always in the same colours
+# Of more classes than this, all are drawn as dots, and those that lost most by name.
+MOST_CLASSES = 20
+MOST_NAMED = 10
+LOST = PALETTE[3]
+GAINED = PALETTE[0]
+EQUAL = PALETTE[8]
 
 
 def png(figure: Figure) -> bytes:
@@ -144,6 +151,44 @@ def training_curves(
 
         handles = {line.get_label(): line for axes in (loss, accuracy) for line in axes.lines}
         figure.legend(handles=handles.values(), loc="outside lower left", ncols=len(handles))
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def class_accuracies(
+    classes: Mapping[str, tuple[float, float]], names: tuple[str, str], title: str
+) -> Figure:
+    """The accuracy of each class with two models, the class that lost most at the top.
+
+    Of many classes, all are drawn as dots, and those that lost most as lines from one accuracy to
+    the other.
+
+    classes: by title, the accuracies in percent before and after. names: of the two models.
+    """
+    lost = sum(after < before for before, after in classes.values())
+    gained = sum(after > before for before, after in classes.values())
+    title += f": {lost:,} of {len(classes):,} classes lost accuracy, {gained:,} gained"
+    ranked = sorted(classes.items(), key=lambda item: item[1][1] - item[1][0])
+
+    with matplotlib.rc_context(STYLE):
+        if len(ranked) <= MOST_CLASSES:
+            figure = Figure((WIDTH, 1.5 + 0.28 * len(ranked)), layout="constrained")
+            _draw_class_lines(figure.subplots(), ranked)
+        else:
+            figure = Figure((WIDTH, 4.6), layout="constrained")
+            dots, lines = figure.subplots(1, 2)
+            _draw_class_dots(dots, classes.values(), names[0])
+            _draw_class_lines(lines, ranked[:MOST_NAMED])
+            lines.set_title(f"the {MOST_NAMED} that lost most")
+
+        dot = {"color": "black", "marker": "o", "linestyle": ""}
+        handles = [
+            Line2D([], [], **dot, markerfacecolor="white", label=names[0]),
+            Line2D([], [], **dot, label=names[1]),
+            Line2D([], [], color=LOST, label="lost"),
+            Line2D([], [], color=GAINED, label="gained"),
+        ]
+        figure.legend(handles=handles, loc="outside lower right", ncols=len(handles))
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure
 
@@ -341,6 +386,38 @@ def level_map(levels: Mapping[str, tuple[str, float]], title: str) -> Figure:
 
 
 # ---- helpers, not exported ----
+
+
+def _change_colour(before: float, after: float) -> str:
+    """The colour of a class that lost accuracy, gained some, or neither."""
+    return LOST if after < before else GAINED if after > before else EQUAL
+
+
+def _draw_class_lines(axes, classes: Sequence[tuple[str, tuple[float, float]]]) -> None:
+    """A line for each class from one accuracy to the other, the first at the top."""
+    for place, (_, (before, after)) in enumerate(classes):
+        colour = _change_colour(before, after)
+        axes.plot([before, after], [place, place], color=colour, linewidth=2.4, zorder=2)
+        axes.plot(before, place, "o", color=colour, markerfacecolor="white", zorder=3)
+        axes.plot(after, place, "o", color=colour, zorder=3)
+
+    titles = [
+        title if len(title) <= LONGEST else f"{title[: LONGEST - 3]}..." for title, _ in classes
+    ]
+    axes.set_yticks(range(len(classes)), titles, fontsize=9)
+    axes.set(ylim=(len(classes) - 0.5, -0.5), xlabel="top-1 accuracy, %", ylabel="class")
+    axes.tick_params(axis="y", length=0)
+
+
+def _draw_class_dots(axes, accuracies: Iterable[tuple[float, float]], name: str) -> None:
+    """A dot for each accuracy before and change of it, as large as the number of its classes."""
+    points = [(before, after - before) for before, after in accuracies]
+    places, counts = np.unique(np.round(points, 2), axis=0, return_counts=True)
+    colours = [_change_colour(0, change) for _, change in places]
+    axes.scatter(*places.T, s=10 * counts, c=colours, alpha=0.7, linewidth=0, zorder=2)
+    axes.axhline(0, color="black", linewidth=1, zorder=1)
+    axes.set(xlabel=f"top-1 accuracy, {name}, %", ylabel="change, points")
+    axes.set_title(f"all {len(points):,} classes, larger dots for several")
 
 
 def _look(number: int) -> dict[str, str]:

@@ -20,6 +20,7 @@ from sparsity_factory.multiply_adds import ATTENTION
 from utils import Compute
 
 from . import plots
+from .changes import Comparison
 from .nearest_neighbours import NEIGHBOURS
 from .run_folder import RunFolder, holds_run, read_log
 from .tokens import all_tokens
@@ -30,7 +31,21 @@ SPARSITY_CSV = "sparsity.csv"
 SPARSITY_YAML = "sparsity.yaml"
 SPARSITY_PNG = "sparsity.png"
 TRAINING_PNG = "training.png"
+CLASSES_CSV = "classes.csv"
+CLASSES_PNG = "classes.png"
+PREDICTIONS_CSV = "predictions.csv"
 SUMMARY = "summary.md"
+#: All of them, which a new run replaces.
+FILES = (
+    SPARSITY_CSV,
+    SPARSITY_YAML,
+    SPARSITY_PNG,
+    TRAINING_PNG,
+    CLASSES_CSV,
+    CLASSES_PNG,
+    PREDICTIONS_CSV,
+    SUMMARY,
+)
 #: Seconds between two pictures of the training: a short run draws it only at its end.
 REDRAW_AFTER = 60
 
@@ -150,7 +165,7 @@ class Results:
             with all_tokens(model):
                 self.multiply_adds = multiply_adds(model, image)
             # Files of an earlier run would tell of another model.
-            for name in (SPARSITY_CSV, SPARSITY_YAML, SPARSITY_PNG, TRAINING_PNG, SUMMARY):
+            for name in FILES:
                 (self.folder.path / name).unlink(missing_ok=True)
             if pruned:
                 self._write_sparsity()
@@ -182,10 +197,13 @@ class Results:
             self.folder.wait()
 
     @first_process_only
-    def finish(self, accuracy: dict[str, float], kept: Kept) -> None:
+    def finish(
+        self, accuracy: dict[str, float], kept: Kept, comparison: Comparison | None = None
+    ) -> None:
         """Writes the picture of the training, the summary, and what is now kept of each layer.
 
         accuracy: all that was measured.
+        comparison: of the final predictions with earlier ones. Without a folder it is logged whole.
         """
         changed = kept != self.kept
         self.kept = kept
@@ -197,12 +215,20 @@ class Results:
             TRAINING_PNG: "Loss, accuracy and learning rate by epoch",
         }
         pictures = []
+        if comparison:
+            lines = comparison.in_words() if self.folder else comparison.summary()
+            utils.log("\n".join(lines))
         if self.folder:
             if changed:
                 self._write_sparsity()
             self._draw_training()
             pictures = [name for name in captions if (self.folder.path / name).exists()]
             summary = self._summary(accuracy, {name: captions[name] for name in pictures})
+            if comparison:
+                self._write_comparison(comparison)
+                pictures.append(CLASSES_PNG)
+                summary += "\n" + "\n".join(comparison.summary())
+                summary += f"\n\n![Accuracy of each class]({CLASSES_PNG})\n"
             self._write(SUMMARY, summary.encode())
 
             files = sorted(path.name for path in self.folder.path.iterdir() if path.is_file())
@@ -232,6 +258,13 @@ class Results:
             curves = plots.training_curves(lines, self.accuracy, self.title)
             self._write(TRAINING_PNG, plots.png(curves))
             self._drawn = time.monotonic()
+
+    def _write_comparison(self, comparison: Comparison) -> None:
+        self._write(CLASSES_CSV, comparison.classes_csv().encode())
+        self._write(PREDICTIONS_CSV, comparison.predictions_csv().encode())
+        classes = {row.title: row.accuracies for row in comparison.classes}
+        picture = plots.class_accuracies(classes, comparison.names, self.title)
+        self._write(CLASSES_PNG, plots.png(picture))
 
     def _summary(self, accuracy: dict[str, float], pictures: dict[str, str]) -> str:
         _, prunable, whole = self.kept

@@ -17,6 +17,7 @@ from sparsity_factory import Sparsifier, __version__, check_masks, unit_counts
 from sparsity_factory.masks import dense_shapes
 from utils import Compute, UserError, first_line, log
 
+from .changes import Reference
 from .moving_average import MovingAverage
 
 #: Optimizers of timm 0.3.2, which DeiT used, that no current release has.
@@ -53,6 +54,7 @@ class TrainingState:
         None.
     dense_teacher: the `origin` of the dense teacher, or None.
     classes: the labels of the classes by name, if the data have names.
+    reference: the predictions that those of the trained model are compared with, or None.
 
     Raises UserError for an optimizer or a schedule that timm refuses.
     """
@@ -68,6 +70,7 @@ class TrainingState:
         self.accuracy = {}
         self.dense_teacher: dict | None = None
         self.classes: dict[str, int] | None = None
+        self.reference: Reference | None = None
         self._rate_of: int | None = None  # the epoch whose learning rate a run with a rewind has
 
         choose_muon_dtype(compute.device)
@@ -209,6 +212,8 @@ class TrainingState:
             state["dense_teacher"] = self.dense_teacher
         if self.classes:
             state["classes"] = self.classes
+        if self.reference:
+            state["reference"] = self.reference.state_dict()
         if dense_shapes(learner.model):
             state["shape"] = unit_counts(learner.model)
 
@@ -271,6 +276,8 @@ class TrainingState:
         self.best = str(checkpoint.get("best", "model"))
         accuracy = checkpoint.get("accuracy", {})
         self.accuracy = {str(name): float(value) for name, value in accuracy.items()}
+        if "reference" in checkpoint:
+            self.reference = Reference.of(checkpoint["reference"])
 
         if self.bad_images is not None:
             self.bad_images[[int(index) for index in checkpoint.get("bad_images", [])]] = True
