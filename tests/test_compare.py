@@ -8,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx.numpy_helper
 import pytest
 import timm
 import torch
 from conftest import ROOT
+from PIL import Image
 
 from sparsity_factory.list_methods import COMPARED
 from trainer.arguments import recipe_of
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.slow
 def modules(monkeypatch):
     """benchmarks/compare.py, comparison.py and bench.py, which import each other when they run."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for name in ("compare", "comparison", "bench", "real_size"):
+    for name in ("compare", "comparison", "bench", "real_size", "without_labels"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import bench
     import compare
@@ -266,6 +268,36 @@ def save_as_transformers_would(weights: dict[str, torch.Tensor], path: Path) -> 
     ]
     graph = onnx.helper.make_graph(nodes, "backbone", [], [], initializers)
     onnx.save(onnx.helper.make_model(graph), path)
+
+
+def test_pruned_backbones_are_judged_by_neighbours_and_by_their_features(
+    modules, monkeypatch, tmp_path
+):
+    import real_size
+    import without_labels
+
+    dense = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
+    save_as_transformers_would(dense.state_dict(), tmp_path / "backbone.onnx")
+    monkeypatch.setattr(without_labels, "TASKS", [("magnitude", "2:4"), ("obs", "2:4")])
+    monkeypatch.setattr(real_size.Photographs, "folder", tmp_path / "real_size")
+    monkeypatch.setattr(real_size, "HELD_OUT", 0)
+    generator = np.random.default_rng(0)
+    for file in ("train/cat/0", "train/dog/0", "test/cat/0", "test/dog/0", "n01_tench"):
+        path = tmp_path / "pictures" / f"{file}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (32, 40, 3), dtype=np.uint8)).save(path)
+
+    pictures = tmp_path / "pictures"
+    rows = without_labels.measure(tmp_path / "backbone.onnx", pictures, pictures)
+    assert [row[:2] for row in rows] == [["", "0"], ["magnitude", "2:4"], ["obs", "2:4"]]
+    cosines = [float(row[3]) for row in rows]
+    assert cosines[0] == 1 > cosines[2] > cosines[1]
+    assert all(0 <= float(row[2]) <= 100 for row in rows)
+
+    # Killed and started again, it goes on; a table has both figures in a cell
+    monkeypatch.setattr(without_labels, "pruned", None)
+    assert without_labels.measure(tmp_path / "backbone.onnx", pictures, pictures) == rows
+    assert f"{rows[2][2]}, {rows[2][3]}" in without_labels.table(rows)
 
 
 def test_held_out_photographs_are_trained_on_by_none(modules, monkeypatch, tmp_path):
