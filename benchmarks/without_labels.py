@@ -172,7 +172,7 @@ def measure(backbone: Path, cifar: Path, imagenet: Path) -> list[list[str]]:
         row = [name, level, f"{accuracy:.2f}", f"{cosine:.4f}", f"{taken:.0f}"]
         results.add(",".join(row))
         print(*row, flush=True)
-    return results.read(_parse)
+    return [*results.read(_parse)]
 
 
 def _parse(line: str) -> list[str]:
