@@ -35,7 +35,6 @@ from sparsity_factory import (
     prunable_weights,
     shrink,
 )
-from sparsity_factory.knapsack import cheapest, undominated
 from sparsity_factory.levels import MEASURES, exchanges
 from sparsity_factory.method import check_method_options, options_of
 from sparsity_factory.time_table import (
@@ -52,7 +51,14 @@ from trainer.exit_status import exit_status
 from trainer.parser import Parser
 from trainer.search_bench import Bench, Record
 from trainer.search_results import Found, command_to_use, write_results
-from trainer.search_space import Prices, Space, patterns_of, prices_in_numbers, prices_in_seconds
+from trainer.search_space import (
+    Prices,
+    Problem,
+    Space,
+    patterns_of,
+    prices_in_numbers,
+    prices_in_seconds,
+)
 from trainer.stop_signals import Stopped, StopSignals
 from utils import Compute, UserError, log
 
@@ -89,7 +95,8 @@ def search(argv: list[str]) -> int:
                 record.add(table=table)
 
             bench = Bench(options, space, model, calibration, record, stop)
-            found = Found(space, solve(options, bench, prices), prices, bench, table)
+            solver = solve_in_time if table else solve
+            found = Found(space, solver(options, bench, prices), prices, bench, table)
             if clock:
                 found = found._replace(timed=clock.in_words(found))
         except Stopped as stopped:
@@ -128,7 +135,9 @@ def parse_search_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Nam
     numbers = method_options(args.method_options) or {}
     known = options_of(RECONSTRUCTIONS, options.reconstruct)
     check_method_options(numbers, known, flags=True)
-    options.of_obs = {known[name].parameter: value for name, value in numbers.items()}
+    options.method_options = numbers
+    of_obs = options.reconstruct == "obs"
+    options.of_obs = {known[name].parameter: numbers[name] for name in numbers if of_obs}
     return options, args
 
 
@@ -158,7 +167,8 @@ def search_parser() -> Parser:
         help="how the other weights of a layer compensate for the pruned ones in the run; the "
              "search measures losses by obs, and for none without compensation")
     add("--exchanges", type=int, default=20, metavar="N",
-        help="how many exchanges of levels between two layers are measured; 0 for none")
+        help="how many exchanges of levels between two layers are measured; with a budget of time "
+             "how many choices are tried on the whole model; 0 for none")
 
     add("--output_dir", default="output/search", metavar="DIR", help="folder for the results")
     return parser
@@ -190,41 +200,45 @@ def price(options, args, space: Space, model, table: TimeTable | None) -> Prices
 
 
 def solve(options, bench: Bench, prices: Prices) -> dict[str, str]:
-    """The choice for each part: that of least total loss, then improved by exchanges.
-
-    Choices that cost and lose more than another are left out.
-    """
-    costs, budget = prices.in_whole_numbers()
-    texts = [list(of) for of in prices.costs.values()]
-    losses = [
-        [bench.losses[name][text] for text in of]
-        for name, of in zip(prices.costs, texts, strict=True)
-    ]
-    kept = [undominated(*pair) for pair in zip(costs, losses, strict=True)]
-
-    def among(table) -> list[list]:
-        return [[row[place] for place in places] for row, places in zip(table, kept, strict=True)]
-
-    costs, losses, texts = among(costs), among(losses), among(texts)
-
-    def named(chosen) -> dict[str, str]:
-        triples = zip(prices.costs, texts, chosen, strict=True)
-        return {name: own[option] for name, own, option in triples}
-
-    def divergence(chosen) -> float:
-        return bench.divergence(named(chosen))
-
-    first = cheapest(costs, losses, budget)
+    """The level of each layer: the choice of least total loss, then improved by exchanges."""
+    problem = Problem.of(prices, bench.losses)
+    first = problem.solve()
     if not options.exchanges:
-        return named(first)
+        return problem.named(first)
 
-    log(f"Measuring up to {options.exchanges} exchanges between two parts")
-    best = exchanges(first, costs, losses, budget, divergence, options.exchanges)
+    def divergence(places) -> float:
+        return bench.divergence(problem.named(places))
+
+    log(f"Measuring up to {options.exchanges} exchanges between two layers")
+    budget = max(problem.budget, sum(map(min, problem.costs)))
+    best = exchanges(first, problem.costs, problem.losses, budget, divergence, options.exchanges)
     log(
         f"Divergence from the dense predictions: {divergence(first):.5f} nats as solved, "
         f"{divergence(best):.5f} after the exchanges"
     )
-    return named(best)
+    return problem.named(best)
+
+
+def solve_in_time(options, bench: Bench, prices: Prices) -> dict[str, str]:
+    """The choice for each part: of several that meet the budget, the best once the model is pruned.
+
+    They are the choices of least total loss in the whole space and with each pattern alone. The
+    losses of levels and of heads and neurons are estimates of two kinds, so that several factors
+    between them are tried.
+    """
+    solved = []
+    for losses in [*bench.weighed(), *bench.alone()]:
+        problem = Problem.of(prices, losses)
+        if problem.is_soluble and (chosen := problem.named(problem.solve())) not in solved:
+            solved.append(chosen)
+    if not options.exchanges:
+        return solved[0]
+
+    tried = solved[: options.exchanges]
+    log(f"Pruning the model with each of {len(tried)} choices")
+    for chosen in tried:
+        log(f"Divergence from the dense predictions: {bench.trial(chosen):.5f} nats")
+    return min(tried, key=bench.trial)
 
 
 class Clock:

@@ -143,7 +143,7 @@ class Divergence:
 
         device = next(iter(self._weights.values())).device
         self._batches = [inputs_of(batch, device) for batch in batches]
-        self._dense = self._predictions()
+        self._dense = self._predictions(model)
 
     @torch.no_grad()
     def __call__(self, weights: Mapping[str, Tensor]) -> float:
@@ -151,19 +151,23 @@ class Divergence:
         try:
             for name, weight in weights.items():
                 self._weights[name].copy_(weight)
-            found = self._predictions()
+            return self.of(self.model)
         finally:
             for name, weight in before.items():
                 self._weights[name].copy_(weight)
 
+    @torch.no_grad()
+    def of(self, model: nn.Module) -> float:
+        """The divergence of another model's predictions."""
         kl_div = nn.functional.kl_div
+        found = self._predictions(model)
         return float(kl_div(found, self._dense, reduction="batchmean", log_target=True))
 
     @torch.no_grad()
-    def _predictions(self) -> Tensor:
-        with evaluation(self.model), self._autocast:
+    def _predictions(self, model: nn.Module) -> Tensor:
+        with evaluation(model), self._autocast:
             return torch.cat(
-                [self.model.forward(images).double().log_softmax(1) for images in self._batches]
+                [model.forward(images).double().log_softmax(1) for images in self._batches]
             )
 
 

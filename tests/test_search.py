@@ -1,5 +1,6 @@
 """The exact choice under a budget, what layers lose, and the command that searches."""
 
+import argparse
 import csv
 import json
 import re
@@ -33,9 +34,10 @@ from sparsity_factory.knapsack import STATES, cheapest, undominated
 from sparsity_factory.levels import MEASURES, Divergence, at_levels, exchanges
 from sparsity_factory.patterns import n_of_m
 from sparsity_factory.scores import Layer
-from sparsity_factory.time_table import TimeTable
+from sparsity_factory.time_table import Choice, TimeTable
 from trainer.exit_status import exit_status
-from trainer.search_bench import Record
+from trainer.search_bench import Bench, Record
+from trainer.search_space import Prices, Space
 
 SHAPES = {"a.weight": (4, 8), "b.weight": (6, 8)}
 NEEDS = {"gram", "gradient_gram", "removal_costs"}
@@ -578,6 +580,32 @@ def test_a_budget_of_time_that_nothing_meets_is_refused_and_leaves_no_folder(
         error = run_search("--budget", budget, *LATENCY, "--levels", "0.9", "dense", status=2)
         assert told in error and error.count("\n") == 1
         assert not (tmp_path / "output").exists()
+
+
+def test_choices_of_every_weight_and_of_one_pattern_alone_are_tried_and_the_nearest_is_kept():
+    heads, levels = Choice({}, 1), Choice({"w": "0.5"})
+    texts = {"dense": Choice({"w": "dense"}), "1 heads": heads, "0.5": levels}
+    parts = ["a", "b"]
+    space = Space({}, {}, [], {part: texts for part in parts})
+    bench = Bench.__new__(Bench)
+    bench.space = space
+    bench.losses = {
+        "a": {"dense": 0.0, "1 heads": 1.0, "0.5": 2.5},
+        "b": {"dense": 0.0, "1 heads": 1.5, "0.5": 2.0},
+    }
+    prices = Prices({part: {"dense": 2.0, "1 heads": 1.0, "0.5": 1.0} for part in parts}, 4.0, 0.5)
+    tried = []
+
+    def trial(chosen):
+        tried.append(tuple(chosen.values()))
+        return {("0.5", "0.5"): 0.1}.get(tried[-1], 0.2)
+
+    bench.trial = trial
+    options = argparse.Namespace(exchanges=20)
+    assert search.solve_in_time(options, bench, prices) == {"a": "0.5", "b": "0.5"}
+    assert {*tried} == {("1 heads", "1 heads"), ("0.5", "0.5")}
+    options.exchanges = 0
+    assert search.solve_in_time(options, bench, prices) == {"a": "1 heads", "b": "1 heads"}
 
 
 @pytest.mark.slow

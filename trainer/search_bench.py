@@ -1,5 +1,6 @@
 """What the choices of a search lose, measured once and kept in its folder."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -8,7 +9,7 @@ from itertools import islice
 import torch
 
 import utils
-from sparsity_factory import SCORES, Statistics, prunable_weights
+from sparsity_factory import SCORES, Statistics, prunable_weights, prune
 from sparsity_factory.custom_yaml import Amount
 from sparsity_factory.levels import MEASURES, Divergence, Pruned, at_levels
 from sparsity_factory.method import describe
@@ -26,6 +27,8 @@ from .stop_signals import StopSignals
 TRIAL_IMAGES = 256
 #: Chooses among heads and neurons, which magnitudes do not tell apart.
 UNIT_SCORE = "fisher"
+#: How much the losses of heads and neurons count beside those of levels, in the order of trials.
+UNIT_FACTORS = (1, 4, 16, 64)
 
 
 class Bench:
@@ -54,6 +57,9 @@ class Bench:
         self._measure = MEASURES[options.measure]
         self._of_obs = options.of_obs
         self._compensates = options.reconstruct != "none"
+        self._reconstruct = options.reconstruct
+        self._options = options.method_options
+        self._calibration = calibration
         self._pruned: dict[tuple[str, str], Pruned] = {}
 
         loader = calibration.loader
@@ -71,6 +77,56 @@ class Bench:
             part.name: {text: self._loss(part, text) for text in space.choices[part.name]}
             for part in space.parts
         }
+
+    def weighed(self) -> Iterator[dict[str, dict[str, float]]]:
+        """The losses, with those of heads and neurons times each of some factors."""
+        factors = UNIT_FACTORS if self.space.has_units else (1,)
+        for factor in factors:
+            yield {
+                part: {
+                    text: loss * (factor if self.space.choices[part][text].units else 1)
+                    for text, loss in own.items()
+                }
+                for part, own in self.losses.items()
+            }
+
+    def alone(self) -> Iterator[dict[str, dict[str, float]]]:
+        """The losses of the choices with each pattern alone, and of dense parts."""
+        kinds = {
+            kind
+            for part, own in self.losses.items()
+            for text in own
+            for kind in self.space.kinds(part, text)
+        }
+        for kind in sorted(kinds):
+            yield {
+                part: {
+                    text: loss
+                    for text, loss in own.items()
+                    if self.space.kinds(part, text) <= {kind}
+                }
+                for part, own in self.losses.items()
+            }
+
+    def trial(self, chosen: Mapping[str, str]) -> float:
+        """How far predictions are from the dense ones when the run's reconstruction has pruned."""
+        key = " ".join(["pruned", *chosen.values()])
+        if key not in self.record.divergences:
+            self.stop.check_alone()
+            pruned = copy.deepcopy(self._model)
+            with self._calibration.compute.autocast(), utils.full_precision():
+                prune(
+                    pruned,
+                    "custom",
+                    custom_config=self.space.config(chosen),
+                    score=self.score,
+                    batches=self._calibration.loader,
+                    loss=torch.nn.functional.cross_entropy,
+                    reconstruct=self._reconstruct,
+                    method_options=self._options,
+                )
+            self.record.add(divergence=[key, self._divergence.of(pruned)])
+        return self.record.divergences[key]
 
     def divergence(self, chosen: Mapping[str, str]) -> float:
         """How far predictions at these choices are from the dense ones, in nats per image."""

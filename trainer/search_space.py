@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -18,6 +19,7 @@ from sparsity_factory import (
     sparsity_yaml,
 )
 from sparsity_factory.custom_yaml import Amount, BlockLevel, entry_of, resolve_choices
+from sparsity_factory.knapsack import cheapest, undominated
 from sparsity_factory.multiply_adds import ATTENTION
 from sparsity_factory.patterns import Block, NOfM, Unstructured
 from sparsity_factory.time_table import Choice, Part, TimeTable
@@ -87,6 +89,11 @@ class Space:
     def has_units(self) -> bool:
         """Whether a choice leaves fewer heads or neurons."""
         return any(choice.units for of in self.choices.values() for choice in of.values())
+
+    def kinds(self, part: str, text: str) -> set[str]:
+        """The patterns of a choice, nothing if it is dense; heads and neurons are both `units`."""
+        choice = self.choices[part][text]
+        return {"units"} if choice.units else set(map(_pattern, choice.levels.values())) - {""}
 
     def settings(self) -> dict:
         """The same as plain values, with which a resumed search is compared."""
@@ -173,13 +180,49 @@ class Prices:
         most = sum(max(texts.values()) for texts in self.costs.values())
         return (self.fixed + least) / self.whole, (self.fixed + most) / self.whole
 
-    def in_whole_numbers(self) -> tuple[list[list[int]], int]:
-        """The costs and the budget for `cheapest`, which rounding never makes unreachable."""
-        costs = [
-            [round(self.unit * cost) for cost in texts.values()] for texts in self.costs.values()
-        ]
-        budget = int(self.unit * (self.budget * self.whole - self.fixed) + 1e-6)
-        return costs, max(budget, sum(map(min, costs)))
+
+class Problem(NamedTuple):
+    """What `cheapest` solves: by part, the texts, costs and losses of choices; and the budget.
+
+    Costs are whole numbers. Choices that cost and lose more than another are left out.
+    """
+
+    names: list[str]
+    texts: list[list[str]]
+    costs: list[list[int]]
+    losses: list[list[float]]
+    budget: int
+
+    @classmethod
+    def of(cls, prices: Prices, losses: Mapping[str, Mapping[str, float]]) -> "Problem":
+        """The problem of these losses; a choice without one is left out."""
+        texts, costs, lost = [], [], []
+        for part, priced in prices.costs.items():
+            own = [text for text in priced if text in losses[part]]
+            cost = [round(prices.unit * priced[text]) for text in own]
+            loss = [losses[part][text] for text in own]
+            kept = undominated(cost, loss)
+            texts.append([own[place] for place in kept])
+            costs.append([cost[place] for place in kept])
+            lost.append([loss[place] for place in kept])
+
+        budget = int(prices.unit * (prices.budget * prices.whole - prices.fixed) + 1e-6)
+        return cls(list(prices.costs), texts, costs, lost, budget)
+
+    @property
+    def is_soluble(self) -> bool:
+        """Whether a choice meets the budget, with some room for rounding in each part."""
+        return all(self.texts) and sum(map(min, self.costs)) <= self.budget + len(self.costs)
+
+    def solve(self) -> list[int]:
+        """The choice of least total loss, as places in `texts`."""
+        least = sum(map(min, self.costs))
+        return cheapest(self.costs, self.losses, max(self.budget, least))
+
+    def named(self, places: Sequence[int]) -> dict[str, str]:
+        """By part, the texts at these places."""
+        triples = zip(self.names, self.texts, places, strict=True)
+        return {name: texts[place] for name, texts, place in triples}
 
 
 def prices_in_numbers(options, args, space: Space, model, device: torch.device) -> Prices:
