@@ -88,7 +88,7 @@ def search(argv: list[str]) -> int:
             space = Space.of(options, model, clock.parts if clock else None)
             record = Record(options, args, space)
             calibration = Calibration(args, model, compute, training_images=loaders.training_images)
-            table = clock.table(space, record) if clock else None
+            table = clock.table(space, record, stop) if clock else None
             prices = price(options, args, space, model, table)
             record.open()
             if table and not record.table:
@@ -260,12 +260,17 @@ class Clock:
             more = f" (as {len(others) - 1} more)" if len(others) > 1 else ""
             log(f"{others[0]}{more} cannot be timed by itself, and stays dense")
 
-    def table(self, space: Space, record: Record) -> TimeTable:
+    def table(self, space: Space, record: Record, stop: StopSignals) -> TimeTable:
         """The time of each part at each choice, measured unless the record has it."""
         if record.table:
             return record.table
+
+        def note(line: str) -> None:
+            stop.check_alone()
+            log(line)
+
         with self._compute.autocast():
-            return time_table(self._model, self._images, self.parts, space.choices, log=log)
+            return time_table(self._model, self._images, self.parts, space.choices, log=note)
 
     def in_words(self, found: Found) -> str:
         """The time of the whole model: dense, as predicted for the pruned one, and as measured."""

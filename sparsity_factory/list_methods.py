@@ -41,6 +41,7 @@ COMPARED = {
 EXAMPLES = {"n:m": "2:4", "n:mt": "2:4t", "x:m": "x:4", "block:RxC": "block:16x16"}
 CONFIG = {"sparsity": {"mode": "unstructured", "level": {"default": 0.5}}}
 GROUPS = {"sparsity": {"mode": "nxm", "level": {"default": [2, 4]}}}
+UNITS = {"sparsity": {"mode": "nxm", "level": {"default": "dense"}, "units": {"blocks.0.mlp": 8}}}
 
 # What is refused besides pairs of choices: an example of it as a recipe, and the epochs of the
 # training if they matter.
@@ -57,6 +58,10 @@ ALONE = {
     ),
     "--pruner custom with n:m in its YAML and --prune-schedule rigl": (
         Recipe("custom", None, GROUPS, prune_schedule="rigl"),
+        None,
+    ),
+    "--pruner custom with units in its YAML and --prune-schedule gradual": (
+        Recipe("custom", None, UNITS, prune_schedule="gradual"),
         None,
     ),
     "--permute without groups along the inputs": (Recipe("lamp", 0.5, permute=True), None),
