@@ -113,6 +113,15 @@ def test_the_times_of_parts_and_rest_add_up_to_that_of_the_pruned_model(monkeypa
     assert abs(seconds - predicted) < 1e-9
 
 
+def test_heads_and_neurons_are_timed_in_bfloat16_as_well():
+    model, images = small_vit()
+    parts = find_parts(model, images)
+    choices = {part.name: {"half": Choice({}, part.group.units // 2)} for part in parts}
+    with torch.autocast("cpu", torch.bfloat16):
+        table = time_table(model, images, parts, choices)
+    assert all(times["half"] > 0 for times in table.parts.values())
+
+
 def test_blocks_of_one_shape_share_out_their_choices(monkeypatch):
     model, images = small_vit()
     clock = Clock(monkeypatch)
