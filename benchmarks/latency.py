@@ -6,6 +6,7 @@ r"""Measures how fast a pruned model runs compared with the dense one, in one ru
         --sparsity 0.25 0.5
     python benchmarks/latency.py --sparse-kernels --model deit_small_patch16_224 \
         --sparsity 0.8 0.9 0.95 0.98
+    python benchmarks/latency.py --model deit_small_patch16_224 --sparsity 0 --tokens 13
 
 The first two forms read checkpoints of main.py; the others prune random weights, which are enough
 to measure speed. Pruned heads and neurons are removed from the model. Pruned single weights are
@@ -45,6 +46,7 @@ from trainer.arguments import parse_args
 from trainer.builders import build_loaders
 from trainer.exit_status import exit_status
 from trainer.export import load_model
+from trainer.tokens import merge_tokens
 
 HEADINGS = (
     "| model | batch | | images/s | ms | times | MiB at work | file, MiB | M multiply-adds | "
@@ -53,9 +55,12 @@ HEADINGS = (
 
 
 def of_random_weights(
-    name: str, pruner: str, pattern: str, sparsity: float
+    name: str, pruner: str, pattern: str, sparsity: float, tokens: int
 ) -> tuple[nn.Module, nn.Module, int]:
-    """A model with random weights, the same model pruned, and the side of its images."""
+    """A model with random weights, the same model pruned, and the side of its images.
+
+    tokens: how many of them each block of the pruned model merges.
+    """
     torch.manual_seed(0)
     config = timm.get_pretrained_cfg(name)
     size = config.input_size[1] if config else 224
@@ -69,9 +74,12 @@ def of_random_weights(
         raise utils.UserError(str(error)) from None
 
     if parsed.structured:
-        return dense, shrink(dense, masks), size
-    pruned = copy.deepcopy(dense)
-    Masks(pruned, masks)
+        pruned = shrink(dense, masks)
+    else:
+        pruned = copy.deepcopy(dense)
+        Masks(pruned, masks)
+    if tokens:
+        merge_tokens(pruned, tokens)
     return dense, pruned, size
 
 
@@ -180,6 +188,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--pattern", default="unstructured", help="as that of main.py")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.95])
+    parser.add_argument("--tokens", type=int, default=0, help="with --model: as that of main.py")
 
     # How
     parser.add_argument("--sparse-kernels", action="store_true")
@@ -219,7 +228,9 @@ def main(argv: list[str]) -> int:
             found = of_checkpoint(source)
         else:
             title = f"{args.model}, `{args.pruner}` {args.pattern} {100 * source:g} %"
-            found = of_random_weights(args.model, args.pruner, args.pattern, source)
+            if args.tokens:
+                title += f", `--tokens {args.tokens}`"
+            found = of_random_weights(args.model, args.pruner, args.pattern, source, args.tokens)
         for row in rows(title, *found, args):
             print(row, flush=True)
     return 0

@@ -233,6 +233,7 @@ def swiglu(module: nn.Module) -> Block:
 
 BLOCKS: dict[str, Callable[[nn.Module], Block]] = {
     "Attention": attention,
+    "MergingAttention": attention,  # timm's own, where tokens merge
     "WindowAttention": window_attention,
     "TalkingHeadAttn": talking_heads,
     "ClassAttn": class_attention,

@@ -19,6 +19,7 @@ import main
 from models import build_model
 from sparsity_factory import Recipe, Sparsifier, multiply_adds, shrink, sparse_kernels
 from trainer import export as exporting
+from trainer.tokens import merge_tokens
 
 pytestmark = pytest.mark.slow
 
@@ -53,14 +54,14 @@ assert not ours, ours
 """
 
 
-def save_checkpoint(path, name=SAMPLE, size=28, classes=10, **recipe):
+def save_checkpoint(path, name=SAMPLE, size=28, classes=10, tokens=0, **recipe):
     """A checkpoint as a pruned run writes it, of random weights; returns its model and masks."""
     torch.manual_seed(0)
     model = build_model(name, classes, size).eval()
     for parameter in model.parameters():  # biases too, so that it shows where one is lost
         parameter.data += 0.05 * torch.randn_like(parameter)
     sparsifier = Sparsifier(model, Recipe(**recipe), total_steps=1, epoch_steps=1)
-    content = {"args": {"model": name, "input_size": size}}
+    content = {"args": {"model": name, "input_size": size, "tokens": tokens}}
     if recipe:
         sparsifier.start(sparsifier.first_masks())
         content |= {"masks": sparsifier.masks.state_dict(), "pruning": sparsifier.state_dict()}
@@ -150,6 +151,30 @@ def test_without_this_project_and_without_onnx_an_exported_model_computes_the_sa
     images = torch.randn(5, 3, 28, 28)
     for logits in run_elsewhere(ELSEWHERE, folder, images):
         torch.testing.assert_close(logits, model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_without_this_project_an_exported_model_merges_its_tokens(run_main, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)  # which takes seconds
+    model, _ = save_checkpoint(tmp_path / "c.pth", tokens=5, **UNITS)
+    run_main("--resume", "c.pth", "--export", "out")
+    whole = model(images := torch.randn(5, 3, 28, 28))
+    merge_tokens(model, 5)
+    assert not torch.allclose(model(images), whole, atol=1e-3)
+    for logits in run_elsewhere(ELSEWHERE, tmp_path / "out", images):
+        torch.testing.assert_close(logits, model(images), rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_without_this_project_an_exported_model_with_kernels_merges_its_tokens(
+    run_main, tmp_path, weights_only, monkeypatch
+):
+    measure_by(monkeypatch, Clock(dense=2.0, sparse=1.0, tiles=1.0))
+    model, _ = save_checkpoint(tmp_path / "c.pth", tokens=5, pruner="unif", sparsity=0.9)
+    run_main("--resume", "c.pth", "--export", "out", "--sparse-kernels", "--batch-size", "4")
+    merge_tokens(model, 5)
+    images = torch.randn(5, 3, 28, 28)
+    for logits in run_elsewhere(WITH_AND_WITHOUT_KERNELS, tmp_path / "out", images):
+        torch.testing.assert_close(logits, model(images), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -242,11 +242,35 @@ def test_tables_count_fewer_tokens_and_shrunk_models_merge_too(run_main, tiny):
     run_main(*tiny, *half, "--tokens", "5", "--output_dir", "out")
     with open("out/sparsity.csv") as file:
         rows = {row["layer"]: row for row in csv.DictReader(file)}
+    units = read("out/checkpoint.pth")["shape"]
+    assert min(units[f"blocks.{number}.attn"] for number in range(6)) < 3
     first, last = rows["blocks.0.mlp.fc2.weight"], rows["blocks.5.mlp.fc2.weight"]
     assert first["multiply_adds_dense"] == last["multiply_adds_dense"] == str(50 * 96 * 384)
     for row, tokens in ((first, 45), (last, 20)):
         assert row["multiply_adds_sparse"] == str(tokens * int(row["kept"]))
     assert "- tokens: 5 merged in each block" in Path("out/summary.md").read_text()
+
+
+@pytest.mark.slow
+def test_calibration_sees_all_tokens(run_main, tiny):
+    least_squares = ["--pruner", "unif", "--sparsity", "0.5", "--reconstruct", "least-squares"]
+    pruned = [*tiny, *least_squares, "--score", "wanda", "--calibration-images", "8"]
+    run_main(*pruned, "--lr", "0", "--min-lr", "0", "--warmup-lr", "0", "--output_dir", "whole")
+    run_main(
+        *pruned,
+        "--lr",
+        "0",
+        "--min-lr",
+        "0",
+        "--warmup-lr",
+        "0",
+        "--output_dir",
+        "merged",
+        "--tokens",
+        "5",
+    )
+    whole, merged = read("whole/checkpoint.pth")["model"], read("merged/checkpoint.pth")["model"]
+    assert all(torch.equal(merged[name], weight) for name, weight in whole.items())
 
 
 @pytest.mark.slow

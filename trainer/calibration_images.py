@@ -16,6 +16,7 @@ from sparsity_factory import Inputs, Statistics, collect_statistics, prunable_we
 from utils import Compute, UserError, log
 
 from .stop_signals import ignore_signals
+from .tokens import all_tokens
 
 # Independent of --batch-size, because the gradient of a batch depends on its images
 BATCH_SIZE = 32
@@ -33,9 +34,10 @@ def as_evaluated(args, training_images: Callable[[], Dataset] | None = None) -> 
 class Calibration:
     """The calibration images: `--calibration-images` training images, drawn by the seed.
 
-    They come under the evaluation transform. Called with the names of statistics, it returns the
-    `Statistics` of the model over them; `walk` walks over the layers. Every process calls it:
-    whole batches are shared out, and the sums of all processes are added up.
+    They come under the evaluation transform, and the model merges none of their tokens. Called with
+    the names of statistics, it returns the `Statistics` of the model over them; `walk` walks over
+    the layers. Every process calls it: whole batches are shared out, and the sums of all processes
+    are added up.
 
     known: if runs share a dense model, its latest statistics, by seed and needs. The first call,
         when the model is still dense, takes them from there or leaves its own.
@@ -101,7 +103,8 @@ class Calibration:
         if utils.world_size() > 1:
             shares = {"share": utils.rank(), "add_up": dist.all_reduce}
         full_precision = utils.full_precision()
-        with self.compute.autocast(), full_precision, without_checkpointing(self.model):
+        without = without_checkpointing(self.model)
+        with self.compute.autocast(), full_precision, without, all_tokens(self.model):
             statistics = collect_statistics(self.model, self.loader, loss, needs, **shares)
 
         # Only the latest are kept, because they are large
@@ -125,8 +128,11 @@ class Calibration:
         with self.compute.autocast():
             walk = walk_layers(self.model, self._loader_for_all, other=dense, add_up=add_up)
 
+        # With tokens merged, those of the two models would not correspond
+        models = [self.model] if dense is None else [self.model, dense]
         logger = iter(utils.MetricLogger().log_every(list(layers), 12, "Layer:"))
-        with utils.full_precision(), without_checkpointing(self.model), closing(walk):
+        without = without_checkpointing(self.model)
+        with utils.full_precision(), without, all_tokens(*models), closing(walk):
             for layer in walk:
                 next(logger)
                 yield layer

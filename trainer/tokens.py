@@ -119,7 +119,7 @@ class MergingBlock(Block):
             x, places = tokens
         else:
             x = tokens
-            places = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+            places = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
 
         ones = torch.ones_like(places, dtype=torch.float32)
         sizes = ones.new_zeros(x.shape[:2]).scatter_add(1, places, ones)
@@ -175,7 +175,7 @@ def pair_up(keys, count, prefix):
     into = partner.gather(1, merged)
 
     # From numbers of a set to places among all tokens
-    places = torch.arange(keys.shape[1], device=keys.device).expand(len(keys), -1)
+    places = torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[0], -1)
     stays = prefix + 1 + 2 * order[:, count:].sort(1).values
     kept = torch.cat([places[:, :prefix], stays, places[:, prefix::2]], 1)
     return kept, prefix + 1 + 2 * merged, prefix + 2 * into
@@ -211,5 +211,5 @@ def rows(x, places):
 
 def flat(places, tokens):
     """Places (images, ...) within images of so many tokens, as places among all tokens."""
-    first = tokens * torch.arange(len(places), device=places.device)
+    first = tokens * torch.arange(places.shape[0], device=places.device)
     return (places + first[:, None]).flatten()
