@@ -34,6 +34,15 @@ def test_they_are_drawn_by_the_seed_from_the_training_images_under_the_evaluatio
     }
 
 
+def test_further_images_are_none_of_them_until_all_are_used(tiny):
+    found = calibrate(tiny)
+    others = torch.cat([images for images, _ in found.others(5)])
+    seen = {image.numpy().tobytes() for image in images(found)}
+    assert len(others) == 5 and not seen & {image.numpy().tobytes() for image in others}
+    every = calibrate(tiny, "--calibration-images", "48")
+    assert every.others(5) is every.loader
+
+
 def test_the_batch_size_of_the_training_changes_nothing(tiny):
     one, two = (calibrate(tiny, "--batch-size", size)({"squared_gradient"}) for size in ("4", "16"))
     assert all(

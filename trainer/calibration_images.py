@@ -74,18 +74,19 @@ class Calibration:
             )
 
         order = np.random.default_rng((utils.CALIBRATION, args.seed)).permutation(len(data))
-        drawn = Subset(data, order[: self.images].tolist())
+        first, self._left = np.split(order, [self.images])
 
-        def loader(batch_size):
-            batches = EvalBatchSampler(self.images, batch_size, utils.rank(), utils.world_size())
+        def loader(batch_size, drawn=first):
+            batches = EvalBatchSampler(len(drawn), batch_size, utils.rank(), utils.world_size())
             return DataLoader(
-                drawn,
+                Subset(data, drawn.tolist()),
                 batch_sampler=batches,
                 num_workers=args.num_workers,
                 worker_init_fn=ignore_signals,
             )
 
         self.loader = loader(BATCH_SIZE)
+        self._loader = loader
         # A walk needs a batch on each process
         self._loader_for_all = loader(min(BATCH_SIZE, self.images // utils.world_size()))
 
@@ -112,6 +113,10 @@ class Calibration:
             known.clear()
             known[key] = statistics
         return statistics
+
+    def others(self, count: int) -> DataLoader:
+        """Batches of further training images, that no statistics see; of the same if none is left."""
+        return self._loader(BATCH_SIZE, self._left[:count]) if len(self._left) else self.loader
 
     def walk(self, dense: torch.nn.Module | None = None) -> Generator[tuple[str, Inputs]]:
         """Walks over the layers as `walk_layers` does, with a line in the log for every twelfth.

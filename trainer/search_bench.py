@@ -23,7 +23,7 @@ from .job_folder import JobFolder
 from .search_space import Space
 from .stop_signals import StopSignals
 
-#: Calibration images on which predictions are compared with the dense ones.
+#: Images on which predictions are compared with the dense ones.
 TRIAL_IMAGES = 256
 #: Chooses among heads and neurons, which magnitudes do not tell apart.
 UNIT_SCORE = "fisher"
@@ -62,9 +62,10 @@ class Bench:
         self._calibration = calibration
         self._pruned: dict[tuple[str, str], Pruned] = {}
 
-        loader = calibration.loader
-        batches = list(islice(loader, -(-TRIAL_IMAGES // loader.batch_sampler.batch_size)))
-        self._divergence = Divergence(model, batches, calibration.compute.autocast())
+        autocast = calibration.compute.autocast()
+        self._divergence = Divergence(model, _first(calibration.loader), autocast)
+        # The reconstruction of a trial sees all calibration images, so others judge it
+        self._judge = Divergence(model, _first(calibration.others(TRIAL_IMAGES)), autocast)
         self.statistics = self._collect(model, calibration)
         self._scores = Scores(self._weights, SCORES[self.score], statistics=self.statistics)
 
@@ -125,7 +126,7 @@ class Bench:
                     reconstruct=self._reconstruct,
                     method_options=self._options,
                 )
-            self.record.add(divergence=[key, self._divergence.of(pruned)])
+            self.record.add(divergence=[key, self._judge.of(pruned)])
         return self.record.divergences[key]
 
     def divergence(self, chosen: Mapping[str, str]) -> float:
@@ -257,6 +258,11 @@ class Record:
 
 
 # ---- helpers, not exported ----
+
+
+def _first(loader) -> list:
+    """The batches of the first `TRIAL_IMAGES` images."""
+    return list(islice(loader, -(-TRIAL_IMAGES // loader.batch_sampler.batch_size)))
 
 
 def _measured(line: str) -> dict:
