@@ -115,7 +115,7 @@ class Calibration:
         return statistics
 
     def others(self, count: int) -> DataLoader:
-        """Batches of further training images, that no statistics see; of the same if none is left."""
+        """Batches of further training images, which no statistics see; `loader` if none is left."""
         return self._loader(BATCH_SIZE, self._left[:count]) if len(self._left) else self.loader
 
     def walk(self, dense: torch.nn.Module | None = None) -> Generator[tuple[str, Inputs]]:

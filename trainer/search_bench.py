@@ -22,6 +22,7 @@ from .calibration_images import Calibration
 from .job_folder import JobFolder
 from .search_space import Space
 from .stop_signals import StopSignals
+from .tokens import all_tokens
 
 #: Images on which predictions are compared with the dense ones.
 TRIAL_IMAGES = 256
@@ -115,7 +116,8 @@ class Bench:
         if key not in self.record.divergences:
             self.stop.check_alone()
             pruned = copy.deepcopy(self._model)
-            with self._calibration.compute.autocast(), utils.full_precision():
+            autocast = self._calibration.compute.autocast()
+            with autocast, utils.full_precision(), all_tokens(pruned):
                 prune(
                     pruned,
                     "custom",
