@@ -76,7 +76,8 @@ class Space:
                 part.group is None or part.group.kind != kind for part in parts
             ):
                 raise PruningError(
-                    f"--space {kind}: {type(model).__name__} has none that are known"
+                    f"--space {kind}: {type(model).__name__} has none in a known block that is called "
+                    "with its tokens alone"
                 )
         return cls(shapes, levels, parts, choices)
 
