@@ -71,13 +71,12 @@ class Space:
         if parts is None:
             parts = [Part(name, (name,)) for name in shapes]
         choices = {part.name: _choices(part, levels, names) for part in parts}
+        kinds = {part.group.kind for part in parts if part.group}
         for kind in (HEADS, NEURONS):
-            if kind in names and all(
-                part.group is None or part.group.kind != kind for part in parts
-            ):
+            if kind in names and kind not in kinds:
                 raise PruningError(
-                    f"--space {kind}: {type(model).__name__} has none in a known block that is called "
-                    "with its tokens alone"
+                    f"--space {kind}: {type(model).__name__} has none in a known block that is "
+                    "called with its tokens alone"
                 )
         return cls(shapes, levels, parts, choices)
 
