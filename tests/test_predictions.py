@@ -53,9 +53,9 @@ def test_the_calibration_error_is_its_definition(bins, sharpness):
 
 
 def test_a_confidence_on_an_edge_is_in_the_bin_below_it():
-    """0.5 is the right edge of the first of two bins; with 0.75 it would be 1/8 off in one bin."""
-    right = torch.tensor([0, 0])
-    predictions = Predictions(right, torch.tensor([0, 1]), torch.tensor([0.5, 0.75]))
+    """In one bin, the error of 0.5, which is right, would make up for part of that of 0.75."""
+    targets, classes = torch.tensor([0, 0]), torch.tensor([0, 1])
+    predictions = Predictions(targets, classes, torch.tensor([0.5, 0.75]))
     assert predictions.calibration_error(2) == pytest.approx(0.5 * 0.5 + 0.5 * 0.75)
 
 
