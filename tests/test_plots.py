@@ -202,11 +202,20 @@ def test_each_level_stands_at_its_block_and_kind():
 
 
 def test_models_are_drawn_where_their_speed_and_mean_accuracy_are_with_a_line_through_a_family():
-    figure = plots.tradeoff_points(
-        {"dense": (1.0, [90.0]), "pruned 50%": (2.0, [88.0, 89.0]), "pruned 25%": (1.5, [89.5])},
-        "times as fast",
-    )
-    (axes,) = figure.axes
-    drawn = {line.get_label(): [tuple(point) for point in line.get_xydata()] for line in axes.lines}
-    assert drawn == {"dense": [(1.0, 90.0)], "pruned": [(1.5, 89.5), (2.0, 88.5)]}
-    assert [text.get_text() for text in axes.texts] == ["25%", "50%"]
+    panels = {
+        "batch 1": {"zeros": [(1.2, [89.0]), (1.1, [88.0])], "smaller": [(1.4, [89.5])]},
+        "batch 64": {"zeros": [(1.5, [89.0]), (2.0, [87.0, 89.0])], "smaller": [(2.5, [89.5])]},
+    }
+    figure = plots.tradeoff_points(panels, 90.0, "times as fast", "top-1 accuracy, %")
+
+    for axes, (title, panel) in zip(figure.axes, panels.items(), strict=True):
+        assert axes.get_title(loc="left") == title
+        drawn = {line.get_label(): [*map(tuple, line.get_xydata())] for line in axes.lines}
+        assert drawn["smaller"] == [(rate, *values) for rate, values in panel["smaller"]]
+        assert {text.get_text() for text in axes.texts} - {""} == {"dense", *panel}
+    assert drawn["zeros"] == [(1.5, 89.0), (2.0, 88.0)]
+
+
+def test_the_names_of_families_do_not_overlap_when_their_last_points_do():
+    panel = {f"family {number}": [(1.5, [89.0 + number / 1000])] for number in range(7)}
+    assert_readable(plots.tradeoff_points({"batch 1": panel}, 89.0, "times as fast", "top-1"))

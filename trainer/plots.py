@@ -270,40 +270,51 @@ def sweep_lines(
     return figure
 
 
-def tradeoff_points(points: Mapping[str, tuple[float, Sequence[float]]], label: str) -> Figure:
-    """Top-1 accuracy against speed: a marker per model, a line from lowest to highest accuracy.
+def tradeoff_points(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, Sequence[float]]]]],
+    dense: float,
+    speed: str,
+    label: str,
+) -> Figure:
+    """What is kept against speed: panels side by side, with a line for each family of models.
 
-    A name without its last word is a family, which has one colour and a line through its points.
-
-    points: the model's name to its speed, which `label` explains, and its accuracies in percent.
+    panels: by title, then by family: of each model its speed and its values, of which there may be
+        several. dense: the value of the dense model, whose speed is 1. speed, label: what the
+        speeds and the values are.
     """
-    families = defaultdict(list)
-    for name, point in sorted(points.items(), key=lambda item: item[1][0]):
-        families[name.rpartition(" ")[0] or name].append((name, *point))
+    families = list(dict.fromkeys(family for panel in panels.values() for family in panel))
+    # Names in yellow would be hard to read, and the dense model is black
+    colours = [colour for colour in PALETTE if colour not in ("#F0E442", "#000000")]
+    looks = {
+        family: {**_look(number), "color": colours[number % len(colours)]}
+        for number, family in enumerate(families)
+    }
 
     with matplotlib.rc_context(STYLE):
         figure = Figure((WIDTH, 4.2), layout="constrained")
-        axes = figure.subplots()
-        for number, (family, members) in enumerate(families.items()):
-            look = _look(number)
-            rates = [rate for _, rate, _ in members]
-            means = [np.mean(values) for _, _, values in members]
-            axes.plot(rates, means, **look, label=family)
+        row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        row[0].set_ylabel(label)
 
-            for name, rate, values in members:
-                axes.vlines(rate, min(values), max(values), color=look["color"], linewidth=1)
-                if name != family:
-                    axes.annotate(
-                        name.rpartition(" ")[2],
-                        (rate, np.mean(values)),
-                        xytext=(6, 6),
-                        textcoords="offset points",
-                        fontsize=9,
-                    )
+        for axes, (title, panel) in zip(row, panels.items(), strict=True):
+            axes.set(title=title, xlabel=speed)
+            axes.axhline(dense, color="black", linestyle=":", linewidth=1.2)
+            axes.axvline(1, color="black", linestyle=":", linewidth=1.2)
+            axes.plot(1, dense, color="black", marker="*", markersize=9)
 
-        axes.set(xlabel=label, ylabel="top-1 accuracy, %")
-        axes.margins(0.1)
-        axes.legend(loc="best")
+            for family, points in panel.items():
+                look = looks[family]
+                rates = [rate for rate, _ in points]
+                means = [np.mean(values) for _, values in points]
+                axes.plot(rates, means, **look, label=family)
+                for rate, values in points:
+                    axes.vlines(rate, min(values), max(values), color=look["color"], linewidth=1)
+
+        # The panels share their heights, which are known once all points are drawn
+        for axes, panel in zip(row, panels.values(), strict=True):
+            ends = [
+                (family, *points[-1], looks[family]["color"]) for family, points in panel.items()
+            ]
+            _name_ends(axes, [("dense", 1, [dense], "black"), *ends])
     return figure
 
 
@@ -423,6 +434,28 @@ def _draw_class_dots(axes, accuracies: Iterable[tuple[float, float]], name: str)
 def _look(number: int) -> dict[str, str]:
     """Colour and marker of a curve."""
     return {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def _name_ends(axes, ends: Sequence[tuple[str, float, Sequence[float], str]]) -> None:
+    """Writes names right of a panel, each with a thin line from its point.
+
+    ends: name, x, the values whose mean is y, and colour.
+    """
+    low, high = axes.get_ylim()
+    apart = 0.055 * (high - low)
+    place = high + apart
+
+    # From the top down: each at its height or below the one before, with room for all that follow
+    ordered = sorted(ends, key=lambda end: -np.mean(end[2]))
+    for following, (name, x, values, colour) in zip(
+        reversed(range(len(ends))), ordered, strict=True
+    ):
+        y = np.mean(values)
+        place = max(min(y, place - apart), low + apart * following)
+        side = axes.get_yaxis_transform()
+        axes.text(1.04, place, name, transform=side, color=colour, fontsize=9, va="center")
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6}
+        axes.annotate("", (x, y), (1.03, place), textcoords=side, arrowprops=line)
 
 
 def _write(axes, place: tuple[int, int], text: str, size: int, on_bright: bool) -> None:
