@@ -92,7 +92,8 @@ LARGE_LABELS = {
 
 BATCHES = (1, 64)
 DTYPES = (torch.float32, torch.bfloat16)
-SECONDS = 20  # for the turns of all models
+SECONDS = 10  # for the turns of all models
+FEW = 8  # images that show as well as many which kernels and dtypes are the quickest
 
 Name = tuple[str, str]  # way and label
 NO_WAY = (DENSE, "")
@@ -233,7 +234,7 @@ def measure(models: Mapping[Name, nn.Module], side: int) -> dict[Name, Measured]
 @torch.no_grad()
 def times_of(models: Mapping[Name, nn.Module], images: Tensor) -> dict[Name, float]:
     """The seconds of each model for the images, in the dtype in which it is quickest."""
-    calls = {dtype: call_of(models[NO_WAY], images, dtype) for dtype in DTYPES}
+    calls = {dtype: call_of(models[NO_WAY], images[:FEW], dtype) for dtype in DTYPES}
     dense = in_turns(calls, 2)
     dtypes = [dtype for dtype in DTYPES if dense[dtype] < 1.5 * min(dense.values())]
 
@@ -248,14 +249,13 @@ def call_of(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Callable[[]
     """A function that runs the model on the images in a dtype, with sparse kernels."""
     model = copy.deepcopy(model).eval().requires_grad_(False).to(dtype)
     images = images.to(dtype)
-    # Some of the images show as well which kernels are the quickest
-    quick, _ = sparse_kernels(model, images[:8], measure=briefly)
+    quick, _ = sparse_kernels(model, images[:FEW], measure=briefly)
     return partial(quick, images)
 
 
 def briefly(calls: Mapping[str, Callable], seconds: float) -> dict[str, float]:
-    """Times in turns, in a tenth of the seconds that `sparse_kernels` has for them."""
-    return in_turns(calls, seconds / 10)
+    """Times in turns, in a twentieth of the seconds that `sparse_kernels` has for them."""
+    return in_turns(calls, seconds / 20)
 
 
 # ---- tables and pictures ----
