@@ -98,7 +98,7 @@ def kernel_row(
         f"`--sparse-kernels`, {title}, `unif` {pattern} {sparsity:.0%}, batch {batch}, {kind}",
         f"{times} times the dense model" if times > 1 else "no slower than the dense model",
         f"{found} times, {used} of {len(report.layers)} layers sparse",
-        under(found if used else 1.0, times),
+        under(found if report.used else 1.0, times),
     )
 
 

@@ -8,16 +8,17 @@ A kernel is a class in `KERNELS`, a `SparseLinear` of sparse_layers.py or tiles.
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, pairwise
 from typing import NamedTuple
 
 import torch
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from .masks import prunable_weights
 from .sparse_layers import Bsr, Compact, Csr, MklCsr, SparseLinear, Transposed, TwoOfFour
-from .tiles import Tiles, join_mlps
+from .tiles import Tiles, TilesAttention, join_mlps
 
 DENSE = "dense"
 # A kernel has to take at most this fraction of the dense time, since times vary by some percent.
@@ -40,7 +41,7 @@ KERNELS: dict[str, type[SparseLinear]] = {
 
 
 class LayerTimes(NamedTuple):
-    """The times of a layer that has zeros.
+    """The times of a layer that has zeros, or of an attention module.
 
     seconds: by kernel, `dense` among them, the time of one call; empty if nothing could be
         measured.
@@ -69,12 +70,15 @@ class KernelReport(NamedTuple):
     """What `sparse_kernels` measured.
 
     images: how many images the whole model was given at once.
-    seconds: the time of the whole model, `dense` and, if any layer has a kernel, `sparse`.
+    seconds: the time of the whole model, `dense` and, if anything has a kernel, `sparse`.
+    attention: the times of attention modules with the kernels of the layers in them, by torch
+        (`dense`) and by tiles.cpp (`attention`); those of one shape share a measurement.
     """
 
     layers: Sequence[LayerTimes]
     images: int
     seconds: Mapping[str, float]
+    attention: Sequence[LayerTimes]
 
     @property
     def used(self) -> bool:
@@ -87,12 +91,12 @@ class KernelReport(NamedTuple):
             return self.in_words()
 
         cells = [("layer", "sparsity", "kernel", "dense", "sparse", "by")]
-        for layer in self.layers:
+        for layer in (*self.layers, *self.attention):
             best = layer.quickest
             cells.append(
                 (
                     layer.name,
-                    f"{layer.sparsity:.2%}",
+                    f"{layer.sparsity:.2%}" if layer.sparsity else "-",
                     layer.kernel,
                     _milliseconds(layer.seconds.get(DENSE)),
                     _milliseconds(layer.seconds[best] if best else None),
@@ -122,14 +126,17 @@ class KernelReport(NamedTuple):
             return "Sparse kernels: no layer is quicker than dense, so the model stays dense"
 
         count = sum(layer.kernel != DENSE for layer in self.layers)
+        attention = sum(module.kernel != DENSE for module in self.attention)
         rates = ", ".join(
             f"{name} {self.images / taken:,.1f}" for name, taken in self.seconds.items()
         )
         ratio = self.seconds[DENSE] / self.seconds["sparse"]
         unused = "; not quicker by 5 % as a whole, so the model stays dense"
         return (
-            f"Sparse kernels in {count} of {len(self.layers)} layers, whole model, {self.images} "
-            f"images at once: {rates} images/s, {ratio:.2f} times{'' if self.used else unused}"
+            f"Sparse kernels in {count} of {len(self.layers)} layers"
+            f"{f', quick attention in {attention} modules' if attention else ''}, whole model, "
+            f"{self.images} images at once: {rates} images/s, {ratio:.2f} times"
+            f"{'' if self.used else unused}"
         )
 
 
@@ -173,13 +180,14 @@ def sparse_kernels(
     Call it under the autocast under which the model will run. Layers are measured one by one on
     random inputs of the shapes that they have in the model, including the time to bring outputs
     into the order of a dense layer. Between two sparse layers the model saves that time, so it can
-    gain more than its layers. Therefore it is also measured as a whole.
+    gain more than its layers. Attention of timm that has zeros is computed by tiles.cpp if that is
+    quicker. The model is also measured as a whole.
 
     Args:
         model: a module in evaluation mode, which is not changed. Only plain `nn.Linear` layers that
             it calls are replaced.
         images: a batch as the model will see, on the model's device.
-        kernels: the kernels to try, by name.
+        kernels: the kernels to try, by name. That for attention is tried with `Tiles`.
         measure: called with functions by name, `dense` first, and the seconds it may take; returns
             the seconds of each function.
 
@@ -207,14 +215,21 @@ def sparse_kernels(
         if timed.kernel != DENSE:
             chosen[paths[name]] = built[timed.kernel]
 
-    report = KernelReport(times, len(images), {})
-    if not chosen:
+    report = KernelReport(times, len(images), {}, [])
+    if not times:
         return model, report
 
-    # The whole model
+    # The modules around them
     quick = _with_layers(model, chosen)
     _hand_on(quick, images)
     join_mlps(quick)
+    if Tiles in kernels.values():
+        around = dict.fromkeys(path.rpartition(".")[0] for path in paths.values())
+        report = report._replace(attention=_quick_attention(quick, around, images, measure))
+    if not chosen and all(module.kernel == DENSE for module in report.attention):
+        return model, report
+
+    # The whole model
     calls = {DENSE: _call(model, images), "sparse": _call(quick, images)}
     report = report._replace(seconds=measure(calls, WHOLE_BUDGET))
     return (quick if report.used else model), report
@@ -261,6 +276,31 @@ def _try_kernels(name, layer, x, kernels, measure) -> tuple[LayerTimes, dict[str
     return LayerTimes(name, sparsity, seconds, refused), built
 
 
+def _quick_attention(
+    model: nn.Module, names: Iterable[str], images: Tensor, measure
+) -> list[LayerTimes]:
+    """Puts `TilesAttention` in the place of those modules of these names that it makes quicker."""
+    modules = {name: model.get_submodule(name) for name in names if name}
+    modules = {name: module for name, module in modules.items() if type(module) is Attention}
+    inputs = _inputs(model, images, modules.values())
+
+    seconds = {}
+    times = []
+    for name, module in modules.items():
+        shape, dtype = inputs.get(module, ((), None))
+        x = torch.randn(shape, device=images.device).to(dtype)
+        if len(shape) != 3 or not (quick := TilesAttention.of(module, x[:2])):
+            continue
+
+        kind = (shape, dtype, module.num_heads, type(module.qkv), type(module.proj))
+        if kind not in seconds:
+            seconds[kind] = measure({DENSE: _call(module, x), "attention": _call(quick, x)}, BUDGET)
+        times.append(LayerTimes(name, 0.0, seconds[kind], {}))
+        if times[-1].kernel != DENSE:
+            model.set_submodule(name, quick)
+    return times
+
+
 def _inputs(
     model: nn.Module, images: Tensor, layers
 ) -> dict[nn.Module, tuple[torch.Size, torch.dtype]]:
@@ -268,7 +308,8 @@ def _inputs(
     found = {}
 
     def note(layer, arguments):
-        found.setdefault(layer, (arguments[0].shape, arguments[0].dtype))
+        if arguments:
+            found.setdefault(layer, (arguments[0].shape, arguments[0].dtype))
 
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     try:

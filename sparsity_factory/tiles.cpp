@@ -1,4 +1,5 @@
-// Products of sparse weights with tiles of activations. tiles.py compiles this file at first use.
+// Products of sparse weights with tiles of activations, and attention. tiles.py compiles this file at
+// first use.
 //
 // A tile has the activations of T tokens as (inputs, T). A kept weight, or a column of R kept weights
 // of neighbouring outputs, is multiplied with T tokens of its input at once, and the sums of an
@@ -7,9 +8,11 @@
 // With AVX512_BF16, bfloat16 layers multiply two inputs at once: any two kept columns of an output
 // are a pair, and the activations of both are interleaved as they are loaded.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 #ifdef _OPENMP
@@ -36,7 +39,7 @@ constexpr int L = 4, SUMS = 16;
 
 constexpr int T = 32;     // tokens of a tile
 constexpr int V = T / L;  // registers for the tokens of a tile
-constexpr int STRIP = 16;  // outputs whose sums are made one after the other, a multiple of all R
+constexpr int STRIP = 32;  // outputs whose sums are made one after the other, a multiple of all R
 
 typedef uint16_t bfloat;
 typedef float Lanes __attribute__((vector_size(4 * L)));
@@ -46,7 +49,7 @@ typedef uint16_t Halves __attribute__((vector_size(2 * L)));
 // A sparse weight (outputs, inputs). The entries of part p and block b, of R outputs, are
 // start[p * blocks + b] up to the next start.
 struct Layer {
-    int32_t inputs, outputs, R, parts, in_bfloat, gelu;
+    int32_t inputs, outputs, R, parts, in_bfloat;
     const int32_t* start;
     const uint32_t* entries;
     const float* bias;
@@ -133,52 +136,125 @@ Lanes erf(Lanes x) {
     return x * p / q;
 }
 
-Lanes gelu(Lanes x) { return 0.5f * x * (1.0f + erf(x * 0.70710678f)); }
+// As a number of this kind needs it: in bfloat16, erf is a polynomial, with which GELU is right to 8e-5.
+template <class Number>
+Lanes gelu(Lanes x) {
+    if (sizeof(Number) == 4) return 0.5f * x * (1.0f + erf(x * 0.70710678f));
+
+    Lanes z = x > 4.2f ? all(4.2f) : x;
+    z = z < -4.2f ? all(-4.2f) : z;
+    Lanes s = z * z;
+    Lanes p = s * -9.0181761e-10f + 7.94177628e-08f;
+    p = p * s + -3.03805047e-06f;
+    p = p * s + 6.68923519e-05f;
+    p = p * s + -0.000950669966f;
+    p = p * s + 0.00929827828f;
+    p = p * s + -0.06552829f;
+    p = p * s + 0.398465923f;
+    return x * (z * p + 0.5f);
+}
+
+// ---- words ----
+
+// Numbers that are multiplied at once lie in a word of 32 bits: a float, or two of bfloat16.
+template <class Number>
+constexpr int PER_WORD = 4 / sizeof(Number);
+
+Lanes load_words(const void* from) { return load(static_cast<const float*>(from)); }
+
+// A word of the first of these, or of both
+template <class Number>
+Lanes word(const Lanes* x) {
+    if (PER_WORD<Number> == 1) return x[0];
+#ifdef __AVX512BF16__
+    typedef int16_t Places __attribute__((vector_size(64)));
+    const Places places = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512bh both = _mm512_cvtne2ps_pbh(x[PER_WORD<Number> - 1], x[0]);
+    return (Lanes)_mm512_permutexvar_epi16((__m512i)places, (__m512i)both);
+#else
+    Halves low, high;
+    store((bfloat*)&low, x[0]);
+    store((bfloat*)&high, x[PER_WORD<Number> - 1]);
+    return (Lanes)(__builtin_convertvector(low, Ints) | __builtin_convertvector(high, Ints) << 16);
+#endif
+}
 
 // ---- rows to tiles, and back ----
 
-// Rows (tokens, inputs) to a tile (inputs, T); tokens that are missing are zeros.
-template <class In, class Tile>
+// Rows (tokens, inputs) to a tile (inputs, W). Where a register has too few tokens, it has the last one
+// again; registers without tokens stay as they were.
+template <int W = T, class In, class Tile>
 void to_tile(const In* rows, int tokens, int inputs, Tile* tile) {
-    for (int first = 0; first < T; first += L)
-        for (int at = 0; at < inputs; at += L) {
-            Lanes x[L] = {};
-            int width = inputs - at < L ? inputs - at : L;
-            for (int i = 0; i < L && first + i < tokens; i++) {
-                const In* row = rows + int64_t(first + i) * inputs + at;
-                if (width == L) {
-                    x[i] = load(row);
-                } else {
-                    In last[L] = {};
-                    std::memcpy(last, row, width * sizeof(In));
-                    x[i] = load(last);
+    // Of bfloat16, words are transposed, which takes half of the time
+    constexpr bool words = std::is_same_v<In, Tile>;
+    constexpr int P = words ? PER_WORD<In> : 1;
+    constexpr int count = P * L;  // inputs of a register
+
+    for (int first = 0; first < tokens; first += L) {
+        const In* row[L];
+        for (int i = 0; i < L; i++)
+            row[i] = rows + int64_t(first + i < tokens ? first + i : tokens - 1) * inputs;
+
+        for (int at = 0; at < inputs; at += count) {
+            Lanes x[L];
+            const int width = inputs - at < count ? inputs - at : count;
+            auto read = [](const In* from) { return words ? load_words(from) : load(from); };
+            if (width == count)
+                for (int i = 0; i < L; i++) x[i] = read(row[i] + at);
+            else
+                for (int i = 0; i < L; i++) {
+                    In part[count] = {};
+                    std::memcpy(part, row[i] + at, width * sizeof(In));
+                    x[i] = read(part);
                 }
-            }
 
             transpose(x);
-            for (int i = 0; i < width; i++) store(tile + (at + i) * T + first, x[i]);
+            auto put = [&](int i) {
+                Tile* to = tile + (at + i * P) * W + first;
+                if constexpr (P == 1) {
+                    store(to, x[i]);
+                } else {
+                    Halves low = __builtin_convertvector((Ints)x[i], Halves);
+                    Halves high = __builtin_convertvector((Ints)x[i] >> 16, Halves);
+                    std::memcpy(to, &low, sizeof low);
+                    if (i * P + 1 < width) std::memcpy(to + W, &high, sizeof high);
+                }
+            };
+            if (width == count)
+                for (int i = 0; i < L; i++) put(i);
+            else
+                for (int i = 0; i * P < width; i++) put(i);
         }
+    }
 }
 
-// The sums (count, T) of the outputs from `at` on, to rows (tokens, outputs).
-template <class Out>
-void to_rows(const float* sums, int count, int at, int tokens, int outputs, Out* rows) {
-    for (int o = 0; o < count; o += L)
+// The sums (count, W) of the outputs from `at` on, to rows (tokens, outputs).
+template <int W = T, class Out>
+void to_rows(const float* sums, int count, int at, int tokens, int64_t outputs, Out* rows) {
+    constexpr int P = PER_WORD<Out>;
+    for (int o = 0; o < count; o += P * L)
         for (int first = 0; first < tokens; first += L) {
-            Lanes x[L] = {};
-            int width = count - o < L ? count - o : L;
-            for (int i = 0; i < width; i++) x[i] = load(sums + (o + i) * T + first);
+            const int width = count - o < P * L ? count - o : P * L;
+            const float* from = sums + o * W + first;
+            Out* row = rows + first * outputs + at + o;
+            auto read = [&](int i) {
+                Lanes parts[P] = {load(from + i * P * W)};
+                if (P == 2 && i * P + 1 < width) parts[P - 1] = load(from + (i * P + 1) * W);
+                return word<Out>(parts);
+            };
 
-            transpose(x);
-            for (int i = 0; i < L && first + i < tokens; i++) {
-                Out* row = rows + int64_t(first + i) * outputs + at + o;
-                if (width == L) {
-                    store(row, x[i]);
-                } else {
-                    Out last[L];
-                    store(last, x[i]);
-                    std::memcpy(row, last, width * sizeof(Out));
-                }
+            // Most often all lanes are used, so that x can stay in registers
+            Lanes x[L] = {};
+            if (width == P * L && tokens - first >= L) {
+                for (int i = 0; i < L; i++) x[i] = read(i);
+                transpose(x);
+                for (int i = 0; i < L; i++) std::memcpy(row + i * outputs, &x[i], sizeof x[i]);
+            } else {
+                for (int i = 0; i * P < width; i++) x[i] = read(i);
+                transpose(x);
+                for (int i = 0; i < L && first + i < tokens; i++)
+                    std::memcpy(row + i * outputs, &x[i], width * sizeof(Out));
             }
         }
 }
@@ -284,8 +360,6 @@ void product(const Layer& layer, const Tile* tile, int begin, int end, float* su
                               part ? nullptr : layer.bias + b * R, sums + (b * R - at) * T);
             }
 
-        if (layer.gelu)
-            for (int i = 0; i < (stop - at) * T; i += L) store(sums + i, gelu(load(sums + i)));
         put(sums, stop - at, at);
     }
 }
@@ -300,7 +374,7 @@ void product(const Layer& layer, const Tile* tile, int begin, int end, float* su
     }
 }
 
-// Rows (tokens, inputs) through a layer, or through two one after the other, to rows (tokens, outputs).
+// Rows (tokens, inputs) through a layer, or through two with GELU between them, to rows (tokens, outputs).
 template <class Tile, class In, class Out>
 void through(const Layer* layers, int count, const In* x, Out* y, int64_t tokens) {
     const Layer& first = layers[0];
@@ -338,27 +412,27 @@ void through(const Layer* layers, int count, const In* x, Out* y, int64_t tokens
         } else {
             product(layer, from, begin, end, sums, [&](const float* sums, int n, int at) {
                 Tile* to = between.at((place * last.inputs + at) * T);
-                for (int i = 0; i < n * T; i += L) store(to + i, load(sums + i));
+                for (int i = 0; i < n * T; i += L) store(to + i, gelu<Tile>(load(sums + i)));
             });
         }
     };
 
+#pragma omp parallel
     if (shares == 1) {
-#pragma omp parallel for schedule(dynamic)
+#pragma omp for schedule(dynamic)
         for (int64_t tile = 0; tile < tiles; tile++) {
             int place = omp_get_thread_num();
             fill(tile, place);
             for (int l = 0; l < count; l++) multiply(l, tile, place, 0);
         }
-        return;
-    }
-
-#pragma omp parallel for
-    for (int64_t tile = 0; tile < tiles; tile++) fill(tile, tile);
-    for (int l = 0; l < count; l++) {
-#pragma omp parallel for schedule(dynamic)
-        for (int64_t unit = 0; unit < tiles * shares; unit++)
-            multiply(l, unit / shares, unit / shares, int(unit % shares));
+    } else {
+#pragma omp for
+        for (int64_t tile = 0; tile < tiles; tile++) fill(tile, tile);
+        for (int l = 0; l < count; l++) {
+#pragma omp for schedule(dynamic)
+            for (int64_t unit = 0; unit < tiles * shares; unit++)
+                multiply(l, unit / shares, unit / shares, int(unit % shares));
+        }
     }
 }
 
@@ -377,6 +451,204 @@ void through(const Layer* layers, int count, const void* x, int x_bfloat, void* 
         through<Tile>(layers, count, static_cast<const bfloat*>(x), y, y_bfloat, tokens);
     else
         through<Tile>(layers, count, static_cast<const float*>(x), y, y_bfloat, tokens);
+}
+
+// ---- attention ----
+
+// Registers for the tokens of queries, and for sums
+constexpr int QUERIES = L == 8 ? 3 : 4, DENSE_SUMS = L == 8 ? 12 : 24;
+
+template <class Number>
+Lanes add_product(Lanes sum, Ints x, Ints w) {
+#ifdef __AVX512BF16__
+    if constexpr (PER_WORD<Number> == 2)
+        return (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+#endif
+    return sum + (Lanes)x * (Lanes)w;
+}
+
+// Calls put(r, v, sum) with the products of `count` rows of w and the columns of words x, (steps, V).
+// In w, the next row is at a distance of `row` numbers, and the next word at one of `step`.
+template <class Number, int V, int R = DENSE_SUMS / V, class Put>
+void dense(const Ints* x, const Number* w, int64_t row, int64_t step, int steps, int count, Put put) {
+    int r = 0;
+    for (; r + R <= count; r += R) {
+        Lanes sum[R][V] = {};
+        for (int s = 0; s < steps; s++)
+#pragma GCC unroll 24
+            for (int i = 0; i < R; i++) {
+                int32_t word;
+                std::memcpy(&word, w + (r + i) * row + s * step, 4);
+                for (int v = 0; v < V; v++)
+                    sum[i][v] = add_product<Number>(sum[i][v], x[s * V + v], word - Ints{});
+            }
+
+        for (int i = 0; i < R; i++)
+            for (int v = 0; v < V; v++) put(r + i, v, sum[i][v]);
+    }
+
+    if constexpr (R > 1)
+        if (r < count)
+            dense<Number, V, R / 2>(x, w + r * row, row, step, steps, count - r,
+                                    [&](int i, int v, Lanes sum) { put(r + i, v, sum); });
+}
+
+// 2^x for x up to 0, to 1e-7 of it; at least 2^-126
+Lanes exp2(Lanes x) {
+    x = x < -126.0f ? all(-126) : x;
+    const float shift = 12582912;  // rounds to an integer, which the sum has in its lowest bits
+    Lanes sum = x + shift;
+    Lanes rest = x - (sum - shift);
+
+    Lanes y = rest * 0.00132647272f + 0.00967151264f;
+    y = y * rest + 0.0555073374f;
+    y = y * rest + 0.240222421f;
+    y = y * rest + 0.693146978f;
+    y = y * rest + 1.0f;
+    return y * (Lanes)(((Ints)sum + 127) << 23);
+}
+
+template <class Number>
+Number as(Number x) {
+    return x;
+}
+
+template <class Number>
+std::enable_if_t<std::is_same_v<Number, float>, float> as(bfloat x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+
+// A head of an image: its queries, keys and values, and room for what is made of them.
+template <class Number>
+struct Head {
+    static constexpr int P = PER_WORD<Number>;
+
+    Head(int tokens, int width)
+        : tokens(tokens),
+          width(width),
+          words((width + P - 1) / P),
+          steps((tokens + P - 1) / P),
+          queries(int64_t(tokens) * words * P),
+          keys(int64_t(tokens) * words * P),
+          values(int64_t(steps) * width * P),
+          columns(int64_t(words) * QUERIES),
+          scores(int64_t(tokens) * QUERIES),
+          sums(int64_t(width) * QUERIES * L) {}
+
+    // Rows of queries, of which the next is at a distance of `row`; keys and values are `part` and
+    // twice that behind them.
+    template <class In>
+    void read(const In* x, int64_t row, int64_t part) {
+        for (int t = 0; t < tokens; t++) {
+            Number* query = queries.at(int64_t(t) * words * P);
+            Number* key = keys.at(int64_t(t) * words * P);
+            for (int d = 0; d < width; d++) {
+                query[d] = as<Number>(x[t * row + d]);
+                key[d] = as<Number>(x[t * row + part + d]);
+            }
+            for (int d = width; d < words * P; d++) query[d] = key[d] = 0;
+        }
+
+        // A word has the values of P tokens
+        for (int t = 0; t < tokens; t += P) {
+            const In* value = x + t * row + 2 * part;
+            Number* to = values.at(int64_t(t) * width);
+            if (t + P <= tokens)
+                for (int d = 0; d < width; d++)
+                    for (int p = 0; p < P; p++) to[d * P + p] = as<Number>(value[p * row + d]);
+            else
+                for (int d = 0; d < width; d++) {
+                    to[d * P] = as<Number>(value[d]);
+                    to[d * P + P - 1] = 0;
+                }
+        }
+    }
+
+    // Writes what V * L queries from `first` on attend to, to rows y.
+    template <int V, class Out>
+    void attend(int first, float scale, Out* y, int64_t row) {
+        int count = tokens - first < V * L ? tokens - first : V * L;
+        to_tile<V * L>((const float*)queries.at(int64_t(first) * words * P), count, words,
+                       (float*)columns.at(0));
+
+        Ints* score = scores.at(0);
+        Lanes most[V];
+        for (int v = 0; v < V; v++) most[v] = all(-INFINITY);
+        dense<Number, V>(columns.at(0), keys.at(0), words * P, P, words, tokens,
+                         [&](int key, int v, Lanes sum) {
+                             sum *= scale;
+                             most[v] = sum > most[v] ? sum : most[v];
+                             score[key * V + v] = (Ints)sum;
+                         });
+
+        // Scores become powers, in words as those of the values
+        Lanes total[V] = {};
+        for (int s = 0; s < steps; s++)
+            for (int v = 0; v < V; v++) {
+                Lanes power[P] = {};
+                for (int p = 0; p < P && s * P + p < tokens; p++) {
+                    power[p] = exp2((Lanes)score[(s * P + p) * V + v] - most[v]);
+                    total[v] += power[p];
+                }
+                score[s * V + v] = (Ints)word<Number>(power);
+            }
+
+        for (int v = 0; v < V; v++) total[v] = 1.0f / total[v];
+        float* sum = sums.at(0);
+        dense<Number, V>(score, values.at(0), P, int64_t(width) * P, steps, width,
+                         [&](int d, int v, Lanes x) { store(sum + (d * V + v) * L, x * total[v]); });
+        to_rows<V * L>(sum, width, 0, count, row, y + first * row);
+    }
+
+    // The same for a number of registers from 1 to QUERIES.
+    template <int V = QUERIES, class Out>
+    void attend(int registers, int first, float scale, Out* y, int64_t row) {
+        if (registers == V) return attend<V>(first, scale, y, row);
+        if constexpr (V > 1) attend<V - 1>(registers, first, scale, y, row);
+    }
+
+    int tokens, width, words, steps;
+    Buffer<Number> queries, keys, values;
+    Buffer<Ints> columns, scores;
+    Buffer<float> sums;
+};
+
+// Queries, keys and values (images, tokens, 3, heads, width) to what the queries attend to (images,
+// tokens, heads, width).
+template <class Number, class In>
+void attention(const In* qkv, In* y, int64_t images, int tokens, int heads, int width, float scale) {
+    const int part = heads * width;
+    const int64_t row = 3 * int64_t(part);
+    const int registers = (tokens + L - 1) / L;
+    const int tiles = (registers + QUERIES - 1) / QUERIES;
+
+    // Each thread takes whole heads, or tiles of them if some threads would have nothing to do
+    const int threads = omp_get_max_threads();
+    const int64_t all_heads = images * heads;
+    const int shares = all_heads % threads && all_heads < 8 * threads ? tiles : 1;
+
+#pragma omp parallel
+    {
+        Head<Number> head(tokens, width);
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = 0; unit < all_heads * shares; unit++) {
+            int64_t image = unit / shares / heads, place = unit / shares % heads * width;
+            int share = int(unit % shares);
+            head.read(qkv + image * tokens * row + place, row, part);
+
+            int begin = shares == 1 ? 0 : share;
+            int end = shares == 1 ? tiles : share + 1;
+            for (int tile = begin; tile < end; tile++) {
+                int from = registers * tile / tiles;
+                int to = registers * (tile + 1) / tiles;
+                head.attend(to - from, from * L, scale * 1.44269504f,  // e^x is 2^(x log2 e)
+                            y + image * tokens * part + place, part);
+            }
+        }
+    }
 }
 
 }  // namespace
@@ -398,4 +670,19 @@ extern "C" void multiply(const Layer* layers, int count, const void* x, int x_bf
     if (layers->in_bfloat) return through<bfloat>(layers, count, x, x_bfloat, y, y_bfloat, tokens);
 #endif
     through<float>(layers, count, x, x_bfloat, y, y_bfloat, tokens);
+}
+
+// qkv: (images, tokens, 3, heads, width); y: (images, tokens, heads, width); float32, or both bfloat16.
+extern "C" void attend(const void* qkv, void* y, int in_bfloat, int64_t images, int tokens, int heads,
+                       int width, float scale) {
+    auto of = [&](auto number, auto in) {
+        typedef decltype(in) In;
+        attention<decltype(number)>(static_cast<const In*>(qkv), static_cast<In*>(y), images, tokens,
+                                    heads, width, scale);
+    };
+#ifdef __AVX512BF16__
+    if (in_bfloat) return of(bfloat(), bfloat());
+#endif
+    if (in_bfloat) return of(float(), bfloat());
+    of(float(), float());
 }

@@ -374,7 +374,7 @@ def test_without_this_project_an_exported_model_with_its_kernels_computes_the_sa
     found = {
         line.split()[0]: line.split()[2]
         for line in output.splitlines()
-        if line.startswith("blocks")
+        if line.startswith("blocks") and ".weight" in line
     }
     assert {f"{name}.weight": kernel["name"] for name, kernel in chosen.items()} == {
         name: kernel for name, kernel in found.items() if kernel != "dense"
@@ -422,13 +422,13 @@ def test_an_exported_loader_has_the_kernels_that_it_needs_and_hands_results_on_a
 def test_an_exported_folder_compiles_its_kernel_and_stays_dense_with_a_warning_if_it_cannot(
     run_main, tmp_path, weights_only, monkeypatch
 ):
-    measure_by(monkeypatch, Clock(dense=2.0, tiles=1.0, sparse=1.0))
+    measure_by(monkeypatch, Clock(dense=2.0, tiles=1.0, attention=1.0, sparse=1.0))
     model, _ = save_checkpoint(tmp_path / "c.pth", pruner="unif", sparsity=0.8)
     run_main("--resume", "c.pth", "--export", "out", "--sparse-kernels", "--batch-size", "2")
     folder, images = tmp_path / "out", torch.randn(5, 3, 28, 28)
 
     kinds = {type(part).__name__ for part in loaded(folder, sparse_kernels=True).modules()}
-    assert {"Tiles", "TilesMlp"} <= kinds and (folder / "tiles.cpp").exists()
+    assert {"Tiles", "TilesMlp", "TilesAttention"} <= kinds and (folder / "tiles.cpp").exists()
     for logits in run_elsewhere(WITH_AND_WITHOUT_KERNELS, folder, images):
         torch.testing.assert_close(logits, model(images), rtol=1e-4, atol=1e-4)
 
@@ -436,6 +436,21 @@ def test_an_exported_folder_compiles_its_kernel_and_stays_dense_with_a_warning_i
     with pytest.warns(UserWarning, match="stays dense: no C.. compiler: no-such-compiler"):
         dense = loaded(folder, sparse_kernels=True)
     torch.testing.assert_close(dense(images), model(images))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [-1, 5])
+def test_a_hostile_number_of_heads_in_an_exported_folder_is_refused_by_its_kernel(
+    run_main, tmp_path, weights_only, monkeypatch, heads
+):
+    measure_by(monkeypatch, Clock(dense=2.0, tiles=1.0, attention=1.0, sparse=1.0))
+    save_checkpoint(tmp_path / "c.pth", pruner="unif", sparsity=0.8)
+    run_main("--resume", "c.pth", "--export", "out", "--sparse-kernels", "--batch-size", "2")
+    model = loaded(tmp_path / "out", sparse_kernels=True)
+    model.blocks[0].attn.num_heads = heads
+    with pytest.raises(RuntimeError, match=f"expected 3 numbers for each of {heads} heads"):
+        model(torch.randn(1, 3, 28, 28))
 
 
 @pytest.mark.parametrize(

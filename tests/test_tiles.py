@@ -1,5 +1,6 @@
 """The compiled kernel: its products against the dense layer's, and how it is compiled and found."""
 
+import copy
 import re
 import subprocess
 import sys
@@ -7,16 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_up import needs_compiler
+from made_up import Clock, needs_compiler
+from timm.models.vision_transformer import Attention
 from torch import nn
 from torch.nn import functional as F
 
-from sparsity_factory import sparse_kernels
-from sparsity_factory.tiles import Tiles, TilesMlp, compiled, join_mlps
+from models import build_model
+from sparsity_factory import Masks, compute_masks, sparse_kernels
+from sparsity_factory.tiles import Tiles, TilesAttention, TilesMlp, compiled, join_mlps
 
 pytestmark = needs_compiler
 
 RNG = torch.Generator().manual_seed(0)
+PROCESSORS = ["x86-64", "x86-64-v3", "x86-64-v4"]
+
+
+def compiled_for(processor):
+    """The library for a processor, if this one can run it."""
+    known = Path("/proc/cpuinfo").read_text()
+    if processor != "x86-64" and {"v3": "avx2", "v4": "avx512f"}[processor[-2:]] not in known:
+        pytest.skip("this processor has no such registers")
+    return compiled(Tiles.source, processor)
 
 
 def pruned(outputs, inputs, rows=1, kept=0.3, dtype=torch.float32):
@@ -67,14 +79,11 @@ def test_zeros_in_columns_of_outputs_are_found(rows):
     assert Tiles(pruned(64, 50, rows), torch.float32).rows == rows
 
 
-@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])
 def test_every_width_of_registers_gives_the_same(rows, processor, monkeypatch):
-    known = Path("/proc/cpuinfo").read_text()
-    if processor != "x86-64" and {"v3": "avx2", "v4": "avx512f"}[processor[-2:]] not in known:
-        pytest.skip("this processor has no such registers")
     layer, x = pruned(48, 300, rows), draw(70, 300)
-    library = compiled(Tiles.source, processor)
+    library = compiled_for(processor)
     monkeypatch.setattr("sparsity_factory.tiles.compiled", lambda source: library)
     assert_near(Tiles(layer, torch.float32)(x), layer(x))
     half = layer.to(torch.bfloat16)
@@ -225,6 +234,7 @@ def test_without_a_compiler_that_works_the_reason_is_listed_and_other_kernels_ar
     model = nn.Sequential(pruned(64, 64, kept=0.1))
     _, report = sparse_kernels(model, draw(4, 64))
     assert re.search(reason, report.layers[0].refused["tiles"])
+    assert "without it from about 90 %" in report.table()
     assert "csr" in report.layers[0].seconds and "tiles" not in report.layers[0].seconds
     assert len([line for line in report.table().splitlines() if line.startswith("tiles:")]) == 1
 
@@ -241,3 +251,99 @@ print({line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.spl
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     pools = {name for name in eval(done.stdout) if "iomp" not in name}
     assert len(pools) == 1 and "torch" in pools.pop()
+
+
+# ---- attention ----
+
+
+def attention_of(heads, width, dtype=torch.float32, **options):
+    """timm's attention with random weights and these heads."""
+    torch.manual_seed(0)
+    module = Attention(heads * width, num_heads=heads, qkv_bias=True, **options)
+    return module.to(dtype).eval().requires_grad_(False)
+
+
+def assert_attention_near(found, expected):
+    """Equal up to rounding, in float64 where torch's own result is rounded at each step."""
+    close = expected.abs().max().item() * (1e-5 if found.dtype == torch.float32 else 2e-2)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("images, tokens", [(0, 5), (1, 1), (3, 16), (2, 33), (1, 197)], ids=str)
+@pytest.mark.parametrize("heads, width", [(1, 1), (3, 5), (2, 32), (3, 64), (1, 70)], ids=str)
+def test_attention_equals_timms_for_every_shape(heads, width, images, tokens, dtype):
+    module = attention_of(heads, width, dtype)
+    x = 3 * draw(images, tokens, heads * width, dtype=dtype)
+    quick = copy.copy(module)
+    quick.__class__ = TilesAttention
+    if not images:
+        assert quick(x).shape == x.shape
+        return
+    assert_attention_near(quick(x), copy.deepcopy(module).double()(x.double()))
+    assert quick(x).dtype == dtype
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_attention_with_every_width_of_registers_gives_the_same(processor, monkeypatch):
+    library = compiled_for(processor)
+    monkeypatch.setattr("sparsity_factory.tiles.compiled", lambda source: library)
+    for dtype in (torch.float32, torch.bfloat16):
+        module, x = attention_of(3, 20, dtype), draw(2, 75, 60, dtype=dtype)
+        quick = TilesAttention.of(module, x)
+        assert_attention_near(quick(x), copy.deepcopy(module).double()(x.double()))
+
+
+def test_large_scores_neither_overflow_nor_lose_the_largest():
+    module, x = attention_of(2, 16), 1000 * draw(2, 40, 32)
+    assert_attention_near(
+        TilesAttention.of(module, x)(x), copy.deepcopy(module).double()(x.double())
+    )
+
+
+def test_a_nan_in_a_token_reaches_every_token_of_its_image_and_no_other_image():
+    module, x = attention_of(2, 16), draw(2, 40, 32)
+    quick = TilesAttention.of(module, x)
+    x[0, 7, 3] = torch.nan
+    assert quick(x)[0].isnan().all() and not quick(x)[1].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"qk_norm": True}, {"scale_norm": True}, {"gated": True}],
+    ids=["norms of queries and keys", "a norm of heads", "a gate"],
+)
+def test_attention_that_computes_something_else_is_left_alone(options):
+    module = attention_of(2, 16, norm_layer=nn.LayerNorm, **options)
+    assert TilesAttention.of(module, draw(2, 9, 32)) is None
+
+
+def test_attention_of_another_class_is_left_alone():
+    class Own(Attention):
+        pass
+
+    module = attention_of(2, 16)
+    module.__class__ = Own
+    assert TilesAttention.of(module, draw(2, 9, 32)) is None
+
+
+def test_with_a_mask_attention_is_timms():
+    module, x = attention_of(2, 16), draw(2, 9, 32)
+    mask = torch.randn(2, 2, 9, 9, generator=RNG)
+    assert torch.equal(TilesAttention.of(module, x)(x, attn_mask=mask), module(x, attn_mask=mask))
+
+
+def test_attention_is_replaced_only_if_it_is_quicker():
+    torch.manual_seed(0)
+    model = build_model("deit_sample_patch4_28", 10, 28).eval()
+    Masks(model, compute_masks(model, "unif", 0.5))
+    images = draw(2, 3, 28, 28)
+    names = list(model.state_dict())
+    for seconds, count in ((1.0, 6), (2.0, 0)):
+        clock = Clock(dense=2.0, csr=1.0, attention=seconds, sparse=1.0)
+        quick, report = sparse_kernels(model, images, measure=clock)
+        kinds = [type(block.attn) for block in quick.blocks]
+        assert kinds.count(TilesAttention) == count and kinds.count(Attention) == 6 - count
+        assert len(report.attention) == 6 and list(quick.state_dict()) == names
+        torch.testing.assert_close(quick(images), model(images), rtol=1e-4, atol=1e-5)
+        assert ("quick attention in 6 modules" in report.table()) == bool(count)

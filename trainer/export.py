@@ -36,7 +36,7 @@ from sparsity_factory import (
 )
 from sparsity_factory.shrink import ClassAttn, TalkingHeadAttn, masks_of_the_rest
 from sparsity_factory.sparse_layers import SparseLinear
-from sparsity_factory.tiles import Tiles, TilesMlp, join_mlps
+from sparsity_factory.tiles import Tiles, TilesAttention, TilesMlp, join_mlps
 from sparsity_factory.units import HEADS, NEURONS, unit_groups
 from utils import UserError, WriteError, first_line, log
 
@@ -103,6 +103,16 @@ in evaluation mode.
 }
 #: The line before `RETURN` if layers are `Tiles`.
 JOIN_MLPS = "        join_mlps(model)\n"
+#: The lines before `RETURN` if there is quick attention.
+QUICK_ATTENTION = """\
+        for name in shape["quick_attention"]:
+            attention = model.get_submodule(name).eval()
+            quick = TilesAttention.of(attention, torch.randn(2, 5, attention.qkv.in_features))
+            if quick:
+                model.set_submodule(name, quick)
+            else:
+                warnings.warn(f"{name} stays timm's: tiles.cpp does not run here")
+"""
 
 
 def export(args: argparse.Namespace) -> None:
@@ -261,12 +271,16 @@ def write_kernels(folder: Path, model: nn.Module, batch_size: int, expected: "Ex
         name: {"name": kernel, "hands_on": getattr(quick.get_submodule(name), "hands_on", False)}
         for name, kernel in chosen.items()
     }
+    attention = [module.name for module in report.attention if module.kernel != "dense"]
+    if attention:
+        shape["quick_attention"] = attention
     (folder / SHAPE).write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
 
     used = {name: kernel for name, kernel in KERNELS.items() if name in chosen.values()}
-    source = loader_with(used, (folder / LOADER).read_text(encoding="utf-8"))
+    source = (folder / LOADER).read_text(encoding="utf-8")
+    source = loader_with(used, source, bool(attention))
     (folder / LOADER).write_text(source, encoding="utf-8")
-    if Tiles in used.values():
+    if Tiles in used.values() or attention:
         shutil.copy(Tiles.source, folder)
     with torch.inference_mode():
         quick = runpy.run_path(str(folder / LOADER))["load"](folder, sparse_kernels=True)
@@ -279,10 +293,15 @@ def write_kernels(folder: Path, model: nn.Module, batch_size: int, expected: "Ex
     )
 
 
-def loader_with(kernels: Mapping[str, type[SparseLinear]], source: str) -> str:
-    """The source of a loader with the keyword `sparse_kernels` and these kernels, by name."""
+def loader_with(
+    kernels: Mapping[str, type[SparseLinear]], source: str, attention: bool = False
+) -> str:
+    """The source of a loader with the keyword `sparse_kernels` and these kernels, by name.
+
+    attention: whether it has quick attention too.
+    """
     needed = {}
-    for kernel in kernels.values():
+    for kernel in [*kernels.values(), *[Tiles] * attention]:
         classes = [kind for kind in reversed(kernel.__mro__) if issubclass(kind, SparseLinear)]
         needed.update(dict.fromkeys([*kernel.needs, *classes]))
 
@@ -290,6 +309,9 @@ def loader_with(kernels: Mapping[str, type[SparseLinear]], source: str) -> str:
     if Tiles in needed:
         needed.update(dict.fromkeys([TilesMlp, join_mlps]))
         joined = JOIN_MLPS
+    if attention:
+        needed[TilesAttention] = None
+        joined += QUICK_ATTENTION
 
     source = with_classes(source, needed)
     names = ", ".join(f'"{name}": {kernel.__name__}' for name, kernel in kernels.items())
