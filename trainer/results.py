@@ -23,7 +23,7 @@ from . import plots
 from .changes import Comparison
 from .nearest_neighbours import NEIGHBOURS
 from .run_folder import RunFolder, holds_run, read_log
-from .tokens import all_tokens
+from .tokens import all_tokens, merging_blocks
 from .trackers import Tracker, build_trackers
 from .training_state import TrainingState
 
@@ -161,9 +161,10 @@ class Results:
         tell_emptied(kept)
 
         if self.folder:
-            self.computed = multiply_adds(model, image)
-            with all_tokens(model):
-                self.multiply_adds = multiply_adds(model, image)
+            self.computed = self.multiply_adds = multiply_adds(model, image)
+            if merging_blocks(model):
+                with all_tokens(model):
+                    self.multiply_adds = multiply_adds(model, image)
             # Files of an earlier run would tell of another model.
             for name in FILES:
                 (self.folder.path / name).unlink(missing_ok=True)
