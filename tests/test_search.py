@@ -593,6 +593,7 @@ def test_choices_of_every_weight_and_of_one_pattern_alone_are_tried_and_the_near
         "a": {"dense": 0.0, "1 heads": 1.0, "0.5": 2.5},
         "b": {"dense": 0.0, "1 heads": 1.5, "0.5": 2.0},
     }
+    bench.unit_losses = {"a": {"1 heads": 9.0}, "b": {"1 heads": 9.0}}
     prices = Prices({part: {"dense": 2.0, "1 heads": 1.0, "0.5": 1.0} for part in parts}, 4.0, 0.5)
     tried = []
 

@@ -29,7 +29,7 @@ TRIAL_IMAGES = 256
 #: Chooses among heads and neurons, which magnitudes do not tell apart.
 UNIT_SCORE = "fisher"
 #: How much the losses of heads and neurons count beside those of levels, in the order of trials.
-UNIT_FACTORS = (1, 4, 16, 64)
+UNIT_FACTORS = (1, 4, 16)
 
 
 class Bench:
@@ -38,6 +38,7 @@ class Bench:
     score: the name of the score by which the run has to choose its masks.
     losses: by part and choice: the sum over its layers. Heads and neurons lose what the layer loses
         that reads them.
+    unit_losses: the same of heads and neurons alone, by their scores.
     """
 
     def __init__(
@@ -79,18 +80,24 @@ class Bench:
             part.name: {text: self._loss(part, text) for text in space.choices[part.name]}
             for part in space.parts
         }
+        self.unit_losses = {part.name: self._score_units(part) for part in space.parts}
 
     def weighed(self) -> Iterator[dict[str, dict[str, float]]]:
-        """The losses, with those of heads and neurons times each of some factors."""
-        factors = UNIT_FACTORS if self.space.has_units else (1,)
-        for factor in factors:
-            yield {
-                part: {
-                    text: loss * (factor if self.space.choices[part][text].units else 1)
-                    for text, loss in own.items()
-                }
-                for part, own in self.losses.items()
-            }
+        """The losses, with those of heads and neurons by either estimate times some factors."""
+        if not self.space.has_units:
+            yield self.losses
+            return
+        for losses in (self.losses, self.unit_losses):
+            for factor in UNIT_FACTORS:
+                scaled = {}
+                for part, own in self.losses.items():
+                    units = {
+                        text: factor * loss
+                        for text, loss in losses.get(part, {}).items()
+                        if self.space.choices[part][text].units
+                    }
+                    scaled[part] = {**own, **units}
+                yield scaled
 
     def alone(self) -> Iterator[dict[str, dict[str, float]]]:
         """The losses of the choices with each pattern alone, and of dense parts."""
@@ -130,6 +137,15 @@ class Bench:
                 )
             self.record.add(divergence=[key, self._judge.of(pruned)])
         return self.record.divergences[key]
+
+    def _score_units(self, part: Part) -> dict[str, float]:
+        """What heads or neurons lose by their scores, half of w^2 mean(g^2), by choice."""
+        counts = {text: own.units for text, own in self.space.choices[part.name].items()}
+        if not any(counts.values()):
+            return {}
+        (scores,) = self._scores.of_groups([part.group], [part.group.weights(self._weights)])
+        ranked = scores.sort(descending=True).values
+        return {text: float(ranked[kept:].sum()) / 2 for text, kept in counts.items() if kept}
 
     def divergence(self, chosen: Mapping[str, str]) -> float:
         """How far predictions at these choices are from the dense ones, in nats per image."""
