@@ -49,8 +49,9 @@ SEEDS = (0, 1)
 
 DATA = ("--data-set", "FASHION", "--data-path", SAMPLE)
 ZEROS = ("--config", "configs/run/sample_best.yaml", *DATA)
+GENTLE = (*ZEROS, "--lr", "2e-4")  # where little has to be won back
 UNITS = ("--config", "configs/run/sample_best_units.yaml", *DATA)
-CUSTOM = (*ZEROS, "--pruner", "custom", "--score", "fisher")
+CUSTOM = (*GENTLE, "--pruner", "custom", "--score", "fisher")
 SCRATCH = ("--config", "configs/run/sample_dense.yaml", "--data-path", WHOLE)
 SMALLER = "smaller"
 SEARCHED = "searched"
@@ -67,11 +68,20 @@ def at_sparsities(sparsities: Sequence[float], *arguments: str) -> dict[str, lis
 #: The arguments of main.py for each model, by its way to be faster and its label.
 WAYS: dict[str, dict[str, list[str]]] = {
     "heads+neurons": at_sparsities((0.25, 0.5, 0.65), *UNITS),
-    "unstructured": at_sparsities((0.5, 0.7, 0.8, 0.9, 0.95), *ZEROS),
-    "block:2x1": at_sparsities((0.5, 0.7, 0.8, 0.9), *ZEROS, "--pattern", "block:2x1"),
-    "block:4x1": at_sparsities((0.5, 0.7, 0.8, 0.9), *ZEROS, "--pattern", "block:4x1"),
+    "unstructured": {
+        **at_sparsities((0.5, 0.7, 0.8), *GENTLE),
+        **at_sparsities((0.9, 0.95), *ZEROS),
+    },
+    "block:2x1": {
+        **at_sparsities((0.5, 0.7, 0.8), *GENTLE, "--pattern", "block:2x1"),
+        **at_sparsities((0.9,), *ZEROS, "--pattern", "block:2x1"),
+    },
+    "block:4x1": {
+        **at_sparsities((0.5, 0.7, 0.8), *GENTLE, "--pattern", "block:4x1"),
+        **at_sparsities((0.9,), *ZEROS, "--pattern", "block:4x1"),
+    },
     "tokens": {
-        f"R = {count}": [*ZEROS, "--sparsity", "0", "--tokens", str(count)] for count in (2, 4, 6)
+        f"R = {count}": [*GENTLE, "--sparsity", "0", "--tokens", str(count)] for count in (2, 4, 6)
     },
     SEARCHED: {
         label: [*CUSTOM, "--custom-config", f"{FOUND}-{budget}/search.yaml"]
@@ -190,14 +200,17 @@ def trained_models() -> dict[Name, nn.Module]:
 
 def large_models() -> dict[Name, nn.Module]:
     """DeiT-Small with random weights: dense, and pruned in each way."""
-    models = {NO_WAY: build_model(LARGE, 1000, 224)}
+    torch.manual_seed(0)
+    dense = build_model(LARGE, 1000, 224)
+    models = {NO_WAY: dense}
     for way, label in names():
         if way == SEARCHED:  # which weighs what the trained weights lose
             continue
         own_label, more = LARGE_LABELS.get(label, (label, []))
         args = parse_args([*WAYS[way][label], *more])
-        torch.manual_seed(0)
-        model = build_model(LARGE, 1000, 224, assignments=args.model_kwargs)
+        model = copy.deepcopy(dense)
+        if args.model_kwargs:
+            model = build_model(LARGE, 1000, 224, assignments=args.model_kwargs)
         models[way, own_label] = pruned(model, args)
     return models
 
@@ -300,11 +313,11 @@ def speeds(found: Mapping[Name, Measured], name: Name) -> list[float]:
 def with_accuracies(found: Mapping[Name, Measured]) -> dict[Name, Measured]:
     """The models with what their runs printed."""
     outcomes = {name: accuracies(name) for name in found if name != NO_WAY}
-    # Every pruned run measures the dense model first
-    dense = [run["dense"] for runs in outcomes.values() for run in runs if "dense" in run]
+    # Every pruned run measures the dense model first, and one with --tokens what merging costs
+    dense = [run["dense"] for runs in outcomes.values() for run in runs if "pruned" in run]
     models = {NO_WAY: found[NO_WAY]._replace(final=dense[:1])}
     for name, runs in outcomes.items():
-        before = [run["pruned"] for run in runs if "pruned" in run]
+        before = [run.get("pruned", run["dense"]) for run in runs if "dense" in run]
         final = [run.get("finetuned", run.get("trained")) for run in runs]
         models[name] = found[name]._replace(pruned=before, final=final)
     return models

@@ -179,12 +179,14 @@ def test_half_a_line_is_no_result(modules, tmp_path):
     assert results.read() == {task: comparison.Result(90.5, 12, 6e-4)}
 
 
-def test_the_page_has_the_tables_of_the_published_results(modules):
-    compare, comparison, _ = modules
+@pytest.mark.parametrize("name", ["comparison", "real_size"])
+def test_the_page_has_the_tables_of_the_published_results(modules, name):
+    compare, kinds, _ = modules
+    import real_size
+
+    comparison = compare.SmallModels() if name == "comparison" else real_size.Photographs()
     page = (ROOT / "docs" / "comparison.md").read_text()
-    found = compare.SmallModels().tables(
-        comparison.Results(ROOT / "docs" / "comparison.csv").read()
-    )
+    found = comparison.tables(kinds.Results(ROOT / "docs" / f"{name}.csv").read())
     assert found
     for table in found.values():
         assert table in page

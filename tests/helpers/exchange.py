@@ -100,6 +100,7 @@ def wait_for_first(compute, timeout):
     while len(list(FOLDER.glob("ready*"))) < 2:
         time.sleep(0.05)
     utils.init_process_group(torch.device("cpu"), f"file://{FOLDER}/meet", timeout=timeout)
+    utils.sum_over_processes([1.0])  # now all connections stand
     with StopSignals():
         utils.on_first_process(compute)
 
@@ -109,7 +110,7 @@ def killed():
 
 
 def late():
-    wait_for_first(lambda: time.sleep(4), timeout=2)
+    wait_for_first(lambda: time.sleep(6), timeout=4)
 
 
 class Slow:
