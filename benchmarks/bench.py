@@ -40,6 +40,7 @@ def measure_all(comparison: Comparison) -> None:
     utils.show_progress(quiet=True)  # of each training; a line for each accuracy is enough
     with StopSignals() as stop:
         bench = Bench(comparison, stop)
+
         try:
             while not set(tasks) <= (found := results.read()).keys():
                 left = (task for task in tasks if task not in found)

@@ -150,6 +150,7 @@ def resolve_units(source: str | PathLike | Mapping, units: Mapping[str, int]) ->
             raise PruningError(
                 f"{label} matches no block of heads or neurons: expected one{example}"
             )
+
         for name in matched:
             if count > units[name]:
                 raise PruningError(f"{label} is {count}: expected 1 to {units[name]} for {name}")

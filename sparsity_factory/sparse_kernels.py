@@ -13,7 +13,6 @@ from itertools import chain, pairwise
 from typing import NamedTuple
 
 import torch
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from .masks import prunable_weights
@@ -281,7 +280,7 @@ def _quick_attention(
 ) -> list[LayerTimes]:
     """Puts `TilesAttention` in the place of those modules of these names that it makes quicker."""
     modules = {name: model.get_submodule(name) for name in names if name}
-    modules = {name: module for name, module in modules.items() if type(module) is Attention}
+    modules = {name: module for name, module in modules.items() if TilesAttention.knows(module)}
     inputs = _inputs(model, images, modules.values())
 
     seconds = {}

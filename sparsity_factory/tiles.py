@@ -12,11 +12,11 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from .sparse_layers import SparseLinear
@@ -253,17 +253,19 @@ def join_mlps(model: nn.Module) -> None:
             model.set_submodule(name, joined)
 
 
-class TilesAttention(Attention):
+class TilesAttention(nn.Module):
     """timm's attention by tiles.cpp: the scores of a head never leave the processor's cache.
 
     For float32 and bfloat16 on CPUs, in evaluation mode. With an attention mask, it computes as
-    timm does.
+    timm does. It takes the place of a module's class, which `plain` remembers.
     """
+
+    plain: type[nn.Module]
 
     @torch.no_grad()
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, **kinds) -> Tensor:
         if attn_mask is not None or any(kinds.values()):
-            return super().forward(x, attn_mask, **kinds)
+            return self.plain.forward(self, x, attn_mask, **kinds)
         return self.proj_drop(self.proj(self.attend(self.qkv(x))))
 
     def attend(self, qkv: Tensor) -> Tensor:
@@ -289,15 +291,22 @@ class TilesAttention(Attention):
         return heads
 
     @staticmethod
+    def knows(module: nn.Module) -> bool:
+        """Whether it is timm's attention itself; without timm none is."""
+        timm = sys.modules.get("timm.models.vision_transformer")
+        return timm is not None and type(module) is timm.Attention
+
+    @staticmethod
     @torch.no_grad()
     def of(attention: nn.Module, x: Tensor) -> "TilesAttention | None":
         """A copy that shares its layers, or None if it does not compute the same.
 
         x: inputs, (images, tokens, width), on which both are tried.
         """
-        if type(attention) is not Attention or attention.training:
+        if not TilesAttention.knows(attention) or attention.training:
             return None
         quick = copy.copy(attention)
+        quick.plain = type(attention)
         quick.__class__ = TilesAttention
         try:
             found = quick(x)

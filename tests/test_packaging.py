@@ -39,6 +39,12 @@ def test_the_wheel_holds_the_library_alone_and_its_version(tmp_path):
     assert required == ["torch", "numpy", "pyyaml"]
 
 
+def test_the_library_is_imported_without_what_the_rest_of_the_project_needs():
+    others = ["timm", "torchvision", "matplotlib", "PIL", "trainer", "utils"]
+    code = f"import sys; sys.modules |= dict.fromkeys({others}); import sparsity_factory"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_the_citation_has_the_version():
     assert f"\nversion: {sparsity_factory.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 

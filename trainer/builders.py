@@ -436,6 +436,7 @@ def build_compared(args, num_classes: int, device: torch.device) -> torch.nn.Mod
 
     Raises UserError if it does not fit the model that is evaluated, or takes other images.
     """
+    # Its own weights and tokens
     other = argparse.Namespace(**vars(args))
     other.resume = ""
     other.finetune = "" if args.compare == "timm" else args.compare
@@ -445,6 +446,8 @@ def build_compared(args, num_classes: int, device: torch.device) -> torch.nn.Mod
     other.tokens = 0
     other.given = [name for name in args.given if name != "tokens"]
     other, checkpoint = load_start(other)
+
+    # The same images
     for name in ("input_size", "mean", "std"):
         theirs, ours = getattr(other, name), getattr(args, name)
         if theirs != ours:

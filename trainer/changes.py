@@ -155,6 +155,7 @@ class Comparison:
         changes = self.changes
         kinds = torch.stack([changes.lost, changes.gained, changes.moved]).int()
         kind = (kinds * torch.tensor([[1], [2], [3]])).sum(0).tolist()
+
         header = ["image", "class"]
         header += [f"{name}_{what}" for what in ("prediction", "confidence") for name in self.names]
         rows = zip(

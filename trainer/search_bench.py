@@ -107,6 +107,7 @@ class Bench:
             for text in own
             for kind in self.space.kinds(part, text)
         }
+
         for kind in sorted(kinds):
             yield {
                 part: {
@@ -123,6 +124,7 @@ class Bench:
         if key not in self.record.divergences:
             self.stop.check_alone()
             pruned = copy.deepcopy(self._model)
+
             autocast = self._calibration.compute.autocast()
             with autocast, utils.full_precision(), all_tokens(pruned):
                 prune(

@@ -20,8 +20,8 @@ from .search_space import Prices, Space
 class Found(NamedTuple):
     """What a search found.
 
-    chosen: by part, the text of its choice. times: of a budget of time, the table; with it
-    `seconds`, of the dense and the pruned model as measured in the end, and a line about them.
+    chosen: by part, the text of its choice. table: of a budget of time, the times of all choices.
+    timed: with it a line on the dense and the pruned model as measured in the end.
     """
 
     space: Space
