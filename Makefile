@@ -18,7 +18,7 @@ help:
 	@echo "make demo      prunes, evaluates and finetunes the built-in sample      under a minute"
 	@echo "make sweep     compares five pruners on the sample, in one picture      about ten minutes"
 	@echo "make quick     linter, types and the tests that are not slow            two minutes"
-	@echo "make test      linter, types and all tests                              about ten minutes"
+	@echo "make test      linter, types and all tests                              a quarter of an hour"
 	@echo "make test-gpu  tests and speed on a CUDA GPU, in output/gpu.md          not measured; needs one"
 	@echo "make bench     measures docs/performance.md                             half an hour"
 	@echo "make compare   measures docs/comparison.md                              hours; needs Fashion-MNIST"
